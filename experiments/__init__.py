@@ -1,0 +1,1 @@
+"""Binaries on top of jaxsms."""

@@ -1,0 +1,222 @@
+"""One seed of a run: dense training, Sparse Model Soups, and what they compare with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.settings import Settings, check_data
+from jaxsms import models
+from jaxsms.data import Dataset, train_validation_split
+from jaxsms.pruning import magnitude_masks
+from jaxsms.schedules import pretrain_schedule
+from jaxsms.training import (
+  Chunk,
+  Data,
+  Programs,
+  init_variables,
+  make_programs,
+  retrain_learning_rates,
+  sgd,
+  train_copies,
+)
+from jaxsms.training.phases import Model, Splits, measure, one_model, run_phases
+
+# Independent streams of a seed's key.
+INIT, PRETRAIN, RETRAIN = 0, 1, 2
+
+OnChunk = Callable[[str, int, Chunk], None]
+Record = dict[str, Any]
+
+
+class Task(NamedTuple):
+  """What all seeds and methods of a run share.
+
+  Attributes:
+    module: the network.
+    programs: its compiled work.
+    splits: the data on the device.
+    image_shape: [height, width, channels].
+    steps_per_epoch: training steps.
+    pretrain_lrs: float [pretraining steps].
+    warmup_steps: how many of them are warmup.
+  """
+
+  module: Any
+  programs: Programs
+  splits: Splits
+  image_shape: tuple[int, ...]
+  steps_per_epoch: int
+  pretrain_lrs: np.ndarray
+  warmup_steps: int
+
+
+def make_task(settings: Settings, dataset: Dataset) -> Task:
+  """Splits the data, puts it on the device, and makes network and programs.
+
+  Raises:
+    ValueError: settings do not fit the data.
+  """
+  train, validation = train_validation_split(len(dataset.train_labels))
+  check_data(settings, dataset, len(train))
+
+  def split(images, labels):
+    return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
+
+  splits = Splits(
+    split(dataset.train_images[train], dataset.train_labels[train]),
+    split(dataset.train_images[validation], dataset.train_labels[validation]),
+    split(dataset.test_images, dataset.test_labels),
+  )
+  options = {}
+  if settings.model == "mlp":
+    options = {"hidden": settings.hidden, "dropout": settings.dropout}
+  module = models.create(settings.model, dataset.num_classes, **options)
+  optimizer = functools.partial(
+    sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0
+  )
+  programs = make_programs(
+    module,
+    optimizer,
+    augmentation=settings.augmentation or dataset.augmentation,
+    mean=dataset.mean,
+    std=dataset.std,
+    batch_size=settings.batch_size,
+  )
+  steps_per_epoch = len(train) // settings.batch_size
+  steps = settings.epochs * steps_per_epoch
+  warmup_steps = int(settings.warmup_epochs * steps_per_epoch)
+  schedule = pretrain_schedule(
+    settings.pretrain_schedule, settings.learning_rate, steps, warmup_steps
+  )
+  pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
+  return Task(
+    module,
+    programs,
+    splits,
+    dataset.train_images.shape[1:],
+    steps_per_epoch,
+    np.broadcast_to(pretrain_lrs, [steps]),
+    warmup_steps,
+  )
+
+
+def planned_steps(settings: Settings, steps_per_epoch: int) -> dict[int, int]:
+  """Steps of a whole run, by the number of copies that a step trains."""
+  m, retrain = settings.ingredients, settings.phases * settings.retrain_epochs
+  epochs = {1: settings.epochs}
+  for copies, length in (
+    (m, retrain),
+    (1, retrain * ("imp" in settings.baselines)),
+    (1, retrain * m * ("imp_mx" in settings.baselines)),
+  ):
+    epochs[copies] = epochs.get(copies, 0) + length
+  return {k: settings.seeds * steps_per_epoch * n for k, n in epochs.items()}
+
+
+def pretrain(
+  settings: Settings, task: Task, key: jax.Array, on_chunk: OnChunk
+) -> tuple[Model, Record]:
+  """Trains the dense model; gives it and its metrics."""
+  params, batch_stats = init_variables(
+    task.module, jax.random.fold_in(key, INIT), task.image_shape
+  )
+  everything = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
+  trained = train_copies(
+    task.programs,
+    task.splits.train,
+    everything,
+    jax.random.fold_in(key, PRETRAIN),
+    params,
+    batch_stats,
+    ingredients(1, settings.weight_decay, len(task.pretrain_lrs)),
+    task.pretrain_lrs[None],
+    chunk_steps=settings.chunk_steps,
+    on_chunk=lambda chunk: on_chunk("dense", 0, chunk),
+  )
+  dense = jax.tree.map(lambda x: x[0], Model(*trained))
+  return dense, measure(task.programs, task.splits, one_model(dense))[0]
+
+
+def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
+  """Ingredients that differ in their seed."""
+  return {
+    "seed": np.arange(m, dtype=np.int32),
+    "weight_decay": np.full([m], weight_decay, np.float32),
+    "steps": np.full([m], steps, np.int32),
+  }
+
+
+def prune_and_retrain(
+  settings: Settings,
+  task: Task,
+  key: jax.Array,
+  dense: Model,
+  *,
+  method: str,
+  m: int,
+  epochs: int,
+  on_chunk: OnChunk,
+) -> tuple[Model, Any, list[Record]]:
+  """All phases of one method: m copies of so many epochs each; see `run_phases`."""
+  steps = epochs * task.steps_per_epoch
+
+  def plan(record):
+    varied = ingredients(m, settings.weight_decay, steps)
+    if not steps:
+      return varied, np.zeros([m, 0], np.float32)
+    adaptive = {}
+    if settings.retrain_schedule == "ALLR":
+      adaptive = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
+    lrs = retrain_learning_rates(
+      settings.retrain_schedule,
+      task.pretrain_lrs,
+      varied["steps"],
+      pretrain_warmup_steps=task.warmup_steps,
+      **adaptive,
+    )
+    return varied, lrs
+
+  return run_phases(
+    task.programs,
+    task.splits,
+    jax.random.fold_in(key, RETRAIN),
+    dense,
+    plan,
+    goal_sparsity=settings.goal_sparsity,
+    phases=settings.phases,
+    prune=functools.partial(magnitude_masks, scope=settings.scope),
+    chunk_steps=settings.chunk_steps,
+    on_chunk=lambda phase, chunk: on_chunk(method, phase, chunk),
+  )
+
+
+def run_seed(
+  settings: Settings, task: Task, seed: int, on_chunk: OnChunk
+) -> tuple[Record, dict[str, Any]]:
+  """Everything that one seed decides.
+
+  Args:
+    settings: of the run.
+    task: shared by all seeds.
+    seed: decides initialisation, batch orders, augmentation and dropout.
+    on_chunk: called with method, phase (0 in dense training) and each chunk.
+
+  Returns:
+    The entry of results.json, and the last soup: `params`, `batch_stats`, `masks`.
+  """
+  key = jax.random.key(seed)
+  dense, metrics = pretrain(settings, task, key, on_chunk)
+  m, epochs = settings.ingredients, settings.retrain_epochs
+  run = functools.partial(prune_and_retrain, settings, task, key, dense, on_chunk=on_chunk)
+  model, masks, phases = run(method="sms", m=m, epochs=epochs)
+  lengths = {"imp": epochs, "imp_mx": m * epochs}
+  for method in settings.baselines:
+    _, _, records = run(method=method, m=1, epochs=lengths[method])
+    for phase, record in zip(phases, records, strict=True):
+      phase[method] = record["soup"]
+  soup = {"params": model.params, "batch_stats": model.batch_stats, "masks": masks}
+  return {"seed": seed, "dense": metrics, "phases": phases}, soup

@@ -1,0 +1,107 @@
+"""What a run shows while it trains."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jaxsms.training import Chunk
+
+
+class TimeLeft:
+  """Estimates the seconds left from the speed of the programs so far.
+
+  A step of m copies has its own speed, measured once m copies have trained; until then it
+  counts m / k times that of the k copies seen. The first chunk of each m compiles and does
+  not count as speed.
+  """
+
+  def __init__(self, plan: dict[int, int]):
+    """`plan`: for each number of copies trained at once, how many steps in all."""
+    self._left = dict(plan)
+    self._seconds: dict[int, float] = {}
+    self._steps: dict[int, int] = {}
+    self._compiled: set[int] = set()
+
+  def update(self, copies: int, steps: int, seconds: float) -> None:
+    """Counts `steps` of `copies` at once that took `seconds`."""
+    self._left[copies] = max(self._left.get(copies, 0) - steps, 0)
+    if copies in self._compiled:
+      self._seconds[copies] = self._seconds.get(copies, 0.0) + seconds
+      self._steps[copies] = self._steps.get(copies, 0) + steps
+    self._compiled.add(copies)
+
+  def seconds(self) -> float | None:
+    """Seconds left; None before anything was measured."""
+    speeds = {k: self._seconds[k] / n for k, n in self._steps.items() if n}
+    if not speeds:
+      return None
+    nearest = max(speeds)
+    return sum(
+      steps * speeds.get(m, speeds[nearest] * m / nearest)
+      for m, steps in self._left.items()
+    )
+
+
+class RunProgress:
+  """A bar on a terminal: seed, method, phase, epoch, loss, accuracy, time left.
+
+  Where there is no terminal, one line when a phase of training ends.
+  """
+
+  def __init__(self, plan: dict[int, int], console: Console | None = None):
+    """`plan`: as `TimeLeft` takes it."""
+    self._console = console or Console(stderr=True)
+    self._time_left = TimeLeft(plan)
+    self._started = self._last = time.monotonic()
+    self._bar = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(bar_width=24),
+      TextColumn("{task.fields[figures]}"),
+      console=self._console,
+      disable=not self._console.is_terminal,
+      transient=True,
+    )
+    self._task = self._bar.add_task("compiling", total=1.0, figures="")
+
+  def __enter__(self):
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception):
+    self._bar.stop()
+
+  def chunk(self, title: str, epochs: int, chunk: Chunk) -> None:
+    """Shows the state after a chunk of training.
+
+    Args:
+      title: seed, method and phase.
+      epochs: how many epochs this training takes.
+      chunk: what `train_copies` reports.
+    """
+    now = time.monotonic()
+    self._time_left.update(chunk.copies, chunk.taken, now - self._last)
+    self._last = now
+    left, elapsed = self._time_left.seconds(), now - self._started
+    figures = (
+      f"epoch {chunk.epoch}/{epochs}  loss {chunk.loss.mean():.3f}  "
+      f"accuracy {100 * chunk.accuracy.mean():.1f} %  "
+      + ("" if left is None else f"{clock(left)} left")
+    )
+    if self._bar.disable:
+      if chunk.step == chunk.steps:
+        self._console.print(f"{title}  {figures}", highlight=False, soft_wrap=True)
+      return
+    share = 0.0 if left is None else elapsed / (elapsed + left)
+    self._bar.update(self._task, description=title, completed=share, figures=figures)
+
+  def pause(self) -> None:
+    """Leaves out of the speed what was not training, such as an evaluation."""
+    self._last = time.monotonic()
+
+
+def clock(seconds: float) -> str:
+  """Seconds as h:mm:ss or m:ss."""
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,211 @@
+"""The flags of the binaries, and what they mean for each data set."""
+
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from jaxsms import models
+from jaxsms.data import AUGMENTATIONS, Dataset
+from jaxsms.names import check_name
+from jaxsms.pruning import SCOPES, check_sparsity
+from jaxsms.schedules import PRETRAIN_SCHEDULES, RETRAIN_SCHEDULES
+
+FLAGS = flags.FLAGS
+BASELINES = ("imp", "imp_mx")
+
+# What a flag means where it is not given. Chosen on validation data: BUILD_NOTES.md.
+DEFAULTS: dict[str, dict[str, Any]] = {
+  "digits": {
+    "model": "mlp",
+    "hidden": ["256", "256"],
+    "dropout": 0.0,
+    "epochs": 30,
+    "retrain_epochs": 10,
+    "batch_size": 20,
+    "weight_decay": 1e-4,
+  },
+  "other": {
+    "model": "resnet20",
+    "hidden": ["512"],
+    "dropout": 0.2,
+    "epochs": 30,
+    "retrain_epochs": 5,
+    "batch_size": 128,
+    "weight_decay": 5e-4,
+  },
+}
+
+flags.DEFINE_string(
+  "workdir",
+  None,
+  "Run directory: flags, metrics, results.json, the soup and the figure. It must hold no "
+  "other run. Default: a new folder in runs/, named by date and time.",
+)
+flags.DEFINE_string(
+  "dataset",
+  "digits",
+  "'digits' (8x8 images that come with scikit-learn), the name of a TFDS image "
+  "classification set such as 'cifar10', or the path of an .npz with train_images uint8 "
+  "[n, height, width, channels], train_labels int [n], test_images and test_labels.",
+)
+flags.DEFINE_string(
+  "data_dir", None, "Where TFDS finds prepared data. Default: TFDS's own folder."
+)
+flags.DEFINE_string(
+  "cache_dir", None, "Where decoded TFDS images are kept. Default: ~/.cache/jaxsms."
+)
+flags.DEFINE_string(
+  "model",
+  None,
+  f"Network: {', '.join(models.MODELS)}. Default: mlp for digits, else resnet20.",
+)
+flags.DEFINE_list(
+  "hidden",
+  None,
+  "Widths of the MLP's hidden layers. Default: 256,256 for digits, else 512.",
+)
+flags.DEFINE_float(
+  "dropout", None, "Dropout rate of the MLP. Default: 0 for digits, else 0.2.", 0.0, 0.99
+)
+flags.DEFINE_integer("ingredients", 5, "m: copies retrained and averaged in each phase.")
+flags.DEFINE_integer("phases", 3, "Number of prune-retrain-merge cycles.")
+flags.DEFINE_float("goal_sparsity", 0.98, "Sparsity after the last phase, in [0, 1).")
+flags.DEFINE_integer(
+  "epochs", None, "Epochs of dense training. Default: set by the data set."
+)
+flags.DEFINE_integer(
+  "retrain_epochs",
+  None,
+  "Epochs of each phase; 0 only prunes. Default: set by the data set.",
+)
+flags.DEFINE_integer(
+  "batch_size", None, "Examples of one copy in a step. Default: 20 for digits, else 128."
+)
+flags.DEFINE_integer("seed", 0, "The first seed; it decides everything random in a run.")
+flags.DEFINE_integer(
+  "seeds", 1, "How many seeds to run, one after another, from --seed on."
+)
+flags.DEFINE_float("learning_rate", 0.1, "Largest learning rate of dense training.")
+flags.DEFINE_float("momentum", 0.9, "Momentum of SGD, in [0, 1).")
+flags.DEFINE_float(
+  "weight_decay",
+  None,
+  "L2 coefficient, on all parameters. Nesterov momentum where it is above 0. Default: 1e-4 "
+  "for digits, else 5e-4.",
+)
+flags.DEFINE_string(
+  "pretrain_schedule", "Linear", f"One of {', '.join(PRETRAIN_SCHEDULES)}."
+)
+flags.DEFINE_float("warmup_epochs", 0.0, "Linear warmup of dense training, in epochs.")
+flags.DEFINE_string("retrain_schedule", "LLR", f"One of {', '.join(RETRAIN_SCHEDULES)}.")
+flags.DEFINE_string("scope", "global", f"Magnitudes compared: {' or '.join(SCOPES)}.")
+flags.DEFINE_string(
+  "augmentation",
+  None,
+  f"Of training images: {', '.join(AUGMENTATIONS)}. Default: set by the data set.",
+)
+flags.DEFINE_list(
+  "baselines",
+  list(BASELINES),
+  "Compared at the same sparsities: imp (one copy, the same epochs), imp_mx (one copy, m "
+  "times the epochs); an empty list for none.",
+)
+flags.DEFINE_integer(
+  "chunk_steps", 50, "Most training steps between two looks of the progress bar."
+)
+
+
+class Settings(NamedTuple):
+  """Every flag of a run with its value for the data set filled in."""
+
+  dataset: str
+  data_dir: str | None
+  cache_dir: str | None
+  model: str
+  hidden: tuple[int, ...]
+  dropout: float
+  ingredients: int
+  phases: int
+  goal_sparsity: float
+  epochs: int
+  retrain_epochs: int
+  batch_size: int
+  seed: int
+  seeds: int
+  learning_rate: float
+  momentum: float
+  weight_decay: float
+  pretrain_schedule: str
+  warmup_epochs: float
+  retrain_schedule: str
+  scope: str
+  augmentation: str | None
+  baselines: tuple[str, ...]
+  chunk_steps: int
+
+
+def read_settings() -> Settings:
+  """The parsed flags, checked as far as they can be without the data.
+
+  Raises:
+    ValueError: a flag is out of range or names something unknown.
+  """
+  defaults = DEFAULTS.get(FLAGS.dataset, DEFAULTS["other"])
+  values = {name: FLAGS[name].value for name in Settings._fields}
+  values |= {name: value for name, value in defaults.items() if values[name] is None}
+  if any(not str(width).strip().isdigit() for width in values["hidden"]):
+    raise ValueError(
+      f"--hidden is {','.join(values['hidden'])}: give whole numbers, such as 256,256"
+    )
+  values["hidden"] = tuple(int(width) for width in values["hidden"])
+  values["baselines"] = tuple(name for name in values["baselines"] if name)
+  settings = Settings(**values)
+  _check(settings)
+  return settings
+
+
+def _check(s: Settings) -> None:
+  check_name("model", s.model, models.MODELS)
+  check_name("pretraining schedule", s.pretrain_schedule, PRETRAIN_SCHEDULES)
+  check_name("retraining schedule", s.retrain_schedule, RETRAIN_SCHEDULES)
+  check_name("scope", s.scope, SCOPES)
+  if s.augmentation is not None:
+    check_name("augmentation", s.augmentation, AUGMENTATIONS)
+  for name in s.baselines:
+    check_name("baseline", name, BASELINES)
+  check_sparsity(s.goal_sparsity, "--goal_sparsity")
+  for name in ("ingredients", "phases", "epochs", "batch_size", "seeds", "chunk_steps"):
+    if getattr(s, name) < 1:
+      raise ValueError(f"--{name} is {getattr(s, name)}: it must be at least 1")
+  for name in ("retrain_epochs", "seed", "weight_decay", "warmup_epochs"):
+    if getattr(s, name) < 0:
+      raise ValueError(f"--{name} is {getattr(s, name)}: it must not be negative")
+  if not s.learning_rate > 0:
+    raise ValueError(f"--learning_rate is {s.learning_rate}: it must be above 0")
+  if not 0 <= s.momentum < 1:
+    raise ValueError(f"--momentum is {s.momentum}: it must be in [0, 1)")
+  if s.warmup_epochs >= s.epochs:
+    raise ValueError(
+      f"--warmup_epochs is {s.warmup_epochs:g} of --epochs {s.epochs}: the warmup must be "
+      "shorter than the training"
+    )
+
+
+def check_data(settings: Settings, dataset: Dataset, train_size: int) -> None:
+  """Raises ValueError where settings do not fit the data."""
+  if settings.batch_size > train_size:
+    raise ValueError(
+      f"--batch_size is {settings.batch_size}, but the training split of {dataset.name} "
+      f"has {train_size} examples (after 10 % went to validation): choose at most that"
+    )
+
+
+def flagfile(settings: Settings) -> str:
+  """The settings as a file for --flagfile; the run directory is not among them."""
+  lines = []
+  for name, value in settings._asdict().items():
+    if value is None:
+      continue
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    lines.append(f"--{name}={text}\n")
+  return "".join(lines)

@@ -1,0 +1,76 @@
+"""Sparse Model Soups in JAX."""
+
+from jaxsms.geometry import (
+  interpolate,
+  loss_along_line,
+  loss_barrier,
+  soup_geometry,
+)
+from jaxsms.ingredients import make_mesh, map_ingredients, pad_ingredients
+from jaxsms.metrics import (
+  accuracy,
+  balanced_accuracy,
+  calibration_error,
+  class_accuracies,
+  cross_entropy,
+  worst_class_accuracy,
+)
+from jaxsms.pruning import (
+  apply_masks,
+  magnitude_masks,
+  masks_from_keys,
+  phase_sparsity,
+  random_masks,
+  sparsity,
+)
+from jaxsms.schedules import pretrain_schedule, retrain_schedule
+from jaxsms.sms import (
+  Phase,
+  SparseSoup,
+  merge_phase,
+  prune_phase,
+  retrain_phase,
+  sparse_model_soup,
+)
+from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
+from jaxsms.transforms import masked
+from jaxsms.trees import prunable, stack, unstack
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "Phase",
+  "SparseSoup",
+  "accuracy",
+  "apply_masks",
+  "balanced_accuracy",
+  "calibration_error",
+  "class_accuracies",
+  "cross_entropy",
+  "greedy_soup",
+  "interpolate",
+  "loss_along_line",
+  "loss_barrier",
+  "magnitude_masks",
+  "make_mesh",
+  "map_ingredients",
+  "masked",
+  "masks_from_keys",
+  "merge_phase",
+  "pad_ingredients",
+  "phase_sparsity",
+  "prediction_ensemble",
+  "pretrain_schedule",
+  "prunable",
+  "prune_phase",
+  "random_masks",
+  "retrain_phase",
+  "retrain_schedule",
+  "soup_geometry",
+  "sparse_model_soup",
+  "sparsity",
+  "stack",
+  "uniform_soup",
+  "unstack",
+  "worst_class_accuracy",
+]

@@ -1,0 +1,49 @@
+"""Which training examples are held out for validation."""
+
+import operator
+
+import numpy as np
+
+
+def train_validation_split(
+  n: int, fraction: float = 0.1, seed: int = 42
+) -> tuple[np.ndarray, np.ndarray]:
+  """Holds out a fixed random share of the training set.
+
+  Args:
+    n: number of training examples.
+    fraction: share held out, between 0 and 1; round(fraction * n) examples.
+    seed: decides which; the same seed gives the same split.
+
+  Returns:
+    (training, validation) indices, int64, each sorted; together 0 to n - 1.
+
+  Raises:
+    ValueError: `n` is no positive integer, `fraction` is not between 0 and 1, `seed` is
+      negative, or one side would be empty.
+
+  References:
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (10 % held out, seed 42)
+  """
+  n, seed = _integer("n", n, 1), _integer("seed", seed, 0)
+  if not 0 < fraction < 1:
+    raise ValueError(f"fraction is {fraction}: give a share between 0 and 1, both excluded")
+  held_out = round(fraction * n)
+  if not 0 < held_out < n:
+    side = "validation" if held_out == 0 else "training"
+    raise ValueError(
+      f"fraction {fraction} of {n} examples leaves none for {side}: give more examples "
+      "or another fraction"
+    )
+  order = np.random.default_rng(seed).permutation(n)
+  return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _integer(what, value, least):
+  try:
+    value = operator.index(value)
+  except TypeError:
+    raise ValueError(f"{what} is {value!r}: give an integer") from None
+  if value < least:
+    raise ValueError(f"{what} is {value}: give an integer of at least {least}")
+  return value

@@ -1,0 +1,130 @@
+"""Where models lie: distances, angles, and the loss on the line between two."""
+
+from collections.abc import Callable
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+
+from jaxsms.soups import uniform_soup
+from jaxsms.trees import PyTree, is_floating, number_of_models
+
+
+def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
+  """How far apart m models are.
+
+  Args:
+    stacked: parameters alone, leaves [m, ...]; batch statistics would count as
+      directions. Only floating leaves are looked at.
+
+  Returns:
+    dict of float32 scalars: `max_`, `min_`, `mean_` + `l2_distance` and `angle` (between
+    the models seen from the origin, in degrees) over all pairs, and `max_`, `min_` +
+    `barycentre_distance` to the uniform soup. With one model all are 0.
+
+  Raises:
+    ValueError: leaves disagree on m, or none is floating.
+  """
+  m = number_of_models(stacked)
+  leaves = [
+    x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    for x in jax.tree.leaves(stacked)
+    if is_floating(x)
+  ]
+  if not leaves:
+    raise ValueError("no leaf is floating: there is nothing to measure")
+
+  norms = jax.lax.map(lambda i: _norm([x[i] for x in leaves]), jnp.arange(m))
+  # Directions of all-zero models are taken as 0, not NaN.
+  inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+
+  def distance_and_angle(pair):
+    i, j = pair
+    u, v = [x[i] * inverse[i] for x in leaves], [x[j] * inverse[j] for x in leaves]
+    apart = _norm([a - b for a, b in zip(u, v, strict=True)])
+    along = _norm([a + b for a, b in zip(u, v, strict=True)])
+    # Kahan's formula: exact for small angles, where the arc cosine is not.
+    angle = jnp.degrees(2 * jnp.arctan2(apart, along))
+    return _norm([x[i] - x[j] for x in leaves]), angle
+
+  pairs = jnp.array(list(combinations(range(m), 2)) or [(0, 0)]).T
+  distances, angles = jax.lax.map(distance_and_angle, (pairs[0], pairs[1]))
+  centre = uniform_soup(leaves)
+  to_centre = jax.lax.map(
+    lambda i: _norm([x[i] - c for x, c in zip(leaves, centre, strict=True)]),
+    jnp.arange(m),
+  )
+  measured = {}
+  for name, values, statistics in (
+    ("l2_distance", distances, ("max", "min", "mean")),
+    ("angle", angles, ("max", "min", "mean")),
+    ("barycentre_distance", to_centre, ("max", "min")),
+  ):
+    for statistic in statistics:
+      measured[f"{statistic}_{name}"] = getattr(jnp, statistic)(values)
+  return measured
+
+
+def interpolate(a: PyTree, b: PyTree, weight: float | jax.Array) -> PyTree:
+  """The model between two: (1 - weight) * a + weight * b.
+
+  Args:
+    a: tree of parameters, at weight 0.
+    b: a tree of the same structure and shapes, at weight 1.
+    weight: position on the line, float [].
+
+  Returns:
+    A tree as `a`, with its dtypes; leaves that are not floating come from it.
+  """
+
+  def leaf(x, y):
+    return ((1 - weight) * x + weight * y).astype(x.dtype) if is_floating(x) else x
+
+  return jax.tree.map(leaf, a, b)
+
+
+def loss_along_line(
+  a: PyTree, b: PyTree, loss: Callable[[PyTree], jax.Array], points: int = 11
+) -> tuple[jax.Array, jax.Array]:
+  """The loss at evenly spaced models between two.
+
+  Args:
+    a: parameters at position 0.
+    b: parameters at position 1.
+    loss: jittable function of one model's parameters, giving a scalar.
+    points: how many positions, both ends included, at least 2.
+
+  Returns:
+    Positions, float32 [points], and losses [points].
+
+  Raises:
+    ValueError: fewer than 2 points.
+
+  References:
+    Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+  """
+  if points < 2:
+    raise ValueError(f"points is {points}: both ends are needed, so at least 2")
+  positions = jnp.linspace(0, 1, points)
+  return positions, jax.lax.map(lambda t: loss(interpolate(a, b, t)), positions)
+
+
+def loss_barrier(losses: jax.Array) -> jax.Array:
+  """How far the loss rises above the straight line between its ends.
+
+  Args:
+    losses: float [points], as `loss_along_line` gives them.
+
+  Returns:
+    float []; 0 where the loss never rises above that line.
+
+  References:
+    Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+  """
+  losses = jnp.asarray(losses)
+  straight = jnp.linspace(losses[0], losses[-1], len(losses))
+  return jnp.max(losses - straight)
+
+
+def _norm(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.sqrt(sum(jnp.sum(jnp.abs(x) ** 2) for x in leaves))

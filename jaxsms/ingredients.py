@@ -1,0 +1,140 @@
+"""Maps the work of one copy over all of them, and over all devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxsms.trees import PyTree, number_of_models
+
+INGREDIENT_AXIS = "ingredient"
+DATA_AXIS = "data"
+
+
+def map_ingredients(
+  function: Callable[..., PyTree], in_axes: Any = 0, mesh: Mesh | None = None
+) -> Callable[..., PyTree]:
+  """Maps a function of one ingredient over all m, as `jax.vmap` does, and all devices.
+
+  On a mesh each device holds its share of the copies and maps over them with vmap inside
+  shard_map; the axis "ingredient" is manual, other axes are left to the compiler. Where m
+  does not divide evenly, copies of the last ingredient fill up the devices and are dropped
+  from the result: pass arguments that `pad_ingredients` filled up to save that work.
+
+  Args:
+    function: pure and jittable, of one ingredient.
+    in_axes: 0 for an argument with leading axis m, None for one that all share; one value,
+      or a tuple with one for each positional argument.
+    mesh: None for one device, else a mesh with an axis "ingredient", as `make_mesh` gives.
+
+  Returns:
+    A function of the same positional arguments, whose results have leading axis m.
+
+  Raises:
+    ValueError: in_axes does not fit the arguments, they disagree on m, or the mesh has no
+      axis "ingredient".
+  """
+  if mesh is not None and INGREDIENT_AXIS not in mesh.shape:
+    raise ValueError(
+      f"the mesh has axes {tuple(mesh.shape)}: it needs one named {INGREDIENT_AXIS!r}, as "
+      "jaxsms.make_mesh gives"
+    )
+
+  def mapped(*args):
+    axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+    if len(axes) != len(args) or any(axis not in (0, None) for axis in axes):
+      raise ValueError(
+        f"in_axes {in_axes} for {len(args)} arguments: give 0 or None for each of them"
+      )
+    if 0 not in axes:
+      raise ValueError(
+        f"in_axes {in_axes} gives no argument a leading axis: at least one must be 0"
+      )
+    m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
+    over_copies = jax.vmap(function, in_axes=axes, axis_size=m)
+    if mesh is None:
+      return over_copies(*args)
+    padded = [
+      a if axis is None else pad_ingredients(a, mesh.shape[INGREDIENT_AXIS])[0]
+      for a, axis in zip(args, axes, strict=True)
+    ]
+    specs = tuple(
+      PartitionSpec() if axis is None else PartitionSpec(INGREDIENT_AXIS) for axis in axes
+    )
+    sharded = jax.shard_map(
+      jax.vmap(function, in_axes=axes),
+      mesh=mesh,
+      in_specs=specs,
+      out_specs=PartitionSpec(INGREDIENT_AXIS),
+      axis_names={INGREDIENT_AXIS},
+      check_vma=False,
+    )
+    return jax.tree.map(lambda x: x[:m], sharded(*padded))
+
+  return mapped
+
+
+def pad_ingredients(stacked: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]:
+  """Repeats the last ingredient until their number divides evenly.
+
+  Args:
+    stacked: tree with leaves [m, ...].
+    multiple: the number of devices that share the ingredients, at least 1.
+
+  Returns:
+    The tree with leaves [k, ...], k the next multiple, and bool [k]: which are valid. To
+    leave the others out of a soup give them weight 0.
+
+  Raises:
+    ValueError: leaves disagree on m, or `multiple` is below 1.
+  """
+  if multiple < 1:
+    raise ValueError(f"multiple is {multiple}: at least 1 is needed")
+  m = number_of_models(stacked)
+  k = -(-m // multiple) * multiple
+  source = np.minimum(np.arange(k), m - 1)
+  padded = stacked if k == m else jax.tree.map(lambda x: x[source], stacked)
+  return padded, np.arange(k) < m
+
+
+def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mesh:
+  """A mesh ("ingredient", "data") over the devices.
+
+  Args:
+    ingredient: devices along the copies; None means all that are left.
+    data: devices that share the batch of one copy.
+    devices: which to use; None means all.
+
+  Returns:
+    A mesh whose axes the compiler places (AxisType.Auto).
+
+  Raises:
+    ValueError: the product is larger than the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  ingredient = len(devices) // max(data, 1) if ingredient is None else ingredient
+  if ingredient < 1 or data < 1 or ingredient * data > len(devices):
+    raise ValueError(
+      f"a mesh of {ingredient} x {data} devices does not fit {len(devices)} of them: the "
+      "product of both axes must be between 1 and that"
+    )
+  return jax.make_mesh(
+    (ingredient, data),
+    (INGREDIENT_AXIS, DATA_AXIS),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices[: ingredient * data],
+  )
+
+
+def take_ingredients(stacked: PyTree, indices) -> PyTree:
+  """The ingredients at the given indices: leaves [m, ...] -> [len(indices), ...]."""
+  indices = jnp.asarray(indices)
+  return jax.tree.map(lambda x: x[indices], stacked)
+
+
+def repeat_model(params: PyTree, m: int) -> PyTree:
+  """m equal copies: leaves [...] -> [m, ...]."""
+  return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (m, *x.shape)), params)

@@ -1,0 +1,81 @@
+"""Layers with PyTorch's default initialisation, for the networks of the paper."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.convolution import conv_general_dilated
+
+# PyTorch draws weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too.
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+  """Uniform in +-1/sqrt(fan_in), as PyTorch draws the bias of a layer with that fan-in."""
+  bound = 1 / np.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def dense(features: int, inputs: jax.Array, name: str | None = None) -> jax.Array:
+  """A dense layer with bias, [..., inputs] -> [..., features]."""
+  layer = nn.Dense(
+    features, kernel_init=kernel_init, bias_init=bias_init(inputs.shape[-1]), name=name
+  )
+  return layer(inputs)
+
+
+def conv(
+  features: int,
+  kernel_size: int,
+  inputs: jax.Array,
+  stride: int = 1,
+  use_bias: bool = False,
+  name: str | None = None,
+) -> jax.Array:
+  """A square convolution, [b, h, w, c] -> [b, h / stride, w / stride, features].
+
+  Padded by kernel_size // 2 on every side, as the reference does; "SAME" would pad strided
+  convolutions on one side only.
+  """
+  pad = kernel_size // 2
+  layer = nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    strides=(stride, stride),
+    padding=((pad, pad), (pad, pad)),
+    use_bias=use_bias,
+    kernel_init=kernel_init,
+    bias_init=bias_init(kernel_size**2 * inputs.shape[-1]),
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
+  return layer(inputs)
+
+
+def batch_norm(
+  inputs: jax.Array, train: bool, momentum: float, name: str | None = None
+) -> jax.Array:
+  """Batch normalization over all axes but the last; `momentum` is of the running mean."""
+  return nn.BatchNorm(
+    use_running_average=not train, momentum=momentum, epsilon=1e-5, name=name
+  )(inputs)
+
+
+def flatten(images: jax.Array) -> jax.Array:
+  """[batch, ...] -> [batch, values]."""
+  return images.reshape(images.shape[0], -1)
+
+
+def hidden_widths(hidden: Sequence[int]) -> tuple[int, ...]:
+  """Widths as a tuple (linen fields must be hashable); ValueError where one is below 1."""
+  widths = tuple(int(w) for w in hidden)
+  if any(w < 1 for w in widths):
+    raise ValueError(f"hidden widths are {list(widths)}: each must be at least 1")
+  return widths

@@ -1,0 +1,303 @@
+"""Which weights to remove: scores and scopes -> masks."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.names import check_name
+from jaxsms.trees import (
+  Prunable,
+  PyTree,
+  check_finite,
+  check_same_structure,
+  is_array,
+  is_concrete,
+  is_floating,
+)
+from jaxsms.trees import prunable as default_prunable
+
+SCOPES = ("global", "uniform")
+
+
+def magnitude_masks(
+  params: PyTree,
+  sparsity: float | jax.Array,
+  scope: str = "global",
+  prunable: Prunable | None = None,
+  masks: PyTree | None = None,
+) -> PyTree:
+  """Removes the weights of smallest magnitude.
+
+  Exactly round(sparsity * n) of n prunable entries are removed. Among equal magnitudes
+  the entries at earlier positions (leaf by leaf, each in row-major order) go first.
+
+  Args:
+    params: tree of parameters, with leaves of any shape.
+    sparsity: share of the prunable entries to remove, in [0, 1). Give a Python float: a
+      traced value is float32, and the count is then rounded in float32.
+    scope: "global" compares all prunable entries with one another; "uniform" removes
+      round(sparsity * n) of each leaf's n entries.
+    prunable: which leaves to prune, called with key path and leaf; None means
+      `jaxsms.prunable`.
+    masks: earlier masks. What they removed stays removed and counts, also where that is
+      more than asked.
+
+  Returns:
+    Tree of bool arrays with the structure and shapes of `params`: True where an entry
+    is kept, all True where a leaf is not prunable.
+
+  Raises:
+    ValueError: sparsity outside [0, 1), unknown scope, nothing prunable, values that
+      are not finite, or masks of another structure.
+
+  References:
+    Han et al., 2015, https://arxiv.org/abs/1506.02626
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 2
+  """
+  check_finite(params)
+  widest = jnp.result_type(jnp.float32, *filter(is_floating, jax.tree.leaves(params)))
+  wide = jnp.finfo(widest).bits > 32
+
+  def magnitude_key(leaf):  # non-negative floats are ordered as their bits are
+    magnitude = jnp.abs(leaf).astype(jnp.float64 if wide else jnp.float32)
+    return jax.lax.bitcast_convert_type(magnitude, jnp.uint64 if wide else jnp.uint32)
+
+  return masks_from_keys(params, magnitude_key, sparsity, scope, prunable, masks)
+
+
+def random_masks(
+  key: jax.Array,
+  params: PyTree,
+  sparsity: float | jax.Array,
+  scope: str = "global",
+  prunable: Prunable | None = None,
+  masks: PyTree | None = None,
+) -> PyTree:
+  """Removes weights at random: as `magnitude_masks`, with random scores.
+
+  Args:
+    key: a typed key, `jax.random.key(...)`.
+    params: tree of parameters; only shapes and names matter.
+    sparsity: share of the prunable entries to remove, in [0, 1).
+    scope: "global" or "uniform", see `magnitude_masks`.
+    prunable: which leaves to prune; None means `jaxsms.prunable`.
+    masks: earlier masks, whose removed entries stay removed.
+
+  Returns:
+    Tree of bool arrays with the structure of `params`, True where an entry is kept.
+
+  Raises:
+    ValueError: as `magnitude_masks`, but for values that are not finite.
+  """
+  count = iter(range(len(jax.tree.leaves(params))))
+
+  def random_key(leaf):
+    return jax.random.bits(jax.random.fold_in(key, next(count)), leaf.shape)
+
+  return masks_from_keys(params, random_key, sparsity, scope, prunable, masks)
+
+
+def masks_from_keys(
+  params: PyTree,
+  sort_key: Callable[[jax.Array], jax.Array],
+  sparsity: float | jax.Array,
+  scope: str = "global",
+  prunable: Prunable | None = None,
+  masks: PyTree | None = None,
+) -> PyTree:
+  """Removes the entries with the smallest sort keys; a criterion is one such function.
+
+  Args:
+    params: tree of parameters.
+    sort_key: gives an unsigned integer array of the shape of a prunable leaf, all of
+      one dtype. Smaller means removed earlier.
+    sparsity: share of the prunable entries to remove, in [0, 1).
+    scope: "global" or "uniform", see `magnitude_masks`.
+    prunable: which leaves to prune; None means `jaxsms.prunable`.
+    masks: earlier masks, whose removed entries stay removed.
+
+  Returns:
+    Tree of bool arrays with the structure of `params`, True where an entry is kept.
+
+  Raises:
+    ValueError: see `magnitude_masks`.
+  """
+  check_sparsity(sparsity)
+  check_name("scope", scope, SCOPES)
+  chosen = prunable_flags(params, prunable)
+  if masks is not None:
+    check_same_structure(params, masks, "params and masks")
+  leaves, structure = jax.tree.flatten(params)
+  old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
+
+  numbers = [i for i, flag in enumerate(chosen) if flag]
+  groups = [numbers] if scope == "global" else [[i] for i in numbers]
+  new = [jnp.ones(np.shape(leaf), bool) for leaf in leaves]
+  for group in groups:
+    keys = [sort_key(leaves[i]) for i in group]
+    kept = [
+      jnp.ones(leaves[i].shape, bool) if old[i] is None else jnp.asarray(old[i], bool)
+      for i in group
+    ]
+    goal = removal_count(sparsity, sum(k.size for k in keys))
+    for i, mask in zip(group, _keep_largest(keys, kept, goal), strict=True):
+      new[i] = mask
+  return jax.tree.unflatten(structure, new)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+  """Sets removed entries to exactly 0.
+
+  Args:
+    params: tree of parameters.
+    masks: tree of bool arrays with the structure of `params`, True where kept. Their
+      shapes broadcast, so masks [...] serve stacked parameters [m, ...].
+
+  Returns:
+    A tree as `params`. Gradients through it are 0 at removed entries.
+
+  Raises:
+    ValueError: the structures differ.
+  """
+  if jax.tree.structure(params) != jax.tree.structure(masks):
+    raise ValueError(
+      "params and masks have different tree structures: make the masks from these params"
+    )
+  return jax.tree.map(_apply_mask, params, masks)
+
+
+def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
+  """The share of exact zeros among the prunable entries.
+
+  Args:
+    params: tree of parameters.
+    prunable: which leaves count; None means `jaxsms.prunable`.
+
+  Returns:
+    float32 [], in [0, 1].
+
+  Raises:
+    ValueError: nothing is prunable.
+  """
+  flags = prunable_flags(params, prunable)
+  leaves = [x for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
+  zeros = sum(jnp.sum(x == 0) for x in leaves)
+  return zeros / sum(x.size for x in leaves)
+
+
+def phase_sparsity(goal: float, phase: int, phases: int) -> float:
+  """The sparsity after one of several phases that each remove the same fraction.
+
+  1 - (1 - goal)^(phase / phases): each phase removes 1 - (1 - goal)^(1 / phases) of
+  what remained.
+
+  Args:
+    goal: sparsity after the last phase, in [0, 1).
+    phase: from 1 to `phases`.
+    phases: how many there are, at least 1.
+
+  Returns:
+    The sparsity, exactly `goal` after the last phase.
+
+  Raises:
+    ValueError: an argument is out of range.
+  """
+  check_sparsity(goal, "goal sparsity")
+  if phases < 1:
+    raise ValueError(f"phases is {phases}: at least 1 phase is needed")
+  if not 1 <= phase <= phases:
+    raise ValueError(f"phase is {phase}: phases count from 1 to {phases}")
+  return goal if phase == phases else 1 - (1 - goal) ** (phase / phases)
+
+
+def check_sparsity(value: float | jax.Array, what: str = "sparsity") -> None:
+  """Raises ValueError where a concrete sparsity is outside [0, 1)."""
+  if is_concrete(value) and not 0 <= float(value) < 1:
+    raise ValueError(
+      f"{what} is {float(value):g}: it is the share of weights to remove, in [0, 1)"
+    )
+
+
+def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:
+  """round(sparsity * size), worked out on the host in float64 where it can be."""
+  if is_concrete(sparsity):
+    return round(float(sparsity) * size)
+  return jnp.round(sparsity * size).astype(jnp.int32)
+
+
+def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[bool]:
+  """For each leaf, in the order of `jax.tree.leaves`, whether it is prunable.
+
+  Raises:
+    ValueError: no leaf is.
+  """
+  prunable = prunable or default_prunable
+  flags = [
+    bool(is_array(leaf) and prunable(path, leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  if not any(flags):
+    raise ValueError(
+      f"none of the {len(flags)} leaves of params is prunable: pass the parameters of a "
+      "model with dense or convolution layers, or your own prunable(path, leaf)"
+    )
+  return flags
+
+
+def _apply_mask(leaf, mask):
+  if not is_array(leaf):
+    return leaf
+  leaf = jnp.asarray(leaf)
+  return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+@jax.jit
+def _keep_largest(
+  keys: list[jax.Array], kept: list[jax.Array], goal: int | jax.Array
+) -> list[jax.Array]:
+  """Masks without the entries of smallest key, so that `goal` are removed in all.
+
+  The threshold is found by bisecting on the bits of the key, the last tied entry by
+  bisecting on its position: no sorting, no index arrays.
+  """
+  removed = sum(k.size - jnp.sum(k, dtype=jnp.int32) for k in kept)
+  count = jnp.maximum(goal - removed, 0)
+
+  def count_below(threshold):
+    """How many kept entries have a key smaller than the threshold."""
+    pairs = zip(keys, kept, strict=True)
+    return sum(jnp.sum(m & (k < threshold), dtype=jnp.int32) for k, m in pairs)
+
+  # The largest threshold with no more than `count` entries below it.
+  dtype = jnp.result_type(*keys)
+  bits = np.iinfo(dtype).bits
+
+  def set_bit(i, threshold):
+    trial = threshold | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+    return jnp.where(count_below(trial) <= count, trial, threshold)
+
+  threshold = jax.lax.fori_loop(0, bits, set_bit, jnp.zeros((), dtype))
+  tied = [m & (k == threshold) for k, m in zip(keys, kept, strict=True)]
+  left = count - count_below(threshold)
+
+  new = []
+  for k, m, tie in zip(keys, kept, tied, strict=True):
+    here = jnp.minimum(left, jnp.sum(tie, dtype=jnp.int32))
+    new.append(m & (k >= threshold) & ~_first_true(tie, here))
+    left = left - here
+  return new
+
+
+def _first_true(flags: jax.Array, count: jax.Array) -> jax.Array:
+  """Only the first `count` True entries, in row-major order."""
+  position = jnp.arange(flags.size, dtype=jnp.int32).reshape(flags.shape)
+
+  def set_bit(i, end):
+    trial = end | (1 << (30 - i))
+    before = jnp.sum(flags & (position < trial), dtype=jnp.int32)
+    return jnp.where(before <= count, trial, end)
+
+  end = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros((), jnp.int32))
+  return flags & (position < end)

@@ -1,0 +1,221 @@
+"""Tables and figures of a run's results."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Results = dict[str, Any]
+
+# Key in a phase's record -> what readers see, in the order of table and figure.
+METHODS = {
+  "soup": "Sparse soup",
+  "mean_candidate": "Mean candidate",
+  "best_candidate": "Best candidate",
+  "imp": "IMP",
+  "imp_mx": "IMP {m}x",
+}
+# Colour-blind safe (Okabe and Ito) and told apart by marker in black and white.
+STYLES = {
+  "soup": ("#D55E00", "o"),
+  "mean_candidate": ("#0072B2", "s"),
+  "best_candidate": ("#56B4E9", "^"),
+  "imp": ("#009E73", "v"),
+  "imp_mx": ("#CC79A7", "D"),
+}
+
+
+class Estimate(NamedTuple):
+  """Over seeds: mean, standard deviation (n - 1) and half of the mean's 95 % interval.
+
+  With one seed the latter two are NaN.
+  """
+
+  mean: float
+  std: float
+  half_width: float
+
+
+def estimate(values: list[float]) -> Estimate:
+  """Mean, standard deviation, and half the 95 % interval of the mean (Student t)."""
+  x = np.asarray(values, np.float64)
+  if len(x) < 2:
+    return Estimate(float(x.mean()), math.nan, math.nan)
+  std = float(x.std(ddof=1))
+  half_width = float(stats.t.ppf(0.975, len(x) - 1) * std / math.sqrt(len(x)))
+  return Estimate(float(x.mean()), std, half_width)
+
+
+def summarize(seeds: list[Results], metric: str = "test_accuracy") -> list[Results]:
+  """Statistics over the seeds of a run, phase by phase.
+
+  Args:
+    seeds: entries of `results.json`, each with `dense` and `phases`; all of equally many
+      phases.
+    metric: which entry of a model's metrics.
+
+  Returns:
+    One dict per phase: `phase`, `sparsity`, and for `dense` and each method that the phase
+    holds `mean`, `std`, and (but for the soup itself) `soup_minus`: mean and `half_width`
+    of the 95 % interval of the paired difference. What one seed cannot give is None.
+  """
+  summary = []
+  for phases in zip(*(seed["phases"] for seed in seeds), strict=True):
+    dense = [seed["dense"][metric] for seed in seeds]
+    row = {"phase": phases[0]["phase"], "sparsity": estimate_of(phases, "sparsity").mean}
+    soup = np.array([p["soup"][metric] for p in phases])
+    methods = [name for name in METHODS if name in phases[0]]
+    for name in ["dense", *methods]:
+      values = dense if name == "dense" else [p[name][metric] for p in phases]
+      value = estimate(values)
+      row[name] = {"mean": value.mean, "std": _none_for_nan(value.std)}
+      if name != "soup":
+        gain = estimate(soup - np.array(values))
+        row[name]["soup_minus"] = {
+          "mean": gain.mean,
+          "half_width": _none_for_nan(gain.half_width),
+        }
+    summary.append(row)
+  return summary
+
+
+def estimate_of(phases: tuple[Results, ...], key: str) -> Estimate:
+  """`estimate` of one entry over the same phase of all seeds."""
+  return estimate([p[key] for p in phases])
+
+
+def _none_for_nan(value: float) -> float | None:
+  return None if math.isnan(value) else value
+
+
+def method_title(name: str, m: int) -> str:
+  """How a method is called in tables and figures."""
+  return METHODS[name].format(m=m)
+
+
+def rows(summary: list[Results], m: int) -> tuple[list[str], list[list[str]]]:
+  """A run's table as text: header, and two rows a phase where there are several seeds.
+
+  Args:
+    summary: what `summarize` gives, of an accuracy.
+    m: number of copies.
+
+  Returns:
+    Titles of the columns; and rows of accuracies in percent (with standard deviations),
+    each followed, with several seeds, by one of the soup's paired gain over each method.
+  """
+  methods = [name for name in METHODS if name in summary[0]]
+  header = ["Phase", "Sparsity", *(method_title(name, m) for name in methods)]
+  body = []
+  for row in summary:
+    cells = [_percent(row[name]["mean"], row[name]["std"]) for name in methods]
+    body.append([str(row["phase"]), f"{100 * row['sparsity']:.2f} %", *cells])
+    if row["soup"]["std"] is not None:
+      gains = [row[name].get("soup_minus") for name in methods]
+      body.append(["", "soup minus", *("" if g is None else _gain(g) for g in gains)])
+  return header, body
+
+
+def _percent(mean: float, std: float | None) -> str:
+  return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+
+
+def _gain(gain: Results) -> str:
+  low = gain["mean"] - gain["half_width"]
+  high = gain["mean"] + gain["half_width"]
+  return f"{100 * gain['mean']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def caption(results: Results) -> str:
+  """What a table of this run says, in one sentence or two."""
+  flags, seeds = results["flags"], results["seeds"]
+  dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
+  text = (
+    f"Test accuracy in percent of {flags['model']} on {flags['dataset']}, "
+    f"m = {flags['ingredients']}, dense {_percent(*_mean_std(dense))}"
+  )
+  if len(seeds) == 1:
+    return text + f", seed {seeds[0]['seed']}."
+  return text + (
+    f", {len(seeds)} seeds: mean ± standard deviation; below it the paired difference of "
+    "the soup to each, with its 95 % interval."
+  )
+
+
+def _mean_std(value: Estimate) -> tuple[float, float | None]:
+  return value.mean, _none_for_nan(value.std)
+
+
+def markdown_table(header: list[str], body: list[list[str]]) -> str:
+  """A table in Markdown, numbers to the right."""
+  lines = [header, ["---:"] * len(header), *body]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def console_table(header: list[str], body: list[list[str]], title: str):
+  """The same as a rich table, to be printed on a `rich.console.Console`."""
+  from rich import box
+  from rich.table import Table
+
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for name in header:
+    table.add_column(name, justify="right")
+  for row in body:
+    table.add_row(*row, style="dim" if not row[0] else None)
+  return table
+
+
+def accuracy_figure(results: Results, path: str) -> None:
+  """Draws accuracy over sparsity for all methods of a run.
+
+  Args:
+    results: content of `results.json`.
+    path: file to write; its ending (.png, .svg) decides the format.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  m, seeds = results["flags"]["ingredients"], results["seeds"]
+  summary = summarize(seeds)
+  sparsities = np.array([row["sparsity"] for row in summary])
+  # Equal steps for equal fractions removed, as the phases remove them.
+  positions = -np.log10(1 - sparsities)
+  figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+
+  dense = summary[0]["dense"]["mean"]
+  axes.axhline(100 * dense, color="0.45", linestyle=":", label="Dense")
+  methods = [name for name in METHODS if name in summary[0]]
+  spread = 0.012 * (np.ptp(positions) or 1)
+  for number, name in enumerate(methods):
+    colour, marker = STYLES[name]
+    offset = (number - (len(methods) - 1) / 2) * spread
+    half_widths = [estimate([s["phases"][i][name]["test_accuracy"] for s in seeds])
+                   for i in range(len(summary))]  # fmt: skip
+    axes.errorbar(
+      positions + offset,
+      [100 * row[name]["mean"] for row in summary],
+      yerr=None if len(seeds) == 1 else [100 * e.half_width for e in half_widths],
+      color=colour,
+      marker=marker,
+      capsize=2,
+      linewidth=2.2 if name == "soup" else 1.3,
+      zorder=3 if name == "soup" else 2,
+      label=method_title(name, m),
+    )
+  axes.set_xticks(positions, [f"{100 * s:.1f} %" for s in sparsities])
+  axes.minorticks_off()
+  axes.set_xlabel("Sparsity of the prunable weights")
+  axes.set_ylabel("Test accuracy in percent")
+  flags = results["flags"]
+  title = f"{flags['model']} on {flags['dataset']}, m = {m}"
+  if len(seeds) > 1:
+    title += f", {len(seeds)} seeds, bars: 95 % interval of the mean"
+  axes.set_title(title, fontsize="medium")
+  axes.grid(axis="y", color="0.9")
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.legend(frameon=False)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)

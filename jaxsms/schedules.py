@@ -1,0 +1,182 @@
+"""Learning rates of pretraining and of retraining, as optax schedules.
+
+A schedule is a function of the step, scalar or array. Lengths and peaks may be traced, so
+that copies with different ones share a program; optax's own schedules branch on them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsms.names import check_name
+from jaxsms.trees import is_concrete
+
+RETRAIN_SCHEDULES = ("FT", "LRW", "SLR", "CLR", "LLR", "ALLR")
+PRETRAIN_SCHEDULES = ("Linear", "Cosine", "Constant")
+
+
+def pretrain_schedule(
+  name: str, peak_lr: float, steps: int, warmup_steps: int = 0, end_lr: float = 0.0
+) -> optax.Schedule:
+  """The learning rate of dense training.
+
+  Args:
+    name: "Linear" or "Cosine" (from `peak_lr` to `end_lr`), or "Constant".
+    peak_lr: the largest learning rate.
+    steps: length of the training in steps, warmup included.
+    warmup_steps: steps of linear warmup from 0.
+    end_lr: learning rate one step after the last.
+
+  Returns:
+    A schedule for steps 0 to steps - 1.
+
+  Raises:
+    ValueError: unknown name, no steps, or a warmup longer than the training.
+  """
+  check_name("pretraining schedule", name, PRETRAIN_SCHEDULES)
+  if steps < 1 or not 0 <= warmup_steps < steps:
+    raise ValueError(
+      f"pretraining of {steps} steps with {warmup_steps} of warmup: at least one step "
+      "must be left after the warmup"
+    )
+  length = steps - warmup_steps
+  if name == "Linear":
+    main = optax.linear_schedule(peak_lr, end_lr, length)
+  elif name == "Cosine":
+    alpha = end_lr / peak_lr if peak_lr else 0.0
+    main = optax.cosine_decay_schedule(peak_lr, length, alpha=alpha)
+  else:
+    main = optax.constant_schedule(peak_lr)
+  if not warmup_steps:
+    return main
+  warmup = optax.linear_schedule(0.0, peak_lr, warmup_steps)
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def retrain_schedule(
+  name: str,
+  pretrain_lrs: jax.Array,
+  steps: int | jax.Array,
+  *,
+  warmup_fraction: float = 0.1,
+  pretrain_warmup_steps: int = 0,
+  relative_norm_drop: float | jax.Array | None = None,
+  pruned_fraction: float | jax.Array | None = None,
+  initial_lr: float | jax.Array | None = None,
+) -> optax.Schedule:
+  """The learning rate of the retraining in one phase.
+
+  With N = `steps` and w = int(warmup_fraction * N), all but FT and LRW rise from 0 at step
+  0 to their first value at step w along half a cosine; then, with t = (step - w) / (N - w)
+  going from 0 at step w to 1 at step N:
+
+  - FT: constant, the smallest pretraining learning rate after its warmup.
+  - LRW: the last N pretraining learning rates; before the first one, the first one.
+  - SLR: the whole pretraining schedule, its warmup replaced by its largest value,
+    resampled to N - w steps.
+  - CLR: half a cosine from the largest to the smallest of them after the warmup.
+  - LLR: linear from the largest, or from `initial_lr`, to 0.
+  - ALLR: linear from clip(d / sqrt(p), min(1, N / pretraining steps), 1) times the largest,
+    d the relative norm drop of this pruning step and p the fraction it removed, to 0.
+
+  Args:
+    name: one of the above.
+    pretrain_lrs: float [pretraining steps], the learning rate of every one of them.
+    steps: N, at least 1; may be traced.
+    warmup_fraction: share of N that is warmup, in [0, 1).
+    pretrain_warmup_steps: how many of `pretrain_lrs` are warmup.
+    relative_norm_drop: d, for ALLR.
+    pruned_fraction: p, of the weights that remained, for ALLR.
+    initial_lr: the first value of LLR after the warmup; may be traced.
+
+  Returns:
+    Learning rate as a function of the step, scalar or array of ints; after the last step
+    it stays at its end.
+
+  Raises:
+    ValueError: unknown name, empty or not finite `pretrain_lrs`, a warmup that leaves
+      nothing, steps below 1, or a missing or superfluous argument of ALLR or LLR.
+
+  References:
+    Han et al., 2015 (FT), https://arxiv.org/abs/1506.02626
+    Renda et al., 2020 (LRW), https://arxiv.org/abs/2003.02389
+    Le and Hua, 2021 (SLR, CLR), https://arxiv.org/abs/2105.03193
+    Zimmer et al., 2023 (LLR, ALLR), https://arxiv.org/abs/2111.00843
+  """
+  check_name("retraining schedule", name, RETRAIN_SCHEDULES)
+  _check_lengths(pretrain_lrs, steps, warmup_fraction, pretrain_warmup_steps)
+  if name == "ALLR" and (relative_norm_drop is None or pruned_fraction is None):
+    raise ValueError("ALLR needs relative_norm_drop and pruned_fraction of this phase")
+  if initial_lr is not None and name != "LLR":
+    raise ValueError(f"initial_lr is LLR's first value: {name} has its own")
+
+  lrs = jnp.asarray(pretrain_lrs, jnp.float32)
+  after_warmup = lrs[pretrain_warmup_steps:]
+  largest, smallest = jnp.max(lrs), jnp.min(after_warmup)
+  warmup = 0 if name in ("FT", "LRW") else _whole_steps(warmup_fraction, steps)
+
+  def main(i):
+    """The learning rate i steps after the warmup; i may be 0, or past the end."""
+    t = jnp.clip(i / (steps - warmup), 0, 1)
+    if name == "FT":
+      return jnp.full_like(t, smallest)
+    if name == "LRW":
+      return lrs[jnp.clip(len(lrs) - steps + i, 0, len(lrs) - 1)]
+    if name == "SLR":
+      whole = jnp.where(jnp.arange(len(lrs)) < pretrain_warmup_steps, largest, lrs)
+      index = _scaled(jnp.clip(i, 0, steps - warmup), len(lrs), steps - warmup)
+      return whole[jnp.minimum(index, len(lrs) - 1)]
+    if name == "CLR":
+      return smallest + (largest - smallest) * (1 + jnp.cos(jnp.pi * t)) / 2
+    first = largest if initial_lr is None else initial_lr
+    if name == "ALLR":
+      lowest = jnp.minimum(1.0, steps / len(lrs))
+      # Where nothing was pruned the drop is 0: the lowest value then, not 0 / 0.
+      drop = relative_norm_drop / jnp.sqrt(jnp.maximum(pruned_fraction, 1e-30))
+      first = largest * jnp.clip(drop, lowest, 1.0)
+    return first * (1 - t)
+
+  def schedule(step):
+    step = jnp.asarray(step)
+    value = main(step - warmup)
+    rise = (1 - jnp.cos(jnp.pi * step / jnp.maximum(warmup, 1))) / 2
+    return jnp.where(step < warmup, rise * main(jnp.zeros_like(step)), value)
+
+  return schedule
+
+
+def _whole_steps(fraction: float, steps: int | jax.Array) -> int | jax.Array:
+  """int(fraction * steps), exact where `steps` is concrete."""
+  if is_concrete(steps):
+    return np.floor(fraction * np.asarray(steps, np.float64)).astype(np.int32)
+  return jnp.floor(fraction * steps).astype(jnp.int32)
+
+
+def _scaled(i: jax.Array, numerator: int, denominator: int | jax.Array) -> jax.Array:
+  """i * numerator // denominator in int32, also where the product is beyond it.
+
+  A float32 guess is off by one at most; its remainder is small, whatever wrapped around.
+  """
+  guess = jnp.floor(i * (numerator / denominator)).astype(jnp.int32)
+  rest = i * numerator - guess * denominator
+  return guess + (rest >= denominator) - (rest < 0)
+
+
+def _check_lengths(lrs, steps, warmup_fraction, pretrain_warmup_steps) -> None:
+  if np.ndim(lrs) != 1 or not len(lrs):
+    raise ValueError(
+      f"pretrain_lrs has shape {list(np.shape(lrs))}: expected the learning rate of "
+      "every pretraining step, [pretraining steps]"
+    )
+  if is_concrete(lrs) and not np.isfinite(np.asarray(lrs)).all():
+    raise ValueError("pretrain_lrs has NaN or infinite values: learning rates are finite")
+  if is_concrete(steps) and np.min(np.asarray(steps)) < 1:
+    raise ValueError(f"steps is {steps}: retraining needs at least 1 step")
+  if not 0 <= warmup_fraction < 1:
+    raise ValueError(f"warmup_fraction is {warmup_fraction}: it must be in [0, 1)")
+  if not 0 <= pretrain_warmup_steps < len(lrs):
+    raise ValueError(
+      f"pretrain_warmup_steps is {pretrain_warmup_steps} of {len(lrs)} pretraining "
+      "steps: at least one must be left after the warmup"
+    )

@@ -1,0 +1,370 @@
+"""The loop of Sparse Model Soups: prune, retrain m copies, merge, phase after phase.
+
+    params, masks, record = prune_phase(params, masks, sparsity)
+    candidates, report    = retrain_phase(key, params, masks, ingredients, retrain)
+    params, weights       = merge_phase(candidates)
+
+`sparse_model_soup` is these three lines in a loop. Host-side training loops (streamed data,
+checkpoints, progress bars) put their own retraining between the first and the last.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsms.ingredients import map_ingredients, take_ingredients
+from jaxsms.pruning import (
+  apply_masks,
+  check_sparsity,
+  magnitude_masks,
+  phase_sparsity,
+  prunable_flags,
+)
+from jaxsms.soups import soup_weights, uniform_soup
+from jaxsms.trees import (
+  Prunable,
+  PyTree,
+  check_finite,
+  is_array,
+  is_floating,
+  is_parameter,
+  number_of_models,
+)
+
+Prune = Callable[..., PyTree]
+Merge = Callable[[PyTree], Any]
+Retrain = Callable[[jax.Array, PyTree, PyTree, PyTree], Any]
+
+
+class SparseSoup(NamedTuple):
+  """What `sparse_model_soup` gives.
+
+  Attributes:
+    params: the soup of the last phase, exactly 0 where `masks` is False.
+    masks: tree of bool arrays with the structure of `params`, True where kept.
+    history: one dict per phase: `phase` (from 1), `sparsity` (share of zeros among the
+      prunable weights), `pruned_fraction` (of the weights that remained before it),
+      `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain` (what the
+      retraining reported, leaves [m, ...]; None where it reported nothing).
+  """
+
+  params: PyTree
+  masks: PyTree
+  history: list[dict[str, Any]]
+
+
+class Phase(NamedTuple):
+  """What `on_phase` is called with after each phase.
+
+  Attributes:
+    params: the soup.
+    masks: its masks.
+    candidates: the m retrained copies, leaves [m, ...].
+    record: the entry of `SparseSoup.history`.
+  """
+
+  params: PyTree
+  masks: PyTree
+  candidates: PyTree
+  record: dict[str, Any]
+
+
+def sparse_model_soup(
+  key: jax.Array,
+  params: PyTree,
+  retrain: Retrain,
+  *,
+  ingredients: PyTree | Callable[[int], PyTree],
+  goal_sparsity: float,
+  phases: int,
+  prune: Prune = magnitude_masks,
+  merge: Merge = uniform_soup,
+  mesh: jax.sharding.Mesh | None = None,
+  on_phase: Callable[[Phase], None] | None = None,
+  masks: PyTree | None = None,
+  prunable: Prunable | None = None,
+) -> SparseSoup:
+  """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
+
+  The sparsity after phase t is `phase_sparsity(goal_sparsity, t, phases)`. Nothing is
+  rewound: each phase starts from the soup of the one before.
+
+  Args:
+    key: typed key. In a phase all copies get the same key derived from it, so that they
+      differ only in their ingredient: `fold_in(key, ingredient["seed"])`.
+    params: a trained model's tree; it may hold other leaves, such as batch statistics,
+      which are handed to `retrain` and averaged like parameters.
+    retrain: the caller's own jittable training of one copy,
+      `retrain(key, params, masks, ingredient)`, giving params or (params, report).
+      It is compiled once for all phases; pass the same function object again to share
+      that compilation with a later call.
+    ingredients: what varies, a tree of arrays with leading axis m, such as
+      {"seed": jnp.arange(m)}; or a function of the phase (from 1) that gives one.
+    goal_sparsity: sparsity after the last phase, in [0, 1).
+    phases: number of prune-retrain-merge cycles, at least 1.
+    prune: `prune(params, sparsity, masks=masks)` giving new masks.
+    merge: of leaves [m, ...], giving a model, or (model, indices merged) as
+      `functools.partial(greedy_soup, evaluate=...)` does.
+    mesh: None for one device, else as `jaxsms.make_mesh` gives.
+    on_phase: called after each phase, to evaluate, log or save.
+    masks: of a model that is sparse already; None means dense.
+    prunable: which leaves to prune and count, handed on to `prune`; None means
+      `jaxsms.prunable`.
+
+  Returns:
+    The soup, its masks and a record of each phase.
+
+  Raises:
+    ValueError: sparsity or phases out of range, no ingredient, nothing prunable, values
+      that are not finite, or a `retrain` that gives another tree than it got. Raised
+      before any training.
+    FloatingPointError: all copies of a phase diverged. Copies with values that are not
+      finite are left out of the merge and have weight 0 in the record.
+
+  References:
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
+  """
+  check_sparsity(goal_sparsity, "goal_sparsity")
+  phase_sparsity(goal_sparsity, 1, phases)
+  check_finite(params)
+  prunable_flags(params, prunable)
+
+  history = []
+  for phase in range(1, phases + 1):
+    varied = ingredients(phase) if callable(ingredients) else ingredients
+    sparsity = phase_sparsity(goal_sparsity, phase, phases)
+    params, masks, record = prune_phase(params, masks, sparsity, prune, prunable)
+    candidates, report = retrain_phase(
+      jax.random.fold_in(key, phase), params, masks, varied, retrain, mesh
+    )
+    params, weights = merge_phase(candidates, merge)
+    record = {"phase": phase, **record, "weights": weights, "retrain": report}
+    history.append(record)
+    if on_phase is not None:
+      on_phase(Phase(params, masks, candidates, record))
+  return SparseSoup(params, masks, history)
+
+
+def prune_phase(
+  params: PyTree,
+  masks: PyTree | None,
+  sparsity: float,
+  prune: Prune = magnitude_masks,
+  prunable: Prunable | None = None,
+) -> tuple[PyTree, PyTree, dict[str, float]]:
+  """Prunes a model further, once.
+
+  Args:
+    params: one model.
+    masks: what was removed so far; None means nothing.
+    sparsity: share of the prunable weights to be removed afterwards, in [0, 1).
+    prune: `prune(params, sparsity, masks=masks)` giving new masks.
+    prunable: which leaves to prune and count, handed on to `prune`; None means
+      `jaxsms.prunable`.
+
+  Returns:
+    The pruned parameters, their masks, and a record: `sparsity` (share of the prunable
+    weights that are removed), `pruned_fraction` (share of those that remained before
+    which this step removed), and `relative_norm_drop` (norm of what it removed, relative
+    to the norm of all weights and biases).
+
+  Raises:
+    ValueError: see `magnitude_masks`.
+  """
+  flags = prunable_flags(params, prunable)
+  if prunable is not None:
+    prune = functools.partial(prune, prunable=prunable)
+  new = prune(params, sparsity, masks=masks)
+  pruned = apply_masks(params, new)
+  total, before, after = _count_kept(flags, masks, new, params)
+  parameters = [
+    (leaf, pruned_leaf)
+    for (path, leaf), pruned_leaf in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruned), strict=True
+    )
+    if is_parameter(path, leaf)
+  ]
+  norm, drop = jax.device_get(_norm_and_drop(parameters))
+  record = {
+    "sparsity": 1 - after / total,
+    "pruned_fraction": (before - after) / before if before else 0.0,
+    "relative_norm_drop": float(drop / norm) if norm else 0.0,
+  }
+  return pruned, new, record
+
+
+def retrain_phase(
+  key: jax.Array,
+  params: PyTree,
+  masks: PyTree,
+  ingredients: PyTree,
+  retrain: Retrain,
+  mesh: jax.sharding.Mesh | None = None,
+) -> tuple[PyTree, PyTree | None]:
+  """Retrains one copy of a model per ingredient, all in one jitted program.
+
+  Args:
+    key: typed key, the same for all copies.
+    params: the pruned model that every copy starts from.
+    masks: its masks, shared by all copies.
+    ingredients: tree of arrays with leading axis m.
+    retrain: `retrain(key, params, masks, ingredient)` giving params or (params, report).
+    mesh: None for one device, else as `jaxsms.make_mesh` gives.
+
+  Returns:
+    The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports,
+    NumPy leaves [m, ...] (None where there are none).
+
+  Raises:
+    ValueError: no ingredient, or `retrain` gives another tree than it got.
+  """
+  leaves = jax.tree.leaves(ingredients)
+  if not leaves or any(np.shape(leaf)[:1] == (0,) for leaf in leaves):
+    raise ValueError(
+      "there are no ingredients: give arrays with leading axis m, at least 1, such as "
+      '{"seed": jnp.arange(5)}'
+    )
+  ingredients = jax.tree.map(jnp.asarray, ingredients)
+  number_of_models(ingredients)
+  if mesh is not None:  # a later phase's, on the mesh already, would compile again
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    key, params, masks = jax.device_put((key, params, masks), everywhere)
+  program = _retrain_program(retrain, mesh)
+  candidates, report, moved = program(key, params, masks, ingredients)
+  if np.any(jax.device_get(moved)):
+    logging.warning(
+      "retrain moved removed weights, which were set back to 0: keep its optimizer "
+      "inside the mask with jaxsms.masked"
+    )
+  return candidates, jax.device_get(report) if jax.tree.leaves(report) else None
+
+
+def merge_phase(
+  candidates: PyTree, merge: Merge = uniform_soup
+) -> tuple[PyTree, np.ndarray]:
+  """Merges the candidates of one phase, leaving out those that diverged.
+
+  Args:
+    candidates: tree with leaves [m, ...].
+    merge: gives a model, or (model, indices merged).
+
+  Returns:
+    The soup, leaves [...], and float [m], the weight of each candidate in it.
+
+  Raises:
+    FloatingPointError: every candidate has values that are not finite.
+    ValueError: `merge` gives something else.
+  """
+  m = number_of_models(candidates)
+  healthy = np.flatnonzero(jax.device_get(finite_models(candidates)))
+  if not len(healthy):
+    raise FloatingPointError(
+      f"all {m} copies diverged to values that are not finite: lower the learning rate"
+    )
+  if len(healthy) < m:
+    left_out = sorted(set(range(m)) - {int(i) for i in healthy})
+    logging.warning("copies %s diverged and are left out of the soup", left_out)
+    candidates = take_ingredients(candidates, healthy)
+  merged = merge(candidates)
+  if _is_one_of(candidates, merged):
+    return merged, soup_weights(healthy, m)
+  if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):
+    soup, indices = merged
+    return soup, soup_weights([int(healthy[i]) for i in indices], m)
+  raise ValueError(
+    "merge gave neither one model, with the structure and shapes of its candidates, nor "
+    f"(model, indices), but {jax.tree.map(np.shape, merged)}"
+  )
+
+
+def _is_one_of(stacked: PyTree, model: PyTree) -> bool:
+  """Whether a tree has the structure and the shapes of each of the stacked ones."""
+  if jax.tree.structure(stacked) != jax.tree.structure(model):
+    return False
+  pairs = zip(jax.tree.leaves(stacked), jax.tree.leaves(model), strict=True)
+  return all(np.shape(one) == np.shape(many)[1:] for many, one in pairs)
+
+
+@jax.jit
+def finite_models(stacked: PyTree) -> jax.Array:
+  """Whether all floating values of each model are finite: leaves [m, ...] -> bool [m]."""
+  flags = [
+    jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+    for x in jax.tree.leaves(stacked)
+    if is_floating(x)
+  ]
+  return jnp.stack(flags).all(axis=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
+  """The mapped, jitted program of a caller's function, kept so that phases share it."""
+
+  def one(key, params, masks, ingredient):
+    structure = jax.tree.structure(params)
+    result = retrain(key, params, masks, ingredient)
+    report = {}
+    if jax.tree.structure(result) != structure:
+      if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(_wrong_tree(structure, result))
+      result, report = result
+      if jax.tree.structure(result) != structure:
+        raise ValueError(_wrong_tree(structure, result))
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
+      if (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(new), jnp.result_type(new)):
+        raise ValueError(
+          f"retrain turned a leaf {jnp.result_type(old)}{list(jnp.shape(old))} into "
+          f"{jnp.result_type(new)}{list(jnp.shape(new))}: it must keep shapes and dtypes"
+        )
+    moved = [
+      jnp.any(~mask & (leaf != 0))
+      for leaf, mask in zip(jax.tree.leaves(result), jax.tree.leaves(masks), strict=True)
+      if is_floating(leaf)
+    ]
+    return apply_masks(result, masks), report, jnp.stack(moved).any()
+
+  return jax.jit(map_ingredients(one, (None, None, None, 0), mesh))
+
+
+def _wrong_tree(structure, result) -> str:
+  return (
+    "retrain must give params of the structure it got, or (params, report): it got "
+    f"{structure} and gave {jax.tree.structure(result)}"
+  )
+
+
+def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
+  """How many prunable entries there are, were kept before, and are kept now."""
+  sizes = [int(np.prod(np.shape(x))) for x in jax.tree.leaves(params)]
+  total = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+
+  def kept(tree):
+    if tree is None:
+      return total
+    return int(
+      sum(
+        np.count_nonzero(jax.device_get(m)) if not is_array(m) else int(jnp.sum(m))
+        for m, flag in zip(jax.tree.leaves(tree), flags, strict=True)
+        if flag
+      )
+    )
+
+  return total, kept(masks), kept(new)
+
+
+@jax.jit
+def _norm_and_drop(pairs):
+  """The norm of the first of each pair, and of the difference of both."""
+
+  def square(x):  # float16 would overflow
+    return jnp.sum(jnp.abs(x).astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2)
+
+  norm = sum(square(a) for a, _ in pairs)
+  drop = sum(square(a - b) for a, b in pairs)
+  return jnp.sqrt(norm), jnp.sqrt(drop)

@@ -1,0 +1,127 @@
+"""From m models to one: averages, and averages of predictions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
+
+
+def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
+  """Averages m models into one.
+
+  Sums run in float32 (float64 for float64 leaves). A model of weight 0 is left out, also
+  where it holds NaN. Leaves that are not floating (counters, keys) come from the first
+  model.
+
+  Args:
+    stacked: tree whose leaves have shape [m, ...].
+    weights: float [m], summing to 1; None means 1/m each.
+
+  Returns:
+    A tree with leaves [...] of the same dtypes. Where all m models share a mask, so does
+    the soup.
+
+  Raises:
+    ValueError: leaves disagree on m, or `weights` has another length, does not sum to
+      1, or is not finite.
+
+  References:
+    Wortsman et al., 2022, https://arxiv.org/abs/2203.05482
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (a shared mask keeps the
+    average sparse)
+  """
+  m = number_of_models(stacked)
+  if weights is None:
+    weights = jnp.full([m], 1 / m)
+  elif np.shape(weights) != (m,):
+    raise ValueError(
+      f"weights has shape {list(np.shape(weights))} for {m} models: give one weight each"
+    )
+  elif is_concrete(weights) and not abs(float(np.sum(weights)) - 1) < 1e-3:
+    raise ValueError(
+      f"weights sum to {float(np.sum(weights)):g}: they must be finite and sum to 1"
+    )
+  return jax.tree.map(lambda leaf: _weighted_mean(leaf, jnp.asarray(weights)), stacked)
+
+
+def _weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
+  if not is_floating(leaf):
+    return leaf[0]
+  accumulate = jnp.promote_types(leaf.dtype, jnp.float32)
+  shape = (-1,) + (1,) * (leaf.ndim - 1)
+  weights = weights.astype(accumulate).reshape(shape)
+  values = jnp.where(weights == 0, 0, leaf.astype(accumulate))
+  return jnp.sum(weights * values, axis=0).astype(leaf.dtype)
+
+
+def greedy_soup(
+  stacked: PyTree, evaluate: Callable[[PyTree], float]
+) -> tuple[PyTree, list[int]]:
+  """Averages those models that help, tried from the best down.
+
+  The models are sorted by `evaluate`, best first, earlier ones first among equals. The
+  soup starts as the best one; each next model is taken where the average with it is at
+  least as good as the soup so far.
+
+  Args:
+    stacked: tree whose leaves have shape [m, ...].
+    evaluate: gives a score of one model (leaves [...]), higher is better, such as its
+      validation accuracy. Not traced: it may run anything. A model that scores NaN is
+      never taken.
+
+  Returns:
+    The soup, a tree with leaves [...], and the indices of the models in it, in the order
+    in which they were taken. One index means that no average was as good as the best
+    model alone.
+
+  Raises:
+    ValueError: leaves disagree on m, or no model has a score.
+
+  References:
+    Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
+  """
+  m = number_of_models(stacked)
+  scores = np.array(
+    [float(evaluate(jax.tree.map(lambda x, i=i: x[i], stacked))) for i in range(m)]
+  )
+  order = [int(i) for i in np.argsort(-scores, kind="stable") if not np.isnan(scores[i])]
+  if not order:
+    raise ValueError(f"evaluate gave NaN for all {m} models: there is no best one")
+  taken, best = [order[0]], scores[order[0]]
+  soup = uniform_soup(stacked, soup_weights(taken, m))
+  for index in order[1:]:
+    trial = uniform_soup(stacked, soup_weights([*taken, index], m))
+    score = float(evaluate(trial))
+    if score >= best:
+      soup, taken, best = trial, [*taken, index], score
+  return soup, taken
+
+
+def soup_weights(indices: list[int], m: int) -> np.ndarray:
+  """float [m]: equal weights at the indices, 0 elsewhere."""
+  weights = np.zeros([m])
+  weights[list(indices)] = 1 / len(indices)
+  return weights
+
+
+def prediction_ensemble(logits: jax.Array) -> jax.Array:
+  """The mean of m models' class probabilities.
+
+  Args:
+    logits: float [m, n, classes].
+
+  Returns:
+    Log-probabilities, float32 [n, classes], to be used wherever logits are.
+
+  Raises:
+    ValueError: logits do not have three axes.
+  """
+  if jnp.ndim(logits) != 3:
+    raise ValueError(
+      f"logits have shape {list(jnp.shape(logits))}: expected [models, n, classes]"
+    )
+  log_probabilities = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+  return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits))

@@ -1,0 +1,20 @@
+"""Training of m copies at once: state and step, jitted programs, the host's loop."""
+
+from jaxsms.training.loop import Chunk, retrain_learning_rates, train_copies
+from jaxsms.training.programs import METRICS, Programs, make_programs, score
+from jaxsms.training.state import Data, TrainState, init_variables, sgd, start
+
+__all__ = [
+  "METRICS",
+  "Chunk",
+  "Data",
+  "Programs",
+  "TrainState",
+  "init_variables",
+  "make_programs",
+  "retrain_learning_rates",
+  "score",
+  "sgd",
+  "start",
+  "train_copies",
+]

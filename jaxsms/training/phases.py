@@ -1,0 +1,167 @@
+"""The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.geometry import soup_geometry
+from jaxsms.pruning import magnitude_masks, phase_sparsity
+from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
+from jaxsms.soups import uniform_soup
+from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.programs import Programs, score
+from jaxsms.training.state import Data
+from jaxsms.trees import PyTree, number_of_models
+
+RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
+Record = dict[str, Any]
+# From the phase's pruning record: ingredients of m copies, and learning rates [m, steps].
+Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
+
+
+class Splits(NamedTuple):
+  """The parts of a data set, resident on the device."""
+
+  train: Data
+  validation: Data
+  test: Data
+
+
+class Model(NamedTuple):
+  """One model with what it needs to be run, or (leaves [m, ...]) several.
+
+  Attributes:
+    params: parameters.
+    batch_stats: batch statistics, an empty dict where there are none.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+
+
+def run_phases(
+  programs: Programs,
+  splits: Splits,
+  key: jax.Array,
+  dense: Model,
+  plan: Plan,
+  *,
+  goal_sparsity: float,
+  phases: int,
+  prune: Prune = magnitude_masks,
+  merge: Merge = uniform_soup,
+  chunk_steps: int = 50,
+  on_chunk: Callable[[int, Chunk], None] | None = None,
+  on_phase: Callable[[Record], None] | None = None,
+) -> tuple[Model, PyTree, list[Record]]:
+  """Sparse Model Soups of a network on a data set; with one copy, IMP.
+
+  Args:
+    programs: of the network on the data set.
+    splits: training, validation and test data.
+    key: each phase gets `fold_in(key, phase)`, the same for all copies.
+    dense: the trained model.
+    plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
+      `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`, each [m])
+      and learning rates [m, steps] of its copies.
+    goal_sparsity: sparsity after the last phase, in [0, 1).
+    phases: number of cycles, at least 1.
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
+    chunk_steps: see `train_copies`.
+    on_chunk: called with the phase and each chunk of training.
+    on_phase: called with each phase's record.
+
+  Returns:
+    The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, the
+    merge's `weights`, metrics of `pruned` (before retraining), of every one of
+    `candidates`, their mean as `mean_candidate`, the one of best validation accuracy as
+    `best_candidate`, of the `soup`, and `geometry` (of the candidates' parameters).
+
+  Raises:
+    ValueError: see `jaxsms.prune_phase`.
+    FloatingPointError: all copies of a phase diverged.
+  """
+  model, masks, records = dense, None, []
+  for phase in range(1, phases + 1):
+    phase_key = jax.random.fold_in(key, phase)
+    recalibration_key = jax.random.fold_in(phase_key, RECALIBRATION)
+    goal = phase_sparsity(goal_sparsity, phase, phases)
+    params, masks, record = prune_phase(model.params, masks, goal, prune)
+    record = {"phase": phase, **record}
+    pruned = measure(programs, splits, one_model(Model(params, model.batch_stats)))[0]
+    candidates = Model(
+      *train_copies(
+        programs,
+        splits.train,
+        masks,
+        phase_key,
+        params,
+        model.batch_stats,
+        *plan(record),
+        chunk_steps=chunk_steps,
+        on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
+      )
+    )
+    candidates = recalibrated(programs, splits, recalibration_key, candidates)
+    scores = measure(programs, splits, candidates)
+    if len(scores) == 1:  # nothing to merge: plain IMP
+      model, weights = merge_phase(candidates, uniform_soup)
+      soup = scores[0]
+    else:
+      model, weights = merge_phase(candidates, merge)
+      alone = recalibrated(programs, splits, recalibration_key, one_model(model))
+      soup = measure(programs, splits, alone)[0]
+      model = jax.tree.map(lambda x: x[0], alone)
+    record |= {
+      "weights": weights.tolist(),
+      "pruned": pruned,
+      "soup": soup,
+      "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
+      "best_candidate": scores[best_candidate(scores)],
+      "candidates": scores,
+      "geometry": {k: float(v) for k, v in geometry(candidates.params).items()},
+    }
+    records.append(record)
+    if on_phase is not None:
+      on_phase(record)
+  return model, masks, records
+
+
+def best_candidate(scores: list[dict[str, float]]) -> int:
+  """Index of the best validation accuracy; among equals, of the lowest loss."""
+  return min(
+    range(len(scores)),
+    key=lambda i: (-scores[i]["validation_accuracy"], scores[i]["validation_loss"]),
+  )
+
+
+def measure(programs: Programs, splits: Splits, models: Model) -> list[dict[str, float]]:
+  """Metrics of m models on validation and test data, a flat dict for each."""
+  named = {}
+  for split in ("validation", "test"):
+    metrics, _ = score(programs, getattr(splits, split), *models)
+    named |= {f"{split}_{name}": values for name, values in metrics.items()}
+  named = jax.device_get(named)
+  m = number_of_models(models)
+  return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
+
+
+def recalibrated(
+  programs: Programs, splits: Splits, key: jax.Array, models: Model
+) -> Model:
+  """The same models with batch statistics estimated anew."""
+  if not jax.tree.leaves(models.batch_stats):
+    return models
+  return Model(models.params, programs.recalibrate(splits.train, key, *models))
+
+
+def one_model(model: Model) -> Model:
+  """Adds the leading axis of length 1."""
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
+
+
+geometry = jax.jit(soup_geometry)

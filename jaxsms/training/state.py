@@ -1,0 +1,95 @@
+"""What training carries from step to step, and the optimizer of the paper."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsms.ingredients import repeat_model
+from jaxsms.trees import PyTree
+
+
+class TrainState(NamedTuple):
+  """One copy in training; with a leading axis m on every leaf, all of them.
+
+  Attributes:
+    params: parameters.
+    batch_stats: running batch statistics, an empty dict where the network has none.
+    opt_state: state of the optimizer.
+    step: int32 [], steps taken in this phase.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+  opt_state: PyTree
+  step: jax.Array
+
+
+class Data(NamedTuple):
+  """Examples resident on the device.
+
+  Attributes:
+    images: uint8 [n, height, width, channels].
+    labels: int32 [n].
+  """
+
+  images: jax.Array
+  labels: jax.Array
+
+
+def sgd(
+  learning_rate: float | jax.Array,
+  weight_decay: float | jax.Array = 0.0,
+  *,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+) -> optax.GradientTransformation:
+  """SGD as PyTorch has it: L2 decay joins the gradient before the momentum.
+
+  Learning rate and weight decay may be traced. Momentum may not: it decides whether there
+  is a buffer.
+
+  Args:
+    learning_rate: step size.
+    weight_decay: coefficient of the parameters in the gradient, biases included.
+    momentum: of the buffer, in [0, 1); 0 means no buffer.
+    nesterov: whether to look ahead.
+
+  Returns:
+    An optax transformation.
+  """
+  parts = [optax.add_decayed_weights(weight_decay)]
+  if momentum:
+    parts.append(optax.trace(momentum, nesterov))
+  return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def init_variables(
+  module: nn.Module, key: jax.Array, image_shape: tuple[int, ...]
+) -> tuple[PyTree, PyTree]:
+  """Fresh parameters and batch statistics of a network for images [h, w, c]."""
+  variables = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+  return variables["params"], variables.get("batch_stats", {})
+
+
+def start(
+  params: PyTree,
+  batch_stats: PyTree,
+  optimizer: optax.GradientTransformation,
+  m: int,
+) -> TrainState:
+  """Equal copies of a model at step 0, their momentum empty.
+
+  Args:
+    params: one model's parameters, leaves [...].
+    batch_stats: its batch statistics.
+    optimizer: whose fresh state the copies get.
+    m: number of copies.
+
+  Returns:
+    State with leaves [m, ...].
+  """
+  step = jnp.zeros((), jnp.int32)
+  return repeat_model(TrainState(params, batch_stats, optimizer.init(params), step), m)

@@ -1,0 +1,216 @@
+"""One copy: its loss, one step, and a chunk of steps through the resident data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsms.training.state import Data, TrainState
+from jaxsms.transforms import masked
+from jaxsms.trees import PyTree
+
+Optimizer = Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+ORDER, STEP = 0, 1  # independent streams of one copy's key
+
+
+def train_step(
+  module: nn.Module,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  state: TrainState,
+  masks: PyTree,
+  images: jax.Array,
+  labels: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step of one copy.
+
+  Args:
+    module: network, called with train=True.
+    optimizer: its state is `state.opt_state`.
+    key: for dropout.
+    state: of one copy.
+    masks: of its parameters; removed entries stay 0.
+    images: float [batch, height, width, channels].
+    labels: int [batch].
+
+  Returns:
+    The next state, and the loss and accuracy on this batch before the step.
+  """
+
+  def loss_fn(params):
+    logits, updated = module.apply(
+      {"params": params, "batch_stats": state.batch_stats},
+      images,
+      train=True,
+      rngs={"dropout": key},
+      mutable=["batch_stats"],
+    )
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), (logits, updated.get("batch_stats", {}))
+
+  (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params
+  )
+  updates, opt_state = masked(optimizer).update(
+    grads, state.opt_state, state.params, masks=masks
+  )
+  params = optax.apply_updates(state.params, updates)
+  metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+  return TrainState(params, batch_stats, opt_state, state.step + 1), metrics
+
+
+def train_chunk(
+  module: nn.Module,
+  optimizer: Optimizer,
+  prepare: Callable[[jax.Array, jax.Array], jax.Array],
+  batch_size: int,
+  data: Data,
+  masks: PyTree,
+  key: jax.Array,
+  state: TrainState,
+  ingredient: dict[str, jax.Array],
+  learning_rates: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Some steps of one copy, within one epoch.
+
+  The copy's seed decides its batch order, augmentation and dropout, whatever the length of
+  the chunks. Steps beyond the end of the epoch, or beyond the copy's own number of steps,
+  change nothing.
+
+  Args:
+    module: network.
+    optimizer: gives the optimizer for a learning rate and a weight decay.
+    prepare: augments and normalizes, `prepare(key, uint8 images) -> float images`.
+    batch_size: examples in a step; what is left of an epoch is dropped.
+    data: the whole training split.
+    masks: of this copy.
+    key: of the phase, the same for all copies.
+    state: of one copy.
+    ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
+    learning_rates: float [chunk], for the next steps.
+
+  Returns:
+    The next state, and mean `loss` and `accuracy` over the steps taken (0 if none was).
+  """
+  n, chunk = len(data.labels), len(learning_rates)
+  steps_per_epoch = n // batch_size
+  epoch, first = state.step // steps_per_epoch, state.step % steps_per_epoch
+  key = jax.random.fold_in(key, ingredient["seed"])
+  order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
+  positions = first * batch_size + jnp.arange(chunk * batch_size)
+  order = jax.random.permutation(order_key, n)[positions % n]
+  taken = jnp.arange(chunk)
+  active = (first + taken < steps_per_epoch) & (state.step + taken < ingredient["steps"])
+
+  def body(state, now):
+    indices, learning_rate, active = now
+    augment_key, dropout_key = jax.random.split(
+      jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
+    )
+    new, metrics = train_step(
+      module,
+      optimizer(learning_rate, ingredient["weight_decay"]),
+      dropout_key,
+      state,
+      masks,
+      prepare(augment_key, data.images[indices]),
+      data.labels[indices],
+    )
+    new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state)
+    return new, jax.tree.map(lambda x: jnp.where(active, x, 0), metrics)
+
+  state, metrics = jax.lax.scan(
+    body, state, (order.reshape(chunk, batch_size), learning_rates, active)
+  )
+  return state, jax.tree.map(lambda x: x.sum() / jnp.maximum(active.sum(), 1), metrics)
+
+
+def recalibrate(
+  module: nn.Module,
+  prepare: Callable[[jax.Array, jax.Array], jax.Array],
+  batch_size: int,
+  data: Data,
+  key: jax.Array,
+  params: PyTree,
+  batch_stats: PyTree,
+  share: float = 0.2,
+) -> PyTree:
+  """Estimates one model's batch statistics anew.
+
+  The mean over the first batches of the unshuffled training split, in training mode with
+  augmentation and dropout: what a reset running average would be without its momentum.
+
+  Args:
+    module: network with a field `norm_momentum`.
+    prepare: augments and normalizes, as in training.
+    batch_size: examples in a batch.
+    data: the training split.
+    key: for augmentation and dropout.
+    params: of one model.
+    batch_stats: gives the structure; returned as it is where it is empty.
+    share: of the batches to use.
+
+  Returns:
+    New batch statistics.
+  """
+  if not jax.tree.leaves(batch_stats):
+    return batch_stats
+  batches = max(1, int(share * (len(data.labels) // batch_size)))
+  images = data.images[: batches * batch_size]
+  images = images.reshape(batches, batch_size, *images.shape[1:])
+  forgetful = module.clone(norm_momentum=0.0)
+
+  def body(total: Any, now):
+    index, batch = now
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
+    _, updated = forgetful.apply(
+      {"params": params, "batch_stats": batch_stats},
+      prepare(augment_key, batch),
+      train=True,
+      rngs={"dropout": dropout_key},
+      mutable=["batch_stats"],
+    )
+    return jax.tree.map(jnp.add, total, updated["batch_stats"]), None
+
+  zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+  total, _ = jax.lax.scan(body, zeros, (jnp.arange(batches), images))
+  return jax.tree.map(lambda x: x / batches, total)
+
+
+def predict(
+  module: nn.Module,
+  prepare: Callable[[jax.Array], jax.Array],
+  batch_size: int,
+  images: jax.Array,
+  params: PyTree,
+  batch_stats: PyTree,
+) -> jax.Array:
+  """One model's logits for every image, whatever the batch size.
+
+  Args:
+    module: network, called with train=False.
+    prepare: normalizes, `prepare(uint8 images) -> float images`.
+    batch_size: images at a time; the last batch is filled up and cut again.
+    images: uint8 [n, height, width, channels].
+    params: of one model.
+    batch_stats: of one model.
+
+  Returns:
+    float32 [n, classes].
+  """
+  n = len(images)
+  batch_size = min(batch_size, n)
+  batches = -(-n // batch_size)
+  fill = [(0, batches * batch_size - n)] + [(0, 0)] * (images.ndim - 1)
+  batched = jnp.pad(images, fill).reshape(batches, batch_size, *images.shape[1:])
+  logits = jax.lax.map(
+    lambda batch: module.apply(
+      {"params": params, "batch_stats": batch_stats}, prepare(batch), train=False
+    ),
+    batched,
+  )
+  return logits.reshape(batches * batch_size, -1)[:n].astype(jnp.float32)

@@ -1,0 +1,71 @@
+"""Eight simulated devices, a compilation cache for quick reruns, and shared helpers."""
+
+import contextlib
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
+hypothesis.settings.register_profile(
+  "ci", deadline=None, max_examples=25, derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves slow tests out unless a -m expression asks for some."""
+  if config.option.markexpr:
+    return
+  skip = pytest.mark.skip(reason="slow: run with -m slow")
+  for item in items:
+    if "slow" in item.keywords:
+      item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def rejects():
+  """`with rejects("words"):` a ValueError of one sentence that holds those words."""
+
+  @contextlib.contextmanager
+  def rejects_with(words, error=ValueError):
+    with pytest.raises(error) as raised:
+      yield
+    message = str(raised.value)
+    assert words in message
+    assert "\n" not in message
+    assert ". " not in message, "one sentence"
+    assert not message.endswith(".")
+
+  return rejects_with
+
+
+@pytest.fixture(scope="session")
+def assert_trees_equal():
+  """Asserts that two trees agree: structure, dtype, and every value (NaN is NaN)."""
+
+  def as_numpy(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+  def check(a, b, rtol=0.0, atol=0.0):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+      assert x.dtype == y.dtype, path
+      np.testing.assert_allclose(
+        as_numpy(x), as_numpy(y), rtol=rtol, atol=atol, err_msg=str(path)
+      )
+
+  return check
