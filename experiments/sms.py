@@ -107,8 +107,8 @@ def make_on_chunk(
 def show(console: Console, results: dict) -> None:
   """Prints the table and where the rest lies."""
   m = results["flags"]["ingredients"]
-  header, rows = report.rows(results["summary"], m)
-  console.print(report.console_table(header, rows, report.caption(results)))
+  tables = report.rows(results["summary"], m)
+  console.print(report.console_table(tables, report.caption(results)))
   workdir = results["flags"]["workdir"]
   console.print(
     f"Took {clock(results['seconds'])}. Results, soup, metrics and figure: {workdir}",

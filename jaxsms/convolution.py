@@ -13,10 +13,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-# Images whose patches are in memory at a time.
-_GROUP = 16
+# Bytes of windows in memory at a time: what one core's second-level cache holds.
+_CACHE = 3 << 19
+
+
+class _Shifts(NamedTuple):
+  """Which outputs and taps the pixels of a block of s meet, along one axis.
+
+  Pixel s * place + u meets output place + first + t through tap `taps[t, u]`, which
+  is the kernel's size where there is none.
+  """
+
+  first: int
+  places: int
+  taps: np.ndarray
 
 
 class _Geometry(NamedTuple):
@@ -36,6 +49,14 @@ class _Geometry(NamedTuple):
         self.image, self.padding, self.kernel, self.strides, strict=True
       )
     )
+
+  def shifts(self, axis: int) -> _Shifts:
+    s, k, low = self.strides[axis], self.kernel[axis], self.padding[axis][0]
+    first, last = -((k - 1 - low) // s), (s - 1 + low) // s
+    t = np.arange(first, last + 1)[:, None]
+    taps = np.arange(s) + low - s * t
+    taps = np.where((taps >= 0) & (taps < k), taps, k)
+    return _Shifts(first, -(-self.image[axis] // s), taps)
 
 
 def conv_general_dilated(
@@ -302,64 +323,51 @@ def _cpu_forward(geometry, images, kernels):
 
 
 def _cpu_image_gradient(geometry, outputs, kernels):
-  """One convolution of stride 1 that gives a block of s x s pixels for each place.
-
-  Pixel s * q + u - low of the image meets output q - t through tap s * t + u.
-  """
-  (sh, sw), (height, width), (kh, kw) = (
-    geometry.strides,
-    geometry.image,
-    geometry.kernel,
-  )
-  taps = (-(-kh // sh), -(-kw // sw))
-  m, _, _, c, o = kernels.shape
-  fill = [(0, 0), (0, taps[0] * sh - kh), (0, taps[1] * sw - kw), (0, 0), (0, 0)]
-  kernels = jnp.pad(kernels, fill).reshape(m, taps[0], sh, taps[1], sw, c, o)
-  kernels = kernels[:, ::-1, :, ::-1].transpose(0, 1, 3, 6, 2, 4, 5)
-  kernels = kernels.reshape(m, *taps, o, sh * sw * c)
-  places, padding, start = [], [], []
-  for i in range(2):
-    s, low, size = geometry.strides[i], geometry.padding[i][0], geometry.image[i]
-    first, last = low // s, (size - 1 + low) // s
-    places.append(last - first + 1)
-    # Output j of the padded array must be q - (taps - 1) for place q.
-    padding.append((taps[i] - 1 - first, last - (geometry.output[i] - 1)))
-    start.append(low - first * s)
-  outputs = lax.pad(
-    outputs,
-    jnp.zeros((), outputs.dtype),
-    [(0, 0, 0), (0, 0, 0)] + [(min(a, 0), min(b, 0), 0) for a, b in padding] + [(0, 0, 0)],
-  )
-  padding = tuple((max(a, 0), max(b, 0)) for a, b in padding)
-  blocks = _cpu_copies(
-    functools.partial(_convolve, (1, 1), padding, geometry.precision), outputs, kernels
-  )
+  """One convolution of stride 1 that gives a block of s x s pixels for each place."""
+  (height, width), (sh, sw) = geometry.image, geometry.strides
+  vertical, horizontal = geometry.shifts(0), geometry.shifts(1)
+  c, o = kernels.shape[-2:]
+  taps = (len(vertical.taps), len(horizontal.taps))
+  zero = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
+  blocks = zero[:, vertical.taps][:, :, :, horizontal.taps]
+  blocks = blocks.transpose(0, 1, 3, 6, 2, 4, 5).reshape(-1, *taps, o, sh * sw * c)
+  # Padding is never negative here: lax would read outside the array on a CPU.
+  outputs = _fit(outputs, 2, vertical)
+  outputs = _fit(outputs, 3, horizontal)
+  convolve = functools.partial(_convolve, (1, 1), "VALID", geometry.precision)
+  pixels = _cpu_copies(convolve, outputs, blocks)
   if sh == sw == 1:
-    return blocks
-  copies, n = blocks.shape[:2]
-  blocks = blocks.reshape(copies, n, *places, sh, sw, c).swapaxes(3, 4)
-  pixels = blocks.reshape(copies, n, places[0] * sh, places[1] * sw, c)
-  return pixels[:, :, start[0] : start[0] + height, start[1] : start[1] + width]
+    return pixels
+  m, n, rows, columns, _ = pixels.shape
+  pixels = pixels.reshape(m, n, rows, columns, sh, sw, c).swapaxes(3, 4)
+  pixels = pixels.reshape(m, n, rows * sh, columns * sw, c)
+  return pixels[:, :, :height, :width]
 
 
 def _cpu_kernel_gradient(geometry, images, outputs):
-  """Patches, transposed, times outputs: a few images at a time, to stay in cache."""
-  n, group = images.shape[1], min(_GROUP, images.shape[1])
+  """Windows of images, transposed, times windows of outputs.
+
+  Rows of the kernel come from windows of the images, columns from windows of the
+  outputs: for 3x3 that is 3 + 3 copies of the data where patches are 9. A few images
+  at a time, so that the windows stay in cache.
+  """
+  horizontal = geometry.shifts(1)
+  (kh, kw), s = geometry.kernel, geometry.strides[1]
+  n, c, o = images.shape[1], images.shape[-1], outputs.shape[-1]
   m = max(images.shape[0], outputs.shape[0])
-  c, o = images.shape[-1], outputs.shape[-1]
   wide = jnp.promote_types(images.dtype, jnp.float32)
+  depth = (kh * s * c, len(horizontal.taps) * o)
+  window_bytes = geometry.output[0] * horizontal.places * sum(depth) * wide.itemsize
+  group = min(n, 1 << (max(1, _CACHE // window_bytes).bit_length() - 1))
 
-  def product(start, size):
-    def part(x):
-      return lax.dynamic_slice_in_dim(x, start, size, 0).astype(wide)
-
-    patches = [_patches(geometry, part(x)) for x in images]
-    rows = [part(y).reshape(-1, o) for y in outputs]
+  def products(images, outputs):
+    images = [_rows_window(geometry, x.astype(wide)) for x in images]
+    outputs = [_columns_window(horizontal, y.astype(wide)) for y in outputs]
     return jnp.stack(
       [
         lax.dot_general(
-          patches[i % len(patches)],
-          rows[i % len(rows)],
+          images[i % len(images)],
+          outputs[i % len(outputs)],
           (((0,), (0,)), ((), ())),
           precision=geometry.precision,
         )
@@ -367,29 +375,60 @@ def _cpu_kernel_gradient(geometry, images, outputs):
       ]
     )
 
-  total = product(n - n % group, n % group) if n % group else 0.0
-  if n == group:
-    total = total + product(0, group)
-  else:
-    total = lax.fori_loop(
-      0,
-      n // group,
-      lambda i, total: total + product(i * group, group),
-      total + jnp.zeros((m, math.prod(geometry.kernel) * c, o), wide),
-    )
-  return total.reshape(m, *geometry.kernel, c, o).astype(images.dtype)
-
-
-def _patches(geometry, images):
-  """[n, h, w, c] -> [n * oh * ow, kh * kw * c]."""
-  (oh, ow), (sh, sw) = geometry.output, geometry.strides
-  images = jnp.pad(images, [(0, 0), *geometry.padding, (0, 0)])
-  slices = [
-    images[:, i : i + sh * (oh - 1) + 1 : sh, j : j + sw * (ow - 1) + 1 : sw]
-    for i in range(geometry.kernel[0])
-    for j in range(geometry.kernel[1])
+  whole = n - n % group
+  # The loop's axis is the inner one: a batch that is split over devices stays split.
+  groups = [
+    x[:, :whole].reshape(-1, group, whole // group, *x.shape[2:]) for x in (images, outputs)
   ]
-  return jnp.concatenate(slices, -1).reshape(images.shape[0] * oh * ow, -1)
+
+  def add(i, total):
+    return total + products(*(lax.dynamic_index_in_dim(x, i, 2, False) for x in groups))
+
+  if whole == group:
+    total = add(0, 0.0)
+  else:
+    zeros, *_ = _vary_alike(jnp.zeros((m, *depth), wide), images, outputs)
+    total = lax.fori_loop(0, whole // group, add, zeros)
+  if whole < n:
+    total = total + products(images[:, whole:], outputs[:, whole:])
+  total = total.reshape(m, kh, s, c, -1, o).transpose(0, 1, 4, 2, 3, 5)
+  total = total.reshape(m, kh, -1, c, o)
+  # Where in the blocks [shift, column of the block] the kernel's columns are.
+  order = [horizontal.taps.ravel().tolist().index(k) for k in range(kw)]
+  return total[:, :, jnp.array(order)].astype(images.dtype)
+
+
+def _rows_window(geometry, images):
+  """[n, h, w, c] -> [n * oh * places, kh * s * c], kh rows of blocks of s columns."""
+  horizontal, (kh, _), (sh, sw) = geometry.shifts(1), geometry.kernel, geometry.strides
+  (n, _, w, c), (oh, _) = images.shape, geometry.output
+  fill = horizontal.places * sw - w
+  images = jnp.pad(images, [(0, 0), geometry.padding[0], (0, fill), (0, 0)])
+  images = images.reshape(n, -1, horizontal.places, sw * c)
+  rows = [images[:, i : i + sh * (oh - 1) + 1 : sh] for i in range(kh)]
+  return jnp.concatenate(rows, -1).reshape(n * oh * horizontal.places, -1)
+
+
+def _columns_window(horizontal, outputs):
+  """[n, oh, ow, o] -> [n * oh * places, shifts * o]."""
+  outputs = _fit(outputs, 2, horizontal)
+  columns = [
+    lax.slice_in_dim(outputs, t, t + horizontal.places, axis=2)
+    for t in range(len(horizontal.taps))
+  ]
+  return jnp.concatenate(columns, -1).reshape(-1, len(columns) * outputs.shape[-1])
+
+
+def _fit(outputs, axis: int, shifts: "_Shifts"):
+  """Pads or cuts an axis of outputs to what windows at all places read."""
+  low = -shifts.first
+  high = shifts.places + len(shifts.taps) - 1 - low - outputs.shape[axis]
+  kept = lax.slice_in_dim(
+    outputs, max(0, -low), outputs.shape[axis] + min(0, high), axis=axis
+  )
+  pad = [(0, 0)] * outputs.ndim
+  pad[axis] = (max(low, 0), max(high, 0))
+  return jnp.pad(kept, pad)
 
 
 def _convolve(strides, padding, precision, image, kernel):

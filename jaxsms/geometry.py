@@ -27,7 +27,7 @@ def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
   """
   m = number_of_models(stacked)
   leaves = [
-    x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
     for x in jax.tree.leaves(stacked)
     if is_floating(x)
   ]

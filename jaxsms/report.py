@@ -94,27 +94,32 @@ def method_title(name: str, m: int) -> str:
   return METHODS[name].format(m=m)
 
 
-def rows(summary: list[Results], m: int) -> tuple[list[str], list[list[str]]]:
-  """A run's table as text: header, and two rows a phase where there are several seeds.
+HEADER = ("Phase", "Sparsity", "Model", "Test accuracy", "Soup minus it")
+
+
+def rows(summary: list[Results], m: int) -> list[list[list[str]]]:
+  """A run's tables as text, one for each phase.
 
   Args:
     summary: what `summarize` gives, of an accuracy.
     m: number of copies.
 
   Returns:
-    Titles of the columns; and rows of accuracies in percent (with standard deviations),
-    each followed, with several seeds, by one of the soup's paired gain over each method.
+    For each phase its rows, a method each, with the cells that `HEADER` names: accuracies
+    in percent (with standard deviations), and the soup's paired gain over the method (with
+    the ends of its 95 % interval).
   """
-  methods = [name for name in METHODS if name in summary[0]]
-  header = ["Phase", "Sparsity", *(method_title(name, m) for name in methods)]
-  body = []
+  tables = []
   for row in summary:
-    cells = [_percent(row[name]["mean"], row[name]["std"]) for name in methods]
-    body.append([str(row["phase"]), f"{100 * row['sparsity']:.2f} %", *cells])
-    if row["soup"]["std"] is not None:
-      gains = [row[name].get("soup_minus") for name in methods]
-      body.append(["", "soup minus", *("" if g is None else _gain(g) for g in gains)])
-  return header, body
+    lines = []
+    for name in METHODS:
+      if name in row:
+        gain = row[name].get("soup_minus")
+        accuracy = _percent(row[name]["mean"], row[name]["std"])
+        lines.append(["", "", method_title(name, m), accuracy, _gain(gain) if gain else ""])
+    lines[0][:2] = str(row["phase"]), f"{100 * row['sparsity']:.2f} %"
+    tables.append(lines)
+  return tables
 
 
 def _percent(mean: float, std: float | None) -> str:
@@ -122,9 +127,11 @@ def _percent(mean: float, std: float | None) -> str:
 
 
 def _gain(gain: Results) -> str:
-  low = gain["mean"] - gain["half_width"]
-  high = gain["mean"] + gain["half_width"]
-  return f"{100 * gain['mean']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+  text = f"{100 * gain['mean']:+.2f}"
+  if gain["half_width"] is None:
+    return text
+  ends = (gain["mean"] + sign * gain["half_width"] for sign in (-1, 1))
+  return text + " [" + ", ".join(f"{100 * end:+.2f}" for end in ends) + "]"
 
 
 def caption(results: Results) -> str:
@@ -138,8 +145,8 @@ def caption(results: Results) -> str:
   if len(seeds) == 1:
     return text + f", seed {seeds[0]['seed']}."
   return text + (
-    f", {len(seeds)} seeds: mean ± standard deviation; below it the paired difference of "
-    "the soup to each, with its 95 % interval."
+    f", {len(seeds)} seeds: mean ± standard deviation, and the paired difference between "
+    "soup and model with its 95 % interval."
   )
 
 
@@ -147,22 +154,25 @@ def _mean_std(value: Estimate) -> tuple[float, float | None]:
   return value.mean, _none_for_nan(value.std)
 
 
-def markdown_table(header: list[str], body: list[list[str]]) -> str:
-  """A table in Markdown, numbers to the right."""
-  lines = [header, ["---:"] * len(header), *body]
+def markdown_table(tables: list[list[list[str]]]) -> str:
+  """What `rows` gives, in Markdown."""
+  lines = [list(HEADER), ["---:", "---:", "---", "---:", "---:"]]
+  lines += [line for table in tables for line in table]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def console_table(header: list[str], body: list[list[str]], title: str):
-  """The same as a rich table, to be printed on a `rich.console.Console`."""
+def console_table(tables: list[list[list[str]]], title: str):
+  """What `rows` gives, to be printed on a `rich.console.Console`."""
   from rich import box
   from rich.table import Table
 
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for name in header:
-    table.add_column(name, justify="right")
-  for row in body:
-    table.add_row(*row, style="dim" if not row[0] else None)
+  for name in HEADER:
+    table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
+  for lines in tables:
+    for line in lines:
+      soup = line[2] == METHODS["soup"]
+      table.add_row(*line, style="bold" if soup else None, end_section=line is lines[-1])
   return table
 
 

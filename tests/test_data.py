@@ -368,7 +368,10 @@ def test_npz_warns_of_classes_without_training_images(tmp_path, caplog):
     ({"train_labels": np.zeros((12, 1), int)}, r"train_labels is int64 .*\(12, 1\)"),
     ({"train_labels": np.arange(12) - 1}, "train_labels runs from -1 to 10"),
     ({"train_labels": np.full(12, 2**40)}, "train_labels runs from 1099511627776"),
-    ({"test_labels": np.arange(6)}, "test label 5, but training labels run from 0 to 3"),
+    (
+      {"test_labels": np.arange(6)},
+      "test label 5, but training labels run from 0 to 3",
+    ),
     (
       {"train_labels": np.array([{}] * 12, object)},
       "cannot be read .*allow_pickle",
@@ -524,7 +527,9 @@ def test_tfds_and_its_cache(tiny, tmp_path, monkeypatch, capfd):
   with monkeypatch.context() as patch:
     no_decoding(patch)
     jax.tree.map(
-      np.testing.assert_array_equal, got, data.load("tiny", data_dir, tmp_path / "cache")
+      np.testing.assert_array_equal,
+      got,
+      data.load("tiny", data_dir, tmp_path / "cache"),
     )
     patch.setenv("JAXSMS_CACHE", str(tmp_path / "cache"))
     check_tiny(data.load("tiny", data_dir), splits)
@@ -729,6 +734,18 @@ def test_missing_decoder_says_what_to_install(tiny, tmp_path, monkeypatch):
 
   monkeypatch.setattr(tfds_source, "_decode", fail)
   with pytest.raises(ImportError, match=r"OpenCV or PIL\): run `pip install 'jaxsms"):
+    data.load("tiny", tiny[0], tmp_path)
+
+
+def test_file_error_inside_tfds_is_not_blamed_on_tensorflow(tiny, tmp_path, monkeypatch):
+  def fail(*_):
+    try:
+      raise PermissionError("no entry")
+    except PermissionError:
+      raise ImportError("No module named 'tensorflow'")  # noqa: B904
+
+  monkeypatch.setattr(tfds_source, "_decode", fail)
+  with pytest.raises(ValueError, match=r"'tiny' cannot be read \(no entry\)"):
     data.load("tiny", tiny[0], tmp_path)
 
 

@@ -64,9 +64,9 @@ def reference(values, sparsity, scope, old=None):
   return np.concatenate(masks)
 
 
-ordinary = st.floats(-100, 100, width=32)
+ordinary = st.floats(-100, 100, width=32, allow_subnormal=False)
 tied = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5])
-tiny = st.floats(-1e-37, 1e-37, width=32, allow_subnormal=False)
+tiny = st.floats(-(2.0**-120), 2.0**-120, width=32, allow_subnormal=False)
 WEIGHTS = st.one_of(
   *(arrays(np.float32, 39, elements=e) for e in (ordinary, tied, tiny)),
   ordinary.map(lambda x: np.full(39, x, np.float32)),
@@ -112,6 +112,12 @@ def test_float64_leaves():
     np.testing.assert_array_equal(np.ravel(masks["kernel"]), values > np.median(values))
     drawn = random_masks(jax.random.key(0), {"kernel": values.reshape(3, 4)}, 0.25)
     assert np.sum(~np.asarray(drawn["kernel"])) == 3
+
+
+def test_subnormal_magnitudes_are_ordered():
+  values = np.arange(39, dtype=np.uint32)[::-1].copy().view(np.float32)
+  masks = magnitude_masks({"kernel": jnp.asarray(values.reshape(3, 13))}, 0.5)
+  np.testing.assert_array_equal(np.ravel(masks["kernel"]), np.arange(39) < 19)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

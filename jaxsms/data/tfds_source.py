@@ -125,10 +125,11 @@ def _builder(name, data_dir):
       "array_record is read without TensorFlow: delete that directory or give another "
       f"data_dir, and run `{_prepare(name, data_dir)}`"
     )
-  missing = [f for f in ("image", "label") if f not in builder.info.features]
+  features = sorted(builder.info.features)
+  missing = [f for f in ("image", "label") if f not in features]
   if missing:
     raise ValueError(
-      f"data set {name!r} has the features {', '.join(sorted(builder.info.features))}, but no "
+      f"data set {name!r} has the features {', '.join(features)}, but no "
       f"{' and no '.join(missing)}: give a data set for image classification"
     )
   return builder

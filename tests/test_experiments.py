@@ -1,0 +1,307 @@
+"""The main job: what it leaves behind, what it prints, what it refuses."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import methods, run_directory, settings, sms
+from experiments.progress import RunProgress, TimeLeft, clock
+from jaxsms import checkpoint, data, prunable, training
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data" / "tfds"
+SMALL = (
+  "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
+  "--batch_size=64", "--goal_sparsity=0.75",
+)  # fmt: skip
+
+
+def run(*flags):
+  """The main job in this process: exit status (0 if it returned)."""
+  settings.FLAGS.unparse_flags()
+  for name in settings.Settings._fields:
+    settings.FLAGS[name].unparse()
+  settings.FLAGS["workdir"].unparse()
+  try:
+    sms.main(settings.FLAGS(["sms", *flags]))
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A small run over two seeds, by the command that README gives."""
+  workdir = tmp_path_factory.mktemp("runs") / "small"
+  command = [sys.executable, "-m", "experiments.sms", *SMALL, "--seeds=2"]
+  done = subprocess.run(
+    [*command, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+def test_results(finished):
+  workdir, _ = finished
+  results = json.loads((workdir / "results.json").read_text())
+  assert [seed["seed"] for seed in results["seeds"]] == [0, 1]
+  for seed in results["seeds"]:
+    assert 0 <= seed["dense"]["test_accuracy"] <= 1
+    assert [phase["phase"] for phase in seed["phases"]] == [1, 2]
+    assert [phase["sparsity"] for phase in seed["phases"]] == pytest.approx([0.5, 0.75])
+    for phase in seed["phases"]:
+      for method in ("soup", "mean_candidate", "best_candidate", "imp", "imp_mx"):
+        assert 0 <= phase[method]["test_accuracy"] <= 1
+        assert phase[method]["test_loss"] > 0
+      assert len(phase["candidates"]) == 2
+      assert phase["best_candidate"] in phase["candidates"]
+      assert phase["weights"] == [0.5, 0.5]
+      assert phase["geometry"]["mean_l2_distance"] > 0
+  assert results["flags"]["ingredients"] == 2
+  assert results["environment"]["jax"] == jax.__version__
+
+
+def test_table_and_progress_lines(finished):
+  _, done = finished
+  for words in ("Sparse soup", "Mean candidate", "IMP 2x", "Soup minus it", "2 seeds"):
+    assert words in " ".join(done.stdout.split()), words
+  assert "seed 1  SMS phase 2/2  epoch 1/1" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_metrics_are_json_lines_one_per_epoch(finished):
+  workdir, _ = finished
+  lines = [
+    json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  # Per seed: 2 dense epochs, 2 phases of 1 (SMS), 1 (IMP) and 2 (IMP 2x) epochs.
+  assert len(lines) == 2 * (2 + 2 * (1 + 1 + 2))
+  assert {len(line["loss"]) for line in lines if line["method"] == "sms"} == {2}
+  assert [line["epoch"] for line in lines if line["method"] == "imp_mx"] == [1, 2] * 4
+
+
+def test_saved_soup_is_sparse_and_scores_what_the_results_say(finished):
+  workdir, _ = finished
+  soup = checkpoint.restore(workdir / "soup" / "seed_1")
+  kept, removed = 0, 0
+  for (path, leaf), mask in zip(
+    jax.tree_util.tree_leaves_with_path(soup["params"]),
+    jax.tree.leaves(soup["masks"]),
+    strict=True,
+  ):
+    assert mask.dtype == bool
+    assert (np.asarray(leaf)[~np.asarray(mask)] == 0).all()
+    if prunable(path, leaf):
+      kept, removed = kept + mask.sum(), removed + (~mask).sum()
+  assert removed == round(0.75 * (kept + removed))
+  run_flags = json.loads((workdir / "results.json").read_text())
+  settings.FLAGS(["sms", *SMALL])
+  chosen = settings.read_settings()
+  task = methods.make_task(chosen, data.load("digits"))
+  model = training.phases.Model(soup["params"], {})
+  scores = training.phases.measure(
+    task.programs, task.splits, training.phases.one_model(model)
+  )[0]
+  expected = run_flags["seeds"][1]["phases"][-1]["soup"]
+  assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_figures_are_there(finished):
+  workdir, _ = finished
+  assert (workdir / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+  assert "<svg" in (workdir / "accuracy.svg").read_text()
+
+
+def test_flags_repeat_the_run(finished, tmp_path):
+  workdir, _ = finished
+  again = tmp_path / "again"
+  assert run(f"--flagfile={workdir / 'flags.txt'}", "--seeds=1", f"--workdir={again}") == 0
+  first = json.loads((workdir / "results.json").read_text())["seeds"][0]
+  assert json.loads((again / "results.json").read_text())["seeds"][0] == first
+
+
+def test_a_directory_with_a_run_is_refused(finished, capsys):
+  workdir, _ = finished
+  before = (workdir / "results.json").read_text()
+  assert run(*SMALL, f"--workdir={workdir}") == 2
+  assert "already holds a run" in capsys.readouterr().err
+  assert (workdir / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--dataset=digit"], "did you mean digits"),
+    (["--model=resnet9"], "did you mean resnet"),
+    (["--retrain_schedule=LRR"], "did you mean"),
+    (["--pretrain_schedule=linear"], "did you mean Linear"),
+    (["--augmentation=flip"], "known are"),
+    (["--scope=locally"], "known are global, uniform"),
+    (["--baselines=imp,impmx"], "did you mean imp_mx"),
+    (["--goal_sparsity=1"], "[0, 1)"),
+    (["--goal_sparsity=-0.1"], "[0, 1)"),
+    (["--goal_sparsity=nan"], "[0, 1)"),
+    (["--phases=0"], "--phases is 0"),
+    (["--ingredients=0"], "--ingredients is 0"),
+    (["--epochs=0"], "--epochs is 0"),
+    (["--seeds=0"], "--seeds is 0"),
+    (["--seed=-1"], "--seed is -1"),
+    (["--hidden=a"], "--hidden is a"),
+    (["--hidden=0"], "at least 1"),
+    (["--momentum=1"], "--momentum is 1"),
+    (["--learning_rate=0"], "--learning_rate is 0"),
+    (["--learning_rate=nan"], "--learning_rate is nan"),
+    (["--weight_decay=nan"], "--weight_decay is nan"),
+    (["--warmup_epochs=3", "--epochs=3"], "--warmup_epochs is 3"),
+    (["--batch_size=1294"], "1293 examples"),
+    (["extra"], "unexpected argument 'extra'"),
+  ],
+)
+def test_bad_flags_end_with_one_sentence(flags, words, tmp_path, capsys):
+  workdir = tmp_path / "run"
+  assert run(f"--workdir={workdir}", *flags) == 2
+  message = capsys.readouterr().err.strip()
+  assert words in message
+  assert message.startswith("error: ")
+  assert "\n" not in message
+  assert not workdir.exists()
+
+
+def test_bad_arrays_and_unprepared_data_sets(tmp_path, capsys):
+  path = tmp_path / "few.npz"
+  np.savez(path, train_images=np.zeros((4, 2, 2, 1), np.uint8))
+  assert run(f"--dataset={path}", f"--workdir={tmp_path / 'a'}") == 2
+  assert "train_labels" in capsys.readouterr().err
+  flags = ["--dataset=cifar10", f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'b'}"]
+  assert run(*flags) == 2
+  assert "download_and_prepare" in capsys.readouterr().err
+
+
+def test_unwritable_workdir(tmp_path, capsys):
+  file = tmp_path / "file"
+  file.write_text("")
+  assert run(*SMALL, f"--workdir={file}") == 2
+  assert run(*SMALL, f"--workdir={file}/below") == 2
+  errors = capsys.readouterr().err.strip().splitlines()
+  assert len(errors) == 2
+  assert all("--workdir" in line for line in errors)
+
+
+def test_arrays_from_a_file(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for split, n in (("train", 40), ("test", 13)):
+    labels = rng.integers(0, 3, n)
+    arrays[f"{split}_labels"] = labels
+    images = rng.integers(0, 80, (n, 6, 5, 2)) + 80 * labels[:, None, None, None]
+    arrays[f"{split}_images"] = images.astype(np.uint8)
+  np.savez(tmp_path / "three.npz", **arrays)
+  flags = [
+    f"--dataset={tmp_path / 'three.npz'}",
+    "--model=mlp",
+    f"--workdir={tmp_path / 'r'}",
+  ]
+  assert run(*SMALL, *flags, "--batch_size=8", "--baselines=", "--epochs=10") == 0
+  seed = json.loads((tmp_path / "r" / "results.json").read_text())["seeds"][0]
+  assert seed["dense"]["test_accuracy"] > 0.8
+  assert "imp" not in seed["phases"][0]
+
+
+def test_all_copies_diverging_ends_with_one_sentence(tmp_path, capsys):
+  flags = ["--learning_rate=1e30", "--baselines=", f"--workdir={tmp_path / 'run'}"]
+  assert run(*SMALL, *flags) != 0
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert message.startswith("error: ")
+
+
+def test_help_explains_every_flag():
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.sms", "--helpshort"],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert "Traceback" not in done.stderr
+  for name in (*settings.Settings._fields, "workdir"):
+    assert f"--{name}" in done.stdout or f"--[no]{name}" in done.stdout, name
+
+
+def test_unknown_flags_and_values_end_without_a_traceback():
+  for flag in ("--ingredient=3", "--phases=many"):
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.sms", flag],
+      cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert flag.split("=")[0].strip("-") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_planned_steps_are_the_steps_taken():
+  settings.FLAGS(["sms", *SMALL, "--seeds=3"])
+  chosen = settings.read_settings()
+  # 20 steps an epoch: 2 dense; per phase 1 of two copies, 1 of IMP, 2 of IMP 2x.
+  assert methods.planned_steps(chosen, 20) == {1: 3 * 20 * (2 + 2 * 3), 2: 3 * 20 * 2}
+
+
+def test_time_left_uses_each_programs_own_speed():
+  left = TimeLeft({1: 100, 4: 100})
+  assert left.seconds() is None
+  left.update(1, 10, 50.0)  # compiles: no speed yet
+  assert left.seconds() is None
+  left.update(1, 10, 1.0)  # 0.1 s a step; four copies: 0.4 s until measured
+  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4)
+  left.update(4, 10, 9.0)
+  left.update(4, 10, 2.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.2)
+  assert clock(61.2) == "1:01"
+  assert clock(3723) == "1:02:03"
+
+
+def test_the_bar_shows_phase_epoch_loss_accuracy_and_time_left():
+  with open(os.devnull, "w") as sink:
+    console = Console(file=sink, force_terminal=True, width=120, record=True)
+    with RunProgress({2: 40}, console) as progress:
+      for step in (10, 20, 30):
+        progress.chunk(
+          "seed 0  SMS phase 1/3",
+          4,
+          training.Chunk(
+            copies=2, step=step, steps=40, taken=10, epoch=step // 10,
+            loss=np.array([0.5, 0.7]), accuracy=np.array([0.8, 0.9]),
+            learning_rate=np.array([0.1, 0.1]),
+          ),
+        )  # fmt: skip
+  text = console.export_text()
+  for words in ("SMS phase 1/3", "epoch 3/4", "loss 0.600", "accuracy 85.0 %", "left"):
+    assert words in text
+
+
+def test_results_stay_whole_while_new_ones_are_written(tmp_path):
+  run_directory.write_results(tmp_path, {"value": float("nan"), "array": np.arange(2)})
+  assert run_directory.read_results(tmp_path) == {"value": None, "array": [0, 1]}
+  (tmp_path / "results.json").write_text("{")
+  with pytest.raises(ValueError, match="cannot be read"):
+    run_directory.read_results(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not SHARED.exists(), reason="CIFAR-10 is not prepared beside the project"
+)
+def test_cifar10_with_a_residual_network(tmp_path):
+  workdir = tmp_path / "cifar"
+  flags = [
+    "--dataset=cifar10", f"--data_dir={SHARED}", "--model=resnet8", "--epochs=1",
+    "--retrain_epochs=1", "--phases=1", "--ingredients=2", "--baselines=imp",
+    f"--workdir={workdir}",
+  ]  # fmt: skip
+  assert run(*flags) == 0
+  seed = json.loads((workdir / "results.json").read_text())["seeds"][0]
+  assert seed["dense"]["test_accuracy"] > 0.3
+  assert seed["phases"][0]["soup"]["test_accuracy"] > 0.3
