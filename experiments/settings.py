@@ -1,5 +1,6 @@
 """The flags of the binaries, and what they mean for each data set."""
 
+import math
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -19,8 +20,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "model": "mlp",
     "hidden": ["256", "256"],
     "dropout": 0.0,
+    "phases": 5,
     "epochs": 30,
-    "retrain_epochs": 10,
+    "retrain_epochs": 3,
     "batch_size": 20,
     "weight_decay": 1e-4,
   },
@@ -28,6 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "model": "resnet20",
     "hidden": ["512"],
     "dropout": 0.2,
+    "phases": 3,
     "epochs": 30,
     "retrain_epochs": 5,
     "batch_size": 128,
@@ -68,11 +71,11 @@ flags.DEFINE_float(
   "dropout", None, "Dropout rate of the MLP. Default: 0 for digits, else 0.2.", 0.0, 0.99
 )
 flags.DEFINE_integer("ingredients", 5, "m: copies retrained and averaged in each phase.")
-flags.DEFINE_integer("phases", 3, "Number of prune-retrain-merge cycles.")
-flags.DEFINE_float("goal_sparsity", 0.98, "Sparsity after the last phase, in [0, 1).")
 flags.DEFINE_integer(
-  "epochs", None, "Epochs of dense training. Default: set by the data set."
+  "phases", None, "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3."
 )
+flags.DEFINE_float("goal_sparsity", 0.98, "Sparsity after the last phase, in [0, 1).")
+flags.DEFINE_integer("epochs", None, "Epochs of dense training. Default: 30.")
 flags.DEFINE_integer(
   "retrain_epochs",
   None,
@@ -178,10 +181,10 @@ def _check(s: Settings) -> None:
     if getattr(s, name) < 1:
       raise ValueError(f"--{name} is {getattr(s, name)}: it must be at least 1")
   for name in ("retrain_epochs", "seed", "weight_decay", "warmup_epochs"):
-    if getattr(s, name) < 0:
-      raise ValueError(f"--{name} is {getattr(s, name)}: it must not be negative")
-  if not s.learning_rate > 0:
-    raise ValueError(f"--learning_rate is {s.learning_rate}: it must be above 0")
+    if not 0 <= getattr(s, name) < math.inf:
+      raise ValueError(f"--{name} is {getattr(s, name)}: it must be a number, 0 or above")
+  if not 0 < s.learning_rate < math.inf:
+    raise ValueError(f"--learning_rate is {s.learning_rate}: it must be a number above 0")
   if not 0 <= s.momentum < 1:
     raise ValueError(f"--momentum is {s.momentum}: it must be in [0, 1)")
   if s.warmup_epochs >= s.epochs:

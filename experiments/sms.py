@@ -23,7 +23,7 @@ TITLES = {"dense": "dense", "sms": "SMS", "imp": "IMP", "imp_mx": "IMP mx"}
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; bad input ends it with one sentence and exit status 2."""
-  if settings.FLAGS["verbosity"].using_default_value:
+  if not settings.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   console = Console()
   started = time.monotonic()
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     task = methods.make_task(chosen, dataset)
     workdir = settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
     run_directory.create(workdir, settings.flagfile(chosen))
-  except (ValueError, ModuleNotFoundError) as error:
+  except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,14 +1,12 @@
 """A convolution that knows how to be vmapped: own vjp, own batching rule per backend.
 
-`vmap` over convolution kernels makes a grouped convolution, and autodiff's backward
-convolutions have layouts that the CPU runs as unoptimised code inside loops. Here
-the convolution and its two gradients are three operations on m copies at once, and
-each says for itself how m copies run on a backend.
+`vmap` over kernels makes grouped convolutions, and autodiff's backward convolutions
+have layouts that a CPU runs as unoptimised code inside loops. Here a convolution and
+its two gradients are three operations on m copies at once, each lowered by platform.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,20 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Bytes of windows in memory at a time: what one core's second-level cache holds.
-_CACHE = 3 << 19
+_NHWC = ("NHWC", "HWIO", "NHWC")
 
-
-class _Shifts(NamedTuple):
-  """Which outputs and taps the pixels of a block of s meet, along one axis.
-
-  Pixel s * place + u meets output place + first + t through tap `taps[t, u]`, which
-  is the kernel's size where there is none.
-  """
-
-  first: int
-  places: int
-  taps: np.ndarray
+# Bytes of windows in memory at a time: they stay in a second-level cache of 2 MB.
+_WINDOW_BYTES = 3 << 19
 
 
 class _Geometry(NamedTuple):
@@ -41,22 +29,29 @@ class _Geometry(NamedTuple):
   kernel: tuple[int, int]
   precision: Any
 
-  @property
-  def output(self) -> tuple[int, int]:
-    return tuple(
-      (n + sum(p) - k) // s + 1
-      for n, p, k, s in zip(
-        self.image, self.padding, self.kernel, self.strides, strict=True
-      )
-    )
+  def output_size(self, axis: int) -> int:
+    padded = self.image[axis] + sum(self.padding[axis])
+    return (padded - self.kernel[axis]) // self.strides[axis] + 1
 
-  def shifts(self, axis: int) -> _Shifts:
+  def shifts(self, axis: int) -> "_Shifts":
+    """How a block of s pixels, s the stride, meets the outputs along an axis."""
     s, k, low = self.strides[axis], self.kernel[axis], self.padding[axis][0]
     first, last = -((k - 1 - low) // s), (s - 1 + low) // s
-    t = np.arange(first, last + 1)[:, None]
-    taps = np.arange(s) + low - s * t
-    taps = np.where((taps >= 0) & (taps < k), taps, k)
-    return _Shifts(first, -(-self.image[axis] // s), taps)
+    taps = np.arange(s) + low - s * np.arange(first, last + 1)[:, None]
+    places = -(-self.image[axis] // s)
+    high = places + last - self.output_size(axis)
+    return _Shifts(places, (-first, high), np.where((taps >= 0) & (taps < k), taps, k))
+
+
+class _Shifts(NamedTuple):
+  """Pixel s * place + u meets padded output place + t through tap `taps[t, u]`.
+
+  The tap is the kernel's size where they do not meet; the padding may be negative.
+  """
+
+  places: int
+  padding: tuple[int, int]
+  taps: np.ndarray
 
 
 def conv_general_dilated(
@@ -74,385 +69,282 @@ def conv_general_dilated(
 ) -> jax.Array:
   """`jax.lax.conv_general_dilated`, fast also under `vmap` and inside loops.
 
-  Pass it to a linen module as `nn.Conv(..., conv_general_dilated=...)`. Two-dimensional
-  NHWC/HWIO/NHWC convolutions without dilation and groups get the lowerings of this
-  file; all others are `jax.lax.conv_general_dilated` itself. Reverse-mode derivatives
-  of any order work, forward-mode ones (`jvp`, `linearize`, `hessian`) do not: a model
-  that needs them takes `jax.lax.conv_general_dilated` instead.
+  Pass it to a linen module: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
+  Floating NHWC/HWIO/NHWC convolutions without dilation and groups get the lowerings of
+  this file; all others are `jax.lax.conv_general_dilated` itself. There are
+  reverse-mode derivatives of any order and no forward-mode ones (`jvp`, `jacfwd`,
+  `hessian`): a model that needs those takes `jax.lax.conv_general_dilated` instead.
 
   Args:
-    lhs: images, [batch, height, width, channels] for the lowerings of this file.
-    rhs: kernels, [height, width, channels, features] for the same.
-    window_strides: one stride for each spatial dimension.
-    padding: "SAME", "VALID", or (low, high) for each spatial dimension.
+    lhs: images [batch, height, width, channels].
+    rhs: kernels [height, width, channels, features].
+    window_strides: one for each spatial dimension.
+    padding: "SAME", "VALID" or a pair (low, high) for each spatial dimension.
     lhs_dilation: as in `jax.lax.conv_general_dilated`, like all that follow.
-    rhs_dilation: same.
-    dimension_numbers: same.
-    feature_group_count: same.
-    batch_group_count: same.
-    precision: same.
-    preferred_element_type: same.
+    rhs_dilation: the same.
+    dimension_numbers: the same.
+    feature_group_count: the same.
+    batch_group_count: the same.
+    precision: the same.
+    preferred_element_type: the same.
 
   Returns:
-    The convolution, of the shape and type `jax.lax.conv_general_dilated` gives.
+    What `jax.lax.conv_general_dilated` returns, to rounding.
   """
-  native = functools.partial(
-    lax.conv_general_dilated,
-    window_strides=window_strides,
-    padding=padding,
-    lhs_dilation=lhs_dilation,
-    rhs_dilation=rhs_dilation,
-    dimension_numbers=dimension_numbers,
-    feature_group_count=feature_group_count,
-    batch_group_count=batch_group_count,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-  )
-  ones = (None, 1, (1, 1), [1, 1])
-  plain = (
+  simple = (
     lhs.ndim == rhs.ndim == 4
     and lhs.dtype == rhs.dtype
     and jnp.issubdtype(lhs.dtype, jnp.floating)
     and preferred_element_type in (None, lhs.dtype)
     and feature_group_count == batch_group_count == 1
-    and lhs_dilation in ones
-    and rhs_dilation in ones
-    and _is_nhwc(lhs.shape, rhs.shape, dimension_numbers)
+    and all(d is None or set(d) == {1} for d in (lhs_dilation, rhs_dilation))
+    and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
     and lhs.shape[3] == rhs.shape[2]
-    and math.prod(lhs.shape) * math.prod(rhs.shape) > 0
+    and 0 not in lhs.shape + rhs.shape
   )
-  if not plain:
-    return native(lhs, rhs)
-  image, kernel = lhs.shape[1:3], rhs.shape[:2]
-  if isinstance(padding, str):
-    padding = lax.padtype_to_pads(image, kernel, window_strides, padding)
-  padding = tuple((int(low), int(high)) for low, high in padding)
-  geometry = _Geometry(tuple(window_strides), padding, image, kernel, precision)
-  fits = all(n > 0 for n in geometry.output)
-  if not fits or any(p < 0 for low_high in padding for p in low_high):
-    return native(lhs, rhs)
-  lhs, rhs = _vary_alike(lhs, rhs)
-  return _forward(geometry, lhs[None], rhs[None])[0]
-
-
-def _is_nhwc(lhs_shape, rhs_shape, dimension_numbers) -> bool:
-  """Whether `dimension_numbers` say NHWC, HWIO, NHWC."""
-  numbers = lax.conv_dimension_numbers(lhs_shape, rhs_shape, dimension_numbers)
-  nhwc = lax.conv_dimension_numbers(lhs_shape, rhs_shape, ("NHWC", "HWIO", "NHWC"))
-  return numbers == nhwc
+  if simple:
+    strides, image, kernel = tuple(window_strides), lhs.shape[1:3], rhs.shape[:2]
+    if isinstance(padding, str):
+      padding = lax.padtype_to_pads(image, kernel, strides, padding)
+    padding = tuple((int(low), int(high)) for low, high in padding)
+    if kernel == (1, 1) and padding == ((0, 0), (0, 0)):
+      lhs = lhs[:, :: strides[0], :: strides[1]]
+      strides, image = (1, 1), lhs.shape[1:3]
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    geometry = _Geometry(strides, padding, image, kernel, precision)
+    if min(map(geometry.output_size, (0, 1))) > 0 and min(sum(padding, ())) >= 0:
+      lhs, rhs = _vary_alike(lhs, rhs)
+      return _forward(geometry, lhs[None], rhs[None])[0]
+  options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
+  options += (batch_group_count, precision, preferred_element_type)
+  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options)
 
 
 def _vary_alike(*operands):
   """Makes all vary over the manual mesh axes that one varies over (`shard_map`).
 
-  The transpose of this sums a gradient over those axes, as autodiff does elsewhere.
+  The transpose of this sums a gradient over those axes, as elsewhere in autodiff.
   """
-  axes = [getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands]
-  union = frozenset().union(*axes)
-  return tuple(
-    lax.pcast(operand, tuple(union - own), to="varying") if union - own else operand
-    for operand, own in zip(operands, axes, strict=True)
-  )
+  kinds = [jax.typeof(x) for x in operands]
+  # The names are those of jax 0.10, then of 0.8.
+  kinds = [getattr(kind, "manual_axis_type", kind) for kind in kinds]
+  own = [getattr(k, "varying", getattr(k, "vma", frozenset())) for k in kinds]
+  vary = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
+  missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+  return [vary(x, a) if a else x for x, a in zip(operands, missing, strict=True)]
 
 
-# The three operations. Their operands have a leading axis of copies, of length m or,
-# where all copies share the operand, 1. Each is linear in both operands, and together
-# they are closed under differentiation.
+# The three operations. Operands have a leading axis of copies, here of length 1; in the
+# lowerings it is m long or, where the copies share the operand, 1. Each operation is
+# linear in both of its operands, and its derivatives are the two others.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(geometry, images, kernels):
-  """Convolves images [m or 1, n, h, w, c] with kernels [m or 1, kh, kw, c, o]."""
-  return _for_copies(_cpu_forward, _native_forward, geometry)(images, kernels)
+  """Images [1, n, h, w, c], kernels [1, kh, kw, c, o] -> outputs [1, n, oh, ow, o]."""
+  return _lowerings(geometry, _cpu_forward, _grouped)(images, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _image_gradient(geometry, outputs, kernels):
-  """Transposes `_forward` in its images: outputs' cotangent -> images'."""
-  operation = _for_copies(_cpu_image_gradient, _native_image_gradient, geometry)
-  return operation(outputs, kernels)
+  """The transpose of `_forward` in its images: outputs, kernels -> images."""
+  return _lowerings(geometry, _cpu_image, _grouped_image)(outputs, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel_gradient(geometry, images, outputs):
-  """Transposes `_forward` in its kernels: outputs' cotangent -> kernels'."""
-  operation = _for_copies(_cpu_kernel_gradient, _native_kernel_gradient, geometry)
-  return operation(images, outputs)
+  """The transpose of `_forward` in its kernels: images, outputs -> kernels."""
+  return _lowerings(geometry, _cpu_kernel, _grouped_kernel)(images, outputs)
 
 
-def _define_vjp(operation, first_vjp, second_vjp):
-  """Sets the derivative of a bilinear operation: `first_vjp(geometry, a, b, ct)`."""
+def _define_vjp(operation, first, second):
+  """Sets the two derivatives of an operation, functions (geometry, a, b, ct)."""
 
-  def forward(geometry, a, b):
-    return operation(geometry, a, b), (a, b)
+  def backward(geometry, operands, ct):
+    return first(geometry, *operands, ct), second(geometry, *operands, ct)
 
-  def backward(geometry, operands, cotangent):
-    a, b = operands
-    first = first_vjp(geometry, a, b, cotangent)
-    second = second_vjp(geometry, a, b, cotangent)
-    return _sum_copies(first, a), _sum_copies(second, b)
-
-  operation.defvjp(forward, backward)
-
-
-def _sum_copies(gradient, operand):
-  """Sums over the copies an operand was shared by."""
-  if gradient.shape[0] == operand.shape[0]:
-    return gradient
-  return gradient.sum(0, keepdims=True)
+  operation.defvjp(lambda geometry, a, b: (operation(geometry, a, b), (a, b)), backward)
 
 
 _define_vjp(
   _forward,
-  lambda g, images, kernels, ct: _image_gradient(g, ct, kernels),
-  lambda g, images, kernels, ct: _kernel_gradient(g, images, ct),
+  lambda geometry, images, kernels, ct: _image_gradient(geometry, ct, kernels),
+  lambda geometry, images, kernels, ct: _kernel_gradient(geometry, images, ct),
 )
 _define_vjp(
   _image_gradient,
-  lambda g, outputs, kernels, ct: _forward(g, ct, kernels),
-  lambda g, outputs, kernels, ct: _kernel_gradient(g, ct, outputs),
+  lambda geometry, outputs, kernels, ct: _forward(geometry, ct, kernels),
+  lambda geometry, outputs, kernels, ct: _kernel_gradient(geometry, ct, outputs),
 )
 _define_vjp(
   _kernel_gradient,
-  lambda g, images, outputs, ct: _image_gradient(g, outputs, ct),
-  lambda g, images, outputs, ct: _forward(g, images, ct),
+  lambda geometry, images, outputs, ct: _image_gradient(geometry, outputs, ct),
+  lambda geometry, images, outputs, ct: _forward(geometry, images, ct),
 )
 
 
 @functools.cache
-def _for_copies(cpu: Callable, default: Callable, geometry: _Geometry) -> Callable:
-  """The operation that runs `cpu` on a CPU, `default` elsewhere, on any copies.
+def _lowerings(geometry, cpu, default):
+  """The operation that runs `cpu` on a CPU and `default` elsewhere, on all copies.
 
-  The platform is the one the program is lowered for, not that of this process.
+  The platform is that of the lowered program, which need not be this process's.
   """
+  cpu, default = (functools.partial(f, geometry) for f in (cpu, default))
 
   @jax.custom_batching.custom_vmap
   def operation(a, b):
-    return lax.platform_dependent(
-      a,
-      b,
-      cpu=functools.partial(cpu, geometry),
-      default=functools.partial(default, geometry),
-    )
+    return lax.platform_dependent(a, b, cpu=cpu, default=default)
 
   @operation.def_vmap
-  def rule(size, batched, a, b):
-    # One more mapped axis joins the copies: any nesting of vmap ends in one axis.
-    copies = max(x.shape[is_batched] for x, is_batched in zip((a, b), batched, strict=True))
-    a, b = (
-      _join_copies(x, is_batched, size, copies)
-      for x, is_batched in zip((a, b), batched, strict=True)
-    )
-    out = operation(a, b)
-    return out.reshape(size, -1, *out.shape[1:]), True
+  def join(size, batched, a, b):
+    # A mapped axis joins the copies, so that any nesting of vmaps is one axis here.
+    a, b = (a if batched[0] else a[None]), (b if batched[1] else b[None])
+    copies = max(a.shape[1], b.shape[1])
+
+    def flat(x):
+      if x.shape[:2] != (1, 1):
+        x = jnp.broadcast_to(x, (size, copies, *x.shape[2:]))
+      return x.reshape(-1, *x.shape[2:])
+
+    out = operation(flat(a), flat(b))
+    return out.reshape(size, copies, *out.shape[1:]), True
 
   return operation
 
 
-def _join_copies(x, is_batched: bool, size: int, copies: int):
-  """Joins a mapped axis and the axis of copies, leaving a shared operand shared."""
-  if not is_batched:
-    if x.shape[0] == 1:
-      return x
-    x = jnp.broadcast_to(x, (size, *x.shape))
-  elif x.shape[1] < copies:
-    x = jnp.broadcast_to(x, (size, copies, *x.shape[2:]))
-  return x.reshape(-1, *x.shape[2:])
-
-
-# Any platform: XLA's convolution and its transposes, vmapped into groups.
+# Any platform: XLA's convolution and its transposes, vmapped into grouped ones.
 
 
 def _native(geometry, image, kernel):
+  strides, padding, _, _, precision = geometry
+  if geometry.kernel == (1, 1) and padding == ((0, 0), (0, 0)):
+    return jnp.tensordot(image, kernel[0, 0], 1, precision=precision)
   return lax.conv_general_dilated(
-    image,
-    kernel,
-    geometry.strides,
-    geometry.padding,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    precision=geometry.precision,
+    image, kernel, strides, padding, dimension_numbers=_NHWC, precision=precision
   )
 
 
-def _native_forward(geometry, images, kernels):
-  return _vmap_copies(functools.partial(_native, geometry), images, kernels)
+def _grouped(geometry, images, kernels):
+  axes = tuple(None if len(x) == 1 else 0 for x in (images, kernels))
+  one = functools.partial(_native, geometry)
+  images, kernels = (x.squeeze(0) if len(x) == 1 else x for x in (images, kernels))
+  if axes == (None, None):
+    return one(images, kernels)[None]
+  return jax.vmap(one, axes)(images, kernels)
 
 
-def _native_image_gradient(geometry, outputs, kernels):
-  shape = (*outputs.shape[1:2], *geometry.image, kernels.shape[-2])
-
-  def one(output, kernel):
-    image = jax.ShapeDtypeStruct(shape, output.dtype)
-    transpose = jax.linear_transpose(lambda x: _native(geometry, x, kernel), image)
-    return transpose(output)[0]
-
-  return _vmap_copies(one, outputs, kernels)
+def _grouped_image(geometry, outputs, kernels):
+  shape = (outputs.shape[1], *geometry.image, kernels.shape[3])
+  return _transpose(lambda x: _grouped(geometry, x, kernels), shape, outputs, kernels)
 
 
-def _native_kernel_gradient(geometry, images, outputs):
-  shape = (*geometry.kernel, images.shape[-1], outputs.shape[-1])
-
-  def one(image, output):
-    kernel = jax.ShapeDtypeStruct(shape, output.dtype)
-    transpose = jax.linear_transpose(lambda w: _native(geometry, image, w), kernel)
-    return transpose(output)[0]
-
-  return _vmap_copies(one, images, outputs)
+def _grouped_kernel(geometry, images, outputs):
+  shape = (*geometry.kernel, images.shape[4], outputs.shape[4])
+  return _transpose(lambda x: _grouped(geometry, images, x), shape, outputs, images)
 
 
-def _vmap_copies(function, a, b):
-  """Maps `function` over the copies, closing over what they share."""
-  if a.shape[0] == b.shape[0] == 1:
-    return function(a[0], b[0])[None]
-  if a.shape[0] == 1:
-    return jax.vmap(lambda one: function(a[0], one))(b)
-  if b.shape[0] == 1:
-    return jax.vmap(lambda one: function(one, b[0]))(a)
-  return jax.vmap(function)(a, b)
+def _transpose(forward, shape, outputs, other):
+  """The transpose of `forward`, with as many copies as the outputs or `other` have."""
+  copies = max(len(outputs), len(other))
+  outputs = jnp.broadcast_to(outputs, (copies, *outputs.shape[1:]))
+  zeros, _ = _vary_alike(jnp.zeros((copies, *shape), outputs.dtype), outputs)
+  return jax.vjp(forward, zeros)[1](outputs)[0]
 
 
-# CPU: m separate convolutions in the one layout that is fast everywhere.
+# CPU: m separate convolutions, all in the one layout that is fast inside loops too.
 
 
 def _cpu_forward(geometry, images, kernels):
-  return _cpu_copies(
-    functools.partial(_convolve, geometry.strides, geometry.padding, geometry.precision),
-    images,
-    kernels,
-  )
+  """One convolution for each copy, or one for all where they share the kernel."""
+  wide = jnp.promote_types(images.dtype, jnp.float32)
+  x, w = images.astype(wide), kernels.astype(wide)
+  if len(w) == 1:
+    out = _native(geometry, x.reshape(-1, *x.shape[2:]), w[0])
+    out = out.reshape(len(x), -1, *out.shape[1:])
+  else:
+    out = jnp.stack([_native(geometry, x[i % len(x)], w[i]) for i in range(len(w))])
+  return out.astype(images.dtype)
 
 
-def _cpu_image_gradient(geometry, outputs, kernels):
-  """One convolution of stride 1 that gives a block of s x s pixels for each place."""
+def _cpu_image(geometry, outputs, kernels):
+  """One convolution of stride 1 gives a block of s x s pixels for each place."""
   (height, width), (sh, sw) = geometry.image, geometry.strides
-  vertical, horizontal = geometry.shifts(0), geometry.shifts(1)
-  c, o = kernels.shape[-2:]
-  taps = (len(vertical.taps), len(horizontal.taps))
-  zero = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
-  blocks = zero[:, vertical.taps][:, :, :, horizontal.taps]
-  blocks = blocks.transpose(0, 1, 3, 6, 2, 4, 5).reshape(-1, *taps, o, sh * sw * c)
-  # Padding is never negative here: lax would read outside the array on a CPU.
-  outputs = _fit(outputs, 2, vertical)
-  outputs = _fit(outputs, 3, horizontal)
-  convolve = functools.partial(_convolve, (1, 1), "VALID", geometry.precision)
-  pixels = _cpu_copies(convolve, outputs, blocks)
+  rows, columns = axes = geometry.shifts(0), geometry.shifts(1)
+  # The convolution pads without a copy, but a CPU's must not be told to cut.
+  for axis, shifts in enumerate(axes):
+    outputs = _pad(outputs, axis + 2, [min(p, 0) for p in shifts.padding])
+  padding = tuple(tuple(max(p, 0) for p in shifts.padding) for shifts in axes)
+  # A tap that does not exist reads the zeros appended here.
+  taps = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
+  taps = taps[:, rows.taps][:, :, :, columns.taps].transpose(0, 1, 3, 6, 2, 4, 5)
+  taps = taps.reshape(*taps.shape[:4], -1)
+  shapes = outputs.shape[2:4], taps.shape[1:3]
+  stride_one = _Geometry((1, 1), padding, *shapes, geometry.precision)
+  blocks = _cpu_forward(stride_one, outputs, taps)
   if sh == sw == 1:
-    return pixels
-  m, n, rows, columns, _ = pixels.shape
-  pixels = pixels.reshape(m, n, rows, columns, sh, sw, c).swapaxes(3, 4)
-  pixels = pixels.reshape(m, n, rows * sh, columns * sw, c)
+    return blocks
+  shape = (*blocks.shape[:2], rows.places, columns.places, sh, sw, -1)
+  pixels = blocks.reshape(shape).swapaxes(3, 4)
+  pixels = pixels.reshape(*shape[:2], rows.places * sh, columns.places * sw, -1)
   return pixels[:, :, :height, :width]
 
 
-def _cpu_kernel_gradient(geometry, images, outputs):
-  """Windows of images, transposed, times windows of outputs.
+def _cpu_kernel(geometry, images, outputs):
+  """Windows of the images, transposed, times windows of the outputs.
 
-  Rows of the kernel come from windows of the images, columns from windows of the
-  outputs: for 3x3 that is 3 + 3 copies of the data where patches are 9. A few images
-  at a time, so that the windows stay in cache.
+  The kernel's rows are windows of the images, its columns windows of the outputs: for
+  3x3, 3 + 3 times the data where patches are 9 times, and of few images, to stay in
+  cache.
   """
-  horizontal = geometry.shifts(1)
-  (kh, kw), s = geometry.kernel, geometry.strides[1]
-  n, c, o = images.shape[1], images.shape[-1], outputs.shape[-1]
-  m = max(images.shape[0], outputs.shape[0])
+  (kh, kw), (sh, sw), columns = geometry.kernel, geometry.strides, geometry.shifts(1)
+  n, width, c = images.shape[1], images.shape[3], images.shape[4]
+  oh, o, shifts = outputs.shape[2], outputs.shape[4], len(columns.taps)
+  m, depth = max(len(images), len(outputs)), (kh * sw * c, shifts * o)
   wide = jnp.promote_types(images.dtype, jnp.float32)
-  depth = (kh * s * c, len(horizontal.taps) * o)
-  window_bytes = geometry.output[0] * horizontal.places * sum(depth) * wide.itemsize
-  group = min(n, 1 << (max(1, _CACHE // window_bytes).bit_length() - 1))
+  images_in_cache = _WINDOW_BYTES // (oh * columns.places * sum(depth) * wide.itemsize)
+  group = min(n, 1 << max(images_in_cache, 1).bit_length() - 1)
+  steps = n // group
+  fill = [(0, 0), geometry.padding[0], (0, columns.places * sw - width), (0, 0)]
+
+  def image_windows(x):
+    x = jnp.pad(x.astype(wide), fill).reshape(len(x), -1, columns.places, sw * c)
+    return _windows(x, 1, kh, oh, sh)
+
+  def output_windows(x):
+    x = _pad(x.astype(wide), 2, columns.padding)
+    return _windows(x, 2, shifts, columns.places, 1)
 
   def products(images, outputs):
-    images = [_rows_window(geometry, x.astype(wide)) for x in images]
-    outputs = [_columns_window(horizontal, y.astype(wide)) for y in outputs]
-    return jnp.stack(
-      [
-        lax.dot_general(
-          images[i % len(images)],
-          outputs[i % len(outputs)],
-          (((0,), (0,)), ((), ())),
-          precision=geometry.precision,
-        )
-        for i in range(m)
-      ]
-    )
-
-  whole = n - n % group
-  # The loop's axis is the inner one: a batch that is split over devices stays split.
-  groups = [
-    x[:, :whole].reshape(-1, group, whole // group, *x.shape[2:]) for x in (images, outputs)
-  ]
+    a, b = [image_windows(x) for x in images], [output_windows(x) for x in outputs]
+    pairs = ((a[i % len(a)], b[i % len(b)]) for i in range(m))
+    rows = (((0,), (0,)), ((), ()))
+    return jnp.stack([lax.dot_general(*ab, rows, geometry.precision) for ab in pairs])
 
   def add(i, total):
-    return total + products(*(lax.dynamic_index_in_dim(x, i, 2, False) for x in groups))
+    # Group i is every steps-th image: a batch split over devices stays in place.
+    split = (x.reshape(-1, group, steps, *x.shape[2:]) for x in whole)
+    return total + products(*(x[:, :, i] for x in split))
 
-  if whole == group:
-    total = add(0, 0.0)
-  else:
-    zeros, *_ = _vary_alike(jnp.zeros((m, *depth), wide), images, outputs)
-    total = lax.fori_loop(0, whole // group, add, zeros)
-  if whole < n:
-    total = total + products(images[:, whole:], outputs[:, whole:])
-  total = total.reshape(m, kh, s, c, -1, o).transpose(0, 1, 4, 2, 3, 5)
-  total = total.reshape(m, kh, -1, c, o)
-  # Where in the blocks [shift, column of the block] the kernel's columns are.
-  order = [horizontal.taps.ravel().tolist().index(k) for k in range(kw)]
-  return total[:, :, jnp.array(order)].astype(images.dtype)
-
-
-def _rows_window(geometry, images):
-  """[n, h, w, c] -> [n * oh * places, kh * s * c], kh rows of blocks of s columns."""
-  horizontal, (kh, _), (sh, sw) = geometry.shifts(1), geometry.kernel, geometry.strides
-  (n, _, w, c), (oh, _) = images.shape, geometry.output
-  fill = horizontal.places * sw - w
-  images = jnp.pad(images, [(0, 0), geometry.padding[0], (0, fill), (0, 0)])
-  images = images.reshape(n, -1, horizontal.places, sw * c)
-  rows = [images[:, i : i + sh * (oh - 1) + 1 : sh] for i in range(kh)]
-  return jnp.concatenate(rows, -1).reshape(n * oh * horizontal.places, -1)
+  whole = images[:, : steps * group], outputs[:, : steps * group]
+  zeros, *_ = _vary_alike(jnp.zeros((m, *depth), wide), images, outputs)
+  total = lax.fori_loop(0, steps, add, zeros) if steps > 1 else add(0, zeros)
+  if n % group:
+    total += products(images[:, steps * group :], outputs[:, steps * group :])
+  total = total.reshape(m, kh, sw, c, shifts, o).transpose(0, 1, 4, 2, 3, 5)
+  order = [columns.taps.ravel().tolist().index(tap) for tap in range(kw)]
+  total = total.reshape(m, kh, -1, c, o)[:, :, np.array(order)]
+  return total.astype(images.dtype)
 
 
-def _columns_window(horizontal, outputs):
-  """[n, oh, ow, o] -> [n * oh * places, shifts * o]."""
-  outputs = _fit(outputs, 2, horizontal)
-  columns = [
-    lax.slice_in_dim(outputs, t, t + horizontal.places, axis=2)
-    for t in range(len(horizontal.taps))
-  ]
-  return jnp.concatenate(columns, -1).reshape(-1, len(columns) * outputs.shape[-1])
+def _pad(x, axis, low_high):
+  config = [(0, 0, 0)] * x.ndim
+  config[axis] = (*low_high, 0)
+  return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _fit(outputs, axis: int, shifts: "_Shifts"):
-  """Pads or cuts an axis of outputs to what windows at all places read."""
-  low = -shifts.first
-  high = shifts.places + len(shifts.taps) - 1 - low - outputs.shape[axis]
-  kept = lax.slice_in_dim(
-    outputs, max(0, -low), outputs.shape[axis] + min(0, high), axis=axis
-  )
-  pad = [(0, 0)] * outputs.ndim
-  pad[axis] = (max(low, 0), max(high, 0))
-  return jnp.pad(kept, pad)
-
-
-def _convolve(strides, padding, precision, image, kernel):
-  wide = jnp.promote_types(image.dtype, jnp.float32)
-  out = lax.conv_general_dilated(
-    image.astype(wide),
-    kernel.astype(wide),
-    strides,
-    padding,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    precision=precision,
-  )
-  return out.astype(image.dtype)
-
-
-def _cpu_copies(convolve, images, kernels):
-  """One convolution for each copy, or a single one where only one operand has copies."""
-  m, copies = images.shape[0], kernels.shape[0]
-  if copies == 1:
-    out = convolve(images.reshape(-1, *images.shape[2:]), kernels[0])
-    return out.reshape(m, -1, *out.shape[1:])
-  if m == 1:
-    _, kh, kw, c, o = kernels.shape
-    wide = jnp.moveaxis(kernels, 0, 3).reshape(kh, kw, c, copies * o)
-    out = convolve(images[0], wide)
-    return jnp.moveaxis(out.reshape(*out.shape[:3], copies, o), 3, 0)
-  return jnp.stack([convolve(images[i], kernels[i]) for i in range(m)])
+def _windows(x, axis, count, size, stride):
+  """Rows of channels: `count` slices of x, each a step on along `axis`, side by side."""
+  ends = [(i, i + stride * (size - 1) + 1) for i in range(count)]
+  slices = [lax.slice_in_dim(x, *start_end, stride, axis) for start_end in ends]
+  return jnp.concatenate(slices, -1).reshape(-1, count * x.shape[-1])

@@ -1,5 +1,6 @@
 """Where models lie: distances, angles, and the loss on the line between two."""
 
+import functools
 from collections.abc import Callable
 from itertools import combinations
 
@@ -26,14 +27,15 @@ def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
     ValueError: leaves disagree on m, or none is floating.
   """
   m = number_of_models(stacked)
-  leaves = [
-    jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    for x in jax.tree.leaves(stacked)
-    if is_floating(x)
-  ]
+  leaves = [x for x in jax.tree.leaves(stacked) if is_floating(x)]
   if not leaves:
     raise ValueError("no leaf is floating: there is nothing to measure")
+  return _geometry(leaves, m)
 
+
+@functools.partial(jax.jit, static_argnums=1)
+def _geometry(leaves: list[jax.Array], m: int) -> dict[str, jax.Array]:
+  leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
   norms = jax.lax.map(lambda i: _norm([x[i] for x in leaves]), jnp.arange(m))
   # Directions of all-zero models are taken as 0, not NaN.
   inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)

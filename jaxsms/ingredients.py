@@ -72,7 +72,8 @@ def map_ingredients(
       axis_names={INGREDIENT_AXIS},
       check_vma=False,
     )
-    return jax.tree.map(lambda x: x[:m], sharded(*padded))
+    # Outside of jit, shard_map cannot give keys while an axis is left to the compiler.
+    return jax.tree.map(lambda x: x[:m], jax.jit(sharded)(*padded))
 
   return mapped
 

@@ -1,5 +1,6 @@
 """Which weights to remove: scores and scopes -> masks."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -58,13 +59,16 @@ def magnitude_masks(
   """
   check_finite(params)
   widest = jnp.result_type(jnp.float32, *filter(is_floating, jax.tree.leaves(params)))
-  wide = jnp.finfo(widest).bits > 32
-
-  def magnitude_key(leaf):  # non-negative floats are ordered as their bits are
-    magnitude = jnp.abs(leaf).astype(jnp.float64 if wide else jnp.float32)
-    return jax.lax.bitcast_convert_type(magnitude, jnp.uint64 if wide else jnp.uint32)
-
+  bits = 64 if jnp.finfo(widest).bits > 32 else 32
+  magnitude_key = functools.partial(_magnitude_key, bits=bits)
   return masks_from_keys(params, magnitude_key, sparsity, scope, prunable, masks)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _magnitude_key(leaf: jax.Array, bits: int) -> jax.Array:
+  """The bits of the magnitudes: floats from 0 up are ordered as their bits are."""
+  magnitude = jnp.abs(leaf).astype(f"float{bits}")
+  return jax.lax.bitcast_convert_type(magnitude, f"uint{bits}")
 
 
 def random_masks(
@@ -134,15 +138,12 @@ def masks_from_keys(
 
   numbers = [i for i, flag in enumerate(chosen) if flag]
   groups = [numbers] if scope == "global" else [[i] for i in numbers]
-  new = [jnp.ones(np.shape(leaf), bool) for leaf in leaves]
+  new = _all_kept(tuple(np.shape(leaf) for leaf in leaves))
   for group in groups:
     keys = [sort_key(leaves[i]) for i in group]
-    kept = [
-      jnp.ones(leaves[i].shape, bool) if old[i] is None else jnp.asarray(old[i], bool)
-      for i in group
-    ]
     goal = removal_count(sparsity, sum(k.size for k in keys))
-    for i, mask in zip(group, _keep_largest(keys, kept, goal), strict=True):
+    largest = _keep_largest(keys, [old[i] for i in group], goal)
+    for i, mask in zip(group, largest, strict=True):
       new[i] = mask
   return jax.tree.unflatten(structure, new)
 
@@ -165,7 +166,12 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     raise ValueError(
       "params and masks have different tree structures: make the masks from these params"
     )
-  return jax.tree.map(_apply_mask, params, masks)
+  leaves, structure = jax.tree.flatten(params)
+  pairs = zip(leaves, jax.tree.leaves(masks), strict=True)
+  zeroed = iter(_zero_removed([pair for pair in pairs if is_array(pair[0])]))
+  return jax.tree.unflatten(
+    structure, [next(zeroed) if is_array(leaf) else leaf for leaf in leaves]
+  )
 
 
 def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
@@ -183,8 +189,7 @@ def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
   """
   flags = prunable_flags(params, prunable)
   leaves = [x for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
-  zeros = sum(jnp.sum(x == 0) for x in leaves)
-  return zeros / sum(x.size for x in leaves)
+  return _count_zeros(leaves) / sum(x.size for x in leaves)
 
 
 def phase_sparsity(goal: float, phase: int, phases: int) -> float:
@@ -246,23 +251,41 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
   return flags
 
 
-def _apply_mask(leaf, mask):
-  if not is_array(leaf):
-    return leaf
-  leaf = jnp.asarray(leaf)
-  return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+# One program for all leaves each: outside of jit, every operation on every shape would be
+# compiled on its own.
+
+
+@functools.partial(jax.jit, inline=True)
+def _zero_removed(pairs: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
+  return [jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)) for leaf, mask in pairs]
+
+
+@jax.jit
+def _count_zeros(leaves: list[jax.Array]) -> jax.Array:
+  return sum(jnp.sum(leaf == 0) for leaf in leaves)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_kept(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+  return [jnp.ones(shape, bool) for shape in shapes]
 
 
 @jax.jit
 def _keep_largest(
-  keys: list[jax.Array], kept: list[jax.Array], goal: int | jax.Array
+  keys: list[jax.Array], kept: list[jax.Array | None], goal: int | jax.Array
 ) -> list[jax.Array]:
   """Masks without the entries of smallest key, so that `goal` are removed in all.
+
+  Where `kept` is None nothing was removed before.
 
   The threshold is found by bisecting on the bits of the key, the last tied entry by
   bisecting on its position: no sorting, no index arrays.
   """
-  removed = sum(k.size - jnp.sum(k, dtype=jnp.int32) for k in kept)
+  kept = [
+    jnp.ones(k.shape, bool) if m is None else jnp.asarray(m, bool)
+    for k, m in zip(keys, kept, strict=True)
+  ]
+  removed = sum(m.size - jnp.sum(m, dtype=jnp.int32) for m in kept)
   count = jnp.maximum(goal - removed, 0)
 
   def count_below(threshold):
@@ -282,22 +305,25 @@ def _keep_largest(
   tied = [m & (k == threshold) for k, m in zip(keys, kept, strict=True)]
   left = count - count_below(threshold)
 
-  new = []
-  for k, m, tie in zip(keys, kept, tied, strict=True):
-    here = jnp.minimum(left, jnp.sum(tie, dtype=jnp.int32))
-    new.append(m & (k >= threshold) & ~_first_true(tie, here))
-    left = left - here
-  return new
+  # The largest position with no more than `left` tied entries before it.
+  *starts, total = (int(n) for n in np.cumsum([0] + [k.size for k in keys]))
+  end_bits = total.bit_length()
 
+  def tied_before(end):
+    """The tied entries at earlier positions, leaf by leaf in row-major order."""
+    positions = [jnp.arange(t.size, dtype=jnp.int32).reshape(t.shape) for t in tied]
+    return [
+      t & (position < end - start)
+      for t, position, start in zip(tied, positions, starts, strict=True)
+    ]
 
-def _first_true(flags: jax.Array, count: jax.Array) -> jax.Array:
-  """Only the first `count` True entries, in row-major order."""
-  position = jnp.arange(flags.size, dtype=jnp.int32).reshape(flags.shape)
+  def set_end_bit(i, end):
+    trial = end | (1 << (end_bits - 1 - i))
+    number = sum(jnp.sum(t, dtype=jnp.int32) for t in tied_before(trial))
+    return jnp.where(number <= left, trial, end)
 
-  def set_bit(i, end):
-    trial = end | (1 << (30 - i))
-    before = jnp.sum(flags & (position < trial), dtype=jnp.int32)
-    return jnp.where(before <= count, trial, end)
-
-  end = jax.lax.fori_loop(0, 31, set_bit, jnp.zeros((), jnp.int32))
-  return flags & (position < end)
+  end = jax.lax.fori_loop(0, end_bits, set_end_bit, jnp.zeros((), jnp.int32))
+  return [
+    m & (k >= threshold) & ~first
+    for k, m, first in zip(keys, kept, tied_before(end), strict=True)
+  ]

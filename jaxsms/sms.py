@@ -31,7 +31,6 @@ from jaxsms.trees import (
   Prunable,
   PyTree,
   check_finite,
-  is_array,
   is_floating,
   is_parameter,
   number_of_models,
@@ -347,15 +346,15 @@ def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
   def kept(tree):
     if tree is None:
       return total
-    return int(
-      sum(
-        np.count_nonzero(jax.device_get(m)) if not is_array(m) else int(jnp.sum(m))
-        for m, flag in zip(jax.tree.leaves(tree), flags, strict=True)
-        if flag
-      )
-    )
+    chosen = [m for m, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
+    return int(_count_true(chosen))
 
   return total, kept(masks), kept(new)
+
+
+@jax.jit
+def _count_true(masks):
+  return sum(jnp.count_nonzero(mask) for mask in masks)
 
 
 @jax.jit

@@ -44,12 +44,20 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
     raise ValueError(
       f"weights sum to {float(np.sum(weights)):g}: they must be finite and sum to 1"
     )
-  return jax.tree.map(lambda leaf: _weighted_mean(leaf, jnp.asarray(weights)), stacked)
+  leaves, structure = jax.tree.flatten(stacked)
+  floating = [leaf for leaf in leaves if is_floating(leaf)]
+  means = iter(_weighted_means(floating, jnp.asarray(weights)))
+  return jax.tree.unflatten(
+    structure, [next(means) if is_floating(leaf) else leaf[0] for leaf in leaves]
+  )
+
+
+@jax.jit
+def _weighted_means(leaves: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+  return [_weighted_mean(leaf, weights) for leaf in leaves]
 
 
 def _weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
-  if not is_floating(leaf):
-    return leaf[0]
   accumulate = jnp.promote_types(leaf.dtype, jnp.float32)
   shape = (-1,) + (1,) * (leaf.ndim - 1)
   weights = weights.astype(accumulate).reshape(shape)

@@ -143,8 +143,12 @@ def stack(models: Sequence[PyTree]) -> PyTree:
           f"{a.dtype}{list(a.shape)} in model 0: shapes and dtypes must agree"
         )
     columns.append(leaves)
-  stacked = [jnp.stack(leaves) for leaves in zip(*columns, strict=True)]
-  return jax.tree_util.tree_unflatten(structure, stacked)
+  return jax.tree_util.tree_unflatten(structure, _stack_leaves(columns))
+
+
+@jax.jit  # one program, and not several for each shape
+def _stack_leaves(columns: list[list[jax.Array]]) -> list[jax.Array]:
+  return [jnp.stack(leaves) for leaves in zip(*columns, strict=True)]
 
 
 def unstack(stacked: PyTree) -> list[PyTree]:

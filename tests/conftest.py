@@ -16,9 +16,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
-hypothesis.settings.register_profile(
-  "ci", deadline=None, max_examples=25, derandomize=True
-)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -30,6 +28,14 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if "slow" in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For tests whose programs run once or twice and take far longer to compile."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

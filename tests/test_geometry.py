@@ -134,7 +134,9 @@ def test_interpolate_keeps_dtypes_and_ends():
 
 
 def test_loss_along_line_and_barrier():
-  loss = lambda p: jnp.sum(p["w"] ** 2) ** 2 - p["w"][0]
+  def loss(p):
+    return jnp.sum(p["w"] ** 2) ** 2 - p["w"][0]
+
   a, b = {"w": np.float32([1, 2])}, {"w": np.float32([-3, 0.5])}
   positions, losses = loss_along_line(a, b, loss, points=7)
   np.testing.assert_allclose(positions, np.linspace(0, 1, 7), rtol=1e-6)

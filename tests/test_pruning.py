@@ -192,14 +192,20 @@ def test_masks_from_keys_takes_any_criterion():
 
   masks = masks_from_keys({"kernel": np.ones((2, 3))}, last_first, 0.5)
   np.testing.assert_array_equal(masks["kernel"], [[True] * 3, [False] * 3])
-  largest = lambda leaf: jnp.full(leaf.shape, 2**32 - 1, jnp.uint32)
+
+  def largest(leaf):
+    return jnp.full(leaf.shape, 2**32 - 1, jnp.uint32)
+
   masks = masks_from_keys({"kernel": np.ones((2, 3))}, largest, 0.5)
   np.testing.assert_array_equal(masks["kernel"], [[False] * 3, [True] * 3])
 
 
 def test_own_prunable():
   params = {"W": np.array([1.0, 2.0]), "kernel": np.ones((2, 2))}
-  mine = lambda path, leaf: path[-1].key == "W"
+
+  def mine(path, leaf):
+    return path[-1].key == "W"
+
   for masks in (
     magnitude_masks(params, 0.5, prunable=mine),
     magnitude_masks(params, 0.5, "uniform", mine),
@@ -214,7 +220,10 @@ def test_own_prunable():
 def test_jit_and_vmap(scope, assert_trees_equal):
   rng = np.random.default_rng(0)
   models = [tree(rng.standard_normal(39)) for _ in range(3)]
-  prune = lambda params: magnitude_masks(params, 0.6, scope)
+
+  def prune(params):
+    return magnitude_masks(params, 0.6, scope)
+
   one_by_one = [prune(params) for params in models]
   assert_trees_equal(jax.jit(prune)(models[0]), one_by_one[0])
   assert_trees_equal(jax.vmap(prune)(stack(models)), stack(one_by_one))
@@ -247,7 +256,10 @@ def test_apply_masks(dtype):
 def test_apply_masks_gradient_jit_and_broadcast():
   masks = {"kernel": np.array([[True, False], [False, True]]), "f": np.array(True)}
   params = {"kernel": jnp.full((2, 2), 3.0), "f": jnp.float32(1)}
-  square = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(apply_masks(p, masks)))
+
+  def square(p):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(apply_masks(p, masks)))
+
   gradient = jax.jit(jax.grad(square))(params)
   np.testing.assert_array_equal(gradient["kernel"], [[6, 0], [0, 6]])
   stacked = {"kernel": jnp.ones((3, 2, 2)), "f": jnp.ones(3)}

@@ -83,8 +83,9 @@ def test_retraining_follows_the_definition(traced, name, steps):
     expected = reference(name, LRS, steps, fraction, skipped)
     np.testing.assert_allclose(rates[:steps], expected, rtol=1e-5, atol=1e-7)
     # After the last step it stays at its end.
-    ends = {"CLR": min(LRS[skipped:]), "LLR": 0, "ALLR": 0}
-    end = ends.get(name, expected[-1])
+    smallest, last = min(LRS[skipped:]), LRS[-1]
+    ends = {"FT": smallest, "CLR": smallest, "LRW": last, "SLR": last}
+    end = ends.get(name, 0)
     np.testing.assert_allclose(rates[steps:], end, rtol=1e-5, atol=1e-7)
 
 
@@ -100,15 +101,17 @@ def test_scalar_steps_and_concrete_lengths(name):
         assert jnp.shape(schedule(i)) == ()
         np.testing.assert_allclose(schedule(i), expected[i], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(schedule(jnp.int32(i)), expected[i], rtol=1e-5)
-    np.testing.assert_allclose(
-      schedule(np.arange(steps).reshape(1, -1)), [expected], rtol=1e-5, atol=1e-7
-    )
+    rates = schedule(np.arange(LENGTH).reshape(2, -1)).ravel()[:steps]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_of_different_lengths_share_a_program(name):
   lengths = np.array([5, 10, 23, 40, 64])
-  schedule = lambda n: retrain_schedule(name, LRS, n, **options(name))
+
+  def schedule(n):
+    return retrain_schedule(name, LRS, n, **options(name))
+
   rates = jax.jit(jax.vmap(lambda n: schedule(n)(jnp.arange(LENGTH))))(lengths)
   for n, row in zip(lengths, rates, strict=True):
     np.testing.assert_allclose(row[:n], reference(name, LRS, n), rtol=1e-5, atol=1e-7)
@@ -140,7 +143,10 @@ def test_adaptive_peak(d, p, steps):
 def test_a_traced_length_has_the_warmup_of_a_concrete_one(fraction):
   # Where the warmup ends a linear schedule has its peak.
   lengths = np.arange(1, 3000)
-  peak_at = lambda n, i: retrain_schedule("LLR", LRS, n, warmup_fraction=fraction)(i)
+
+  def peak_at(n, i):
+    return retrain_schedule("LLR", LRS, n, warmup_fraction=fraction)(i)
+
   ends = np.array([int(fraction * n) for n in lengths])
   peaks = jax.jit(jax.vmap(peak_at))(lengths, ends)
   np.testing.assert_array_equal(peaks, np.max(LRS))
@@ -157,9 +163,10 @@ def test_long_pretraining_is_resampled_exactly():
 
 def test_largest_rate_may_lie_in_the_warmup_and_the_smallest_may_not():
   lrs = np.array([0.0, 0.9, 0.3, 0.2])
-  get = lambda name: retrain_schedule(
-    name, lrs, 10, pretrain_warmup_steps=2, warmup_fraction=0
-  )
+
+  def get(name):
+    return retrain_schedule(name, lrs, 10, pretrain_warmup_steps=2, warmup_fraction=0)
+
   assert get("FT")(0) == np.float32(0.2)
   assert get("LLR")(0) == np.float32(0.9)
   np.testing.assert_allclose(get("SLR")(np.arange(0, 10, 3)), [0.9, 0.9, 0.3, 0.2])
@@ -202,9 +209,7 @@ def test_pretraining_follows_the_definition(name, warmup, end):
     else:
       expected.append(peak)
   rates = schedule(jnp.arange(steps))
-  np.testing.assert_allclose(
-    np.broadcast_to(rates, steps), expected, rtol=1e-5, atol=1e-7
-  )
+  np.testing.assert_allclose(np.broadcast_to(rates, steps), expected, rtol=1e-5, atol=1e-7)
   assert float(schedule(steps - 1)) == pytest.approx(expected[-1], rel=1e-4, abs=1e-7)
   jitted = jax.jit(schedule)(jnp.int32(12))
   assert float(jitted) == pytest.approx(expected[12], rel=1e-5)
@@ -215,7 +220,7 @@ def test_pretraining_of_rate_zero():
 
 
 def test_rejects(rejects):
-  with rejects("unknown retraining schedule 'llr': did you mean LLR or ALLR?"):
+  with rejects("unknown retraining schedule 'llr': did you mean LLR"):
     retrain_schedule("llr", LRS, 5)
   for lrs, shape in ((np.zeros(0), [0]), (np.zeros((2, 3)), [2, 3]), (0.1, [])):
     with rejects(f"pretrain_lrs has shape {shape}"):

@@ -119,7 +119,9 @@ HALVES = st.integers(-8, 8).map(lambda i: i / 2)
 @example(np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], np.float32))
 def test_greedy_soup_is_the_recipe(values):
   # Higher is better towards the origin; rounded so that equals are equals.
-  evaluate = lambda v: -round(float(np.sum(np.abs(v))), 3)
+  def evaluate(v):
+    return -round(float(np.sum(np.abs(v))), 3)
+
   soup, taken = greedy_soup({"w": values}, lambda model: evaluate(model["w"]))
   assert taken == brute_force_greedy(values.astype(float), evaluate)
   np.testing.assert_allclose(soup["w"], values[taken].mean(0), rtol=1e-5, atol=1e-6)

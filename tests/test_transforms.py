@@ -50,9 +50,7 @@ OPTIMIZERS = {
     optax.masked(optax.add_decayed_weights(0.1), DECAY_MASK),
     optax.scale(-0.05),
   ),
-  "noise": optax.chain(
-    optax.add_noise(0.1, 0.5, 0), optax.trace(0.9), optax.scale(-0.05)
-  ),
+  "noise": optax.chain(optax.add_noise(0.1, 0.5, 0), optax.trace(0.9), optax.scale(-0.05)),
   "accumulated": optax.MultiSteps(optax.adamw(0.05), 2).gradient_transformation(),
   "schedule_free": optax.contrib.schedule_free_sgd(0.05),
 }
@@ -239,6 +237,14 @@ def test_a_bare_array_a_list_and_equal_names():
       leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(masks), strict=True)
       for leaf, kept in leaves:
         np.testing.assert_array_equal(leaf != 0, kept)
+
+
+def test_removed_gradients_do_not_count_in_a_global_norm():
+  params, gradient = {"kernel": jnp.zeros((2, 2))}, np.array([[3.0, 1000], [4, 1000]])
+  masks = {"kernel": np.array([[True, False]] * 2)}
+  clipped = masked(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), masks)
+  updates, _ = clipped.update({"kernel": gradient}, clipped.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], [[-0.6, 0], [-0.8, 0]], rtol=1e-6)
 
 
 def test_composes_inside_a_chain():

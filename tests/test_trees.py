@@ -108,7 +108,10 @@ def test_stack_and_unstack_are_inverse(assert_trees_equal, values):
 
 def test_stack_and_unstack_under_transformations(assert_trees_equal):
   a, b = model(np.ones((2, 2))), model(np.zeros((2, 2)), 1)
-  swap = lambda a, b: stack(unstack(stack([a, b]))[::-1])
+
+  def swap(a, b):
+    return stack(unstack(stack([a, b]))[::-1])
+
   expected = stack([b, a])
   assert_trees_equal(jax.jit(swap)(a, b), expected)
   both = jax.vmap(swap)(stack([a, a]), stack([b, b]))

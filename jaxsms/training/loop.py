@@ -68,6 +68,9 @@ def train_copies(
 
   Returns:
     Parameters and batch statistics of the m copies, leaves [m, ...].
+
+  Raises:
+    FloatingPointError: the loss of every copy has become NaN or infinite.
   """
   m = number_of_models(ingredients)
   devices = 1 if programs.mesh is None else programs.mesh.shape["ingredient"]
@@ -86,6 +89,11 @@ def train_copies(
     rates = np.pad(rates, [(0, 0), (0, chunk - taken)]).astype(np.float32)
     state, metrics = programs.train(data, masks, key, state, ingredients, rates)
     metrics = jax.device_get(metrics)
+    if not np.isfinite(metrics["loss"][:m]).any():
+      raise FloatingPointError(
+        f"the loss of {'all copies' if m > 1 else 'the model'} is not finite after step "
+        f"{done + taken}: lower the learning rate"
+      )
     epoch = done // steps_per_epoch + 1
     done += taken
     if on_chunk is not None:

@@ -1,0 +1,377 @@
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxsms import convolution
+from jaxsms.convolution import conv_general_dilated
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+ONE_PAD = ((1, 1), (1, 1))
+
+
+def convolve(x, w, strides=(1, 1), padding="SAME", conv=conv_general_dilated):
+  return conv(x, w, strides, padding, dimension_numbers=NHWC)
+
+
+native = functools.partial(convolve, conv=lax.conv_general_dilated)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_close(got, wanted, tolerance=1e-5):
+  """Compares trees, relative to the largest entry of each leaf."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max() + 1e-12, rtol=0)
+
+
+def loss(conv):
+  return lambda x, w: jnp.sum(jnp.sin(conv(x, w)))
+
+
+def gradients(conv):
+  return jax.grad(loss(conv), (0, 1))
+
+
+CASES = [
+  # image, kernel, strides, padding, batch
+  ((8, 8), (3, 3), (1, 1), ONE_PAD, 5),
+  ((8, 8), (3, 3), (2, 2), ONE_PAD, 5),
+  ((7, 10), (3, 3), (2, 2), "SAME", 3),
+  ((9, 7), (5, 3), (3, 2), "SAME", 1),
+  ((8, 8), (3, 3), (3, 3), "VALID", 2),
+  ((6, 5), (2, 2), (1, 1), "SAME", 2),
+  ((6, 7), (2, 2), (2, 2), ((1, 0), (0, 1)), 2),
+  ((6, 6), (1, 1), (1, 1), "SAME", 3),
+  ((7, 6), (1, 1), (2, 2), "VALID", 3),
+  ((5, 5), (1, 1), (1, 2), ((1, 0), (0, 2)), 2),
+  ((8, 6), (5, 5), (2, 1), ((0, 4), (3, 1)), 2),
+  ((5, 6), (2, 3), (1, 1), ((3, 0), (1, 4)), 2),
+  ((5, 4), (2, 2), (3, 3), ((2, 2), (0, 3)), 2),
+  ((3, 3), (5, 5), (1, 1), ((2, 2), (2, 2)), 2),
+  ((1, 1), (3, 3), (2, 2), ONE_PAD, 2),
+]
+
+
+@pytest.mark.parametrize("image, kernel, strides, padding, batch", CASES)
+def test_value_and_gradients_equal_pytorch(image, kernel, strides, padding, batch):
+  torch = pytest.importorskip("torch")
+  x, w = normal(0, batch, *image, 3), normal(1, *kernel, 3, 4)
+
+  @jax.jit
+  def ours(x, w):
+    y, pull = jax.vjp(lambda x, w: convolve(x, w, strides, padding), x, w)
+    return y, *pull(jnp.cos(y))
+
+  pads = padding
+  if isinstance(padding, str):
+    pads = lax.padtype_to_pads(image, kernel, strides, padding)
+  (top, bottom), (left, right) = pads
+  tx = torch.tensor(np.array(x), dtype=torch.float64).permute(0, 3, 1, 2)
+  tw = torch.tensor(np.array(w), dtype=torch.float64).permute(3, 2, 0, 1)
+  tx.requires_grad_(), tw.requires_grad_()
+  padded = torch.nn.functional.pad(tx, (left, right, top, bottom))
+  ty = torch.nn.functional.conv2d(padded, tw, stride=strides)
+  ty.backward(torch.cos(ty.detach()))
+  wanted = (
+    ty.detach().permute(0, 2, 3, 1),
+    tx.grad.permute(0, 2, 3, 1),
+    tw.grad.permute(2, 3, 1, 0),
+  )
+  wanted = [np.asarray(a.numpy(), np.float32) for a in wanted]
+  assert_close(ours(x, w), wanted)
+
+
+sizes = st.integers(5, 7)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_small_shape_equals_native(data):
+  pick = lambda *choices: data.draw(st.sampled_from(choices))  # noqa: E731
+  image = data.draw(sizes), data.draw(sizes)
+  kernel = pick(1, 2, 3, 5), pick(1, 2, 3)
+  strides = pick(1, 2, 3), pick(1, 2)
+  # XLA's own image gradient is wrong on a CPU where padding exceeds kernel - 1.
+  pairs = tuple((pick(0, k - 1), pick(k // 2, k - 1)) for k in kernel)
+  padding = pick("SAME", "VALID", pairs)
+  x, w = normal(0, pick(1, 3), *image, pick(1, 2)), None
+  w = normal(1, *kernel, x.shape[-1], pick(1, 3))
+
+  def both(conv):
+    return jax.jit(
+      lambda x, w: (
+        conv(x, w, strides, padding),
+        gradients(lambda x, w: conv(x, w, strides, padding))(x, w),
+      )
+    )(x, w)
+
+  assert_close(both(convolve), both(native))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 9])
+def test_batches_that_the_groups_do_not_divide(batch, monkeypatch):
+  # Room for the windows of four images: 8 x 8 pixels, 3 x 2 and 3 x 3 channels.
+  monkeypatch.setattr(convolution, "_WINDOW_BYTES", 4 * 64 * 15 * 4)
+  convolution._lowerings.cache_clear()
+  x, w = normal(0, batch, 8, 8, 2), normal(1, 3, 3, 2, 3)
+  got = jax.jit(gradients(convolve))(x, w)
+  convolution._lowerings.cache_clear()
+  assert_close(got, jax.jit(gradients(native))(x, w))
+
+
+AXES = [(0, 0), (0, None), (None, 0)]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_vmap_of_grad_and_grad_of_vmap_equal_one_at_a_time(axes, strides):
+  conv = functools.partial(convolve, strides=strides, padding=ONE_PAD)
+  x, w = normal(0, 3, 2, 6, 5, 2), normal(1, 3, 3, 3, 2, 4)
+  x, w = (v if axis == 0 else v[0] for v, axis in zip((x, w), axes, strict=True))
+
+  @jax.jit
+  def all_ways(x, w):
+    vmap_grad = jax.vmap(gradients(conv), axes)(x, w)
+    mapped = jax.vmap(loss(conv), axes)
+    grad_vmap = jax.grad(lambda x, w: jnp.sum(mapped(x, w)), (0, 1))(x, w)
+    singles = [
+      gradients(conv)(x[i] if axes[0] == 0 else x, w[i] if axes[1] == 0 else w)
+      for i in range(3)
+    ]
+    singles = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
+    return vmap_grad, grad_vmap, singles
+
+  vmap_grad, grad_vmap, singles = all_ways(x, w)
+  assert_close(vmap_grad, singles)
+  summed = [g if a == 0 else g.sum(0) for g, a in zip(singles, axes, strict=True)]
+  assert_close(list(grad_vmap), summed)
+
+
+@pytest.mark.parametrize("outer, inner", list(itertools.product(AXES, AXES)))
+def test_nested_vmap(outer, inner):
+  x, w = normal(0, 2, 3, 2, 5, 4, 2), normal(1, 2, 3, 3, 3, 2, 2)
+  index = [
+    tuple(slice(None) if a == 0 else 0 for a in pair)
+    for pair in zip(outer, inner, strict=True)
+  ]
+  x, w = x[index[0]], w[index[1]]
+  nested = lambda conv: jax.jit(  # noqa: E731
+    jax.vmap(jax.vmap(gradients(conv), inner), outer)
+  )
+  assert_close(nested(convolve)(x, w), nested(native)(x, w))
+
+
+def test_vmap_over_other_axes_and_out_axes():
+  x, w = normal(0, 2, 6, 5, 3, 2), normal(1, 3, 3, 2, 4, 3)
+  mapped = lambda conv: jax.vmap(conv, (3, 4), 1)(x, w)  # noqa: E731
+  assert_close(mapped(convolve), mapped(native))
+
+
+def test_in_a_checkpointed_scan():
+  x, w = normal(0, 3, 2, 6, 6, 2), 0.3 * normal(1, 3, 4, 3, 3, 2, 2)
+
+  def run(conv):
+    def deep(x, w):
+      layer = jax.checkpoint(lambda x, w: (jnp.tanh(conv(x, w)), None))
+      return jnp.sum(lax.scan(layer, x, w)[0] ** 2)
+
+    return jax.jit(jax.vmap(jax.value_and_grad(deep, (0, 1))))(x, w)
+
+  assert_close(run(convolve), run(native))
+
+
+def test_second_derivatives():
+  x, w = normal(0, 2, 5, 5, 2), normal(1, 3, 3, 2, 2)
+
+  def norm_of_gradient(conv):
+    def squared(x, w):
+      return sum(jnp.sum(g**2) for g in gradients(conv)(x, w))
+
+    return jax.jit(jax.grad(squared, (0, 1)))(x, w)
+
+  strided = functools.partial(convolve, strides=(2, 2), padding=ONE_PAD)
+  wanted = functools.partial(native, strides=(2, 2), padding=ONE_PAD)
+  assert_close(norm_of_gradient(strided), norm_of_gradient(wanted))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_linen_layer(use_bias):
+  make = lambda **more: nn.Conv(4, (3, 3), 2, use_bias=use_bias, **more)  # noqa: E731
+  ours, theirs = make(conv_general_dilated=conv_general_dilated), make()
+  x = normal(0, 2, 7, 7, 3)
+  variables = theirs.init(jax.random.key(0), x)
+  assert_close(ours.init(jax.random.key(0), x), variables)
+  step = lambda m: jax.jit(  # noqa: E731
+    jax.value_and_grad(lambda v: jnp.sum(jnp.sin(m.apply(v, x))))
+  )
+  assert_close(step(ours)(variables), step(theirs)(variables))
+
+
+@pytest.mark.parametrize(
+  "layer, shape",
+  [
+    (functools.partial(nn.Conv, kernel_size=(3, 3), feature_group_count=2), (6, 6, 4)),
+    (functools.partial(nn.Conv, kernel_size=(3, 3), kernel_dilation=2), (6, 6, 4)),
+    (
+      functools.partial(nn.Conv, kernel_size=(3, 3), input_dilation=2, padding=2),
+      (6, 6, 4),
+    ),
+    (functools.partial(nn.Conv, kernel_size=(3, 3), padding="CIRCULAR"), (6, 6, 4)),
+    (functools.partial(nn.Conv, kernel_size=(3,), padding="CAUSAL"), (6, 4)),
+    (functools.partial(nn.Conv, kernel_size=(3, 3, 3)), (4, 4, 4, 2)),
+  ],
+)
+def test_linen_layers_of_other_kinds(layer, shape):
+  x = normal(0, 2, *shape)
+  variables = layer(4).init(jax.random.key(0), x)
+  ours = layer(4, conv_general_dilated=conv_general_dilated)
+  assert_close(ours.apply(variables, x), layer(4).apply(variables, x))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    {"dimension_numbers": None},
+    {"dimension_numbers": NHWC, "preferred_element_type": jnp.float32},
+    {"dimension_numbers": NHWC, "dtype": "bfloat16", "preferred_element_type": "f4"},
+    {"dimension_numbers": NHWC, "dtype": "int32"},
+    {"dimension_numbers": NHWC, "batch_group_count": 2},
+    {"dimension_numbers": NHWC, "precision": "highest"},
+    {"dimension_numbers": NHWC, "precision": ["highest", "default"]},
+    {"dimension_numbers": NHWC, "padding": ((-1, 0), (0, 1))},
+    {"dimension_numbers": NHWC, "padding": "SAME_LOWER"},
+    {"dimension_numbers": NHWC, "window_strides": [2, 1]},
+  ],
+)
+def test_other_arguments_mean_what_they_mean_to_lax(options):
+  options = {"window_strides": (1, 1), "padding": "SAME", **options}
+  dtype = options.pop("dtype", "float32")
+  if options["dimension_numbers"] != NHWC:
+    x, w = normal(0, 4, 4, 6, 5, dtype=dtype), normal(1, 4, 4, 3, 3, dtype=dtype)
+  else:
+    x, w = normal(0, 4, 6, 5, 4, dtype=dtype), normal(1, 3, 3, 4, 4, dtype=dtype)
+  got, wanted = (
+    conv(x, w, **options) for conv in (conv_general_dilated, lax.conv_general_dilated)
+  )
+  assert_close(got, wanted)
+
+
+def test_no_images_and_no_room_for_the_kernel():
+  w = normal(1, 3, 3, 2, 4)
+  for shape in [(0, 5, 5, 2), (2, 2, 2, 2)]:
+    x = jnp.zeros(shape)
+    assert convolve(x, w, padding="VALID").shape == native(x, w, padding="VALID").shape
+
+
+def test_mismatched_operands_fail_as_in_lax():
+  with pytest.raises(ValueError):
+    convolve(normal(0, 1, 4, 4, 2), normal(1, 3, 3, 3, 2))
+  with pytest.raises(TypeError):
+    convolve(normal(0, 1, 4, 4, 2), normal(1, 3, 3, 2, 2, dtype=jnp.bfloat16))
+
+
+def test_bfloat16_accumulates_in_float32():
+  x, w = normal(0, 3, 300, 8, 8, 2), normal(1, 3, 3, 3, 2, 4)
+  low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+  mapped = jax.jit(
+    jax.vmap(
+      lambda x, w: (
+        convolve(x, w),
+        *jax.vjp(convolve, x, w)[1](jnp.ones((*x.shape[:3], 4), x.dtype)),
+      )
+    )
+  )
+  got = mapped(*low)
+  assert {g.dtype for g in got} == {jnp.dtype(jnp.bfloat16)}
+  wanted = mapped(*(v.astype(jnp.float32) for v in low))
+  got = [g.astype(jnp.float32) for g in got]
+  assert_close(got, wanted, tolerance=2.0**-8)  # one rounding, at the end
+
+
+def test_double_precision():
+  with jax.enable_x64(True):
+    x, w = normal(0, 2, 5, 5, 2, dtype=jnp.float64), normal(1, 3, 3, 2, 3)
+    w = w.astype(jnp.float64)
+    assert_close(gradients(convolve)(x, w), gradients(native)(x, w), 1e-13)
+
+
+def test_forward_mode_needs_the_native_convolution():
+  x, w = normal(0, 1, 4, 4, 1), normal(1, 3, 3, 1, 1)
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jvp(convolve, (x, w), (x, w))
+  jax.jvp(native, (x, w), (x, w))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_shard_map_with_a_manual_ingredient_axis(check_vma, shared):
+  kind = jax.sharding.AxisType.Auto
+  mesh = jax.make_mesh((1, 1), ("ingredient", "data"), (kind, kind))
+  x, w = normal(0, 2, 3, 5, 5, 2), normal(1, 2, 3, 3, 2, 3)
+  x = x[0] if shared else x
+  spec = jax.P() if shared else jax.P("ingredient")
+  step = lambda conv: jax.vmap(  # noqa: E731
+    gradients(conv), (None if shared else 0, 0)
+  )
+  mapped = jax.shard_map(
+    step(convolve),
+    mesh=mesh,
+    in_specs=(spec, jax.P("ingredient")),
+    out_specs=jax.P("ingredient"),
+    axis_names={"ingredient"},
+    check_vma=check_vma,
+  )
+  assert_close(jax.jit(mapped)(x, w), jax.jit(step(native))(x, w))
+
+
+def exported_text(platform, m=3):
+  x, w = jnp.zeros((m, 2, 8, 8, 4)), jnp.zeros((m, 3, 3, 4, 6))
+  step = jax.jit(jax.vmap(gradients(convolve)))
+  return jax.export.export(step, platforms=[platform])(x, w).mlir_module()
+
+
+def group_counts(text):
+  lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+  count = lambda line, name: int(line.split(f"{name} = ")[1].split()[0])  # noqa: E731
+  names = ("batch_group_count", "feature_group_count")
+  return [tuple(count(line, name) for name in names) for line in lines]
+
+
+def test_export_for_cpu_has_a_convolution_for_each_copy():
+  # Forward and image gradient; the kernel gradient is a matrix product.
+  text = exported_text("cpu")
+  assert group_counts(text) == [(1, 1)] * 6
+  assert text.count("stablehlo.dot_general") == 3
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_export_for_other_platforms_has_grouped_convolutions(platform):
+  text = exported_text(platform)
+  assert sorted(set(group_counts(text))) == [(1, 3), (3, 1)]
+  assert "stablehlo.dot_general" not in text
+
+
+def test_one_export_for_all_platforms_runs_here():
+  x, w = normal(0, 3, 2, 8, 8, 4), normal(1, 3, 3, 3, 4, 6)
+  step = jax.jit(jax.vmap(gradients(convolve)))
+  program = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(x, w)
+  assert_close(program.call(x, w), jax.jit(jax.vmap(gradients(native)))(x, w))
+
+
+def test_a_shared_kernel_gives_one_convolution():
+  x, w = jnp.zeros((3, 2, 8, 8, 4)), jnp.zeros((3, 3, 4, 6))
+  text = jax.jit(jax.vmap(convolve, (0, None))).lower(x, w).as_text()
+  assert group_counts(text) == [(1, 1)]
