@@ -23,13 +23,13 @@ from jaxsms.pruning import (
   random_masks,
   sparsity,
 )
+from jaxsms.retraining import retrain_phase
 from jaxsms.schedules import pretrain_schedule, retrain_schedule
 from jaxsms.sms import (
   Phase,
   SparseSoup,
   merge_phase,
   prune_phase,
-  retrain_phase,
   sparse_model_soup,
 )
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup

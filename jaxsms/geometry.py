@@ -45,7 +45,7 @@ def _geometry(leaves: list[jax.Array], m: int) -> dict[str, jax.Array]:
     u, v = [x[i] * inverse[i] for x in leaves], [x[j] * inverse[j] for x in leaves]
     apart = _norm([a - b for a, b in zip(u, v, strict=True)])
     along = _norm([a + b for a, b in zip(u, v, strict=True)])
-    # Kahan's formula: exact for small angles, where the arc cosine is not.
+    # Kahan's formula: small angles keep their digits, which the arc cosine loses.
     angle = jnp.degrees(2 * jnp.arctan2(apart, along))
     return _norm([x[i] - x[j] for x in leaves]), angle
 

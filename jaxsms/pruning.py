@@ -58,8 +58,10 @@ def magnitude_masks(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 2
   """
   check_finite(params)
-  widest = jnp.result_type(jnp.float32, *filter(is_floating, jax.tree.leaves(params)))
-  bits = 64 if jnp.finfo(widest).bits > 32 else 32
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if is_floating(leaf)]
+  # NumPy's float64 is float32 to JAX, unless 64 bits are enabled.
+  wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(t)).bits > 32 for t in dtypes)
+  bits = 64 if wide else 32
   magnitude_key = functools.partial(_magnitude_key, bits=bits)
   return masks_from_keys(params, magnitude_key, sparsity, scope, prunable, masks)
 
@@ -238,9 +240,10 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
   Raises:
     ValueError: no leaf is.
   """
+  passed_over = frozenset() if prunable else _leaves_of_other_modules(params)
   prunable = prunable or default_prunable
   flags = [
-    bool(is_array(leaf) and prunable(path, leaf))
+    bool(is_array(leaf) and id(leaf) not in passed_over and prunable(path, leaf))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   ]
   if not any(flags):
@@ -249,6 +252,19 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
       "model with dense or convolution layers, or your own prunable(path, leaf)"
     )
   return flags
+
+
+def _leaves_of_other_modules(params: PyTree) -> frozenset[int]:
+  """The leaves whose module's class, where modules are tree nodes, is no weight layer.
+
+  In Equinox a layer norm or an embedding in a list has the path of a dense layer.
+  """
+
+  def is_other(node):
+    return type(node).__name__.endswith(("Norm", "Embedding"))
+
+  nodes = jax.tree.leaves(params, is_leaf=is_other)
+  return frozenset(id(x) for node in filter(is_other, nodes) for x in jax.tree.leaves(node))
 
 
 # One program for all leaves each: outside of jit, every operation on every shape would be

@@ -96,7 +96,8 @@ def retrain_schedule(
 
   Raises:
     ValueError: unknown name, empty or not finite `pretrain_lrs`, a warmup that leaves
-      nothing, steps below 1, or a missing or superfluous argument of ALLR or LLR.
+      nothing, steps below 1, ALLR without its arguments, or `initial_lr` for another
+      than LLR.
 
   References:
     Han et al., 2015 (FT), https://arxiv.org/abs/1506.02626

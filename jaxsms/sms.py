@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import map_ingredients, take_ingredients
+from jaxsms.ingredients import take_ingredients
 from jaxsms.pruning import (
   apply_masks,
   check_sparsity,
@@ -26,6 +25,7 @@ from jaxsms.pruning import (
   phase_sparsity,
   prunable_flags,
 )
+from jaxsms.retraining import Retrain, retrain_phase
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (
   Prunable,
@@ -38,7 +38,6 @@ from jaxsms.trees import (
 
 Prune = Callable[..., PyTree]
 Merge = Callable[[PyTree], Any]
-Retrain = Callable[[jax.Array, PyTree, PyTree, PyTree], Any]
 
 
 class SparseSoup(NamedTuple):
@@ -198,52 +197,6 @@ def prune_phase(
   return pruned, new, record
 
 
-def retrain_phase(
-  key: jax.Array,
-  params: PyTree,
-  masks: PyTree,
-  ingredients: PyTree,
-  retrain: Retrain,
-  mesh: jax.sharding.Mesh | None = None,
-) -> tuple[PyTree, PyTree | None]:
-  """Retrains one copy of a model per ingredient, all in one jitted program.
-
-  Args:
-    key: typed key, the same for all copies.
-    params: the pruned model that every copy starts from.
-    masks: its masks, shared by all copies.
-    ingredients: tree of arrays with leading axis m.
-    retrain: `retrain(key, params, masks, ingredient)` giving params or (params, report).
-    mesh: None for one device, else as `jaxsms.make_mesh` gives.
-
-  Returns:
-    The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports,
-    NumPy leaves [m, ...] (None where there are none).
-
-  Raises:
-    ValueError: no ingredient, or `retrain` gives another tree than it got.
-  """
-  leaves = jax.tree.leaves(ingredients)
-  if not leaves or any(np.shape(leaf)[:1] == (0,) for leaf in leaves):
-    raise ValueError(
-      "there are no ingredients: give arrays with leading axis m, at least 1, such as "
-      '{"seed": jnp.arange(5)}'
-    )
-  ingredients = jax.tree.map(jnp.asarray, ingredients)
-  number_of_models(ingredients)
-  if mesh is not None:  # a later phase's, on the mesh already, would compile again
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    key, params, masks = jax.device_put((key, params, masks), everywhere)
-  program = _retrain_program(retrain, mesh)
-  candidates, report, moved = program(key, params, masks, ingredients)
-  if np.any(jax.device_get(moved)):
-    logging.warning(
-      "retrain moved removed weights, which were set back to 0: keep its optimizer "
-      "inside the mask with jaxsms.masked"
-    )
-  return candidates, jax.device_get(report) if jax.tree.leaves(report) else None
-
-
 def merge_phase(
   candidates: PyTree, merge: Merge = uniform_soup
 ) -> tuple[PyTree, np.ndarray]:
@@ -293,49 +246,13 @@ def _is_one_of(stacked: PyTree, model: PyTree) -> bool:
 @jax.jit
 def finite_models(stacked: PyTree) -> jax.Array:
   """Whether all floating values of each model are finite: leaves [m, ...] -> bool [m]."""
-  flags = [
+  flags = [jnp.ones([number_of_models(stacked)], bool)]
+  flags += [
     jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
     for x in jax.tree.leaves(stacked)
     if is_floating(x)
   ]
   return jnp.stack(flags).all(axis=0)
-
-
-@functools.lru_cache(maxsize=16)
-def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
-  """The mapped, jitted program of a caller's function, kept so that phases share it."""
-
-  def one(key, params, masks, ingredient):
-    structure = jax.tree.structure(params)
-    result = retrain(key, params, masks, ingredient)
-    report = {}
-    if jax.tree.structure(result) != structure:
-      if not isinstance(result, tuple) or len(result) != 2:
-        raise ValueError(_wrong_tree(structure, result))
-      result, report = result
-      if jax.tree.structure(result) != structure:
-        raise ValueError(_wrong_tree(structure, result))
-    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
-      if (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(new), jnp.result_type(new)):
-        raise ValueError(
-          f"retrain turned a leaf {jnp.result_type(old)}{list(jnp.shape(old))} into "
-          f"{jnp.result_type(new)}{list(jnp.shape(new))}: it must keep shapes and dtypes"
-        )
-    moved = [
-      jnp.any(~mask & (leaf != 0))
-      for leaf, mask in zip(jax.tree.leaves(result), jax.tree.leaves(masks), strict=True)
-      if is_floating(leaf)
-    ]
-    return apply_masks(result, masks), report, jnp.stack(moved).any()
-
-  return jax.jit(map_ingredients(one, (None, None, None, 0), mesh))
-
-
-def _wrong_tree(structure, result) -> str:
-  return (
-    "retrain must give params of the structure it got, or (params, report): it got "
-    f"{structure} and gave {jax.tree.structure(result)}"
-  )
 
 
 def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:

@@ -317,3 +317,19 @@ def test_nnx_and_equinox_trees_through_an_optimizer():
       leaf = np.asarray(jax.tree.leaves(weight(tree))[0])
       np.testing.assert_array_equal(leaf[~kept], 0)
       assert np.all(leaf[kept] != 0)
+
+
+def test_equinox_layers_in_a_list_are_told_apart_by_their_class():
+  keys = jax.random.split(jax.random.key(0), 3)
+  model = eqx.nn.Sequential(
+    [
+      eqx.nn.Embedding(5, 4, key=keys[0]),
+      eqx.nn.Linear(4, 4, key=keys[1]),
+      eqx.nn.LayerNorm((3, 4)),
+      eqx.nn.Linear(4, 2, key=keys[2]),
+    ]
+  )
+  masks = magnitude_masks(eqx.filter(model, eqx.is_array), 0.5)
+  removed = [int((~layer.weight).sum()) for layer in masks.layers]
+  assert sum(removed) == (4 * 4 + 4 * 2) // 2
+  assert removed[0] == removed[2] == 0
