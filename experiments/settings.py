@@ -74,7 +74,7 @@ flags.DEFINE_integer("ingredients", 5, "m: copies retrained and averaged in each
 flags.DEFINE_integer(
   "phases", None, "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3."
 )
-flags.DEFINE_float("goal_sparsity", 0.98, "Sparsity after the last phase, in [0, 1).")
+flags.DEFINE_float("goal_sparsity", 0.95, "Sparsity after the last phase, in [0, 1).")
 flags.DEFINE_integer("epochs", None, "Epochs of dense training. Default: 30.")
 flags.DEFINE_integer(
   "retrain_epochs",

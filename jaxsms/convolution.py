@@ -16,7 +16,8 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
-# Bytes of windows in memory at a time: they stay in a second-level cache of 2 MB.
+# For a CPU's second-level cache of 2 MB: images in one step, bytes of their windows.
+_GROUP = 16
 _WINDOW_BYTES = 3 << 19
 
 
@@ -33,25 +34,19 @@ class _Geometry(NamedTuple):
     padded = self.image[axis] + sum(self.padding[axis])
     return (padded - self.kernel[axis]) // self.strides[axis] + 1
 
-  def shifts(self, axis: int) -> "_Shifts":
-    """How a block of s pixels, s the stride, meets the outputs along an axis."""
+  def shifts(self, axis: int) -> tuple[int, tuple[int, int], np.ndarray]:
+    """How a block of s pixels, s the stride, meets the outputs along an axis.
+
+    Returns the number of blocks, low and high padding of the outputs (cut where it is
+    negative), and taps: pixel u of a block meets padded output block + t through
+    kernel tap `taps[t, u]`, or not at all where that is the kernel's size.
+    """
     s, k, low = self.strides[axis], self.kernel[axis], self.padding[axis][0]
     first, last = -((k - 1 - low) // s), (s - 1 + low) // s
     taps = np.arange(s) + low - s * np.arange(first, last + 1)[:, None]
-    places = -(-self.image[axis] // s)
-    high = places + last - self.output_size(axis)
-    return _Shifts(places, (-first, high), np.where((taps >= 0) & (taps < k), taps, k))
-
-
-class _Shifts(NamedTuple):
-  """Pixel s * place + u meets padded output place + t through tap `taps[t, u]`.
-
-  The tap is the kernel's size where they do not meet; the padding may be negative.
-  """
-
-  places: int
-  padding: tuple[int, int]
-  taps: np.ndarray
+    blocks = -(-self.image[axis] // s)
+    padding = (-first, blocks + last - self.output_size(axis))
+    return blocks, padding, np.where((taps >= 0) & (taps < k), taps, k)
 
 
 def conv_general_dilated(
@@ -122,10 +117,7 @@ def conv_general_dilated(
 
 
 def _vary_alike(*operands):
-  """Makes all vary over the manual mesh axes that one varies over (`shard_map`).
-
-  The transpose of this sums a gradient over those axes, as elsewhere in autodiff.
-  """
+  """Makes all vary over the manual mesh axes that one does; gradients are summed."""
   kinds = [jax.typeof(x) for x in operands]
   # The names are those of jax 0.10, then of 0.8.
   kinds = [getattr(kind, "manual_axis_type", kind) for kind in kinds]
@@ -158,38 +150,23 @@ def _kernel_gradient(geometry, images, outputs):
   return _lowerings(geometry, _cpu_kernel, _grouped_kernel)(images, outputs)
 
 
-def _define_vjp(operation, first, second):
-  """Sets the two derivatives of an operation, functions (geometry, a, b, ct)."""
-
-  def backward(geometry, operands, ct):
-    return first(geometry, *operands, ct), second(geometry, *operands, ct)
-
-  operation.defvjp(lambda geometry, a, b: (operation(geometry, a, b), (a, b)), backward)
-
-
-_define_vjp(
-  _forward,
-  lambda geometry, images, kernels, ct: _image_gradient(geometry, ct, kernels),
-  lambda geometry, images, kernels, ct: _kernel_gradient(geometry, images, ct),
+_forward.defvjp(
+  lambda g, x, w: (_forward(g, x, w), (x, w)),
+  lambda g, xw, ct: (_image_gradient(g, ct, xw[1]), _kernel_gradient(g, xw[0], ct)),
 )
-_define_vjp(
-  _image_gradient,
-  lambda geometry, outputs, kernels, ct: _forward(geometry, ct, kernels),
-  lambda geometry, outputs, kernels, ct: _kernel_gradient(geometry, ct, outputs),
+_image_gradient.defvjp(
+  lambda g, y, w: (_image_gradient(g, y, w), (y, w)),
+  lambda g, yw, ct: (_forward(g, ct, yw[1]), _kernel_gradient(g, ct, yw[0])),
 )
-_define_vjp(
-  _kernel_gradient,
-  lambda geometry, images, outputs, ct: _image_gradient(geometry, outputs, ct),
-  lambda geometry, images, outputs, ct: _forward(geometry, images, ct),
+_kernel_gradient.defvjp(
+  lambda g, x, y: (_kernel_gradient(g, x, y), (x, y)),
+  lambda g, xy, ct: (_image_gradient(g, xy[1], ct), _forward(g, xy[0], ct)),
 )
 
 
 @functools.cache
 def _lowerings(geometry, cpu, default):
-  """The operation that runs `cpu` on a CPU and `default` elsewhere, on all copies.
-
-  The platform is that of the lowered program, which need not be this process's.
-  """
+  """The operation, on any copies, that runs `cpu` in a program for a CPU only."""
   cpu, default = (functools.partial(f, geometry) for f in (cpu, default))
 
   @jax.custom_batching.custom_vmap
@@ -252,89 +229,112 @@ def _transpose(forward, shape, outputs, other):
   return jax.vjp(forward, zeros)[1](outputs)[0]
 
 
-# CPU: m separate convolutions, all in the one layout that is fast inside loops too.
+# CPU: one copy and a few images at a time, in the one layout that is fast in loops too.
 
 
 def _cpu_forward(geometry, images, kernels):
-  """One convolution for each copy, or one for all where they share the kernel."""
-  wide = jnp.promote_types(images.dtype, jnp.float32)
-  x, w = images.astype(wide), kernels.astype(wide)
-  if len(w) == 1:
-    out = _native(geometry, x.reshape(-1, *x.shape[2:]), w[0])
-    out = out.reshape(len(x), -1, *out.shape[1:])
-  else:
-    out = jnp.stack([_native(geometry, x[i % len(x)], w[i]) for i in range(len(w))])
-  return out.astype(images.dtype)
+  return _cpu_map(functools.partial(_convolve, geometry), images, kernels)
 
 
 def _cpu_image(geometry, outputs, kernels):
   """One convolution of stride 1 gives a block of s x s pixels for each place."""
-  (height, width), (sh, sw) = geometry.image, geometry.strides
-  rows, columns = axes = geometry.shifts(0), geometry.shifts(1)
+  (height, width), (sh, sw), c = geometry.image, geometry.strides, kernels.shape[3]
+  (rows, columns), pads, (tall, broad) = zip(*map(geometry.shifts, (0, 1)), strict=True)
   # The convolution pads without a copy, but a CPU's must not be told to cut.
-  for axis, shifts in enumerate(axes):
-    outputs = _pad(outputs, axis + 2, [min(p, 0) for p in shifts.padding])
-  padding = tuple(tuple(max(p, 0) for p in shifts.padding) for shifts in axes)
+  for axis in (0, 1):
+    outputs = _pad(outputs, axis + 2, [min(p, 0) for p in pads[axis]])
+  pads = tuple((max(low, 0), max(high, 0)) for low, high in pads)
   # A tap that does not exist reads the zeros appended here.
   taps = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
-  taps = taps[:, rows.taps][:, :, :, columns.taps].transpose(0, 1, 3, 6, 2, 4, 5)
+  taps = taps[:, tall][:, :, :, broad].transpose(0, 1, 3, 6, 2, 4, 5)
   taps = taps.reshape(*taps.shape[:4], -1)
   shapes = outputs.shape[2:4], taps.shape[1:3]
-  stride_one = _Geometry((1, 1), padding, *shapes, geometry.precision)
-  blocks = _cpu_forward(stride_one, outputs, taps)
-  if sh == sw == 1:
-    return blocks
-  shape = (*blocks.shape[:2], rows.places, columns.places, sh, sw, -1)
-  pixels = blocks.reshape(shape).swapaxes(3, 4)
-  pixels = pixels.reshape(*shape[:2], rows.places * sh, columns.places * sw, -1)
-  return pixels[:, :, :height, :width]
+  stride_one = _Geometry((1, 1), pads, *shapes, geometry.precision)
+
+  def one(outputs, taps):
+    blocks = _convolve(stride_one, outputs, taps)
+    blocks = blocks.reshape(-1, rows, columns, sh, sw, c).swapaxes(2, 3)
+    return blocks.reshape(-1, rows * sh, columns * sw, c)[:, :height, :width]
+
+  return _cpu_map(one, outputs, taps)
+
+
+def _convolve(geometry, images, kernel):
+  """Up to 16 features leave the vector unit half empty: columns become features."""
+  _, width, c, o = kernel.shape
+  columns, places = 4 if c < 8 else 2, geometry.output_size(1)
+  if o > 16 or width == 1 or geometry.strides[1] > 1 or places % columns:
+    return _native(geometry, images, kernel)
+  fill = [[(0, 0), (i, columns - 1 - i), (0, 0), (0, 0)] for i in range(columns)]
+  kernel = jnp.concatenate([jnp.pad(kernel, low_high) for low_high in fill], -1)
+  geometry = geometry._replace(strides=(geometry.strides[0], columns))
+  return _native(geometry, images, kernel).reshape(len(images), -1, places, o)
+
+
+def _cpu_map(function, images, kernels):
+  """[m, n, ...] of a function of a few images and one kernel.
+
+  The loop puts results in their place while in cache: stacking them costs as much as
+  half of a convolution.
+  """
+  m, n, dtype = max(len(images), len(kernels)), images.shape[1], images.dtype
+  wide = jnp.promote_types(dtype, jnp.float32)
+  kernels = kernels.astype(wide)
+  if len(kernels) == 1:
+    out = function(images.reshape(-1, *images.shape[2:]).astype(wide), kernels[0])
+    return out.reshape(m, n, *out.shape[1:]).astype(dtype)
+  group, steps = _groups(n, _GROUP)
+  shape = jax.eval_shape(function, images[0, :1].astype(wide), kernels[0]).shape[1:]
+  zeros, *_ = _vary_alike(jnp.zeros((m, group, steps, *shape), dtype), images, kernels)
+
+  def step(i, out):
+    copy = lax.div(i, steps)
+    y = function(_take(images, group, i).astype(wide), kernels[copy]).astype(dtype)
+    start = (copy, 0, lax.rem(i, steps), 0, 0, 0)
+    return lax.dynamic_update_slice(out, y[None, :, None], start)
+
+  return lax.fori_loop(0, m * steps, step, zeros).reshape(m, n, *shape)
 
 
 def _cpu_kernel(geometry, images, outputs):
   """Windows of the images, transposed, times windows of the outputs.
 
   The kernel's rows are windows of the images, its columns windows of the outputs: for
-  3x3, 3 + 3 times the data where patches are 9 times, and of few images, to stay in
-  cache.
+  3x3, 3 + 3 times the data where patches are 9 times.
   """
-  (kh, kw), (sh, sw), columns = geometry.kernel, geometry.strides, geometry.shifts(1)
-  n, width, c = images.shape[1], images.shape[3], images.shape[4]
-  oh, o, shifts = outputs.shape[2], outputs.shape[4], len(columns.taps)
-  m, depth = max(len(images), len(outputs)), (kh * sw * c, shifts * o)
+  (kh, kw), (sh, sw), oh = geometry.kernel, geometry.strides, geometry.output_size(0)
+  columns, padding, taps = geometry.shifts(1)
+  (n, _, width, c), o = images.shape[1:], outputs.shape[4]
+  m, depth = max(len(images), len(outputs)), (kh * sw * c, len(taps) * o)
   wide = jnp.promote_types(images.dtype, jnp.float32)
-  images_in_cache = _WINDOW_BYTES // (oh * columns.places * sum(depth) * wide.itemsize)
-  group = min(n, 1 << max(images_in_cache, 1).bit_length() - 1)
-  steps = n // group
-  fill = [(0, 0), geometry.padding[0], (0, columns.places * sw - width), (0, 0)]
+  group, steps = _groups(n, _WINDOW_BYTES // (oh * columns * sum(depth) * wide.itemsize))
+  fill = [(0, 0), geometry.padding[0], (0, columns * sw - width), (0, 0)]
 
-  def image_windows(x):
-    x = jnp.pad(x.astype(wide), fill).reshape(len(x), -1, columns.places, sw * c)
-    return _windows(x, 1, kh, oh, sh)
+  def step(i, total):
+    x, y = (_take(operand, group, i).astype(wide) for operand in (images, outputs))
+    x = jnp.pad(x, fill).reshape(group, -1, columns, sw * c)
+    x = _windows(x, 1, kh, oh, sh)
+    y = _windows(_pad(y, 2, padding), 2, len(taps), columns, 1)
+    product = lax.dot_general(x, y, (((0,), (0,)), ((), ())), geometry.precision)
+    return total.at[lax.div(i, steps)].add(product)
 
-  def output_windows(x):
-    x = _pad(x.astype(wide), 2, columns.padding)
-    return _windows(x, 2, shifts, columns.places, 1)
-
-  def products(images, outputs):
-    a, b = [image_windows(x) for x in images], [output_windows(x) for x in outputs]
-    pairs = ((a[i % len(a)], b[i % len(b)]) for i in range(m))
-    rows = (((0,), (0,)), ((), ()))
-    return jnp.stack([lax.dot_general(*ab, rows, geometry.precision) for ab in pairs])
-
-  def add(i, total):
-    # Group i is every steps-th image: a batch split over devices stays in place.
-    split = (x.reshape(-1, group, steps, *x.shape[2:]) for x in whole)
-    return total + products(*(x[:, :, i] for x in split))
-
-  whole = images[:, : steps * group], outputs[:, : steps * group]
   zeros, *_ = _vary_alike(jnp.zeros((m, *depth), wide), images, outputs)
-  total = lax.fori_loop(0, steps, add, zeros) if steps > 1 else add(0, zeros)
-  if n % group:
-    total += products(images[:, steps * group :], outputs[:, steps * group :])
-  total = total.reshape(m, kh, sw, c, shifts, o).transpose(0, 1, 4, 2, 3, 5)
-  order = [columns.taps.ravel().tolist().index(tap) for tap in range(kw)]
-  total = total.reshape(m, kh, -1, c, o)[:, :, np.array(order)]
-  return total.astype(images.dtype)
+  total = lax.fori_loop(0, m * steps, step, zeros).reshape(m, kh, sw, c, len(taps), o)
+  total = total.transpose(0, 1, 4, 2, 3, 5).reshape(m, kh, -1, c, o)
+  return total[:, :, np.argsort(taps.ravel())[:kw]].astype(images.dtype)
+
+
+def _groups(n, limit):
+  """The size of the largest equal groups of n images within the limit; their number."""
+  size = max(size for size in range(1, n + 1) if n % size == 0 and size <= max(limit, 1))
+  return size, n // size
+
+
+def _take(x, group, i):
+  """[group, ...] of step i. A group is spread out: a batch split over devices stays."""
+  x = x.reshape(len(x), group, -1, *x.shape[2:])
+  copy = lax.div(i, x.shape[2]) if len(x) > 1 else 0
+  return x[copy, :, lax.rem(i, x.shape[2])]
 
 
 def _pad(x, axis, low_high):

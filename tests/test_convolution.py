@@ -120,15 +120,25 @@ def test_any_small_shape_equals_native(data):
   assert_close(both(convolve), both(native))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 9])
-def test_batches_that_the_groups_do_not_divide(batch, monkeypatch):
-  # Room for the windows of four images: 8 x 8 pixels, 3 x 2 and 3 x 3 channels.
-  monkeypatch.setattr(convolution, "_WINDOW_BYTES", 4 * 64 * 15 * 4)
+@pytest.mark.parametrize("batch", [1, 6, 7])
+@pytest.mark.parametrize("group", [1, 4])
+def test_batches_that_groups_of_images_do_not_divide(batch, group, monkeypatch):
+  monkeypatch.setattr(convolution, "_GROUP", group)
+  # 8 x 8 pixels, 3 x 2 and 3 x 3 channels.
+  monkeypatch.setattr(convolution, "_WINDOW_BYTES", group * 64 * 15 * 4)
   convolution._lowerings.cache_clear()
-  x, w = normal(0, batch, 8, 8, 2), normal(1, 3, 3, 2, 3)
-  got = jax.jit(gradients(convolve))(x, w)
+  x, w = normal(0, 2, batch, 8, 8, 2), normal(1, 2, 3, 3, 2, 3)
+  got = jax.jit(jax.vmap(gradients(convolve)))(x, w)
   convolution._lowerings.cache_clear()
-  assert_close(got, jax.jit(gradients(native))(x, w))
+  assert_close(got, jax.jit(jax.vmap(gradients(native)))(x, w))
+
+
+@pytest.mark.parametrize("width", [7, 8])
+@pytest.mark.parametrize("channels, features", [(3, 16), (8, 8), (16, 24)])
+def test_few_and_many_channels(width, channels, features):
+  x, w = normal(0, 2, 3, 5, width, channels), normal(1, 2, 3, 3, channels, features)
+  step = lambda conv: jax.jit(jax.vmap(gradients(conv)))(x, w)  # noqa: E731
+  assert_close(step(convolve), step(native))
 
 
 AXES = [(0, 0), (0, None), (None, 0)]
@@ -350,18 +360,19 @@ def group_counts(text):
   return [tuple(count(line, name) for name in names) for line in lines]
 
 
-def test_export_for_cpu_has_a_convolution_for_each_copy():
+def test_export_for_cpu_has_plain_convolutions_in_loops_over_the_copies():
   # Forward and image gradient; the kernel gradient is a matrix product.
   text = exported_text("cpu")
-  assert group_counts(text) == [(1, 1)] * 6
-  assert text.count("stablehlo.dot_general") == 3
+  assert group_counts(text) == [(1, 1)] * 2
+  assert text.count("stablehlo.dot_general") == 1
+  assert text.count("stablehlo.while") == 3
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_export_for_other_platforms_has_grouped_convolutions(platform):
   text = exported_text(platform)
   assert sorted(set(group_counts(text))) == [(1, 3), (3, 1)]
-  assert "stablehlo.dot_general" not in text
+  assert "stablehlo.dot_general" not in text and "stablehlo.while" not in text
 
 
 def test_one_export_for_all_platforms_runs_here():
@@ -371,7 +382,8 @@ def test_one_export_for_all_platforms_runs_here():
   assert_close(program.call(x, w), jax.jit(jax.vmap(gradients(native)))(x, w))
 
 
-def test_a_shared_kernel_gives_one_convolution():
+def test_a_shared_kernel_gives_one_convolution_and_no_loop():
   x, w = jnp.zeros((3, 2, 8, 8, 4)), jnp.zeros((3, 3, 4, 6))
   text = jax.jit(jax.vmap(convolve, (0, None))).lower(x, w).as_text()
   assert group_counts(text) == [(1, 1)]
+  assert "stablehlo.while" not in text
