@@ -22,7 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dropout": 0.0,
     "phases": 5,
     "epochs": 30,
-    "retrain_epochs": 3,
+    "retrain_epochs": 2,
     "batch_size": 20,
     "weight_decay": 1e-4,
   },

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxsms.names import check_name
 
-NOISE_STD = 0.75  # of normalised images
+NOISE_STD = 1.0  # of normalised images
 
 
 def normalize(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
@@ -113,7 +113,7 @@ def crop_flip_rotate(key, images, mean, std):
 
 
 def noise(key, images, mean, std):
-  """Normalised images with Gaussian noise of standard deviation 0.75."""
+  """Normalised images with Gaussian noise of standard deviation 1."""
   images = normalize(images, mean, std)
   return images + NOISE_STD * jax.random.normal(key, images.shape)
 
