@@ -193,7 +193,7 @@ def accuracy_figure(results: Results, path: str) -> None:
   sparsities = np.array([row["sparsity"] for row in summary])
   # Equal steps for equal fractions removed, as the phases remove them.
   positions = -np.log10(1 - sparsities)
-  figure, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
+  figure, axes = plt.subplots(figsize=(6.4, 4.6), constrained_layout=True)
 
   dense = summary[0]["dense"]["mean"]
   axes.axhline(100 * dense, color="0.45", linestyle=":", label="Dense")
@@ -226,6 +226,6 @@ def accuracy_figure(results: Results, path: str) -> None:
   axes.set_title(title, fontsize="medium")
   axes.grid(axis="y", color="0.9")
   axes.spines[["top", "right"]].set_visible(False)
-  axes.legend(frameon=False)
+  figure.legend(loc="outside lower center", ncols=3, frameon=False)
   figure.savefig(path, dpi=150)
   plt.close(figure)
