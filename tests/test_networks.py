@@ -348,6 +348,7 @@ def test_dropout_acts_in_training_alone(module):
     ("resnet18", {"width": 0}, "width is 0"),
     ("resnet50", {"blocks": (1,)}, "does not take"),
     ("resnet20", {"depth": 8}, "does not take"),
+    ("vgg16", {"width": "64"}, "does not take"),
     ("wide_resnet28_10", {"depth": 10}, "does not take"),
     ("wide_resnet28_10", {"dropout": 1.0}, "in [0, 1)"),
     ("vit_tiny", {"width": 64}, "multiple of heads"),

@@ -71,12 +71,12 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
   check_name("model", name, MODELS)
   if num_classes < 2:
     raise ValueError(f"num_classes is {num_classes}: a classifier needs at least 2")
-  for size in _SIZES:
-    if size in options and options[size] < 1:
-      raise ValueError(f"{size} is {options[size]}: it must be at least 1")
-  if not 0 <= options.get("dropout", 0) < 1:
-    raise ValueError(f"dropout is {options['dropout']:g}: it is a rate, in [0, 1)")
   try:
+    for size in _SIZES:
+      if size in options and options[size] < 1:
+        raise ValueError(f"{size} is {options[size]}: it must be at least 1")
+    if not 0 <= options.get("dropout", 0) < 1:
+      raise ValueError(f"dropout is {options['dropout']:g}: it is a rate, in [0, 1)")
     return MODELS[name](num_classes, **options)
   except TypeError as error:
     raise ValueError(f"model {name!r} does not take these options: {error}") from error
