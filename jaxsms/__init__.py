@@ -1,5 +1,11 @@
 """Sparse Model Soups in JAX."""
 
+from jaxsms.flops import (
+  layer_sparsities,
+  multiply_adds,
+  sparse_multiply_adds,
+  theoretical_speedup,
+)
 from jaxsms.geometry import (
   interpolate,
   loss_along_line,
@@ -49,6 +55,7 @@ __all__ = [
   "cross_entropy",
   "greedy_soup",
   "interpolate",
+  "layer_sparsities",
   "loss_along_line",
   "loss_barrier",
   "magnitude_masks",
@@ -57,6 +64,7 @@ __all__ = [
   "masked",
   "masks_from_keys",
   "merge_phase",
+  "multiply_adds",
   "pad_ingredients",
   "phase_sparsity",
   "prediction_ensemble",
@@ -68,8 +76,10 @@ __all__ = [
   "retrain_schedule",
   "soup_geometry",
   "sparse_model_soup",
+  "sparse_multiply_adds",
   "sparsity",
   "stack",
+  "theoretical_speedup",
   "uniform_soup",
   "unstack",
   "worst_class_accuracy",

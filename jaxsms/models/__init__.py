@@ -7,7 +7,11 @@ import flax.linen as nn
 
 from jaxsms.models.layers import hidden_widths
 from jaxsms.models.mlp import MLP
+from jaxsms.models.resnet import ResNet, torchvision_init
 from jaxsms.models.resnet_cifar import CifarResNet
+from jaxsms.models.vgg import VGG
+from jaxsms.models.vit import ViT
+from jaxsms.models.wide_resnet import WideResNet
 from jaxsms.names import check_name
 
 
@@ -15,27 +19,44 @@ def _mlp(num_classes: int, hidden=(512,), **options: Any) -> nn.Module:
   return MLP(num_classes, hidden=hidden_widths(hidden), **options)
 
 
-def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
-  return lambda num_classes, **options: CifarResNet(num_classes, depth=depth, **options)
+def _resnet50(num_classes: int, stem: str = "imagenet", **options: Any) -> nn.Module:
+  fields = {"bottleneck": True, "stem": stem, "conv_init": torchvision_init}
+  return ResNet(num_classes, blocks=(3, 4, 6, 3), **fields, **options)
+
+
+def _of(network: type[nn.Module], **fields: Any) -> Callable[..., nn.Module]:
+  """Makes a network whose given fields are no options any more."""
+  return lambda num_classes, **options: network(num_classes, **fields, **options)
 
 
 # A new network is one more entry: a function of num_classes and its own options.
 MODELS: dict[str, Callable[..., nn.Module]] = {
   "mlp": _mlp,
-  "resnet8": _cifar_resnet(8),
-  "resnet20": _cifar_resnet(20),
-  "resnet56": _cifar_resnet(56),
+  "resnet8": _of(CifarResNet, depth=8),
+  "resnet20": _of(CifarResNet, depth=20),
+  "resnet56": _of(CifarResNet, depth=56),
+  "resnet18": _of(ResNet, blocks=(2, 2, 2, 2), bottleneck=False),
+  "vgg16": _of(VGG, convolutions=(2, 2, 3, 3, 3)),
+  "wide_resnet28_10": _of(WideResNet, depth=28),
+  "wide_resnet22_10": _of(WideResNet, depth=22),
+  "resnet50": _resnet50,
+  "vit_tiny": ViT,
 }
+
+_SIZES = ("width", "widening", "patch_size", "depth", "heads")
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
   """Makes one of the paper's networks.
 
   Args:
-    name: "mlp", "resnet8", "resnet20" or "resnet56".
+    name: "mlp", "resnet8", "resnet20", "resnet56", "resnet18", "vgg16",
+      "wide_resnet28_10", "wide_resnet22_10", "resnet50" or "vit_tiny".
     num_classes: number of logits, at least 2.
-    **options: fields of the network: `hidden` and `dropout` of the MLP, `width` of the
-      residual networks.
+    **options: fields of the network: `hidden` and `dropout` of the MLP; `width` (channels
+      of the first stage) of residual networks and VGG; `stem`, "cifar" or "imagenet", of
+      "resnet18" and "resnet50"; `widening` and `dropout` of wide ones; `patch_size`,
+      `depth`, `width`, `heads` and `dropout` of the Vision Transformer.
 
   Returns:
     A module, to be called as `module.apply(variables, images, train=False)` on float
@@ -51,6 +72,11 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
   if num_classes < 2:
     raise ValueError(f"num_classes is {num_classes}: a classifier needs at least 2")
   try:
+    for size in _SIZES:
+      if size in options and options[size] < 1:
+        raise ValueError(f"{size} is {options[size]}: it must be at least 1")
+    if not 0 <= options.get("dropout", 0) < 1:
+      raise ValueError(f"dropout is {options['dropout']:g}: it is a rate, in [0, 1)")
     return MODELS[name](num_classes, **options)
   except TypeError as error:
     raise ValueError(f"model {name!r} does not take these options: {error}") from error

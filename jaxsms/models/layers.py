@@ -38,6 +38,7 @@ def conv(
   stride: int = 1,
   use_bias: bool = False,
   name: str | None = None,
+  init: nn.initializers.Initializer = kernel_init,
 ) -> jax.Array:
   """A square convolution, [b, h, w, c] -> [b, h / stride, w / stride, features].
 
@@ -51,7 +52,7 @@ def conv(
     strides=(stride, stride),
     padding=((pad, pad), (pad, pad)),
     use_bias=use_bias,
-    kernel_init=kernel_init,
+    kernel_init=init,
     bias_init=bias_init(kernel_size**2 * inputs.shape[-1]),
     conv_general_dilated=conv_general_dilated,
     name=name,

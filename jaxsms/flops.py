@@ -1,0 +1,196 @@
+"""What one inference costs: multiply-adds of each layer, dense and sparse."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxsms.pruning import prunable_flags
+from jaxsms.trees import Prunable, PyTree, path_string
+
+
+def multiply_adds(
+  apply: Callable[[PyTree, Any], Any],
+  params: PyTree,
+  images: Any,
+  prunable: Prunable | None = None,
+) -> dict[str, int]:
+  """Counts the multiply-adds of each dense layer and convolution, nothing computed.
+
+  Any network of any framework: `apply` is traced, and each product that has a weight as
+  one of its operands belongs to that weight's layer. Products of activations, such as
+  those between queries and keys, biases and normalizations do not count. Places of a
+  convolution's padding count like any others, so a layer costs its number of outputs
+  times the weights of one output. A scan counts as often as it runs; of a `lax.cond` the
+  last branch counts.
+
+  Args:
+    apply: the network in inference, called with `params` and `images`.
+    params: tree of parameters; shapes are enough (`jax.eval_shape`). May hold other
+      leaves, such as batch statistics.
+    images: float [1, height, width, channels], or its `jax.ShapeDtypeStruct`; of a larger
+      batch all images count.
+    prunable: which leaves are weights; None means `jaxsms.prunable`.
+
+  Returns:
+    The count of each weight, by its path, such as "Dense_0/kernel".
+
+  Raises:
+    ValueError: nothing is prunable, or a weight is used in no product that is found.
+
+  References:
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (theoretical speed-up)
+  """
+  weights = _weights(params, prunable)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  owners = [path_string(path) for path, _ in leaves]
+  owners = [name if name in weights else None for name in owners]
+  jaxpr = jax.make_jaxpr(apply)(params, images).jaxpr
+  owners += [None] * (len(jaxpr.invars) - len(owners))
+  counts = dict.fromkeys(weights, 0)
+  _count(jaxpr, owners, 1, counts)
+  unused = [name for name, count in counts.items() if not count]
+  if unused:
+    raise ValueError(
+      f"no product with {unused[0]} was found: if this weight takes no part in an "
+      "inference, pass a prunable(path, leaf) that leaves it out"
+    )
+  return counts
+
+
+def sparse_multiply_adds(
+  dense: Mapping[str, int], params: PyTree, prunable: Prunable | None = None
+) -> dict[str, int]:
+  """Counts the multiply-adds that are left where zero weights cost nothing.
+
+  Args:
+    dense: what `multiply_adds` gave for this network.
+    params: tree of parameters of one model, with zeros.
+    prunable: which leaves are weights, as in `multiply_adds`.
+
+  Returns:
+    For each weight its dense count times the share of its entries that are not zero.
+
+  Raises:
+    ValueError: `dense` counts other weights than `params` has.
+  """
+  weights = _weights(params, prunable)
+  if weights.keys() != dense.keys():
+    other = sorted(weights.keys() ^ dense.keys())[0]
+    raise ValueError(
+      f"dense counts and params do not have the same weights, as {other} shows: count "
+      "the multiply-adds of these params"
+    )
+  # Exact: each entry is used equally often.
+  return {
+    name: dense[name] * int(np.count_nonzero(leaf)) // leaf.size
+    for name, leaf in jax.device_get(weights).items()
+  }
+
+
+def theoretical_speedup(
+  dense: Mapping[str, int], params: PyTree, prunable: Prunable | None = None
+) -> float:
+  """Dense multiply-adds over those with weights that are not zero.
+
+  Args:
+    dense: what `multiply_adds` gave for this network.
+    params: tree of parameters of one model, with zeros.
+    prunable: which leaves are weights, as in `multiply_adds`.
+
+  Returns:
+    At least 1; infinite where all weights are zero.
+
+  Raises:
+    ValueError: `dense` counts other weights than `params` has.
+  """
+  sparse = sum(sparse_multiply_adds(dense, params, prunable).values())
+  return sum(dense.values()) / sparse if sparse else math.inf
+
+
+def layer_sparsities(params: PyTree, prunable: Prunable | None = None) -> dict[str, float]:
+  """The share of exact zeros in each weight.
+
+  Args:
+    params: tree of parameters of one model.
+    prunable: which leaves are weights; None means `jaxsms.prunable`.
+
+  Returns:
+    Shares in [0, 1], by the path of the weight.
+
+  Raises:
+    ValueError: nothing is prunable.
+  """
+  weights = jax.device_get(_weights(params, prunable))
+  return {name: float(np.mean(leaf == 0)) for name, leaf in weights.items()}
+
+
+def _weights(params: PyTree, prunable: Prunable | None) -> dict[str, Any]:
+  """The prunable leaves by their paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  flags = prunable_flags(params, prunable)
+  return {path_string(p): x for (p, x), flag in zip(leaves, flags, strict=True) if flag}
+
+
+def _count(
+  jaxpr: Any, owners: list[str | None], repeats: int, counts: dict[str, int]
+) -> list[str | None]:
+  """Adds the products of a traced function to the counts of the weights in them.
+
+  Args:
+    jaxpr: of the function.
+    owners: for each of its inputs, the weight that it is, if any.
+    repeats: how often the function runs.
+    counts: of each weight so far; added to.
+
+  Returns:
+    For each of its outputs, the weight that it is, if any.
+  """
+  owned = dict(zip(jaxpr.invars, owners, strict=True))
+
+  def owner(variable):
+    return None if isinstance(variable, Literal) else owned.get(variable)
+
+  for equation in jaxpr.eqns:
+    inputs = [owner(v) for v in equation.invars]
+    weight = next((name for name in inputs if name), None)
+    if weight is None:
+      continue
+    name, outputs = equation.primitive.name, None
+    if name in _PRODUCTS:
+      counts[weight] += repeats * _PRODUCTS[name](equation)
+      continue
+    if name == "cond":  # of the platforms' lowerings the default, which is the plain one
+      inner, inputs = equation.params["branches"][-1], inputs[1:]
+    else:
+      inner = next((v for v in equation.params.values() if hasattr(v, "eqns")), None)
+    if inner is None:
+      # Reshaped, transposed, cast, scaled: a weight stays the weight that it was.
+      out = equation.outvars[0]
+      sizes = {v.aval.size for v, n in zip(equation.invars, inputs, strict=True) if n}
+      outputs = [weight if out.aval.size in sizes else None]
+    elif name != "while":  # how often it runs is not known
+      inner = getattr(inner, "jaxpr", inner)
+      times = equation.params["length"] if name == "scan" else 1
+      outputs = _count(inner, inputs, repeats * times, counts)
+    if outputs:
+      owned |= dict(zip(equation.outvars, outputs, strict=False))
+  return [owner(v) for v in jaxpr.outvars]
+
+
+def _dense(equation: Any) -> int:
+  (contracted, _), _ = equation.params["dimension_numbers"]
+  shape = equation.invars[0].aval.shape
+  return equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> int:
+  kernel = equation.invars[1].aval
+  features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+  return equation.outvars[0].aval.size * (kernel.size // features)
+
+
+_PRODUCTS = {"dot_general": _dense, "conv_general_dilated": _convolution}

@@ -1,0 +1,94 @@
+"""A small Vision Transformer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.models.layers import bias_init, dense, kernel_init
+
+# PyTorch's attention draws query, key and value as one matrix [width, 3 * width] from
+# U(-sqrt(6 / (4 * width)), ...), with biases of 0.
+attention_init = nn.initializers.variance_scaling(1 / 2, "fan_in", "uniform")
+
+
+class ViT(nn.Module):
+  """Vision Transformer: the class token of a sequence of patches, after `depth` blocks.
+
+  Attributes:
+    num_classes: number of logits.
+    patch_size: height and width of a patch, in pixels.
+    depth: number of blocks.
+    width: channels of a token, a multiple of `heads`.
+    heads: of the attention.
+    dropout: rate of dropout after each block's attention and dense layers, in training.
+
+  References:
+    Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929
+    Touvron et al., 2021, https://arxiv.org/abs/2012.12877 (its "tiny" size)
+  """
+
+  num_classes: int
+  patch_size: int = 4
+  depth: int = 12
+  width: int = 192
+  heads: int = 3
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ValueError(
+        f"width is {self.width} with {self.heads} heads: it must be a multiple of heads"
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """[batch, height, width, channels] -> logits [batch, num_classes].
+
+    Raises:
+      ValueError: the images are no whole number of patches.
+    """
+    batch, height, width, channels = images.shape
+    size = self.patch_size
+    if height % size or width % size:
+      raise ValueError(
+        f"images are {height}x{width}: height and width must be multiples of patch_size, "
+        f"which is {size}"
+      )
+    x = nn.Conv(
+      self.width,
+      (size, size),
+      strides=(size, size),
+      padding="VALID",
+      kernel_init=kernel_init,
+      bias_init=bias_init(size**2 * channels),
+      conv_general_dilated=conv_general_dilated,
+      name="patches",
+    )(images)
+    x = x.reshape(batch, -1, self.width)
+    normal = nn.initializers.normal(0.02)
+    token = self.param("class_token", normal, (1, 1, self.width))
+    x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (batch, 1, 1)), x], 1)
+    x = x + self.param("position_embedding", normal, (1, *x.shape[1:]))
+    for _ in range(self.depth):
+      x = TransformerBlock(self.heads, self.dropout)(x, train)
+    return dense(self.num_classes, nn.LayerNorm()(x[:, 0]))
+
+
+class TransformerBlock(nn.Module):
+  """Attention, then two dense layers, each normalized before and added to its input."""
+
+  heads: int
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[batch, tokens, width] -> the same."""
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    y = nn.MultiHeadDotProductAttention(
+      self.heads, kernel_init=attention_init, out_kernel_init=kernel_init
+    )(nn.LayerNorm()(x))
+    x = x + drop(y)
+    y = dense(4 * x.shape[-1], nn.LayerNorm()(x))
+    return x + drop(dense(x.shape[-1], nn.gelu(y, approximate=False)))

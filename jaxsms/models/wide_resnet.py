@@ -1,0 +1,64 @@
+"""Wide residual networks, for small images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsms.models.layers import batch_norm, conv, dense
+
+
+class WideResNet(nn.Module):
+  """WideResNet of depth 6n + 4: three stages of n blocks, normalized before convolutions.
+
+  Attributes:
+    num_classes: number of logits.
+    depth: 10, 16, 22, 28, ...: four more than a multiple of 6.
+    widening: the stages have 16, 32 and 64 times as many channels.
+    dropout: rate of dropout between the convolutions of a block, in training.
+    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+
+  References:
+    Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146
+  """
+
+  num_classes: int
+  depth: int = 28
+  widening: int = 10
+  dropout: float = 0.3
+  norm_momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """[batch, height, width, channels] -> logits [batch, num_classes]."""
+    x = conv(16, 3, images, use_bias=True)
+    for stage in range(3):
+      for block in range((self.depth - 4) // 6):
+        x = WideBlock(
+          features=16 * self.widening * 2**stage,
+          stride=2 if stage and not block else 1,
+          dropout=self.dropout,
+          norm_momentum=self.norm_momentum,
+        )(x, train)
+    x = nn.relu(batch_norm(x, train, self.norm_momentum))
+    return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
+
+
+class WideBlock(nn.Module):
+  """Two 3x3 convolutions with biases, the stride on the second as in the reference."""
+
+  features: int
+  stride: int
+  dropout: float
+  norm_momentum: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), features]."""
+    y = nn.relu(batch_norm(x, train, self.norm_momentum))
+    y = conv(self.features, 3, y, use_bias=True)
+    y = nn.Dropout(self.dropout, deterministic=not train)(y)
+    y = nn.relu(batch_norm(y, train, self.norm_momentum))
+    y = conv(self.features, 3, y, self.stride, use_bias=True)
+    if self.stride > 1 or x.shape != y.shape:
+      x = conv(self.features, 1, x, self.stride, use_bias=True)
+    return x + y
