@@ -10,8 +10,13 @@ import numpy as np
 
 from experiments.settings import Settings, check_data
 from jaxsms import models
-from jaxsms.data import Dataset, train_validation_split
-from jaxsms.pruning import magnitude_masks
+from jaxsms.data import (
+  Dataset,
+  evaluation_images,
+  train_validation_split,
+  training_images,
+)
+from jaxsms.pruning import magnitude_masks, prunable_flags
 from jaxsms.schedules import pretrain_schedule
 from jaxsms.training import (
   Chunk,
@@ -28,8 +33,23 @@ from jaxsms.training.phases import Model, Splits, measure, one_model, run_phases
 # Independent streams of a seed's key.
 INIT, PRETRAIN, RETRAIN = 0, 1, 2
 
-OnChunk = Callable[[str, int, Chunk], None]
 Record = dict[str, Any]
+
+
+class Observer(NamedTuple):
+  """What a run tells while it goes on.
+
+  Attributes:
+    chunk: called with method, phase (0 in dense training) and each chunk of training.
+    phase: called with method and the record of each phase; for dense training, once,
+      with its metrics.
+    soup: called with the last soup as soon as there is one: `params`, `batch_stats`,
+      `masks`.
+  """
+
+  chunk: Callable[[str, int, Chunk], None]
+  phase: Callable[[str, Record], None]
+  soup: Callable[[dict[str, Any]], None]
 
 
 class Task(NamedTuple):
@@ -61,7 +81,6 @@ def make_task(settings: Settings, dataset: Dataset) -> Task:
     ValueError: settings do not fit the data.
   """
   train, validation = train_validation_split(len(dataset.train_labels))
-  check_data(settings, dataset, len(train))
 
   def split(images, labels):
     return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
@@ -75,15 +94,22 @@ def make_task(settings: Settings, dataset: Dataset) -> Task:
   if settings.model == "mlp":
     options = {"hidden": settings.hidden, "dropout": settings.dropout}
   module = models.create(settings.model, dataset.num_classes, **options)
+  image_shape = dataset.train_images.shape[1:]
+  shapes, _ = jax.eval_shape(
+    functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
+  )
+  pairs = zip(jax.tree.leaves(shapes), prunable_flags(shapes), strict=True)
+  check_data(settings, dataset, len(train), sum(x.size for x, flag in pairs if flag))
   optimizer = functools.partial(
     sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0
   )
   programs = make_programs(
     module,
     optimizer,
-    augmentation=settings.augmentation or dataset.augmentation,
-    mean=dataset.mean,
-    std=dataset.std,
+    training_images=lambda key, images: training_images(
+      settings.augmentation, key, images, dataset.mean, dataset.std
+    ),
+    evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
     batch_size=settings.batch_size,
   )
   steps_per_epoch = len(train) // settings.batch_size
@@ -97,7 +123,7 @@ def make_task(settings: Settings, dataset: Dataset) -> Task:
     module,
     programs,
     splits,
-    dataset.train_images.shape[1:],
+    image_shape,
     steps_per_epoch,
     np.broadcast_to(pretrain_lrs, [steps]),
     warmup_steps,
@@ -118,7 +144,7 @@ def planned_steps(settings: Settings, steps_per_epoch: int) -> dict[int, int]:
 
 
 def pretrain(
-  settings: Settings, task: Task, key: jax.Array, on_chunk: OnChunk
+  settings: Settings, task: Task, key: jax.Array, observer: Observer
 ) -> tuple[Model, Record]:
   """Trains the dense model; gives it and its metrics."""
   params, batch_stats = init_variables(
@@ -135,10 +161,12 @@ def pretrain(
     ingredients(1, settings.weight_decay, len(task.pretrain_lrs)),
     task.pretrain_lrs[None],
     chunk_steps=settings.chunk_steps,
-    on_chunk=lambda chunk: on_chunk("dense", 0, chunk),
+    on_chunk=lambda chunk: observer.chunk("dense", 0, chunk),
   )
   dense = jax.tree.map(lambda x: x[0], Model(*trained))
-  return dense, measure(task.programs, task.splits, one_model(dense))[0]
+  metrics = measure(task.programs, task.splits, one_model(dense))[0]
+  observer.phase("dense", metrics)
+  return dense, metrics
 
 
 def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
@@ -159,7 +187,7 @@ def prune_and_retrain(
   method: str,
   m: int,
   epochs: int,
-  on_chunk: OnChunk,
+  observer: Observer,
 ) -> tuple[Model, Any, list[Record]]:
   """All phases of one method: m copies of so many epochs each; see `run_phases`."""
   steps = epochs * task.steps_per_epoch
@@ -190,33 +218,32 @@ def prune_and_retrain(
     phases=settings.phases,
     prune=functools.partial(magnitude_masks, scope=settings.scope),
     chunk_steps=settings.chunk_steps,
-    on_chunk=lambda phase, chunk: on_chunk(method, phase, chunk),
+    on_chunk=lambda phase, chunk: observer.chunk(method, phase, chunk),
+    on_phase=lambda record: observer.phase(method, record),
   )
 
 
-def run_seed(
-  settings: Settings, task: Task, seed: int, on_chunk: OnChunk
-) -> tuple[Record, dict[str, Any]]:
+def run_seed(settings: Settings, task: Task, seed: int, observer: Observer) -> Record:
   """Everything that one seed decides.
 
   Args:
     settings: of the run.
     task: shared by all seeds.
     seed: decides initialisation, batch orders, augmentation and dropout.
-    on_chunk: called with method, phase (0 in dense training) and each chunk.
+    observer: told of everything on the way.
 
   Returns:
-    The entry of results.json, and the last soup: `params`, `batch_stats`, `masks`.
+    The entry of results.json.
   """
   key = jax.random.key(seed)
-  dense, metrics = pretrain(settings, task, key, on_chunk)
+  dense, metrics = pretrain(settings, task, key, observer)
   m, epochs = settings.ingredients, settings.retrain_epochs
-  run = functools.partial(prune_and_retrain, settings, task, key, dense, on_chunk=on_chunk)
+  run = functools.partial(prune_and_retrain, settings, task, key, dense, observer=observer)
   model, masks, phases = run(method="sms", m=m, epochs=epochs)
+  observer.soup({"params": model.params, "batch_stats": model.batch_stats, "masks": masks})
   lengths = {"imp": epochs, "imp_mx": m * epochs}
   for method in settings.baselines:
     _, _, records = run(method=method, m=1, epochs=lengths[method])
     for phase, record in zip(phases, records, strict=True):
       phase[method] = record["soup"]
-  soup = {"params": model.params, "batch_stats": model.batch_stats, "masks": masks}
-  return {"seed": seed, "dense": metrics, "phases": phases}, soup
+  return {"seed": seed, "dense": metrics, "phases": phases}

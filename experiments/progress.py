@@ -1,7 +1,9 @@
 """What a run shows while it trains."""
 
+import math
 import time
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -12,8 +14,8 @@ class TimeLeft:
   """Estimates the seconds left from the speed of the programs so far.
 
   A step of m copies has its own speed, measured once m copies have trained; until then it
-  counts m / k times that of the k copies seen. The first chunk of each m compiles and does
-  not count as speed.
+  counts m / k times that of the k copies seen. The first chunk of a training may compile,
+  and evaluations lie before it: it counts as speed only until there is something better.
   """
 
   def __init__(self, plan: dict[int, int]):
@@ -21,19 +23,21 @@ class TimeLeft:
     self._left = dict(plan)
     self._seconds: dict[int, float] = {}
     self._steps: dict[int, int] = {}
-    self._compiled: set[int] = set()
+    self._rough: dict[int, float] = {}  # seconds a step, from first chunks alone
 
-  def update(self, copies: int, steps: int, seconds: float) -> None:
-    """Counts `steps` of `copies` at once that took `seconds`."""
+  def update(self, copies: int, steps: int, seconds: float, first: bool) -> None:
+    """Counts `steps` of `copies` at once that took `seconds`; `first` of a training."""
     self._left[copies] = max(self._left.get(copies, 0) - steps, 0)
-    if copies in self._compiled:
+    if first:
+      rough = min(self._rough.get(copies, math.inf), seconds / steps)
+      self._rough[copies] = rough
+    else:
       self._seconds[copies] = self._seconds.get(copies, 0.0) + seconds
       self._steps[copies] = self._steps.get(copies, 0) + steps
-    self._compiled.add(copies)
 
   def seconds(self) -> float | None:
     """Seconds left; None before anything was measured."""
-    speeds = {k: self._seconds[k] / n for k, n in self._steps.items() if n}
+    speeds = self._rough | {k: self._seconds[k] / n for k, n in self._steps.items()}
     if not speeds:
       return None
     nearest = max(speeds)
@@ -63,6 +67,7 @@ class RunProgress:
       transient=True,
     )
     self._task = self._bar.add_task("compiling", total=1.0, figures="")
+    self._title = ""
 
   def __enter__(self):
     self._bar.start()
@@ -80,12 +85,13 @@ class RunProgress:
       chunk: what `train_copies` reports.
     """
     now = time.monotonic()
-    self._time_left.update(chunk.copies, chunk.taken, now - self._last)
-    self._last = now
+    first = title != self._title
+    self._time_left.update(chunk.copies, chunk.taken, now - self._last, first)
+    self._last, self._title = now, title
     left, elapsed = self._time_left.seconds(), now - self._started
     figures = (
-      f"epoch {chunk.epoch}/{epochs}  loss {chunk.loss.mean():.3f}  "
-      f"accuracy {100 * chunk.accuracy.mean():.1f} %  "
+      f"epoch {chunk.epoch}/{epochs}  loss {np.nanmean(chunk.loss):.3f}  "
+      f"accuracy {100 * np.nanmean(chunk.accuracy):.1f} %  "
       + ("" if left is None else f"{clock(left)} left")
     )
     if self._bar.disable:
@@ -94,10 +100,6 @@ class RunProgress:
       return
     share = 0.0 if left is None else elapsed / (elapsed + left)
     self._bar.update(self._task, description=title, completed=share, figures=figures)
-
-  def pause(self) -> None:
-    """Leaves out of the speed what was not training, such as an evaluation."""
-    self._last = time.monotonic()
 
 
 def clock(seconds: float) -> str:

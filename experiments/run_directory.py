@@ -56,20 +56,6 @@ def write_results(path: str, results: dict[str, Any]) -> None:
   os.replace(name + ".tmp", name)
 
 
-def read_results(path: str) -> dict[str, Any]:
-  """The results of a run.
-
-  Raises:
-    ValueError: there are none, or they are no JSON.
-  """
-  name = os.path.join(path, RESULTS_FILE)
-  try:
-    with open(name, encoding="utf-8") as file:
-      return json.load(file)
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{name} cannot be read: {error}") from error
-
-
 def save_soup(path: str, seed: int, model: dict[str, Any]) -> None:
   """Saves the last soup of one seed: `params`, `batch_stats` and `masks`."""
   checkpoint.save(os.path.join(path, "soup", f"seed_{seed}"), model)

@@ -8,11 +8,12 @@ from absl import flags
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS, Dataset
 from jaxsms.names import check_name
-from jaxsms.pruning import SCOPES, check_sparsity
+from jaxsms.pruning import SCOPES, check_sparsity, removal_count
 from jaxsms.schedules import PRETRAIN_SCHEDULES, RETRAIN_SCHEDULES
 
 FLAGS = flags.FLAGS
 BASELINES = ("imp", "imp_mx")
+MLP_FLAGS = ("hidden", "dropout")
 
 # What a flag means where it is not given. Chosen on validation data: BUILD_NOTES.md.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -100,12 +101,25 @@ flags.DEFINE_string(
   "pretrain_schedule", "Linear", f"One of {', '.join(PRETRAIN_SCHEDULES)}."
 )
 flags.DEFINE_float("warmup_epochs", 0.0, "Linear warmup of dense training, in epochs.")
-flags.DEFINE_string("retrain_schedule", "LLR", f"One of {', '.join(RETRAIN_SCHEDULES)}.")
-flags.DEFINE_string("scope", "global", f"Magnitudes compared: {' or '.join(SCOPES)}.")
+flags.DEFINE_string(
+  "retrain_schedule",
+  "LLR",
+  "Learning rate of each phase: FT (constant, the smallest of dense training), LRW (its "
+  "last steps again), SLR (all of it, compressed), CLR (cosine from its largest to its "
+  "smallest), LLR (linear from its largest to 0), ALLR (LLR, lower where pruning did "
+  "little harm).",
+)
+flags.DEFINE_string(
+  "scope",
+  "global",
+  "Which weights compete: global (all of them) or uniform (those of each layer).",
+)
 flags.DEFINE_string(
   "augmentation",
   None,
-  f"Of training images: {', '.join(AUGMENTATIONS)}. Default: set by the data set.",
+  "Of training images: none, crop_flip (padded by 4 pixels), crop_flip_rotate (up to 15 "
+  "degrees), noise (Gaussian), shift_noise (by a pixel). Default: set by the data set, "
+  "noise for digits.",
 )
 flags.DEFINE_list(
   "baselines",
@@ -161,7 +175,7 @@ def read_settings() -> Settings:
       f"--hidden is {','.join(values['hidden'])}: give whole numbers, such as 256,256"
     )
   values["hidden"] = tuple(int(width) for width in values["hidden"])
-  values["baselines"] = tuple(name for name in values["baselines"] if name)
+  values["baselines"] = tuple(dict.fromkeys(b for b in values["baselines"] if b))
   settings = Settings(**values)
   _check(settings)
   return settings
@@ -169,6 +183,9 @@ def read_settings() -> Settings:
 
 def _check(s: Settings) -> None:
   check_name("model", s.model, models.MODELS)
+  for name in MLP_FLAGS:
+    if s.model != "mlp" and FLAGS[name].present:
+      raise ValueError(f"--{name} is of the mlp: leave it out with --model={s.model}")
   check_name("pretraining schedule", s.pretrain_schedule, PRETRAIN_SCHEDULES)
   check_name("retraining schedule", s.retrain_schedule, RETRAIN_SCHEDULES)
   check_name("scope", s.scope, SCOPES)
@@ -176,6 +193,8 @@ def _check(s: Settings) -> None:
     check_name("augmentation", s.augmentation, AUGMENTATIONS)
   for name in s.baselines:
     check_name("baseline", name, BASELINES)
+  if s.seed + s.seeds > 2**32:
+    raise ValueError(f"--seed is {s.seed}: seeds are below 2^32, the last one too")
   check_sparsity(s.goal_sparsity, "--goal_sparsity")
   for name in ("ingredients", "phases", "epochs", "batch_size", "seeds", "chunk_steps"):
     if getattr(s, name) < 1:
@@ -194,8 +213,20 @@ def _check(s: Settings) -> None:
     )
 
 
-def check_data(settings: Settings, dataset: Dataset, train_size: int) -> None:
-  """Raises ValueError where settings do not fit the data."""
+def with_data(settings: Settings, dataset: Dataset) -> Settings:
+  """Fills in what the data set itself decides: the augmentation."""
+  return settings._replace(augmentation=settings.augmentation or dataset.augmentation)
+
+
+def check_data(
+  settings: Settings, dataset: Dataset, train_size: int, prunable_size: int
+) -> None:
+  """Raises ValueError where settings do not fit the data and the network."""
+  if removal_count(settings.goal_sparsity, prunable_size) == prunable_size:
+    raise ValueError(
+      f"--goal_sparsity is {settings.goal_sparsity}: that removes all {prunable_size} "
+      "weights of the network, choose a smaller one"
+    )
   if settings.batch_size > train_size:
     raise ValueError(
       f"--batch_size is {settings.batch_size}, but the training split of {dataset.name} "
@@ -208,6 +239,8 @@ def flagfile(settings: Settings) -> str:
   lines = []
   for name, value in settings._asdict().items():
     if value is None:
+      continue
+    if name in MLP_FLAGS and settings.model != "mlp":
       continue
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     lines.append(f"--{name}={text}\n")

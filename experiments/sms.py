@@ -4,6 +4,7 @@ python -m experiments.sms
 python -m experiments.sms --dataset=cifar10 --data_dir=... --model=resnet8
 """
 
+import importlib
 import os
 import sys
 import time
@@ -18,22 +19,24 @@ from jaxsms import data, report
 
 flags.adopt_module_key_flags(settings)
 
-TITLES = {"dense": "dense", "sms": "SMS", "imp": "IMP", "imp_mx": "IMP mx"}
-
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; bad input ends it with one sentence and exit status 2."""
   if not settings.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  console = Console()
   started = time.monotonic()
   try:
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    importlib.import_module("matplotlib")  # better missed before training than after
+
     chosen = settings.read_settings()
     dataset = data.load(chosen.dataset, chosen.data_dir, chosen.cache_dir)
+    chosen = settings.with_data(chosen, dataset)
     task = methods.make_task(chosen, dataset)
-    workdir = settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
+    workdir = os.path.expanduser(
+      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
+    )
     run_directory.create(workdir, settings.flagfile(chosen))
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -44,38 +47,46 @@ def main(argv: list[str]) -> None:
     "environment": run_directory.environment(),
     "seeds": [],
   }
+  stopped, status = None, 0
   plan = methods.planned_steps(chosen, task.steps_per_epoch)
   try:
     with RunProgress(plan) as progress:
       for seed in range(chosen.seed, chosen.seed + chosen.seeds):
-        on_chunk = make_on_chunk(progress, workdir, chosen, seed)
-        entry, soup = methods.run_seed(chosen, task, seed, on_chunk)
-        results["seeds"].append(entry)
-        run_directory.save_soup(workdir, seed, soup)
+        observer = make_observer(progress, workdir, chosen, seed)
+        results["seeds"].append(methods.run_seed(chosen, task, seed, observer))
         results["summary"] = report.summarize(results["seeds"])
         results["seconds"] = time.monotonic() - started
         run_directory.write_results(workdir, results)
   except FloatingPointError as error:
-    print(f"error: {error} (seeds that finished are in {workdir})", file=sys.stderr)
-    sys.exit(1)
+    stopped, status = f"error: {error}", 1
+  except KeyboardInterrupt:
+    stopped, status = "interrupted", 130
 
-  for ending in ("png", "svg"):
-    report.accuracy_figure(results, os.path.join(workdir, f"accuracy.{ending}"))
-  show(console, results)
+  if results["seeds"]:
+    for ending in ("png", "svg"):
+      report.accuracy_figure(results, os.path.join(workdir, f"accuracy.{ending}"))
+    show(Console(), results)
+  if stopped:
+    done = len(results["seeds"])
+    what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
+    print(f"{stopped} ({what}; {workdir} holds what there is)", file=sys.stderr)
+    sys.exit(status)
 
 
-def make_on_chunk(
+def make_observer(
   progress: RunProgress, workdir: str, chosen: settings.Settings, seed: int
-):
-  """A function that shows each chunk of training, and writes one line per epoch."""
+) -> methods.Observer:
+  """Shows each chunk of training, and writes a line for every epoch and every phase."""
   epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
+  titles = {"dense": "dense", "sms": "SMS"} | {
+    name: report.method_title(name, chosen.ingredients) for name in settings.BASELINES
+  }
 
   def on_chunk(method, phase, chunk):
     epochs = chosen.retrain_epochs if phase else chosen.epochs
     epochs *= chosen.ingredients if method == "imp_mx" else 1
-    title = f"seed {seed}  {TITLES[method]}" + (
-      f" phase {phase}/{chosen.phases}" if phase else ""
-    )
+    title = f"seed {seed}  {titles[method]}"
+    title += f" phase {phase}/{chosen.phases}" if phase else ""
     progress.chunk(title, epochs, chunk)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
@@ -85,23 +96,21 @@ def make_on_chunk(
         np.average(epoch[name], axis=0, weights=epoch["taken"])
         for name in ("loss", "accuracy")
       )
-      run_directory.append_metrics(
-        workdir,
-        {
-          "seed": seed,
-          "method": method,
-          "phase": phase,
-          "epoch": chunk.epoch,
-          "step": chunk.step,
-          "loss": loss,
-          "accuracy": accuracy,
-          "learning_rate": chunk.learning_rate,
-        },
-      )
+      line = {"seed": seed, "method": method, "phase": phase, "epoch": chunk.epoch}
+      line |= {"step": chunk.step, "loss": loss, "accuracy": accuracy}
+      line["learning_rate"] = chunk.learning_rate
+      run_directory.append_metrics(workdir, line)
       for values in epoch.values():
         values.clear()
 
-  return on_chunk
+  def on_phase(method, record):
+    line = {"seed": seed, "method": method, "phase": record.get("phase", 0)}
+    run_directory.append_metrics(workdir, {**line, "evaluation": record})
+
+  def on_soup(soup):
+    run_directory.save_soup(workdir, seed, soup)
+
+  return methods.Observer(on_chunk, on_phase, on_soup)
 
 
 def show(console: Console, results: dict) -> None:

@@ -1,4 +1,13 @@
-"""Sparse Model Soups in JAX."""
+"""Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
+
+Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
+Training: `masked` around any optax optimizer, `retrain_schedule`.
+Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
+The loop: `sparse_model_soup`, and its parts `prune_phase`, `retrain_phase`, `merge_phase`.
+Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
+"""
+
+import importlib
 
 from jaxsms.flops import (
   layer_sparsities,
@@ -84,3 +93,12 @@ __all__ = [
   "unstack",
   "worst_class_accuracy",
 ]
+
+_ROOMS = ("checkpoint", "data", "models", "report", "training")
+
+
+def __getattr__(name: str):
+  """Rooms that pull in more than JAX and optax are imported when they are asked for."""
+  if name in _ROOMS:
+    return importlib.import_module(f"jaxsms.{name}")
+  raise AttributeError(f"module 'jaxsms' has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Maps the work of one copy over all of them, and over all devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,19 @@ def map_ingredients(
       "jaxsms.make_mesh gives"
     )
 
+  @functools.cache  # one jitted program, so that eager calls do not compile again
+  def program(axes):
+    over_copies = jax.vmap(function, in_axes=axes)
+    sharded = jax.shard_map(
+      over_copies,
+      mesh=mesh,
+      in_specs=tuple(PartitionSpec(*[INGREDIENT_AXIS][: axis == 0]) for axis in axes),
+      out_specs=PartitionSpec(INGREDIENT_AXIS),
+      axis_names={INGREDIENT_AXIS},
+      check_vma=False,
+    )
+    return jax.jit(sharded)
+
   def mapped(*args):
     axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
     if len(axes) != len(args) or any(axis not in (0, None) for axis in axes):
@@ -53,27 +67,16 @@ def map_ingredients(
       raise ValueError(
         f"in_axes {in_axes} gives no argument a leading axis: at least one must be 0"
       )
-    m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
-    over_copies = jax.vmap(function, in_axes=axes, axis_size=m)
+    stacked = [a for a, axis in zip(args, axes, strict=True) if axis == 0]
+    m = number_of_models(stacked, "ingredients")
     if mesh is None:
-      return over_copies(*args)
-    padded = [
-      a if axis is None else pad_ingredients(a, mesh.shape[INGREDIENT_AXIS])[0]
-      for a, axis in zip(args, axes, strict=True)
-    ]
-    specs = tuple(
-      PartitionSpec() if axis is None else PartitionSpec(INGREDIENT_AXIS) for axis in axes
-    )
-    sharded = jax.shard_map(
-      jax.vmap(function, in_axes=axes),
-      mesh=mesh,
-      in_specs=specs,
-      out_specs=PartitionSpec(INGREDIENT_AXIS),
-      axis_names={INGREDIENT_AXIS},
-      check_vma=False,
-    )
-    # Outside of jit, shard_map cannot give keys while an axis is left to the compiler.
-    return jax.tree.map(lambda x: x[:m], jax.jit(sharded)(*padded))
+      return jax.vmap(function, in_axes=axes, axis_size=m)(*args)
+    padded = iter(pad_ingredients(stacked, mesh.shape[INGREDIENT_AXIS])[0])
+    args = [a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)]
+    result = program(axes)(*args)
+    if m % mesh.shape[INGREDIENT_AXIS] == 0:
+      return result
+    return jax.tree.map(lambda x: x[:m], result)
 
   return mapped
 

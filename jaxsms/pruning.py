@@ -12,10 +12,11 @@ from jaxsms.trees import (
   Prunable,
   PyTree,
   check_finite,
-  check_same_structure,
   is_array,
   is_concrete,
   is_floating,
+  match_masks,
+  path_string,
 )
 from jaxsms.trees import prunable as default_prunable
 
@@ -134,7 +135,7 @@ def masks_from_keys(
   check_name("scope", scope, SCOPES)
   chosen = prunable_flags(params, prunable)
   if masks is not None:
-    check_same_structure(params, masks, "params and masks")
+    masks = match_masks(params, masks)
   leaves, structure = jax.tree.flatten(params)
   old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
 
@@ -155,19 +156,16 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
   Args:
     params: tree of parameters.
-    masks: tree of bool arrays with the structure of `params`, True where kept. Their
+    masks: tree of bool arrays for the leaves of `params`, True where kept. Their
       shapes broadcast, so masks [...] serve stacked parameters [m, ...].
 
   Returns:
     A tree as `params`. Gradients through it are 0 at removed entries.
 
   Raises:
-    ValueError: the structures differ.
+    ValueError: other leaves or shapes than those of `params`, or masks not of bool.
   """
-  if jax.tree.structure(params) != jax.tree.structure(masks):
-    raise ValueError(
-      "params and masks have different tree structures: make the masks from these params"
-    )
+  masks = match_masks(params, masks)
   leaves, structure = jax.tree.flatten(params)
   pairs = zip(leaves, jax.tree.leaves(masks), strict=True)
   zeroed = iter(_zero_removed([pair for pair in pairs if is_array(pair[0])]))
@@ -248,10 +246,16 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
   ]
   if not any(flags):
     raise ValueError(
-      f"none of the {len(flags)} leaves of params is prunable: pass the parameters of a "
-      "model with dense or convolution layers, or your own prunable(path, leaf)"
+      f"none of the {len(flags)} leaves of params is prunable ({_first_names(params)}): "
+      "weights are recognised by the names kernel, w and weight, so rename them, or pass "
+      "your own, such as prunable=lambda path, leaf: leaf.ndim > 1"
     )
   return flags
+
+
+def _first_names(params: PyTree) -> str:
+  paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
 
 
 def _leaves_of_other_modules(params: PyTree) -> frozenset[int]:

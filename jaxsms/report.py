@@ -1,6 +1,7 @@
 """Tables and figures of a run's results."""
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,10 @@ def summarize(seeds: list[Results], metric: str = "test_accuracy") -> list[Resul
   summary = []
   for phases in zip(*(seed["phases"] for seed in seeds), strict=True):
     dense = [seed["dense"][metric] for seed in seeds]
-    row = {"phase": phases[0]["phase"], "sparsity": estimate_of(phases, "sparsity").mean}
+    row = {
+      "phase": phases[0]["phase"],
+      "sparsity": float(np.mean([p["sparsity"] for p in phases])),
+    }
     soup = np.array([p["soup"][metric] for p in phases])
     methods = [name for name in METHODS if name in phases[0]]
     for name in ["dense", *methods]:
@@ -78,11 +82,6 @@ def summarize(seeds: list[Results], metric: str = "test_accuracy") -> list[Resul
         }
     summary.append(row)
   return summary
-
-
-def estimate_of(phases: tuple[Results, ...], key: str) -> Estimate:
-  """`estimate` of one entry over the same phase of all seeds."""
-  return estimate([p[key] for p in phases])
 
 
 def _none_for_nan(value: float) -> float | None:
@@ -139,8 +138,8 @@ def caption(results: Results) -> str:
   flags, seeds = results["flags"], results["seeds"]
   dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
   text = (
-    f"Test accuracy in percent of {flags['model']} on {flags['dataset']}, "
-    f"m = {flags['ingredients']}, dense {_percent(*_mean_std(dense))}"
+    f"Test accuracy in percent of {flags['model']} on {dataset_title(flags['dataset'])}, "
+    f"m = {flags['ingredients']}, dense {_percent(dense.mean, _none_for_nan(dense.std))}"
   )
   if len(seeds) == 1:
     return text + f", seed {seeds[0]['seed']}."
@@ -150,8 +149,9 @@ def caption(results: Results) -> str:
   )
 
 
-def _mean_std(value: Estimate) -> tuple[float, float | None]:
-  return value.mean, _none_for_nan(value.std)
+def dataset_title(name: str) -> str:
+  """How a data set is called: a file by its name, without its folders."""
+  return os.path.basename(name) if name.endswith(".npz") else name
 
 
 def markdown_table(tables: list[list[list[str]]]) -> str:
@@ -220,7 +220,7 @@ def accuracy_figure(results: Results, path: str) -> None:
   axes.set_xlabel("Sparsity of the prunable weights")
   axes.set_ylabel("Test accuracy in percent")
   flags = results["flags"]
-  title = f"{flags['model']} on {flags['dataset']}, m = {m}"
+  title = f"{flags['model']} on {dataset_title(flags['dataset'])}, m = {m}"
   if len(seeds) > 1:
     title += f", {len(seeds)} seeds, bars: 95 % interval of the mean"
   axes.set_title(title, fontsize="medium")

@@ -43,13 +43,13 @@ def retrain_phase(
     ValueError: no ingredient, or `retrain` gives another tree than it got.
   """
   leaves = jax.tree.leaves(ingredients)
-  if not leaves or any(np.shape(leaf)[:1] == (0,) for leaf in leaves):
+  if not leaves or any(np.shape(leaf)[:1] in ((), (0,)) for leaf in leaves):
     raise ValueError(
       "there are no ingredients: give arrays with leading axis m, at least 1, such as "
       '{"seed": jnp.arange(5)}'
     )
   ingredients = jax.tree.map(jnp.asarray, ingredients)
-  number_of_models(ingredients)
+  number_of_models(ingredients, "ingredients")
   if mesh is not None:  # a later phase's, on the mesh already, would compile again
     everywhere = NamedSharding(mesh, PartitionSpec())
     key, params, masks = jax.device_put((key, params, masks), everywhere)
@@ -60,7 +60,23 @@ def retrain_phase(
       "retrain moved removed weights, which were set back to 0: keep its optimizer "
       "inside the mask with jaxsms.masked"
     )
+  if _all_equal(candidates):
+    logging.warning(
+      "all copies are equal after retraining: does retrain use its ingredient, such as "
+      'fold_in(key, ingredient["seed"])?'
+    )
   return candidates, jax.device_get(report) if jax.tree.leaves(report) else None
+
+
+def _all_equal(stacked: PyTree) -> bool:
+  """Whether there are several models, and all are the same."""
+  floating = [x for x in jax.tree.leaves(stacked) if is_floating(x) and len(x) > 1]
+  return bool(floating) and bool(_equal_to_first(floating))
+
+
+@jax.jit
+def _equal_to_first(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.all(x == x[:1]) for x in leaves]).all()
 
 
 def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
@@ -94,7 +110,7 @@ def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
           f"{jnp.result_type(new)}{list(jnp.shape(new))}: it must keep shapes and dtypes"
         )
     moved = [
-      jnp.any(~mask & (leaf != 0))
+      jnp.any(~mask & (leaf != 0) & jnp.isfinite(leaf))
       for leaf, mask in zip(jax.tree.leaves(result), jax.tree.leaves(masks), strict=True)
       if is_floating(leaf)
     ]

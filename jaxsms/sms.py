@@ -9,6 +9,7 @@ checkpoints, progress bars) put their own retraining between the first and the l
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,6 +130,7 @@ def sparse_model_soup(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
   """
   check_sparsity(goal_sparsity, "goal_sparsity")
+  phases = operator.index(phases)
   phase_sparsity(goal_sparsity, 1, phases)
   check_finite(params)
   prunable_flags(params, prunable)

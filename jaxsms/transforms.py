@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsms.pruning import apply_masks
-from jaxsms.trees import PyTree, is_floating, path_names
+from jaxsms.trees import PyTree, is_floating, match_masks, path_names
 
 
 def masked(
@@ -20,7 +20,7 @@ def masked(
 
   Args:
     transformation: any optax transformation.
-    masks: tree of bool arrays with the structure of the parameters, True where kept.
+    masks: tree of bool arrays for the leaves of the parameters, True where kept.
       Masks given here become constants of a jitted program; leave them out and pass
       `masks=` with each `update` to make them an argument of it.
 
@@ -29,15 +29,22 @@ def masked(
     prefers the masks it is given over those given here.
 
   Raises:
-    ValueError: `update` has no masks or no params, or structures differ.
+    ValueError: no optax transformation; later, `update` has no masks or no params, or
+      they do not fit together.
   """
+  if not hasattr(transformation, "update"):
+    raise ValueError(
+      f"masked() got {type(transformation).__name__}, not an optax transformation: call "
+      "masked(optimizer, masks)"
+    )
   inner = optax.with_extra_args_support(transformation)
   default = masks
 
   def init(params):
     if default is None:
       return inner.init(params)
-    return _mask_state(inner.init(apply_masks(params, default)), params, default)
+    masks = match_masks(params, default)
+    return _mask_state(inner.init(apply_masks(params, masks)), params, masks)
 
   def update(updates, state, params=None, *, masks=None, **extra):
     masks = default if masks is None else masks
@@ -47,6 +54,7 @@ def masked(
       )
     if params is None:
       raise ValueError("masked() needs params: call update(updates, state, params)")
+    masks = match_masks(params, masks)
     kept = apply_masks(params, masks)
     updates, state = inner.update(apply_masks(updates, masks), state, kept, **extra)
     updates = jax.tree.map(

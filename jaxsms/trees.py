@@ -119,9 +119,8 @@ def stack(models: Sequence[PyTree]) -> PyTree:
     ValueError: there is no model, a leaf is not an array, or structures, shapes or
       dtypes differ.
   """
-  models = list(models)
-  if not models:
-    raise ValueError("got no models to stack: pass at least one")
+  if isinstance(models, dict) or not (models := list(models)):
+    raise ValueError("got no models to stack: pass a list of at least one")
   first, structure = jax.tree_util.tree_flatten_with_path(models[0])
   columns = []
   for number, model in enumerate(models):
@@ -167,7 +166,7 @@ def unstack(stacked: PyTree) -> list[PyTree]:
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(m)]
 
 
-def number_of_models(stacked: PyTree) -> int:
+def number_of_models(stacked: PyTree, what: str = "models") -> int:
   """The length m of the leading axis that all leaves of a stacked tree share.
 
   Raises:
@@ -178,14 +177,14 @@ def number_of_models(stacked: PyTree) -> int:
   for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
     if not is_array(leaf) or leaf.ndim == 0:
       raise ValueError(
-        f"leaf {path_string(path)} has no leading axis of models: expected a tree that "
-        "jaxsms.stack made, with leaves [m, ...]"
+        f"leaf {path_string(path)} has no leading axis of {what}: expected a tree with "
+        "leaves [m, ...], as jaxsms.stack makes"
       )
     if m is None:
       m, first_path = leaf.shape[0], path
     elif leaf.shape[0] != m:
       raise ValueError(
-        f"leaves disagree on the number of models: {path_string(first_path)} has {m}, "
+        f"leaves disagree on the number of {what}: {path_string(first_path)} has {m}, "
         f"{path_string(path)} has {leaf.shape[0]}"
       )
   if m is None:
@@ -220,6 +219,43 @@ def check_finite(params: PyTree, what: str = "params") -> None:
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
   return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def match_masks(params: PyTree, masks: PyTree) -> PyTree:
+  """Checks masks against the trees they are for, and gives them their structure.
+
+  Args:
+    params: a tree of parameters, gradients or updates, or a stack of such.
+    masks: tree of bool arrays for the same leaves; the containers may differ (Flax NNX
+      hands out the same parameters as State and as plain dicts).
+
+  Returns:
+    The masks in the structure of `params`.
+
+  Raises:
+    ValueError: other leaves, shapes that are not those of the last axes, or leaves that
+      are not bool.
+  """
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  others = jax.tree_util.tree_leaves_with_path(masks)
+  if [path_names(path) for path, _ in leaves] != [path_names(path) for path, _ in others]:
+    raise ValueError(
+      "params and masks have different tree structures: make the masks from these params"
+    )
+  for (path, leaf), (_, mask) in zip(leaves, others, strict=True):
+    if not is_array(leaf) or isinstance(mask, bool):
+      continue
+    if not is_array(mask) or mask.dtype != bool:
+      raise ValueError(
+        f"the mask of {path_string(path)} is {getattr(mask, 'dtype', type(mask))}: masks "
+        "are bool arrays, True where kept"
+      )
+    if mask.shape != leaf.shape[len(leaf.shape) - len(mask.shape) :]:
+      raise ValueError(
+        f"params and masks differ in shape at {path_string(path)}: {list(leaf.shape)} and "
+        f"{list(mask.shape)}"
+      )
+  return jax.tree.unflatten(structure, [mask for _, mask in others])
 
 
 def check_same_structure(a: PyTree, b: PyTree, names: str) -> None:

@@ -79,11 +79,16 @@ def test_table_and_progress_lines(finished):
   assert "Traceback" not in done.stderr
 
 
-def test_metrics_are_json_lines_one_per_epoch(finished):
+def test_metrics_are_json_lines_one_per_epoch_and_evaluation(finished):
   workdir, _ = finished
   lines = [
     json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
   ]
+  results = json.loads((workdir / "results.json").read_text())
+  evaluations = [line["evaluation"] for line in lines if "evaluation" in line]
+  assert len(evaluations) == 2 * (1 + 3 * 2)  # dense, and three methods in two phases
+  assert evaluations[-1]["soup"] == results["seeds"][1]["phases"][1]["imp_mx"]
+  lines = [line for line in lines if "epoch" in line]
   # Per seed: 2 dense epochs, 2 phases of 1 (SMS), 1 (IMP) and 2 (IMP 2x) epochs.
   assert len(lines) == 2 * (2 + 2 * (1 + 1 + 2))
   assert {len(line["loss"]) for line in lines if line["method"] == "sms"} == {2}
@@ -156,6 +161,9 @@ def test_a_directory_with_a_run_is_refused(finished, capsys):
     (["--epochs=0"], "--epochs is 0"),
     (["--seeds=0"], "--seeds is 0"),
     (["--seed=-1"], "--seed is -1"),
+    (["--seed=4294967295", "--seeds=2"], "below 2^32"),
+    (["--goal_sparsity=0.9999", "--hidden=2"], "removes all 148 weights"),
+    (["--model=resnet8", "--hidden=3"], "--hidden is of the mlp"),
     (["--hidden=a"], "--hidden is a"),
     (["--hidden=0"], "at least 1"),
     (["--momentum=1"], "--momentum is 1"),
@@ -224,6 +232,30 @@ def test_all_copies_diverging_ends_with_one_sentence(tmp_path, capsys):
   assert message.startswith("error: ")
 
 
+def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path, capsys):
+  flags = ["--epochs=1", "--batch_size=1077", "--learning_rate=1e39", "--retrain_epochs=0"]
+  assert run(*SMALL, *flags, f"--workdir={tmp_path / 'run'}") == 1
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert message.startswith("error: the model has parameters that are not finite")
+  assert "no seed finished" in message
+
+
+def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+  run_seed = methods.run_seed
+
+  def interrupted(chosen, task, seed, observer):
+    if seed == 1:
+      raise KeyboardInterrupt
+    return run_seed(chosen, task, seed, observer)
+
+  monkeypatch.setattr(methods, "run_seed", interrupted)
+  workdir = tmp_path / "run"
+  assert run(*SMALL, "--seeds=3", "--baselines=", f"--workdir={workdir}") == 130
+  assert "interrupted (1 of 3 seeds finished" in capsys.readouterr().err
+  assert len(json.loads((workdir / "results.json").read_text())["seeds"]) == 1
+  assert (workdir / "accuracy.png").exists()
+
+
 def test_help_explains_every_flag():
   done = subprocess.run(
     [sys.executable, "-m", "experiments.sms", "--helpshort"],
@@ -255,13 +287,14 @@ def test_planned_steps_are_the_steps_taken():
 def test_time_left_uses_each_programs_own_speed():
   left = TimeLeft({1: 100, 4: 100})
   assert left.seconds() is None
-  left.update(1, 10, 50.0)  # compiles: no speed yet
-  assert left.seconds() is None
-  left.update(1, 10, 1.0)  # 0.1 s a step; four copies: 0.4 s until measured
+  left.update(1, 10, 50.0, first=True)  # compiles: all there is to go by for now
+  assert left.seconds() == pytest.approx(90 * 5 + 100 * 5 * 4)
+  left.update(1, 10, 1.0, first=False)  # 0.1 s a step; four copies: 0.4 s until measured
   assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4)
-  left.update(4, 10, 9.0)
-  left.update(4, 10, 2.0)
-  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.2)
+  left.update(4, 10, 9.0, first=True)
+  left.update(4, 10, 2.0, first=False)
+  left.update(4, 10, 9.0, first=True)  # an evaluation came before it
+  assert left.seconds() == pytest.approx(80 * 0.1 + 70 * 0.2)
   assert clock(61.2) == "1:01"
   assert clock(3723) == "1:02:03"
 
@@ -287,10 +320,8 @@ def test_the_bar_shows_phase_epoch_loss_accuracy_and_time_left():
 
 def test_results_stay_whole_while_new_ones_are_written(tmp_path):
   run_directory.write_results(tmp_path, {"value": float("nan"), "array": np.arange(2)})
-  assert run_directory.read_results(tmp_path) == {"value": None, "array": [0, 1]}
-  (tmp_path / "results.json").write_text("{")
-  with pytest.raises(ValueError, match="cannot be read"):
-    run_directory.read_results(tmp_path)
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results == {"value": None, "array": [0, 1]}
 
 
 @pytest.mark.slow

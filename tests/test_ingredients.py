@@ -177,7 +177,7 @@ def test_rejects(rejects):
       map_ingredients(add, axes)(jnp.ones((2, 2)), jnp.ones((2, 2)))
   with rejects("at least one must be 0"):
     map_ingredients(add, None)(jnp.ones(2), jnp.ones(2))
-  with rejects("leaves disagree on the number of models"):
+  with rejects("leaves disagree on the number of ingredients"):
     map_ingredients(add)(jnp.ones(2), jnp.ones(3))
   with rejects("it needs one named 'ingredient'"):
     map_ingredients(add, 0, jax.make_mesh((8,), ("copies",)))

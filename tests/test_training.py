@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsms import data as data_room
 from jaxsms import make_mesh, models, training
 from jaxsms.training.loop import chunk_length
 from jaxsms.training.phases import Model, Splits, best_candidate, one_model, run_phases
@@ -40,9 +41,10 @@ def make_programs(module=None, augmentation="noise", batch_size=BATCH, **options
   return training.make_programs(
     module or Tiny(),
     functools.partial(training.sgd, nesterov=True),
-    augmentation=augmentation,
-    mean=MEAN,
-    std=STD,
+    training_images=lambda key, images: data_room.training_images(
+      augmentation, key, images, MEAN, STD
+    ),
+    evaluation_images=lambda images: data_room.evaluation_images(images, MEAN, STD),
     batch_size=batch_size,
     **options,
   )
@@ -209,6 +211,56 @@ def test_training_on_a_mesh_equals_training_without(data, dense, programs):
     assert_close(train(sharded, data, dense, chosen, lrs), expected)
 
 
+@pytest.mark.parametrize("stop", [1, 5, 6])
+def test_a_kept_state_goes_on_as_if_there_had_been_no_break(programs, data, dense, stop):
+  lrs, chosen = np.full((2, 11), 0.1), ingredients([0, 1], [8, 11])
+  arguments = (programs, data, all_true(dense.params), jax.random.key(7))
+  whole = train(programs, data, dense, chosen, lrs, chunk_steps=1)
+  state = training.start(*dense, programs.optimizer(0.0, 0.0), 2)
+  chunks = training.train_chunks(*arguments, state, chosen, lrs, 1)
+  for _ in range(stop):
+    state, _ = next(chunks)
+  kept = jax.tree.map(np.asarray, state)
+  *_, (state, _) = training.train_chunks(*arguments, kept, chosen, lrs, 1)
+  assert_close((state.params, state.batch_stats), whole, 0)
+
+
+def test_masks_of_each_copys_own(data, dense):
+  masks = [half_masks(dense.params), all_true(dense.params)]
+  start = jax.tree.map(lambda x, m: jnp.where(m, x, 0), dense.params, masks[0])
+  model, lrs, chosen = Model(start, dense[1]), np.full((2, 6), 0.1), ingredients([3, 3], 6)
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *masks)
+  mesh = make_mesh(4, devices=jax.devices()[:4])
+  expected = [
+    copy_of(train(make_programs(), data, model, ingredients([3], 6), lrs[:1], m), 0)
+    for m in masks
+  ]
+  for on in (None, mesh):
+    both = train(make_programs(own_masks=True, mesh=on), data, model, chosen, lrs, stacked)
+    for i in range(2):
+      assert_close(copy_of(both, i), expected[i])
+
+
+def test_phases_on_a_mesh_equal_phases_without(data):
+  module = models.create("mlp", 3, hidden=(5,), dropout=0.0)
+  dense = Model(*training.init_variables(module, jax.random.key(0), (4, 4, 1)))
+  splits = Splits(data, make_data(7, 1), make_data(9, 2))
+  found = []
+  for mesh in (None, make_mesh(2, devices=jax.devices()[:2])):
+    programs = make_programs(module, mesh=mesh)
+    found.append(
+      run_phases(
+        programs, splits, jax.random.key(0), dense,
+        lambda r: (ingredients([0, 1, 2], 6), np.full((3, 6), 0.1)),
+        goal_sparsity=0.8, phases=3,
+      )
+    )  # fmt: skip
+    assert programs.train._cache_size() == 1
+  assert_close(found[0][0], found[1][0])
+  for a, b in zip(found[0][2], found[1][2], strict=True):
+    assert a["soup"] == pytest.approx(b["soup"], abs=1e-5)
+
+
 def test_three_phases_compile_once(data, dense):
   programs = make_programs()
   splits = Splits(data, make_data(7, 1), make_data(9, 2))
@@ -294,6 +346,8 @@ def test_recalibrated_statistics_are_the_mean_over_the_first_batches(data, dense
   programs = make_programs(augmentation="none")
   data = make_data(BATCH * 11)  # 20 % of 11 batches are 2
   one = one_model(dense)
+  # What was there before does not matter, even if it is infinite.
+  one = one._replace(batch_stats=jax.tree.map(lambda x: x + jnp.inf, one.batch_stats))
   measured = copy_of(programs.recalibrate(data, jax.random.key(0), *one), 0)
   kernel, bias = (
     np.asarray(dense.params["Dense_0"][k], np.float64) for k in ("kernel", "bias")

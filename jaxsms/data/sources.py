@@ -5,7 +5,6 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -142,10 +141,13 @@ def _npz(name):
       f"{path} has the test label {test_labels.max()}, but training labels run from 0 "
       f"to {largest}: test only on classes that training has"
     )
-  absent = largest + 1 - len(np.unique(train_labels))
-  if absent:
-    logging.warning(
-      "%s: %d of the classes 0 to %d never occur in training", path, absent, largest
+  classes = np.unique(train_labels)
+  if len(classes) != largest + 1 or largest == 0:
+    absent = np.setdiff1d(np.arange(min(largest + 1, len(classes) + 1)), classes)
+    raise ValueError(
+      f"{path}: train_labels has {len(classes)} classes up to {largest}"
+      + (f", but never {absent[0]}" if len(absent) else "")
+      + ": give at least 2, counted from 0 without gaps"
     )
   return _dataset(name, [arrays[a] for a in ARRAYS], largest + 1)
 

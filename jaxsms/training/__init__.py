@@ -1,6 +1,11 @@
 """Training of m copies at once: state and step, jitted programs, the host's loop."""
 
-from jaxsms.training.loop import Chunk, retrain_learning_rates, train_copies
+from jaxsms.training.loop import (
+  Chunk,
+  retrain_learning_rates,
+  train_chunks,
+  train_copies,
+)
 from jaxsms.training.programs import METRICS, Programs, make_programs, score
 from jaxsms.training.state import Data, TrainState, init_variables, sgd, start
 
@@ -16,5 +21,6 @@ __all__ = [
   "score",
   "sgd",
   "start",
+  "train_chunks",
   "train_copies",
 ]

@@ -1,16 +1,19 @@
 """Training on the host's side: chunk after chunk of the jitted program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import pad_ingredients
+from jaxsms.ingredients import INGREDIENT_AXIS, pad_ingredients
 from jaxsms.schedules import retrain_schedule
+from jaxsms.sms import finite_models
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, start
+from jaxsms.training.state import Data, TrainState, start
 from jaxsms.trees import PyTree, number_of_models
 
 
@@ -23,8 +26,8 @@ class Chunk(NamedTuple):
     steps: steps that it will take.
     taken: steps in this chunk.
     epoch: the epoch that the chunk is in, from 1.
-    loss: float [m], training loss over the chunk.
-    accuracy: float [m], training accuracy over the chunk.
+    loss: float [m], training loss over the chunk; NaN for a copy that took no step.
+    accuracy: float [m], training accuracy over the chunk; likewise.
     learning_rate: float [m], of the last step.
   """
 
@@ -51,12 +54,13 @@ def train_copies(
   chunk_steps: int = 50,
   on_chunk: Callable[[Chunk], None] | None = None,
 ) -> tuple[PyTree, PyTree]:
-  """Trains one copy of a model per ingredient.
+  """Trains one copy of a model per ingredient, from the first step to the last.
 
   Args:
     programs: of this network and data set.
     data: the training split.
-    masks: shared by all copies; all True trains a dense model.
+    masks: shared by all copies, or leaves [m, ...] where the programs were made for
+      masks of their own; all True trains a dense model.
     key: of the phase, the same for all copies.
     params: the model that every copy starts from, leaves [...].
     batch_stats: its batch statistics.
@@ -70,46 +74,118 @@ def train_copies(
     Parameters and batch statistics of the m copies, leaves [m, ...].
 
   Raises:
-    FloatingPointError: the loss of every copy has become NaN or infinite.
+    FloatingPointError: every copy has become NaN or infinite.
   """
-  m = number_of_models(ingredients)
-  devices = 1 if programs.mesh is None else programs.mesh.shape["ingredient"]
-  (ingredients, learning_rates), _ = pad_ingredients(
-    (jax.tree.map(np.asarray, ingredients), np.asarray(learning_rates)), devices
+  m = number_of_models(ingredients, "ingredients")
+  state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
+  chunks = train_chunks(
+    programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
   )
-  optimizer = programs.optimizer(0.0, 0.0)
-  state = start(params, batch_stats, optimizer, len(learning_rates))
+  for latest, chunk in chunks:
+    state = latest
+    if on_chunk is not None:
+      on_chunk(chunk)
+  trained = (state.params, state.batch_stats)
+  if not np.any(jax.device_get(finite_models(trained))):
+    raise FloatingPointError(
+      f"{_copies(m)} has parameters that are not finite: lower the learning rate"
+    )
+  return trained
+
+
+def train_chunks(
+  programs: Programs,
+  data: Data,
+  masks: PyTree,
+  key: jax.Array,
+  state: TrainState,
+  ingredients: dict[str, np.ndarray],
+  learning_rates: np.ndarray,
+  chunk_steps: int = 50,
+) -> Iterator[tuple[TrainState, Chunk]]:
+  """Goes on training from a state, and gives it back after every chunk.
+
+  A state that is kept (it is donated to the next chunk, so copy it) and given to another
+  call with the same other arguments goes on as if there had been no break.
+
+  Args:
+    programs: of this network and data set.
+    data: the training split.
+    masks: see `train_copies`.
+    key: of the phase, the same for all copies.
+    state: of all m copies, leaves [m, ...], as `start` or an earlier chunk gives it.
+    ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
+    learning_rates: float [m, max(steps)], from the first step of the phase on.
+    chunk_steps: see `train_copies`.
+
+  Yields:
+    The state of the m copies and what to show of the chunk.
+
+  Raises:
+    FloatingPointError: the loss of every copy in training has become NaN or infinite.
+  """
+  m = number_of_models(ingredients, "ingredients")
+  chex.assert_tree_shape_prefix((state, learning_rates), (m,))
+  data, masks, key, state, ingredients, learning_rates = _place(
+    programs, data, masks, key, state, ingredients, np.asarray(learning_rates, np.float32)
+  )
   steps = int(np.max(ingredients["steps"]))
   steps_per_epoch = len(data.labels) // programs.batch_size
-  chunk = chunk_length(steps_per_epoch, chunk_steps)
-  done = 0
+  length = chunk_length(steps_per_epoch, chunk_steps)
+  done = int(np.max(jax.device_get(state.step)))
   while done < steps:
-    taken = min(chunk, steps_per_epoch - done % steps_per_epoch, steps - done)
+    taken = min(length, steps_per_epoch - done % steps_per_epoch, steps - done)
     rates = learning_rates[:, done : done + taken]
-    rates = np.pad(rates, [(0, 0), (0, chunk - taken)]).astype(np.float32)
+    rates = np.pad(rates, [(0, 0), (0, length - taken)])
+    active = ingredients["steps"][:m] > done
     state, metrics = programs.train(data, masks, key, state, ingredients, rates)
     metrics = jax.device_get(metrics)
-    if not np.isfinite(metrics["loss"][:m]).any():
-      raise FloatingPointError(
-        f"the loss of {'all copies' if m > 1 else 'the model'} is not finite after step "
-        f"{done + taken}: lower the learning rate"
-      )
     epoch = done // steps_per_epoch + 1
     done += taken
-    if on_chunk is not None:
-      on_chunk(
-        Chunk(
-          copies=m,
-          step=done,
-          steps=steps,
-          taken=taken,
-          epoch=epoch,
-          loss=metrics["loss"][:m],
-          accuracy=metrics["accuracy"][:m],
-          learning_rate=rates[:m, taken - 1],
-        )
+    if not np.isfinite(metrics["loss"][:m][active]).any():
+      raise FloatingPointError(
+        f"the loss of {_copies(m)} is not finite after step {done}: lower the learning rate"
       )
-  return jax.tree.map(lambda x: x[:m], (state.params, state.batch_stats))
+    chunk = Chunk(
+      copies=m,
+      step=done,
+      steps=steps,
+      taken=taken,
+      epoch=epoch,
+      loss=metrics["loss"][:m],
+      accuracy=metrics["accuracy"][:m],
+      learning_rate=rates[:m, taken - 1],
+    )
+    yield jax.tree.map(lambda x: x[:m], state) if len(rates) > m else state, chunk
+
+
+def _place(programs, data, masks, key, state, ingredients, learning_rates):
+  """Fills the copies up to the number of devices, and puts all where it is used.
+
+  A copy that fills up takes no step. Arguments that were on the mesh before stay there.
+  """
+  ingredients = jax.tree.map(np.asarray, ingredients)
+  mesh = programs.mesh
+  if mesh is None:
+    return data, masks, key, state, ingredients, learning_rates
+  devices = mesh.shape[INGREDIENT_AXIS]
+  (state, ingredients, learning_rates), valid = pad_ingredients(
+    (state, ingredients, learning_rates), devices
+  )
+  ingredients = {**ingredients, "steps": np.where(valid, ingredients["steps"], 0)}
+  shared = NamedSharding(mesh, PartitionSpec())
+  spread = NamedSharding(mesh, PartitionSpec(INGREDIENT_AXIS))
+  data, key = jax.device_put((data, key), shared)
+  if programs.own_masks:
+    masks = jax.device_put(pad_ingredients(masks, devices)[0], spread)
+  else:
+    masks = jax.device_put(masks, shared)
+  state = jax.device_put(state, spread)
+  return data, masks, key, state, ingredients, learning_rates
+
+
+def _copies(m: int) -> str:
+  return f"each of {m} copies" if m > 1 else "the model"
 
 
 def chunk_length(steps_per_epoch: int, most: int) -> int:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from jaxsms.data import evaluation_images, training_images
 from jaxsms.ingredients import map_ingredients
 from jaxsms.metrics import (
   accuracy,
@@ -34,13 +33,13 @@ class Programs(NamedTuple):
 
   Attributes:
     train: `train(data, masks, key, state, ingredients, learning_rates [m, chunk])` giving
-      the state after a chunk of steps and its metrics [m]. The state is donated. Masks
-      are shared by all copies.
+      the state after a chunk of steps and its metrics [m]. The state is donated.
     recalibrate: `recalibrate(data, key, params, batch_stats)` giving batch statistics.
     predict: `predict(images, params, batch_stats)` giving logits [m, n, classes].
     evaluate: `evaluate(logits [m, n, classes], labels)` giving metrics [m].
     optimizer: gives the optimizer for a learning rate and a weight decay.
     batch_size: examples in a training step.
+    own_masks: whether `train` takes masks [m, ...], one for each copy.
     mesh: what the copies are spread over; None for one device.
   """
 
@@ -50,6 +49,7 @@ class Programs(NamedTuple):
   evaluate: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
   optimizer: step.Optimizer
   batch_size: int
+  own_masks: bool
   mesh: jax.sharding.Mesh | None
 
 
@@ -57,11 +57,11 @@ def make_programs(
   module: nn.Module,
   optimizer: step.Optimizer,
   *,
-  augmentation: str,
-  mean: tuple[float, ...],
-  std: tuple[float, ...],
+  training_images: Callable[[jax.Array, jax.Array], jax.Array],
+  evaluation_images: Callable[[jax.Array], jax.Array],
   batch_size: int,
   eval_batch_size: int = 500,
+  own_masks: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Programs:
   """Makes the programs of one network on one data set.
@@ -69,38 +69,33 @@ def make_programs(
   Args:
     module: Flax linen network.
     optimizer: gives the optimizer for a learning rate and a weight decay, both traced.
-    augmentation: of training images, see `jaxsms.data.AUGMENTATIONS`.
-    mean: per channel, of images in [0, 1].
-    std: likewise.
+    training_images: augments and normalizes, `f(key, uint8 images) -> float images`.
+    evaluation_images: normalizes, `f(uint8 images) -> float images`.
     batch_size: examples of one copy in a step.
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
+    own_masks: whether each copy has masks of its own.
     mesh: None for one device, else as `jaxsms.make_mesh` gives.
 
   Returns:
     The programs.
-
-  Raises:
-    ValueError: unknown augmentation.
   """
-
-  def training(key, images):
-    return training_images(augmentation, key, images, mean, std)
-
-  def evaluation(images):
-    return evaluation_images(images, mean, std)
 
   def train(data, masks, key, state, ingredient, learning_rates):
     return step.train_chunk(
-      module, optimizer, training, batch_size,
+      module, optimizer, training_images, batch_size,
       data, masks, key, state, ingredient, learning_rates,
     )  # fmt: skip
 
   def recalibrate(data, key, params, batch_stats):
-    return step.recalibrate(module, training, batch_size, data, key, params, batch_stats)
+    return step.recalibrate(
+      module, training_images, batch_size, data, key, params, batch_stats
+    )
 
   def predict(images, params, batch_stats):
-    return step.predict(module, evaluation, eval_batch_size, images, params, batch_stats)
+    return step.predict(
+      module, evaluation_images, eval_batch_size, images, params, batch_stats
+    )
 
   def evaluate(logits, labels):
     return {name: metric(logits, labels) for name, metric in METRICS.items()}
@@ -109,12 +104,13 @@ def make_programs(
     return jax.jit(map_ingredients(function, in_axes, mesh), **options)
 
   return Programs(
-    train=program(train, (None, None, None, 0, 0, 0), donate_argnums=3),
+    train=program(train, (None, 0 if own_masks else None, None, 0, 0, 0), donate_argnums=3),
     recalibrate=program(recalibrate, (None, None, 0, 0)),
     predict=program(predict, (None, 0, 0)),
     evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
     optimizer=optimizer,
     batch_size=batch_size,
+    own_masks=own_masks,
     mesh=mesh,
   )
 

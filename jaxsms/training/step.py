@@ -94,7 +94,7 @@ def train_chunk(
     learning_rates: float [chunk], for the next steps.
 
   Returns:
-    The next state, and mean `loss` and `accuracy` over the steps taken (0 if none was).
+    The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
   """
   n, chunk = len(data.labels), len(learning_rates)
   steps_per_epoch = n // batch_size
@@ -126,7 +126,8 @@ def train_chunk(
   state, metrics = jax.lax.scan(
     body, state, (order.reshape(chunk, batch_size), learning_rates, active)
   )
-  return state, jax.tree.map(lambda x: x.sum() / jnp.maximum(active.sum(), 1), metrics)
+  # 0 / 0 is NaN: a copy that took no step has no loss.
+  return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)
 
 
 def recalibrate(
@@ -163,12 +164,13 @@ def recalibrate(
   images = data.images[: batches * batch_size]
   images = images.reshape(batches, batch_size, *images.shape[1:])
   forgetful = module.clone(norm_momentum=0.0)
+  zeros = jax.tree.map(jnp.zeros_like, batch_stats)
 
   def body(total: Any, now):
     index, batch = now
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
     _, updated = forgetful.apply(
-      {"params": params, "batch_stats": batch_stats},
+      {"params": params, "batch_stats": zeros},
       prepare(augment_key, batch),
       train=True,
       rngs={"dropout": dropout_key},
@@ -176,7 +178,6 @@ def recalibrate(
     )
     return jax.tree.map(jnp.add, total, updated["batch_stats"]), None
 
-  zeros = jax.tree.map(jnp.zeros_like, batch_stats)
   total, _ = jax.lax.scan(body, zeros, (jnp.arange(batches), images))
   return jax.tree.map(lambda x: x / batches, total)
 
