@@ -1,5 +1,6 @@
 """Sparse Model Soups in JAX."""
 
+from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.geometry import (
   interpolate,
   loss_along_line,
@@ -47,8 +48,11 @@ __all__ = [
   "calibration_error",
   "class_accuracies",
   "cross_entropy",
+  "erk_masks",
+  "filter_masks",
   "greedy_soup",
   "interpolate",
+  "lamp_masks",
   "loss_along_line",
   "loss_barrier",
   "magnitude_masks",
@@ -57,6 +61,7 @@ __all__ = [
   "masked",
   "masks_from_keys",
   "merge_phase",
+  "n_m_masks",
   "pad_ingredients",
   "phase_sparsity",
   "prediction_ensemble",

@@ -68,12 +68,16 @@ def magnitude_masks(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 2
   """
   check_finite(params)
+  groups = scope_groups(params, sparsity, scope, prunable)
+  return masks_of_groups(params, groups, masks, sort_key=magnitude_sort_key(params))
+
+
+def magnitude_sort_key(params: PyTree) -> SortKey:
+  """The order of magnitudes, in float64 where there is a leaf of it."""
   dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if is_floating(leaf)]
   # NumPy's float64 is float32 to JAX, unless 64 bits are enabled.
   wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(t)).bits > 32 for t in dtypes)
-  key = magnitude_key_64 if wide else magnitude_key
-  groups = scope_groups(params, sparsity, scope, prunable)
-  return masks_of_groups(params, groups, masks, sort_key=key)
+  return magnitude_key_64 if wide else magnitude_key
 
 
 def random_masks(
@@ -179,7 +183,7 @@ def masks_of_groups(
   """
   if masks is not None:
     check_same_structure(params, masks, "params and masks")
-  leaves, structure = jax.tree.flatten(params)
+  leaves = jax.tree.leaves(params)
   old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
   new = {}
   for numbers, goal in groups:
@@ -189,9 +193,15 @@ def masks_of_groups(
     chosen = [jnp.asarray(x) for x in chosen]
     kept = keep_largest(chosen, [old[i] for i in numbers], goal, sort_key)
     new |= dict(zip(numbers, kept, strict=True))
+  return with_all_kept(params, new)
+
+
+def with_all_kept(params: PyTree, new: dict[int, jax.Array]) -> PyTree:
+  """The masks by number of leaf as a tree, all True where there is none."""
+  leaves, structure = jax.tree.flatten(params)
   others = [i for i in range(len(leaves)) if i not in new]
   ones = _all_kept(tuple(np.shape(leaves[i]) for i in others))
-  new |= dict(zip(others, ones, strict=True))
+  new = new | dict(zip(others, ones, strict=True))
   return jax.tree.unflatten(structure, [new[i] for i in range(len(leaves))])
 
 
