@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.settings import Settings, check_data
+from experiments.settings import Settings, check_data, dense_schedule
 from jaxsms import models
 from jaxsms.data import (
   Dataset,
@@ -17,7 +17,6 @@ from jaxsms.data import (
   training_images,
 )
 from jaxsms.pruning import magnitude_masks, prunable_flags
-from jaxsms.schedules import pretrain_schedule
 from jaxsms.training import (
   Chunk,
   Data,
@@ -114,10 +113,7 @@ def make_task(settings: Settings, dataset: Dataset) -> Task:
   )
   steps_per_epoch = len(train) // settings.batch_size
   steps = settings.epochs * steps_per_epoch
-  warmup_steps = int(settings.warmup_epochs * steps_per_epoch)
-  schedule = pretrain_schedule(
-    settings.pretrain_schedule, settings.learning_rate, steps, warmup_steps
-  )
+  schedule, warmup_steps = dense_schedule(settings, steps_per_epoch)
   pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
   return Task(
     module,

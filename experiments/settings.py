@@ -3,17 +3,25 @@
 import math
 from typing import Any, NamedTuple
 
+import optax
 from absl import flags
 
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS, Dataset
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, check_sparsity, removal_count
-from jaxsms.schedules import PRETRAIN_SCHEDULES, RETRAIN_SCHEDULES
+from jaxsms.schedules import (
+  DECAY_ARGUMENTS,
+  PRETRAIN_SCHEDULES,
+  RETRAIN_SCHEDULES,
+  pretrain_schedule,
+)
 
 FLAGS = flags.FLAGS
 BASELINES = ("imp", "imp_mx")
 MLP_FLAGS = ("hidden", "dropout")
+# The flags that give the arguments of `pretrain_schedule` in epochs.
+DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}
 
 # What a flag means where it is not given. Chosen on validation data: BUILD_NOTES.md.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -101,6 +109,16 @@ flags.DEFINE_string(
   "pretrain_schedule", "Linear", f"One of {', '.join(PRETRAIN_SCHEDULES)}."
 )
 flags.DEFINE_float("warmup_epochs", 0.0, "Linear warmup of dense training, in epochs.")
+flags.DEFINE_float("end_lr", 0.0, "Where Linear and Cosine end.")
+flags.DEFINE_float(
+  "decay",
+  None,
+  "Factor in (0, 1] of StepLR and MultiStepLR, and of ExponentialLR in every iteration.",
+)
+flags.DEFINE_integer("step_epochs", None, "Epochs between two decays of StepLR.")
+flags.DEFINE_list(
+  "milestones", None, "Epochs at which MultiStepLR decays, such as 60,80; warmup included."
+)
 flags.DEFINE_string(
   "retrain_schedule",
   "LLR",
@@ -154,6 +172,10 @@ class Settings(NamedTuple):
   weight_decay: float
   pretrain_schedule: str
   warmup_epochs: float
+  end_lr: float
+  decay: float | None
+  step_epochs: int | None
+  milestones: tuple[int, ...] | None
   retrain_schedule: str
   scope: str
   augmentation: str | None
@@ -170,11 +192,14 @@ def read_settings() -> Settings:
   defaults = DEFAULTS.get(FLAGS.dataset, DEFAULTS["other"])
   values = {name: FLAGS[name].value for name in Settings._fields}
   values |= {name: value for name, value in defaults.items() if values[name] is None}
-  if any(not str(width).strip().isdigit() for width in values["hidden"]):
-    raise ValueError(
-      f"--hidden is {','.join(values['hidden'])}: give whole numbers, such as 256,256"
-    )
-  values["hidden"] = tuple(int(width) for width in values["hidden"])
+  for name, example in (("hidden", "256,256"), ("milestones", "60,80")):
+    if values[name] is None:
+      continue
+    if any(not str(number).strip().isdigit() for number in values[name]):
+      raise ValueError(
+        f"--{name} is {','.join(values[name])}: give whole numbers, such as {example}"
+      )
+    values[name] = tuple(int(number) for number in values[name])
   values["baselines"] = tuple(dict.fromkeys(b for b in values["baselines"] if b))
   settings = Settings(**values)
   _check(settings)
@@ -186,7 +211,6 @@ def _check(s: Settings) -> None:
   for name in MLP_FLAGS:
     if s.model != "mlp" and FLAGS[name].present:
       raise ValueError(f"--{name} is of the mlp: leave it out with --model={s.model}")
-  check_name("pretraining schedule", s.pretrain_schedule, PRETRAIN_SCHEDULES)
   check_name("retraining schedule", s.retrain_schedule, RETRAIN_SCHEDULES)
   check_name("scope", s.scope, SCOPES)
   if s.augmentation is not None:
@@ -206,11 +230,57 @@ def _check(s: Settings) -> None:
     raise ValueError(f"--learning_rate is {s.learning_rate}: it must be a number above 0")
   if not 0 <= s.momentum < 1:
     raise ValueError(f"--momentum is {s.momentum}: it must be in [0, 1)")
+  _check_pretraining(s)
+
+
+def _check_pretraining(s: Settings) -> None:
+  """The flags of the schedule of dense training."""
+  name = s.pretrain_schedule
+  check_name("pretraining schedule", name, PRETRAIN_SCHEDULES)
   if s.warmup_epochs >= s.epochs:
     raise ValueError(
       f"--warmup_epochs is {s.warmup_epochs:g} of --epochs {s.epochs}: the warmup must be "
       "shorter than the training"
     )
+  if s.end_lr and name not in ("Linear", "Cosine"):
+    raise ValueError(f"--end_lr is for Linear and Cosine: {name} has no given end")
+  if not 0 <= s.end_lr <= s.learning_rate:
+    raise ValueError(
+      f"--end_lr is {s.end_lr}: it must be from 0 to --learning_rate, {s.learning_rate}"
+    )
+  needed = DECAY_ARGUMENTS.get(name, ())
+  for flag, argument in DECAY_FLAGS.items():
+    if (argument in needed) != (getattr(s, flag) is not None):
+      verb = "needs" if argument in needed else "takes no"
+      raise ValueError(f"--pretrain_schedule={name} {verb} --{flag}")
+  if s.decay is not None and not 0 < s.decay <= 1:
+    raise ValueError(f"--decay is {s.decay}: the factor must be in (0, 1]")
+  if s.step_epochs is not None and s.step_epochs < 1:
+    raise ValueError(f"--step_epochs is {s.step_epochs}: it must be at least 1")
+  if s.milestones is not None:
+    inside = [0, *s.milestones, s.epochs]
+    if not s.milestones or sorted(set(inside)) != inside:
+      raise ValueError(
+        f"--milestones is {','.join(map(str, s.milestones))} of --epochs {s.epochs}: "
+        "give epochs inside the training, increasing"
+      )
+
+
+def dense_schedule(s: Settings, steps_per_epoch: int) -> tuple[optax.Schedule, int]:
+  """The learning rate of dense training, and how many of its steps are warmup."""
+  warmup_steps = int(s.warmup_epochs * steps_per_epoch)
+  milestones = s.milestones and [n * steps_per_epoch for n in s.milestones]
+  schedule = pretrain_schedule(
+    s.pretrain_schedule,
+    s.learning_rate,
+    s.epochs * steps_per_epoch,
+    warmup_steps,
+    s.end_lr,
+    decay=s.decay,
+    step_size=s.step_epochs and s.step_epochs * steps_per_epoch,
+    milestones=milestones,
+  )
+  return schedule, warmup_steps
 
 
 def with_data(settings: Settings, dataset: Dataset) -> Settings:

@@ -9,6 +9,7 @@ Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.chec
 
 import importlib
 
+from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
   multiply_adds,
@@ -62,8 +63,11 @@ __all__ = [
   "calibration_error",
   "class_accuracies",
   "cross_entropy",
+  "erk_masks",
+  "filter_masks",
   "greedy_soup",
   "interpolate",
+  "lamp_masks",
   "layer_sparsities",
   "loss_along_line",
   "loss_barrier",
@@ -74,6 +78,7 @@ __all__ = [
   "masks_from_keys",
   "merge_phase",
   "multiply_adds",
+  "n_m_masks",
   "pad_ingredients",
   "phase_sparsity",
   "prediction_ensemble",

@@ -2,12 +2,20 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.names import check_name
+from jaxsms.selection import (
+  SortKey,
+  identity_key,
+  keep_largest,
+  magnitude_key,
+  magnitude_key_64,
+)
 from jaxsms.trees import (
   Prunable,
   PyTree,
@@ -21,6 +29,8 @@ from jaxsms.trees import (
 from jaxsms.trees import prunable as default_prunable
 
 SCOPES = ("global", "uniform")
+# Numbers of leaves, in the order of `jax.tree.leaves`, and how many entries to remove.
+Group = tuple[list[int], int | jax.Array]
 
 
 def magnitude_masks(
@@ -59,19 +69,16 @@ def magnitude_masks(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 2
   """
   check_finite(params)
+  groups = scope_groups(params, sparsity, scope, prunable)
+  return masks_of_groups(params, groups, masks, sort_key=magnitude_sort_key(params))
+
+
+def magnitude_sort_key(params: PyTree) -> SortKey:
+  """The order of magnitudes, in float64 where there is a leaf of it."""
   dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if is_floating(leaf)]
   # NumPy's float64 is float32 to JAX, unless 64 bits are enabled.
   wide = any(jnp.finfo(jax.dtypes.canonicalize_dtype(t)).bits > 32 for t in dtypes)
-  bits = 64 if wide else 32
-  magnitude_key = functools.partial(_magnitude_key, bits=bits)
-  return masks_from_keys(params, magnitude_key, sparsity, scope, prunable, masks)
-
-
-@functools.partial(jax.jit, static_argnames="bits")
-def _magnitude_key(leaf: jax.Array, bits: int) -> jax.Array:
-  """The bits of the magnitudes: floats from 0 up are ordered as their bits are."""
-  magnitude = jnp.abs(leaf).astype(f"float{bits}")
-  return jax.lax.bitcast_convert_type(magnitude, f"uint{bits}")
+  return magnitude_key_64 if wide else magnitude_key
 
 
 def random_masks(
@@ -131,24 +138,72 @@ def masks_from_keys(
   Raises:
     ValueError: see `magnitude_masks`.
   """
+  groups = scope_groups(params, sparsity, scope, prunable)
+  return masks_of_groups(params, groups, masks, lambda i, leaf, mask: sort_key(leaf))
+
+
+def scope_groups(
+  params: PyTree, sparsity: float | jax.Array, scope: str, prunable: Prunable | None
+) -> list[Group]:
+  """The leaves that are compared with one another, and how many entries of them go.
+
+  Raises:
+    ValueError: sparsity outside [0, 1), unknown scope, or nothing prunable.
+  """
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)
-  chosen = prunable_flags(params, prunable)
+  flags = prunable_flags(params, prunable)
+  numbers = [i for i, flag in enumerate(flags) if flag]
+  sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
+  groups = [numbers] if scope == "global" else [[i] for i in numbers]
+  return [(g, removal_count(sparsity, sum(sizes[i] for i in g))) for g in groups]
+
+
+def masks_of_groups(
+  params: PyTree,
+  groups: list[Group],
+  masks: PyTree | None = None,
+  values: Callable[[int, Any, Any], jax.Array] | None = None,
+  sort_key: SortKey = identity_key,
+) -> PyTree:
+  """In each group removes the entries with the smallest sort keys.
+
+  Args:
+    params: tree of parameters.
+    groups: numbers of leaves, and how many of their entries to remove.
+    masks: earlier masks; what they removed stays removed and counts.
+    values: `values(number, leaf, earlier mask or None)` gives what `sort_key` takes;
+      None means the leaf.
+    sort_key: see `selection.keep_largest`.
+
+  Returns:
+    Tree of bool arrays, all True in leaves of no group.
+
+  Raises:
+    ValueError: masks of another structure.
+  """
   if masks is not None:
     masks = match_masks(params, masks)
-  leaves, structure = jax.tree.flatten(params)
+  leaves = jax.tree.leaves(params)
   old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
+  new = {}
+  for numbers, goal in groups:
+    chosen = [leaves[i] for i in numbers]
+    if values is not None:
+      chosen = [values(i, leaves[i], old[i]) for i in numbers]
+    chosen = [jnp.asarray(x) for x in chosen]
+    kept = keep_largest(chosen, [old[i] for i in numbers], goal, sort_key)
+    new |= dict(zip(numbers, kept, strict=True))
+  return with_all_kept(params, new)
 
-  numbers = [i for i, flag in enumerate(chosen) if flag]
-  groups = [numbers] if scope == "global" else [[i] for i in numbers]
-  new = _all_kept(tuple(np.shape(leaf) for leaf in leaves))
-  for group in groups:
-    keys = [sort_key(leaves[i]) for i in group]
-    goal = removal_count(sparsity, sum(k.size for k in keys))
-    largest = _keep_largest(keys, [old[i] for i in group], goal)
-    for i, mask in zip(group, largest, strict=True):
-      new[i] = mask
-  return jax.tree.unflatten(structure, new)
+
+def with_all_kept(params: PyTree, new: dict[int, jax.Array]) -> PyTree:
+  """The masks by number of leaf as a tree, all True where there is none."""
+  leaves, structure = jax.tree.flatten(params)
+  others = [i for i in range(len(leaves)) if i not in new]
+  ones = _all_kept(tuple(np.shape(leaves[i]) for i in others))
+  new = new | dict(zip(others, ones, strict=True))
+  return jax.tree.unflatten(structure, [new[i] for i in range(len(leaves))])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -288,62 +343,3 @@ def _count_zeros(leaves: list[jax.Array]) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _all_kept(shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
   return [jnp.ones(shape, bool) for shape in shapes]
-
-
-@jax.jit
-def _keep_largest(
-  keys: list[jax.Array], kept: list[jax.Array | None], goal: int | jax.Array
-) -> list[jax.Array]:
-  """Masks without the entries of smallest key, so that `goal` are removed in all.
-
-  Where `kept` is None nothing was removed before.
-
-  The threshold is found by bisecting on the bits of the key, the last tied entry by
-  bisecting on its position: no sorting, no index arrays.
-  """
-  kept = [
-    jnp.ones(k.shape, bool) if m is None else jnp.asarray(m, bool)
-    for k, m in zip(keys, kept, strict=True)
-  ]
-  removed = sum(m.size - jnp.sum(m, dtype=jnp.int32) for m in kept)
-  count = jnp.maximum(goal - removed, 0)
-
-  def count_below(threshold):
-    """How many kept entries have a key smaller than the threshold."""
-    pairs = zip(keys, kept, strict=True)
-    return sum(jnp.sum(m & (k < threshold), dtype=jnp.int32) for k, m in pairs)
-
-  # The largest threshold with no more than `count` entries below it.
-  dtype = jnp.result_type(*keys)
-  bits = np.iinfo(dtype).bits
-
-  def set_bit(i, threshold):
-    trial = threshold | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
-    return jnp.where(count_below(trial) <= count, trial, threshold)
-
-  threshold = jax.lax.fori_loop(0, bits, set_bit, jnp.zeros((), dtype))
-  tied = [m & (k == threshold) for k, m in zip(keys, kept, strict=True)]
-  left = count - count_below(threshold)
-
-  # The largest position with no more than `left` tied entries before it.
-  *starts, total = (int(n) for n in np.cumsum([0] + [k.size for k in keys]))
-  end_bits = total.bit_length()
-
-  def tied_before(end):
-    """The tied entries at earlier positions, leaf by leaf in row-major order."""
-    positions = [jnp.arange(t.size, dtype=jnp.int32).reshape(t.shape) for t in tied]
-    return [
-      t & (position < end - start)
-      for t, position, start in zip(tied, positions, starts, strict=True)
-    ]
-
-  def set_end_bit(i, end):
-    trial = end | (1 << (end_bits - 1 - i))
-    number = sum(jnp.sum(t, dtype=jnp.int32) for t in tied_before(trial))
-    return jnp.where(number <= left, trial, end)
-
-  end = jax.lax.fori_loop(0, end_bits, set_end_bit, jnp.zeros((), jnp.int32))
-  return [
-    m & (k >= threshold) & ~first
-    for k, m, first in zip(keys, kept, tied_before(end), strict=True)
-  ]

@@ -4,6 +4,10 @@ A schedule is a function of the step, scalar or array. Lengths and peaks may be 
 that copies with different ones share a program; optax's own schedules branch on them.
 """
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,26 +17,54 @@ from jaxsms.names import check_name
 from jaxsms.trees import is_concrete
 
 RETRAIN_SCHEDULES = ("FT", "LRW", "SLR", "CLR", "LLR", "ALLR")
-PRETRAIN_SCHEDULES = ("Linear", "Cosine", "Constant")
+PRETRAIN_SCHEDULES = (
+  "Linear", "Cosine", "StepLR", "MultiStepLR", "ExponentialLR", "Constant"
+)  # fmt: skip
+# The arguments that a schedule needs, and no other takes.
+DECAY_ARGUMENTS = {
+  "StepLR": ("decay", "step_size"),
+  "MultiStepLR": ("decay", "milestones"),
+  "ExponentialLR": ("decay",),
+}
 
 
 def pretrain_schedule(
-  name: str, peak_lr: float, steps: int, warmup_steps: int = 0, end_lr: float = 0.0
+  name: str,
+  peak_lr: float,
+  steps: int,
+  warmup_steps: int = 0,
+  end_lr: float = 0.0,
+  *,
+  decay: float | None = None,
+  step_size: int | None = None,
+  milestones: Sequence[int] | None = None,
 ) -> optax.Schedule:
   """The learning rate of dense training.
 
+  After the warmup, with i the step counted from the start of the training:
+
+  - Linear, Cosine: from `peak_lr` to `end_lr`.
+  - StepLR: peak_lr * decay^(i // step_size).
+  - MultiStepLR: peak_lr * decay^(number of milestones <= i).
+  - ExponentialLR: peak_lr * decay^(i - warmup_steps).
+  - Constant: `peak_lr`.
+
   Args:
-    name: "Linear" or "Cosine" (from `peak_lr` to `end_lr`), or "Constant".
+    name: one of the above.
     peak_lr: the largest learning rate.
     steps: length of the training in steps, warmup included.
-    warmup_steps: steps of linear warmup from 0.
-    end_lr: learning rate one step after the last.
+    warmup_steps: steps of linear warmup from 0 to `peak_lr`.
+    end_lr: learning rate one step after the last, of Linear and Cosine.
+    decay: factor in (0, 1], of StepLR, MultiStepLR and ExponentialLR.
+    step_size: steps between two decays of StepLR, warmup included.
+    milestones: steps, increasing, at which MultiStepLR decays, warmup included.
 
   Returns:
     A schedule for steps 0 to steps - 1.
 
   Raises:
-    ValueError: unknown name, no steps, or a warmup longer than the training.
+    ValueError: unknown name, no steps, a warmup longer than the training, or `decay`,
+      `step_size` or `milestones` missing, out of range, or given to another schedule.
   """
   check_name("pretraining schedule", name, PRETRAIN_SCHEDULES)
   if steps < 1 or not 0 <= warmup_steps < steps:
@@ -40,14 +72,29 @@ def pretrain_schedule(
       f"pretraining of {steps} steps with {warmup_steps} of warmup: at least one step "
       "must be left after the warmup"
     )
+  _check_decay(name, decay, step_size, milestones)
   length = steps - warmup_steps
   if name == "Linear":
     main = optax.linear_schedule(peak_lr, end_lr, length)
   elif name == "Cosine":
     alpha = end_lr / peak_lr if peak_lr else 0.0
     main = optax.cosine_decay_schedule(peak_lr, length, alpha=alpha)
-  else:
+  elif name == "Constant":
     main = optax.constant_schedule(peak_lr)
+  else:
+    # The logarithm in float64: a factor rounded to float32 is off after many steps.
+    rate = math.log(decay)
+
+    def main(i):
+      i = jnp.asarray(i)
+      if name == "StepLR":
+        decays = (i + warmup_steps) // step_size
+      elif name == "MultiStepLR":
+        decays = jnp.sum((i + warmup_steps)[..., None] >= np.asarray(milestones), -1)
+      else:
+        decays = i
+      return peak_lr * jnp.exp(rate * decays)
+
   if not warmup_steps:
     return main
   warmup = optax.linear_schedule(0.0, peak_lr, warmup_steps)
@@ -162,6 +209,25 @@ def _scaled(i: jax.Array, numerator: int, denominator: int | jax.Array) -> jax.A
   guess = jnp.floor(i * (numerator / denominator)).astype(jnp.int32)
   rest = i * numerator - guess * denominator
   return guess + (rest >= denominator) - (rest < 0)
+
+
+def _check_decay(name, decay, step_size, milestones) -> None:
+  given = {"decay": decay, "step_size": step_size, "milestones": milestones}
+  for argument, value in given.items():
+    needed = argument in DECAY_ARGUMENTS.get(name, ())
+    if needed != (value is not None):
+      verb = "needs" if needed else "takes no"
+      raise ValueError(f"the pretraining schedule {name} {verb} {argument}")
+  if decay is not None and not 0 < decay <= 1:
+    raise ValueError(f"decay is {decay}: the factor must be in (0, 1]")
+  if step_size is not None and step_size < 1:
+    raise ValueError(f"step_size is {step_size}: it must be at least 1 step")
+  if milestones is not None:
+    before = [0, *milestones]
+    if len(before) == 1 or any(a >= b for a, b in itertools.pairwise(before)):
+      raise ValueError(
+        f"milestones are {list(milestones)}: give at least one, from 1 on and increasing"
+      )
 
 
 def _check_lengths(lrs, steps, warmup_fraction, pretrain_warmup_steps) -> None:

@@ -256,17 +256,3 @@ def match_masks(params: PyTree, masks: PyTree) -> PyTree:
         f"{list(mask.shape)}"
       )
   return jax.tree.unflatten(structure, [mask for _, mask in others])
-
-
-def check_same_structure(a: PyTree, b: PyTree, names: str) -> None:
-  """Raises ValueError where two trees differ in structure or in a leaf's shape."""
-  if jax.tree.structure(a) != jax.tree.structure(b):
-    raise ValueError(f"{names} have different tree structures: they must agree")
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-  ):
-    if is_array(x) and is_array(y) and x.shape != y.shape:
-      raise ValueError(
-        f"{names} differ in shape at {path_string(path)}: {list(x.shape)} and "
-        f"{list(y.shape)}"
-      )

@@ -21,6 +21,8 @@ SMALL = (
   "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
   "--batch_size=64", "--goal_sparsity=0.75",
 )  # fmt: skip
+STEP = ("--pretrain_schedule=StepLR", "--decay=0.5", "--step_epochs=2")
+MULTI_STEP = ("--pretrain_schedule=MultiStepLR", "--decay=0.1", "--milestones=2,5")
 
 
 def parse(*flags):
@@ -171,6 +173,18 @@ def test_a_directory_with_a_run_is_refused(finished, capsys):
     (["--learning_rate=nan"], "--learning_rate is nan"),
     (["--weight_decay=nan"], "--weight_decay is nan"),
     (["--warmup_epochs=3", "--epochs=3"], "--warmup_epochs is 3"),
+    (["--pretrain_schedule=StepLR", "--decay=0.1"], "StepLR needs --step_epochs"),
+    (["--pretrain_schedule=ExponentialLR"], "ExponentialLR needs --decay"),
+    (["--decay=0.1"], "--pretrain_schedule=Linear takes no --decay"),
+    (["--milestones=3"], "--pretrain_schedule=Linear takes no --milestones"),
+    ([*MULTI_STEP, "--decay=2"], "--decay is 2"),
+    ([*MULTI_STEP, "--decay=nan"], "--decay is nan"),
+    ([*MULTI_STEP, "--milestones=3,b"], "--milestones is 3,b"),
+    ([*MULTI_STEP, "--milestones=20,10"], "--milestones is 20,10 of --epochs 30"),
+    ([*MULTI_STEP, "--milestones=30"], "--milestones is 30 of --epochs 30"),
+    ([*STEP, "--step_epochs=0"], "--step_epochs is 0"),
+    ([*STEP, "--end_lr=0.01"], "--end_lr is for Linear and Cosine"),
+    (["--end_lr=0.2"], "--end_lr is 0.2"),
     (["--batch_size=1078"], "1077 examples"),
     (["extra"], "unexpected argument 'extra'"),
   ],
@@ -282,6 +296,25 @@ def test_planned_steps_are_the_steps_taken():
   chosen = settings.read_settings()
   # 20 steps an epoch: 2 dense; per phase 1 of two copies, 1 of IMP, 2 of IMP 2x.
   assert methods.planned_steps(chosen, 20) == {1: 3 * 20 * (2 + 2 * 3), 2: 3 * 20 * 2}
+
+
+@pytest.mark.parametrize(
+  "flags, factors",
+  [
+    (STEP, [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
+    (MULTI_STEP, [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+    (["--end_lr=0.05"], 1 - np.arange(7) / 14),
+  ],
+)
+def test_schedules_count_epochs(flags, factors):
+  parse(*flags, "--epochs=7", "--warmup_epochs=0")
+  chosen = settings.read_settings()
+  schedule, warmup_steps = settings.dense_schedule(chosen, 3)
+  np.testing.assert_allclose(schedule(np.arange(7) * 3), 0.1 * np.array(factors), 1e-5)
+  assert warmup_steps == 0
+  # The flag file gives the same settings.
+  parse(*settings.flagfile(chosen).split())
+  assert settings.read_settings() == chosen
 
 
 def test_time_left_uses_each_programs_own_speed():

@@ -333,3 +333,17 @@ def test_equinox_layers_in_a_list_are_told_apart_by_their_class():
   removed = [int((~layer.weight).sum()) for layer in masks.layers]
   assert sum(removed) == (4 * 4 + 4 * 2) // 2
   assert removed[0] == removed[2] == 0
+
+
+@pytest.mark.parametrize("where", ["masked", "update"])
+def test_nnx_optimizer_takes_masks_made_from_its_state(where):
+  model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+  masks = magnitude_masks(nnx.state(model, nnx.Param), 0.5)
+  given = {"masks": masks} if where == "update" else {}
+  nnx.update(model, apply_masks(nnx.state(model, nnx.Param), masks))
+  transformation = masked(optax.adamw(1e-2), masks if where == "masked" else None)
+  optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+  for _ in range(3):
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model)
+    optimizer.update(model, grads, **given)
+  assert int(jnp.sum(model.kernel[...] == 0)) == 12

@@ -191,28 +191,91 @@ def test_drives_an_optimizer(name):
   )
 
 
-@pytest.mark.parametrize("name", ["Linear", "Cosine", "Constant"])
-@pytest.mark.parametrize("warmup", [0, 1, 7])
+PEAK, STEPS = 0.4, 30
+PRETRAIN = {
+  "Linear": {},
+  "Cosine": {},
+  "StepLR": {"decay": 0.3, "step_size": 8},
+  "MultiStepLR": {"decay": 0.2, "milestones": [9, 10, 25]},
+  "ExponentialLR": {"decay": 0.9},
+  "Constant": {},
+}
+
+
+def pretrain_rates(name, warmup, end):
+  """The learning rate of every step, from the definitions."""
+  i = np.arange(STEPS)
+  t, given = (i - warmup) / (STEPS - warmup), PRETRAIN[name]
+  main = {
+    "Linear": lambda: PEAK + (end - PEAK) * t,
+    "Cosine": lambda: end + (PEAK - end) * (1 + np.cos(np.pi * t)) / 2,
+    "StepLR": lambda: PEAK * 0.3 ** (i // given["step_size"]),
+    "MultiStepLR": lambda: PEAK * 0.2 ** np.searchsorted(given["milestones"], i, "right"),
+    "ExponentialLR": lambda: PEAK * 0.9 ** (i - warmup),
+    "Constant": lambda: np.full(STEPS, PEAK),
+  }[name]()
+  return np.where(i < warmup, PEAK * i / max(warmup, 1), main)
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+@pytest.mark.parametrize("warmup", [0, 1, 7, 12])
 @pytest.mark.parametrize("end", [0.0, 0.02])
 def test_pretraining_follows_the_definition(name, warmup, end):
-  peak, steps = 0.4, 30
-  schedule = pretrain_schedule(name, peak, steps, warmup, end)
-  expected = []
-  for i in range(steps):
-    t = (i - warmup) / (steps - warmup)
-    if i < warmup:
-      expected.append(peak * i / warmup)
-    elif name == "Linear":
-      expected.append(peak + (end - peak) * t)
-    elif name == "Cosine":
-      expected.append(end + (peak - end) * (1 + math.cos(math.pi * t)) / 2)
-    else:
-      expected.append(peak)
-  rates = schedule(jnp.arange(steps))
-  np.testing.assert_allclose(np.broadcast_to(rates, steps), expected, rtol=1e-5, atol=1e-7)
-  assert float(schedule(steps - 1)) == pytest.approx(expected[-1], rel=1e-4, abs=1e-7)
+  schedule = pretrain_schedule(name, PEAK, STEPS, warmup, end, **PRETRAIN[name])
+  expected = pretrain_rates(name, warmup, end)
+  rates = np.broadcast_to(schedule(jnp.arange(STEPS)), STEPS)
+  np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+  assert float(schedule(STEPS - 1)) == pytest.approx(expected[-1], rel=1e-4, abs=1e-7)
   jitted = jax.jit(schedule)(jnp.int32(12))
   assert float(jitted) == pytest.approx(expected[12], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("end", [0.0, 0.02])
+def test_pretraining_follows_torch(name, warmup, end):
+  torch = pytest.importorskip("torch")
+  rates = torch.optim.lr_scheduler
+  optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
+  given, length = PRETRAIN[name], STEPS - warmup
+  first = 1e-12  # torch's warmup cannot start at 0
+
+  def after_warmup():
+    return {
+      "Linear": lambda: rates.LinearLR(optimizer, 1, end / PEAK, length),
+      "Cosine": lambda: rates.CosineAnnealingLR(optimizer, length, end),
+      "ExponentialLR": lambda: rates.ExponentialLR(optimizer, given["decay"]),
+      "Constant": lambda: rates.ConstantLR(optimizer, 1, length),
+    }[name]()
+
+  def from_the_start():
+    if name == "StepLR":
+      return rates.StepLR(optimizer, given["step_size"], given["decay"])
+    return rates.MultiStepLR(optimizer, given["milestones"], given["decay"])
+
+  def warm_up():
+    return rates.LinearLR(optimizer, first, 1, warmup)
+
+  if name in ("StepLR", "MultiStepLR"):
+    parts = [from_the_start()] + ([warm_up()] if warmup else [])
+    scheduler = rates.ChainedScheduler(parts, optimizer)
+  elif warmup:
+    scheduler = rates.SequentialLR(optimizer, [warm_up(), after_warmup()], [warmup])
+  else:
+    scheduler = after_warmup()
+  expected = []
+  for _ in range(STEPS):
+    expected.append(optimizer.param_groups[0]["lr"])
+    optimizer.step()
+    scheduler.step()
+  schedule = pretrain_schedule(name, PEAK, STEPS, warmup, end, **given)
+  ours = np.broadcast_to(schedule(jnp.arange(STEPS)), STEPS)
+  np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_small_decay_is_exact_after_many_steps():
+  schedule = pretrain_schedule("ExponentialLR", 0.1, 100_001, decay=0.9999)
+  assert float(schedule(100_000)) == pytest.approx(0.1 * 0.9999**100_000, rel=1e-5)
 
 
 def test_pretraining_of_rate_zero():
@@ -248,3 +311,16 @@ def test_rejects(rejects):
   for steps, warmup in ((0, 0), (5, 5), (5, -1)):
     with rejects(f"pretraining of {steps} steps with {warmup} of warmup"):
       pretrain_schedule("Linear", 0.1, steps, warmup)
+  for name, part, words in (
+    ("StepLR", {"decay": 0.1}, "StepLR needs step_size"),
+    ("MultiStepLR", {"milestones": [2]}, "MultiStepLR needs decay"),
+    ("ExponentialLR", {}, "ExponentialLR needs decay"),
+    ("Linear", {"decay": 0.1}, "Linear takes no decay"),
+    ("StepLR", {"decay": 0.1, "step_size": 0}, "step_size is 0"),
+    ("ExponentialLR", {"decay": 1.1}, "decay is 1.1"),
+    ("ExponentialLR", {"decay": 0.0}, "decay is 0.0"),
+    ("MultiStepLR", {"decay": 0.1, "milestones": []}, "milestones are []"),
+    ("MultiStepLR", {"decay": 0.1, "milestones": [3, 2]}, "milestones are [3, 2]"),
+  ):
+    with rejects(words):
+      pretrain_schedule(name, 0.1, 5, **part)

@@ -10,8 +10,8 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from jaxsms import prunable, stack, unstack
 from jaxsms.trees import (
   check_finite,
-  check_same_structure,
   is_parameter,
+  match_masks,
   number_of_models,
   path_names,
   path_string,
@@ -174,8 +174,19 @@ def test_check_finite(rejects):
   jax.jit(looks_at_concrete_values_only)(not_a_number)
 
 
-def test_check_same_structure(rejects):
-  with rejects("have different tree structures"):
-    check_same_structure({"a": 1}, {"b": 1}, "params and masks")
-  with rejects("params and masks differ in shape at a: [2] and [3]"):
-    check_same_structure({"a": np.ones(2)}, {"a": np.ones(3)}, "params and masks")
+def test_match_masks(rejects):
+  params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+  masks = {"a": jnp.ones((2, 3), bool), "b": jnp.ones(4, bool)}
+  assert match_masks(params, masks) == masks
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+  assert match_masks(stacked, masks) == masks  # masks of one model serve all of them
+  with rejects("different tree structures"):
+    match_masks(params, {"a": masks["a"]})
+  with rejects("differ in shape at b: [4] and [3]"):
+    match_masks(params, {**masks, "b": jnp.ones(3, bool)})
+  with rejects("differ in shape at a: [2, 3] and [1, 3]"):
+    match_masks(params, {**masks, "a": jnp.ones((1, 3), bool)})
+  with rejects("differ in shape"):
+    match_masks(params, jax.tree.map(lambda x: jnp.stack([x, x]), masks))
+  with rejects("the mask of a is float32"):
+    match_masks(params, {**masks, "a": jnp.ones((2, 3))})
