@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxsms
 from experiments import settings
 from jaxsms import prunable
 
@@ -49,4 +50,16 @@ def test_main_job_commands_use_flags_that_exist():
 
 def test_ci_calls_readmes_test_command():
   assert "bin/pytest" in "".join(blocks("bash"))
-  assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\npytest")
+  script = (ROOT / ".ci" / "run").read_text()
+  pattern = re.search(r"grep -E '(.*)' README.md", script).group(1)
+  commands = [line for line in README.splitlines() if re.search(pattern, line)]
+  assert len(commands) == 1
+  assert commands[0] in blocks("bash")[-1]
+  assert 'eval "$test_command"' in script
+
+
+def test_every_name_that_readme_shows_is_there():
+  for name in re.findall(r"\bjaxsms\.([\w.]+\w)", README):
+    found = jaxsms
+    for part in name.split("."):
+      found = getattr(found, part)

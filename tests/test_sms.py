@@ -439,9 +439,9 @@ def test_rejects_before_any_work(rejects):
   for nothing in ({}, {"seed": jnp.zeros(0)}, None):
     with rejects("there are no ingredients"):
       start(ingredients=nothing)
-  with rejects("leaves disagree on the number of models"):
+  with rejects("leaves disagree on the number of ingredients"):
     start(ingredients={"a": jnp.ones(2), "b": jnp.ones(3)})
-  with rejects("has no leading axis"):
+  with rejects("there are no ingredients"):
     start(ingredients={"lr": 0.1})
   assert not started
 
