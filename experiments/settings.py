@@ -88,7 +88,7 @@ flags.DEFINE_integer("epochs", None, "Epochs of dense training. Default: 30.")
 flags.DEFINE_integer(
   "retrain_epochs",
   None,
-  "Epochs of each phase; 0 only prunes. Default: set by the data set.",
+  "Epochs of each phase; 0 only prunes. Default: 2 for digits, else 5.",
 )
 flags.DEFINE_integer(
   "batch_size", None, "Examples of one copy in a step. Default: 20 for digits, else 128."

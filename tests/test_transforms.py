@@ -1,10 +1,12 @@
 import re
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies
 
 from jaxsms import magnitude_masks, masked, stack, unstack
 
@@ -100,6 +102,42 @@ def test_removed_entries_stay_exactly_zero(name, with_update):
   states = removed_entries(state, MASKS)
   expected = {"momentum": 2, "nesterov": 2, "adamw": 4, "lion": 2, "multi_transform": 3}
   assert len(states) >= expected.get(name, 0)
+  for entries in states:
+    np.testing.assert_array_equal(entries, 0)
+
+
+@pytest.fixture(scope="module", params=["momentum", "nesterov", "adamw", "lion"])
+def train_n_steps(request):
+  """Compiled once for each optimizer: parameters and state after n steps, n traced."""
+  optimizer = masked(OPTIMIZERS[request.param])
+
+  @jax.jit
+  def run(params, masks, n):
+    def step(_, carry):
+      params, state = carry
+      gradient = jax.grad(loss)(params)
+      updates, state = optimizer.update(gradient, state, params, masks=masks)
+      return optax.apply_updates(params, updates), state
+
+    return jax.lax.fori_loop(0, n, step, (params, optimizer.init(params)))
+
+  return run
+
+
+@hypothesis.given(
+  seed=strategies.integers(0, 2**31),
+  share=strategies.floats(0, 1),
+  n=strategies.integers(1, 40),
+)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_removed_entries_stay_zero_after_any_number_of_steps(train_n_steps, seed, share, n):
+  rng = np.random.default_rng(seed)
+  masks = jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape) >= share), PARAMS)
+  params, state = train_n_steps(PARAMS, masks, n)
+  for mask, leaf in zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True):
+    np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(mask)], 0)
+  states = removed_entries(state, masks)
+  assert len(states) >= 2
   for entries in states:
     np.testing.assert_array_equal(entries, 0)
 
