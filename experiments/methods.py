@@ -160,7 +160,7 @@ def pretrain(
     on_chunk=lambda chunk: observer.chunk("dense", 0, chunk),
   )
   dense = jax.tree.map(lambda x: x[0], Model(*trained))
-  metrics = measure(task.programs, task.splits, one_model(dense))[0]
+  (metrics,), _ = measure(task.programs, task.splits, one_model(dense))
   observer.phase("dense", metrics)
   return dense, metrics
 

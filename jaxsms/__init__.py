@@ -25,6 +25,7 @@ from jaxsms.geometry import (
 from jaxsms.ingredients import make_mesh, map_ingredients, pad_ingredients
 from jaxsms.metrics import (
   accuracy,
+  agreement,
   balanced_accuracy,
   calibration_error,
   class_accuracies,
@@ -58,6 +59,7 @@ __all__ = [
   "Phase",
   "SparseSoup",
   "accuracy",
+  "agreement",
   "apply_masks",
   "balanced_accuracy",
   "calibration_error",

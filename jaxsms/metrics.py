@@ -135,6 +135,27 @@ def calibration_error(
   return jnp.sum(gap) / len(labels)
 
 
+def agreement(logits: jax.Array, others: jax.Array) -> jax.Array:
+  """The share of examples for which two models predict the same class.
+
+  Args:
+    logits: float [n, classes].
+    others: float [n, classes], of the other model.
+
+  Returns:
+    float32 [].
+
+  Raises:
+    ValueError: shapes differ.
+  """
+  if jnp.ndim(logits) != 2 or jnp.shape(logits) != jnp.shape(others):
+    raise ValueError(
+      f"logits have shapes {list(jnp.shape(logits))} and {list(jnp.shape(others))}: "
+      "expected [n, classes] for both"
+    )
+  return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(others, -1))
+
+
 def check_predictions(logits: jax.Array, labels: jax.Array) -> None:
   """Raises ValueError unless logits are [n, classes] and labels int [n], n > 0."""
   if jnp.ndim(logits) != 2 or jnp.shape(labels) != jnp.shape(logits)[:1]:

@@ -118,7 +118,7 @@ def test_saved_soup_is_sparse_and_scores_what_the_results_say(finished):
   model = training.phases.Model(soup["params"], {})
   scores = training.phases.measure(
     task.programs, task.splits, training.phases.one_model(model)
-  )[0]
+  )[0][0]
   expected = run_flags["seeds"][1]["phases"][-1]["soup"]
   assert scores == pytest.approx(expected, abs=1e-5)
 

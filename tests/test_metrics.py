@@ -9,6 +9,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxsms
 from jaxsms import (
   accuracy,
   balanced_accuracy,
@@ -169,3 +170,11 @@ def test_rejects_other_arguments(rejects):
   for bins in (0, -1):
     with rejects(f"bins is {bins}: at least 1 is needed"):
       calibration_error(logits, labels, bins)
+
+
+def test_agreement(rejects):
+  a = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
+  b = jnp.array([[0.0, 9.0], [0.0, 1.0], [2.0, 3.0], [1.0, 0.0]])
+  assert float(jaxsms.agreement(a, b)) == 0.75
+  with rejects("expected [n, classes] for both"):
+    jaxsms.agreement(a, b[:2])

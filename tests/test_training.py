@@ -303,7 +303,18 @@ def test_one_copy_without_noise_is_imp_and_needs_no_second_evaluation(
 
 
 def train_scores(programs, splits, model):
-  return training.phases.measure(programs, splits, one_model(model))[0]
+  return training.phases.measure(programs, splits, one_model(model))[0][0]
+
+
+def test_equal_copies_are_their_own_ensemble(data, dense, programs):
+  splits = Splits(data, make_data(7, 1), make_data(9, 2))
+  _, _, records = run_phases(
+    programs, splits, jax.random.key(0), dense,
+    lambda r: (ingredients([2, 2], 5), np.full((2, 5), 0.1)), goal_sparsity=0.5, phases=1,
+  )  # fmt: skip
+  record = records[0]
+  assert record["ensemble_agreement"] == {"validation": 1.0, "test": 1.0}
+  assert record["prediction_ensemble"] == pytest.approx(record["soup"], abs=1e-5)
 
 
 def test_no_retraining_only_prunes(data, dense, programs):

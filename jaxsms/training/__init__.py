@@ -6,7 +6,7 @@ from jaxsms.training.loop import (
   train_chunks,
   train_copies,
 )
-from jaxsms.training.programs import METRICS, Programs, make_programs, score
+from jaxsms.training.programs import METRICS, Programs, make_programs
 from jaxsms.training.state import Data, TrainState, init_variables, sgd, start
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
   "init_variables",
   "make_programs",
   "retrain_learning_rates",
-  "score",
   "sgd",
   "start",
   "train_chunks",

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.geometry import soup_geometry
+from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
-from jaxsms.soups import uniform_soup
+from jaxsms.soups import prediction_ensemble, uniform_soup
 from jaxsms.training.loop import Chunk, train_copies
-from jaxsms.training.programs import Programs, score
+from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.trees import PyTree, number_of_models
 
@@ -79,7 +80,9 @@ def run_phases(
     The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, the
     merge's `weights`, metrics of `pruned` (before retraining), of every one of
     `candidates`, their mean as `mean_candidate`, the one of best validation accuracy as
-    `best_candidate`, of the `soup`, and `geometry` (of the candidates' parameters).
+    `best_candidate`, of the `soup` and of the candidates' `prediction_ensemble`,
+    `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
+    each split), and `geometry` (of the candidates' parameters).
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -92,7 +95,7 @@ def run_phases(
     goal = phase_sparsity(goal_sparsity, phase, phases)
     params, masks, record = prune_phase(model.params, masks, goal, prune)
     record = {"phase": phase, **record}
-    pruned = measure(programs, splits, one_model(Model(params, model.batch_stats)))[0]
+    (pruned,), _ = measure(programs, splits, one_model(Model(params, model.batch_stats)))
     candidates = Model(
       *train_copies(
         programs,
@@ -107,14 +110,14 @@ def run_phases(
       )
     )
     candidates = recalibrated(programs, splits, recalibration_key, candidates)
-    scores = measure(programs, splits, candidates)
+    scores, logits = measure(programs, splits, candidates)
     if len(scores) == 1:  # nothing to merge: plain IMP
       model, weights = merge_phase(candidates, uniform_soup)
-      soup = scores[0]
+      soup, soup_logits = scores[0], logits
     else:
       model, weights = merge_phase(candidates, merge)
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
-      soup = measure(programs, splits, alone)[0]
+      (soup,), soup_logits = measure(programs, splits, alone)
       model = jax.tree.map(lambda x: x[0], alone)
     record |= {
       "weights": weights.tolist(),
@@ -123,6 +126,11 @@ def run_phases(
       "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
       "best_candidate": scores[best_candidate(scores)],
       "candidates": scores,
+      "prediction_ensemble": measure_ensemble(programs, splits, logits),
+      "ensemble_agreement": {
+        split: float(agreement(soup_logits[split][0], prediction_ensemble(logits[split])))
+        for split in logits
+      },
       "geometry": {k: float(v) for k, v in geometry(candidates.params).items()},
     }
     records.append(record)
@@ -139,15 +147,40 @@ def best_candidate(scores: list[dict[str, float]]) -> int:
   )
 
 
-def measure(programs: Programs, splits: Splits, models: Model) -> list[dict[str, float]]:
-  """Metrics of m models on validation and test data, a flat dict for each."""
+def measure(
+  programs: Programs, splits: Splits, models: Model
+) -> tuple[list[dict[str, float]], dict[str, jax.Array]]:
+  """What m models do on validation and test data.
+
+  Returns:
+    A flat dict of metrics for each model, and for each split logits [m, n, classes].
+  """
+  logits = {
+    split: programs.predict(getattr(splits, split).images, *models)
+    for split in ("validation", "test")
+  }
+  return measure_logits(programs, splits, logits), logits
+
+
+def measure_logits(
+  programs: Programs, splits: Splits, logits: dict[str, jax.Array]
+) -> list[dict[str, float]]:
+  """A flat dict of metrics for each of m models, from their logits on some splits."""
   named = {}
-  for split in ("validation", "test"):
-    metrics, _ = score(programs, getattr(splits, split), *models)
-    named |= {f"{split}_{name}": values for name, values in metrics.items()}
+  for split, values in logits.items():
+    metrics = programs.evaluate(values, getattr(splits, split).labels)
+    named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
   named = jax.device_get(named)
-  m = number_of_models(models)
+  m = number_of_models(logits)
   return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
+
+
+def measure_ensemble(
+  programs: Programs, splits: Splits, logits: dict[str, jax.Array]
+) -> dict[str, float]:
+  """Metrics of the mean of m models' predictions."""
+  mean = {split: prediction_ensemble(values)[None] for split, values in logits.items()}
+  return measure_logits(programs, splits, mean)[0]
 
 
 def recalibrated(

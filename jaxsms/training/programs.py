@@ -16,7 +16,6 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.training import step
-from jaxsms.trees import PyTree
 
 METRICS = {
   "loss": cross_entropy,
@@ -113,11 +112,3 @@ def make_programs(
     own_masks=own_masks,
     mesh=mesh,
   )
-
-
-def score(
-  programs: Programs, data, params: PyTree, batch_stats: PyTree
-) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Metrics [m] and logits [m, n, classes] of m models on a split."""
-  logits = programs.predict(data.images, params, batch_stats)
-  return programs.evaluate(logits, data.labels), logits
