@@ -4,7 +4,7 @@ python -m experiments.sms
 python -m experiments.sms --dataset=cifar10 --data_dir=... --model=resnet8
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -28,7 +28,11 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    importlib.import_module("matplotlib")  # better missed before training than after
+    if not importlib.util.find_spec("matplotlib"):  # better missed before training
+      raise ImportError(
+        "the figure needs matplotlib, which is not installed: run "
+        "`pip install -e '.[experiments]'`"
+      )
 
     chosen = settings.read_settings()
     dataset = data.load(chosen.dataset, chosen.data_dir, chosen.cache_dir)
