@@ -1,6 +1,7 @@
 """Layers with PyTorch's default initialisation, for the networks of the paper."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -67,6 +68,35 @@ def batch_norm(
   return nn.BatchNorm(
     use_running_average=not train, momentum=momentum, epsilon=1e-5, name=name
   )(inputs)
+
+
+def residual_stages(
+  block: Callable[..., nn.Module],
+  x: jax.Array,
+  train: bool,
+  *,
+  blocks: Sequence[int],
+  width: int,
+  **options: Any,
+) -> jax.Array:
+  """Stages of residual blocks: each doubles the features, all but the first halve the size.
+
+  Args:
+    block: module class with fields `features` and `stride`, called with (x, train).
+    x: [batch, height, width, channels].
+    train: handed to the blocks.
+    blocks: how many of them each stage has.
+    width: features of the first stage.
+    **options: further fields of the blocks.
+
+  Returns:
+    What the last block gives.
+  """
+  for stage, number in enumerate(blocks):
+    for i in range(number):
+      stride = 2 if stage and not i else 1
+      x = block(features=width * 2**stage, stride=stride, **options)(x, train)
+  return x
 
 
 def flatten(images: jax.Array) -> jax.Array:

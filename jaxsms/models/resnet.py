@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense, kernel_init
+from jaxsms.models.layers import batch_norm, conv, dense, kernel_init, residual_stages
 from jaxsms.names import check_name
 
 STEMS = ("cifar", "imagenet")
@@ -51,15 +51,15 @@ class ResNet(nn.Module):
     x = nn.relu(batch_norm(x, train, self.norm_momentum))
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    block_class = Bottleneck if self.bottleneck else BasicBlock
-    for stage, number in enumerate(self.blocks):
-      for block in range(number):
-        x = block_class(
-          features=self.width * 2**stage,
-          stride=2 if stage and not block else 1,
-          conv_init=self.conv_init,
-          norm_momentum=self.norm_momentum,
-        )(x, train)
+    x = residual_stages(
+      Bottleneck if self.bottleneck else BasicBlock,
+      x,
+      train,
+      blocks=self.blocks,
+      width=self.width,
+      conv_init=self.conv_init,
+      norm_momentum=self.norm_momentum,
+    )
     return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 

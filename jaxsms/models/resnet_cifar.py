@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense
+from jaxsms.models.layers import batch_norm, conv, dense, residual_stages
 
 
 class CifarResNet(nn.Module):
@@ -30,13 +30,14 @@ class CifarResNet(nn.Module):
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
     x = conv(self.width, 3, images)
     x = nn.relu(batch_norm(x, train, self.norm_momentum))
-    for stage in range(3):
-      for block in range((self.depth - 2) // 6):
-        x = BasicBlock(
-          features=self.width * 2**stage,
-          stride=2 if stage and not block else 1,
-          norm_momentum=self.norm_momentum,
-        )(x, train)
+    x = residual_stages(
+      BasicBlock,
+      x,
+      train,
+      blocks=[(self.depth - 2) // 6] * 3,
+      width=self.width,
+      norm_momentum=self.norm_momentum,
+    )
     return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense
+from jaxsms.models.layers import batch_norm, conv, dense, residual_stages
 
 
 class WideResNet(nn.Module):
@@ -31,14 +31,15 @@ class WideResNet(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
     x = conv(16, 3, images, use_bias=True)
-    for stage in range(3):
-      for block in range((self.depth - 4) // 6):
-        x = WideBlock(
-          features=16 * self.widening * 2**stage,
-          stride=2 if stage and not block else 1,
-          dropout=self.dropout,
-          norm_momentum=self.norm_momentum,
-        )(x, train)
+    x = residual_stages(
+      WideBlock,
+      x,
+      train,
+      blocks=[(self.depth - 4) // 6] * 3,
+      width=16 * self.widening,
+      dropout=self.dropout,
+      norm_momentum=self.norm_momentum,
+    )
     x = nn.relu(batch_norm(x, train, self.norm_momentum))
     return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 

@@ -111,6 +111,7 @@ def run_phases(
     )
     candidates = recalibrated(programs, splits, recalibration_key, candidates)
     scores, logits = measure(programs, splits, candidates)
+    ensemble = {split: prediction_ensemble(x)[None] for split, x in logits.items()}
     if len(scores) == 1:  # nothing to merge: plain IMP
       model, weights = merge_phase(candidates, uniform_soup)
       soup, soup_logits = scores[0], logits
@@ -126,10 +127,10 @@ def run_phases(
       "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
       "best_candidate": scores[best_candidate(scores)],
       "candidates": scores,
-      "prediction_ensemble": measure_ensemble(programs, splits, logits),
+      "prediction_ensemble": measure_logits(programs, splits, ensemble)[0],
       "ensemble_agreement": {
-        split: float(agreement(soup_logits[split][0], prediction_ensemble(logits[split])))
-        for split in logits
+        split: float(agreement(soup_logits[split][0], ensemble[split][0]))
+        for split in ensemble
       },
       "geometry": {k: float(v) for k, v in geometry(candidates.params).items()},
     }
@@ -173,14 +174,6 @@ def measure_logits(
   named = jax.device_get(named)
   m = number_of_models(logits)
   return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
-
-
-def measure_ensemble(
-  programs: Programs, splits: Splits, logits: dict[str, jax.Array]
-) -> dict[str, float]:
-  """Metrics of the mean of m models' predictions."""
-  mean = {split: prediction_ensemble(values)[None] for split, values in logits.items()}
-  return measure_logits(programs, splits, mean)[0]
 
 
 def recalibrated(
