@@ -22,7 +22,8 @@ from jaxsms.geometry import (
   loss_barrier,
   soup_geometry,
 )
-from jaxsms.ingredients import make_mesh, map_ingredients, pad_ingredients
+from jaxsms.ingredients import map_ingredients, pad_ingredients
+from jaxsms.meshes import fit_mesh, make_mesh
 from jaxsms.metrics import (
   accuracy,
   agreement,
@@ -67,6 +68,7 @@ __all__ = [
   "cross_entropy",
   "erk_masks",
   "filter_masks",
+  "fit_mesh",
   "greedy_soup",
   "interpolate",
   "lamp_masks",

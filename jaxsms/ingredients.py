@@ -7,16 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from jaxsms.meshes import INGREDIENT_AXIS
 from jaxsms.trees import PyTree, number_of_models
-
-INGREDIENT_AXIS = "ingredient"
-DATA_AXIS = "data"
 
 
 def map_ingredients(
-  function: Callable[..., PyTree], in_axes: Any = 0, mesh: Mesh | None = None
+  function: Callable[..., PyTree],
+  in_axes: Any = 0,
+  mesh: Mesh | None = None,
+  at_once: int | None = None,
 ) -> Callable[..., PyTree]:
   """Maps a function of one ingredient over all m, as `jax.vmap` does, and all devices.
 
@@ -30,14 +31,18 @@ def map_ingredients(
     in_axes: 0 for an argument with leading axis m, None for one that all share; one value,
       or a tuple with one for each positional argument.
     mesh: None for one device, else a mesh with an axis "ingredient", as `make_mesh` gives.
+    at_once: how many ingredients of a device are vmapped; groups of so many follow one
+      another in the same program. None means all.
 
   Returns:
     A function of the same positional arguments, whose results have leading axis m.
 
   Raises:
     ValueError: in_axes does not fit the arguments, they disagree on m, or the mesh has no
-      axis "ingredient".
+      axis "ingredient", or `at_once` is below 1.
   """
+  if at_once is not None and at_once < 1:
+    raise ValueError(f"at_once is {at_once}: give at least 1, or None for all")
   if mesh is not None and INGREDIENT_AXIS not in mesh.shape:
     raise ValueError(
       f"the mesh has axes {tuple(mesh.shape)}: it needs one named {INGREDIENT_AXIS!r}, as "
@@ -46,9 +51,8 @@ def map_ingredients(
 
   @functools.cache  # one jitted program, so that eager calls do not compile again
   def program(axes):
-    over_copies = jax.vmap(function, in_axes=axes)
     sharded = jax.shard_map(
-      over_copies,
+      functools.partial(_map_in_groups, function, axes, at_once),
       mesh=mesh,
       in_specs=tuple(PartitionSpec(*[INGREDIENT_AXIS][: axis == 0]) for axis in axes),
       out_specs=PartitionSpec(INGREDIENT_AXIS),
@@ -70,7 +74,7 @@ def map_ingredients(
     stacked = [a for a, axis in zip(args, axes, strict=True) if axis == 0]
     m = number_of_models(stacked, "ingredients")
     if mesh is None:
-      return jax.vmap(function, in_axes=axes, axis_size=m)(*args)
+      return _map_in_groups(function, axes, at_once, *args)
     padded = iter(pad_ingredients(stacked, mesh.shape[INGREDIENT_AXIS])[0])
     args = [a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)]
     result = program(axes)(*args)
@@ -79,6 +83,23 @@ def map_ingredients(
     return jax.tree.map(lambda x: x[:m], result)
 
   return mapped
+
+
+def _map_in_groups(function, axes, at_once, *args):
+  """vmap, or groups of `at_once` copies one after another."""
+  m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
+  if at_once is None or at_once >= m:
+    return jax.vmap(function, in_axes=axes)(*args)
+
+  def one(stacked):
+    stacked = iter(stacked)
+    return function(
+      *(a if axis is None else next(stacked) for a, axis in zip(args, axes, strict=True))
+    )
+
+  stacked = [a for a, axis in zip(args, axes, strict=True) if axis == 0]
+  # Without vmap where it would be over one: there a `cond` skips what it need not do.
+  return jax.lax.map(one, stacked, batch_size=at_once if at_once > 1 else None)
 
 
 def pad_ingredients(stacked: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]:
@@ -102,35 +123,6 @@ def pad_ingredients(stacked: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]
   source = np.minimum(np.arange(k), m - 1)
   padded = stacked if k == m else jax.tree.map(lambda x: x[source], stacked)
   return padded, np.arange(k) < m
-
-
-def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mesh:
-  """A mesh ("ingredient", "data") over the devices.
-
-  Args:
-    ingredient: devices along the copies; None means all that are left.
-    data: devices that share the batch of one copy.
-    devices: which to use; None means all.
-
-  Returns:
-    A mesh whose axes the compiler places (AxisType.Auto).
-
-  Raises:
-    ValueError: the product is larger than the number of devices.
-  """
-  devices = list(jax.devices() if devices is None else devices)
-  ingredient = len(devices) // max(data, 1) if ingredient is None else ingredient
-  if ingredient < 1 or data < 1 or ingredient * data > len(devices):
-    raise ValueError(
-      f"a mesh of {ingredient} x {data} devices does not fit {len(devices)} of them: the "
-      "product of both axes must be between 1 and that"
-    )
-  return jax.make_mesh(
-    (ingredient, data),
-    (INGREDIENT_AXIS, DATA_AXIS),
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: ingredient * data],
-  )
 
 
 def take_ingredients(stacked: PyTree, indices) -> PyTree:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms.ingredients import take_ingredients
+from jaxsms.meshes import fetch
 from jaxsms.pruning import (
   apply_masks,
   check_sparsity,
@@ -190,7 +191,7 @@ def prune_phase(
     )
     if is_parameter(path, leaf)
   ]
-  norm, drop = jax.device_get(_norm_and_drop(parameters))
+  norm, drop = fetch(_norm_and_drop(parameters))
   record = {
     "sparsity": 1 - after / total,
     "pruned_fraction": (before - after) / before if before else 0.0,
@@ -216,7 +217,7 @@ def merge_phase(
     ValueError: `merge` gives something else.
   """
   m = number_of_models(candidates)
-  healthy = np.flatnonzero(jax.device_get(finite_models(candidates)))
+  healthy = np.flatnonzero(fetch(finite_models(candidates)))
   if not len(healthy):
     raise FloatingPointError(
       f"all {m} copies diverged to values that are not finite: lower the learning rate"

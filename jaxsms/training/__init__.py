@@ -2,6 +2,7 @@
 
 from jaxsms.training.loop import (
   Chunk,
+  fetched,
   retrain_learning_rates,
   train_chunks,
   train_copies,
@@ -15,6 +16,7 @@ __all__ = [
   "Data",
   "Programs",
   "TrainState",
+  "fetched",
   "init_variables",
   "make_programs",
   "retrain_learning_rates",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import INGREDIENT_AXIS, pad_ingredients
+from jaxsms.ingredients import pad_ingredients
+from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
 from jaxsms.schedules import retrain_schedule
 from jaxsms.sms import finite_models
 from jaxsms.training.programs import Programs
@@ -27,7 +28,8 @@ class Chunk(NamedTuple):
     taken: steps in this chunk.
     epoch: the epoch that the chunk is in, from 1.
     loss: float [m], training loss over the chunk; NaN for a copy that took no step.
-    accuracy: float [m], training accuracy over the chunk; likewise.
+    accuracy: float [m], training accuracy over the chunk; likewise. Both may still be
+      on their way from the device: `fetched` waits for them.
     learning_rate: float [m], of the last step.
   """
 
@@ -36,8 +38,8 @@ class Chunk(NamedTuple):
   steps: int
   taken: int
   epoch: int
-  loss: np.ndarray
-  accuracy: np.ndarray
+  loss: np.ndarray | jax.Array
+  accuracy: np.ndarray | jax.Array
   learning_rate: np.ndarray
 
 
@@ -78,19 +80,52 @@ def train_copies(
   """
   m = number_of_models(ingredients, "ingredients")
   state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
-  chunks = train_chunks(
-    programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
-  )
-  for latest, chunk in chunks:
-    state = latest
+  running = None  # the host looks at a chunk once the next one is on the device
+
+  def look(chunk):
+    chunk = fetched(chunk, ingredients["steps"])
     if on_chunk is not None:
       on_chunk(chunk)
+
+  for latest, chunk in train_chunks(
+    programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
+  ):
+    state = latest
+    if running is not None:
+      look(running)
+    running = chunk
+  if running is not None:
+    look(running)
   trained = (state.params, state.batch_stats)
-  if not np.any(jax.device_get(finite_models(trained))):
+  if not np.any(fetch(finite_models(trained))):
     raise FloatingPointError(
       f"{_copies(m)} has parameters that are not finite: lower the learning rate"
     )
   return trained
+
+
+def fetched(chunk: Chunk, steps: np.ndarray) -> Chunk:
+  """Waits for a chunk's loss and accuracy.
+
+  Args:
+    chunk: from `train_chunks`.
+    steps: int [m], how many steps each copy takes in all.
+
+  Returns:
+    The chunk with both on the host.
+
+  Raises:
+    FloatingPointError: the loss of every copy that took a step is NaN or infinite.
+  """
+  m = chunk.copies
+  loss, accuracy = (x[:m] for x in fetch((chunk.loss, chunk.accuracy)))
+  active = np.asarray(steps) > chunk.step - chunk.taken
+  if not np.isfinite(loss[active]).any():
+    raise FloatingPointError(
+      f"the loss of {_copies(m)} is not finite after step {chunk.step}: lower the learning "
+      "rate"
+    )
+  return chunk._replace(loss=loss, accuracy=accuracy)
 
 
 def train_chunks(
@@ -119,10 +154,8 @@ def train_chunks(
     chunk_steps: see `train_copies`.
 
   Yields:
-    The state of the m copies and what to show of the chunk.
-
-  Raises:
-    FloatingPointError: the loss of every copy in training has become NaN or infinite.
+    The state of the m copies and what to show of the chunk, before either is finished:
+    `fetched` waits for a chunk and tells whether it went well.
   """
   m = number_of_models(ingredients, "ingredients")
   chex.assert_tree_shape_prefix((state, learning_rates), (m,))
@@ -132,30 +165,23 @@ def train_chunks(
   steps = int(np.max(ingredients["steps"]))
   steps_per_epoch = len(data.labels) // programs.batch_size
   length = chunk_length(steps_per_epoch, chunk_steps)
-  done = int(np.max(jax.device_get(state.step)))
+  done = int(np.max(fetch(state.step)))
   while done < steps:
     taken = min(length, steps_per_epoch - done % steps_per_epoch, steps - done)
     rates = learning_rates[:, done : done + taken]
     rates = np.pad(rates, [(0, 0), (0, length - taken)])
-    active = ingredients["steps"][:m] > done
     state, metrics = programs.train(data, masks, key, state, ingredients, rates)
-    metrics = jax.device_get(metrics)
-    epoch = done // steps_per_epoch + 1
-    done += taken
-    if not np.isfinite(metrics["loss"][:m][active]).any():
-      raise FloatingPointError(
-        f"the loss of {_copies(m)} is not finite after step {done}: lower the learning rate"
-      )
     chunk = Chunk(
       copies=m,
-      step=done,
+      step=done + taken,
       steps=steps,
       taken=taken,
-      epoch=epoch,
-      loss=metrics["loss"][:m],
-      accuracy=metrics["accuracy"][:m],
+      epoch=done // steps_per_epoch + 1,
+      loss=metrics["loss"],
+      accuracy=metrics["accuracy"],
       learning_rate=rates[:m, taken - 1],
     )
+    done += taken
     yield jax.tree.map(lambda x: x[:m], state) if len(rates) > m else state, chunk
 
 
@@ -165,7 +191,7 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   A copy that fills up takes no step. Arguments that were on the mesh before stay there.
   """
   ingredients = jax.tree.map(np.asarray, ingredients)
-  mesh = programs.mesh
+  mesh = programs.mesh_of(number_of_models(ingredients))
   if mesh is None:
     return data, masks, key, state, ingredients, learning_rates
   devices = mesh.shape[INGREDIENT_AXIS]
@@ -173,14 +199,17 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
     (state, ingredients, learning_rates), devices
   )
   ingredients = {**ingredients, "steps": np.where(valid, ingredients["steps"], 0)}
-  shared = NamedSharding(mesh, PartitionSpec())
-  spread = NamedSharding(mesh, PartitionSpec(INGREDIENT_AXIS))
-  data, key = jax.device_put((data, key), shared)
   if programs.own_masks:
-    masks = jax.device_put(pad_ingredients(masks, devices)[0], spread)
-  else:
-    masks = jax.device_put(masks, shared)
-  state = jax.device_put(state, spread)
+    masks, _ = pad_ingredients(masks, devices)
+
+  def sharding(tree, stacked):
+    if not programs.split_params:
+      return NamedSharding(mesh, PartitionSpec(*[INGREDIENT_AXIS][:stacked]))
+    return jax.tree.map(lambda x: params_sharding(mesh, jnp.shape(x), stacked), tree)
+
+  data, key = place((data, key), NamedSharding(mesh, PartitionSpec()))
+  masks = place(masks, sharding(masks, programs.own_masks))
+  state = place(state, sharding(state, True))
   return data, masks, key, state, ingredients, learning_rates
 
 

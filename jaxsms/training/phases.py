@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.geometry import soup_geometry
+from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
@@ -129,10 +130,10 @@ def run_phases(
       "candidates": scores,
       "prediction_ensemble": measure_logits(programs, splits, ensemble)[0],
       "ensemble_agreement": {
-        split: float(agreement(soup_logits[split][0], ensemble[split][0]))
+        split: float(fetch(agreement(soup_logits[split][0], ensemble[split][0])))
         for split in ensemble
       },
-      "geometry": {k: float(v) for k, v in geometry(candidates.params).items()},
+      "geometry": {k: float(v) for k, v in fetch(geometry(candidates.params)).items()},
     }
     records.append(record)
     if on_phase is not None:
@@ -171,7 +172,7 @@ def measure_logits(
   for split, values in logits.items():
     metrics = programs.evaluate(values, getattr(splits, split).labels)
     named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
-  named = jax.device_get(named)
+  named = fetch(named)
   m = number_of_models(logits)
   return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
 

@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
+from jaxsms.meshes import DATA_AXIS
+from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
   balanced_accuracy,
@@ -16,6 +19,9 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.training import step
+from jaxsms.trees import number_of_models
+
+MeshOf = Callable[[int], Mesh | None]
 
 METRICS = {
   "loss": cross_entropy,
@@ -25,6 +31,32 @@ METRICS = {
   "expected_calibration_error": calibration_error,
   "maximum_calibration_error": functools.partial(calibration_error, norm="max"),
 }
+
+
+class Program(NamedTuple):
+  """A function of m copies, jitted once for each mesh.
+
+  Attributes:
+    on: gives the jitted function for a mesh.
+    mesh_of: gives the mesh for a number of copies.
+    in_axes: 0 for each argument that is stacked, None for one that the copies share.
+  """
+
+  on: Callable[[Mesh | None], Callable]
+  mesh_of: MeshOf
+  in_axes: tuple[int | None, ...]
+
+  def __call__(self, *arguments):
+    """Runs it where so many copies belong."""
+    return self._jitted(arguments)(*arguments)
+
+  def lower(self, *arguments):
+    """Lowers it for such arguments, as `jax.jit(...).lower` does."""
+    return self._jitted(arguments).lower(*arguments)
+
+  def _jitted(self, arguments):
+    stacked = [a for a, axis in zip(arguments, self.in_axes, strict=True) if axis == 0]
+    return self.on(self.mesh_of(number_of_models(stacked)))
 
 
 class Programs(NamedTuple):
@@ -39,17 +71,19 @@ class Programs(NamedTuple):
     optimizer: gives the optimizer for a learning rate and a weight decay.
     batch_size: examples in a training step.
     own_masks: whether `train` takes masks [m, ...], one for each copy.
-    mesh: what the copies are spread over; None for one device.
+    mesh_of: what a number of copies is spread over; None for one device.
+    split_params: whether each copy's parameters are split over the data axis.
   """
 
-  train: Callable
-  recalibrate: Callable
-  predict: Callable
+  train: Program
+  recalibrate: Program
+  predict: Program
   evaluate: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
   optimizer: step.Optimizer
   batch_size: int
   own_masks: bool
-  mesh: jax.sharding.Mesh | None
+  mesh_of: MeshOf
+  split_params: bool
 
 
 def make_programs(
@@ -61,7 +95,10 @@ def make_programs(
   batch_size: int,
   eval_batch_size: int = 500,
   own_masks: bool = False,
-  mesh: jax.sharding.Mesh | None = None,
+  mesh: Mesh | MeshOf | None = None,
+  at_once: int | None = None,
+  micro_batches: int = 1,
+  split_params: bool = False,
 ) -> Programs:
   """Makes the programs of one network on one data set.
 
@@ -74,17 +111,33 @@ def make_programs(
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
     own_masks: whether each copy has masks of its own.
-    mesh: None for one device, else as `jaxsms.make_mesh` gives.
+    mesh: None for one device, else as `jaxsms.make_mesh` gives; or a function of the number
+      of copies that gives one of these, all over the same devices.
+    at_once: copies that one device trains at the same time, see `jaxsms.map_ingredients`;
+      None means all.
+    micro_batches: parts of a batch whose gradients are accumulated, see `train_step`.
+    split_params: whether each copy's parameters and optimizer state are split over the
+      mesh's data axis, for models that do not fit on one device.
 
   Returns:
     The programs.
+
+  Raises:
+    ValueError: the batch does not split into micro-batches, or these not over the mesh.
   """
+  mesh_of = (lambda copies: mesh) if mesh is None or isinstance(mesh, Mesh) else mesh
+  if micro_batches < 1 or batch_size % micro_batches:
+    raise ValueError(
+      f"a batch of {batch_size} does not split into {micro_batches} micro-batches: give a "
+      "number that divides it"
+    )
 
   def train(data, masks, key, state, ingredient, learning_rates):
-    return step.train_chunk(
+    state, metrics = step.train_chunk(
       module, optimizer, training_images, batch_size,
-      data, masks, key, state, ingredient, learning_rates,
+      data, masks, key, state, ingredient, learning_rates, micro_batches,
     )  # fmt: skip
+    return split_over_data(state) if split_params else state, metrics
 
   def recalibrate(data, key, params, batch_stats):
     return step.recalibrate(
@@ -100,7 +153,13 @@ def make_programs(
     return {name: metric(logits, labels) for name, metric in METRICS.items()}
 
   def program(function, in_axes, **options):
-    return jax.jit(map_ingredients(function, in_axes, mesh), **options)
+    @functools.cache
+    def on(mesh):
+      if mesh is not None:
+        check_batch(batch_size, micro_batches, mesh)
+      return jax.jit(map_ingredients(function, in_axes, mesh, at_once), **options)
+
+    return Program(on, mesh_of, in_axes)
 
   return Programs(
     train=program(train, (None, 0 if own_masks else None, None, 0, 0, 0), donate_argnums=3),
@@ -110,5 +169,17 @@ def make_programs(
     optimizer=optimizer,
     batch_size=batch_size,
     own_masks=own_masks,
-    mesh=mesh,
+    mesh_of=mesh_of,
+    split_params=split_params,
   )
+
+
+def check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+  """Raises ValueError where the mesh's data axis cannot split a (micro-)batch."""
+  size = mesh.shape.get(DATA_AXIS, 1)
+  if batch_size // micro_batches % size:
+    parts = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    raise ValueError(
+      f"a batch of {batch_size}{parts} does not split over {size} devices: choose a batch "
+      "size or a mesh whose data axis divides it"
+    )

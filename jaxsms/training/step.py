@@ -1,5 +1,6 @@
 """One copy: its loss, one step, and a chunk of steps through the resident data."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsms.meshes import split_batch
 from jaxsms.training.state import Data, TrainState
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -24,6 +26,7 @@ def train_step(
   masks: PyTree,
   images: jax.Array,
   labels: jax.Array,
+  micro_batches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of one copy.
 
@@ -35,14 +38,48 @@ def train_step(
     masks: of its parameters; removed entries stay 0.
     images: float [batch, height, width, channels].
     labels: int [batch].
+    micro_batches: equal parts of the batch whose gradients are accumulated one after
+      another. Batch normalization sees one part at a time, and dropout draws anew.
 
   Returns:
     The next state, and the loss and accuracy on this batch before the step.
   """
+  gradients = functools.partial(_gradients, module, state.params)
+  if micro_batches == 1:
+    grads, batch_stats, metrics = gradients(key, state.batch_stats, images, labels)
+  else:
+    # Every part holds examples of all devices that share the batch.
+    parts = jax.tree.map(
+      lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (images, labels)
+    )
+
+    def accumulate(carry, now):
+      total, batch_stats = carry
+      i, part = now
+      grads, batch_stats, metrics = gradients(
+        jax.random.fold_in(key, i), batch_stats, *split_batch(part)
+      )
+      return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (total, batch_stats), metrics = jax.lax.scan(
+      accumulate, (zeros, state.batch_stats), (jnp.arange(micro_batches), parts)
+    )
+    grads = jax.tree.map(lambda x: x / micro_batches, total)
+    metrics = jax.tree.map(jnp.mean, metrics)
+  updates, opt_state = masked(optimizer).update(
+    grads, state.opt_state, state.params, masks=masks
+  )
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(params, batch_stats, opt_state, state.step + 1), metrics
+
+
+def _gradients(module, params, key, batch_stats, images, labels):
+  """Gradients of the mean loss, new batch statistics, and loss and accuracy."""
 
   def loss_fn(params):
     logits, updated = module.apply(
-      {"params": params, "batch_stats": state.batch_stats},
+      {"params": params, "batch_stats": batch_stats},
       images,
       train=True,
       rngs={"dropout": key},
@@ -52,15 +89,9 @@ def train_step(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses.mean(), (logits, updated.get("batch_stats", {}))
 
-  (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-    state.params
-  )
-  updates, opt_state = masked(optimizer).update(
-    grads, state.opt_state, state.params, masks=masks
-  )
-  params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
-  return TrainState(params, batch_stats, opt_state, state.step + 1), metrics
+  (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+  accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+  return grads, batch_stats, {"loss": loss, "accuracy": accuracy}
 
 
 def train_chunk(
@@ -74,6 +105,7 @@ def train_chunk(
   state: TrainState,
   ingredient: dict[str, jax.Array],
   learning_rates: jax.Array,
+  micro_batches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, within one epoch.
 
@@ -92,6 +124,7 @@ def train_chunk(
     state: of one copy.
     ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
     learning_rates: float [chunk], for the next steps.
+    micro_batches: see `train_step`.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
@@ -106,25 +139,32 @@ def train_chunk(
   taken = jnp.arange(chunk)
   active = (first + taken < steps_per_epoch) & (state.step + taken < ingredient["steps"])
 
-  def body(state, now):
-    indices, learning_rate, active = now
+  def step(state, indices, learning_rate):
     augment_key, dropout_key = jax.random.split(
       jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
     )
-    new, metrics = train_step(
+    images = prepare(augment_key, split_batch(data.images[indices]))
+    return train_step(
       module,
       optimizer(learning_rate, ingredient["weight_decay"]),
       dropout_key,
       state,
       masks,
-      prepare(augment_key, data.images[indices]),
+      images,
       data.labels[indices],
+      micro_batches,
     )
-    new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state)
-    return new, jax.tree.map(lambda x: jnp.where(active, x, 0), metrics)
+
+  def rest(state, indices, learning_rate):
+    zero = jnp.zeros((), jnp.float32)
+    return state, {"loss": zero, "accuracy": zero}
+
+  def body(state, now):
+    active, *arguments = now  # under vmap both branches run, and one is selected
+    return jax.lax.cond(active, step, rest, state, *arguments)
 
   state, metrics = jax.lax.scan(
-    body, state, (order.reshape(chunk, batch_size), learning_rates, active)
+    body, state, (active, order.reshape(chunk, batch_size), learning_rates)
   )
   # 0 / 0 is NaN: a copy that took no step has no loss.
   return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)
@@ -171,7 +211,7 @@ def recalibrate(
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
     _, updated = forgetful.apply(
       {"params": params, "batch_stats": zeros},
-      prepare(augment_key, batch),
+      prepare(augment_key, split_batch(batch)),
       train=True,
       rngs={"dropout": dropout_key},
       mutable=["batch_stats"],
@@ -210,7 +250,9 @@ def predict(
   batched = jnp.pad(images, fill).reshape(batches, batch_size, *images.shape[1:])
   logits = jax.lax.map(
     lambda batch: module.apply(
-      {"params": params, "batch_stats": batch_stats}, prepare(batch), train=False
+      {"params": params, "batch_stats": batch_stats},
+      prepare(split_batch(batch)),
+      train=False,
     ),
     batched,
   )

@@ -1,0 +1,136 @@
+"""Which devices work on what: meshes over copies and batches, and moving trees there."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsms.trees import PyTree
+
+INGREDIENT_AXIS = "ingredient"
+DATA_AXIS = "data"
+
+
+def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mesh:
+  """A mesh ("ingredient", "data") over the devices.
+
+  Args:
+    ingredient: devices along the copies; None means all that are left.
+    data: devices that share the batch of one copy.
+    devices: which to use; None means all.
+
+  Returns:
+    A mesh whose axes the compiler places (AxisType.Auto).
+
+  Raises:
+    ValueError: the product is larger than the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  ingredient = len(devices) // max(data, 1) if ingredient is None else ingredient
+  if ingredient < 1 or data < 1 or ingredient * data > len(devices):
+    raise ValueError(
+      f"a mesh of {ingredient} x {data} devices does not fit {len(devices)} of them: the "
+      "product of both axes must be between 1 and that"
+    )
+  # In the order given: meshes of other shapes over the same devices then share arrays.
+  grid = np.array(devices[: ingredient * data]).reshape(ingredient, data)
+  return Mesh(grid, (INGREDIENT_AXIS, DATA_AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def fit_mesh(copies: int, batch_size: int, devices=None) -> Mesh | None:
+  """The mesh over all devices that finishes a step of so many copies first.
+
+  Each device trains ceil(copies / ingredient) copies on batch_size / data examples. Among
+  equals the mesh with more devices along the copies wins: it needs less communication.
+
+  Args:
+    copies: m, at least 1.
+    batch_size: examples of one copy in a step; the data axis divides it.
+    devices: which to use; None means all.
+
+  Returns:
+    A mesh as `make_mesh` gives, or None where there is one device.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  n = len(devices)
+  if n == 1:
+    return None
+
+  def work(ingredient):  # of one device, in copies
+    return -(-copies // ingredient) * ingredient
+
+  fitting = [i for i in range(1, n + 1) if n % i == 0 and batch_size % (n // i) == 0]
+  if not fitting:  # the batch cannot be split: leave devices idle
+    return make_mesh(min(copies, n), 1, devices)
+  ingredient = min(fitting, key=lambda i: (work(i), -i))
+  return make_mesh(ingredient, n // ingredient, devices)
+
+
+def split_batch(tree: PyTree) -> PyTree:
+  """Splits leaves [batch, ...] over the data axis of the mesh in use, if it has one."""
+  return _constrain(tree, lambda x, size: PartitionSpec(DATA_AXIS))
+
+
+def split_params(tree: PyTree) -> PyTree:
+  """Splits each leaf over the data axis along its longest axis that divides evenly."""
+  return _constrain(tree, lambda x, size: _longest(x.shape, size))
+
+
+def params_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
+  """Where `split_params` puts a leaf, with leading axis m if `stacked`."""
+  own = _longest(shape[1:] if stacked else shape, mesh.shape.get(DATA_AXIS, 1))
+  lead = (INGREDIENT_AXIS,) if stacked else ()
+  return NamedSharding(mesh, PartitionSpec(*lead, *own))
+
+
+def _longest(shape, size):
+  even = [(n, axis) for axis, n in enumerate(shape) if size > 1 and n and n % size == 0]
+  if not even:
+    return PartitionSpec()
+  axis = max(even)[1]
+  return PartitionSpec(*[None] * axis, DATA_AXIS)
+
+
+def _constrain(tree, spec_of):
+  size = dict(jax.sharding.get_abstract_mesh().shape).get(DATA_AXIS, 1)
+  if size == 1:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec_of(x, size)), tree)
+
+
+def place(tree: PyTree, sharding: Any) -> PyTree:
+  """Puts a tree on the devices; what is there already stays.
+
+  Args:
+    tree: of arrays, of the same values in each process.
+    sharding: one for all leaves, or a tree of them.
+
+  Returns:
+    The tree, as global arrays where there are several processes.
+  """
+  if jax.process_count() > 1:
+    tree = jax.tree.map(_movable, tree)
+  return jax.device_put(tree, sharding)
+
+
+def _movable(x):
+  """An array of one process's devices only as NumPy's: each process has its own."""
+  local = isinstance(x, jax.Array) and x.is_fully_addressable
+  if not local or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return x
+  return np.asarray(x)
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """The values on the host, the same in every process; waits for them."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+
+  def one(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(one, tree)
