@@ -16,9 +16,7 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
-# For a CPU's second-level cache of 2 MB: images in one step, bytes of their windows.
-_GROUP = 16
-_WINDOW_BYTES = 3 << 19
+_GROUP = 16  # images in one step, for a CPU's second-level cache of 2 MB
 
 
 class _Geometry(NamedTuple):
@@ -110,7 +108,7 @@ def conv_general_dilated(
     geometry = _Geometry(strides, padding, image, kernel, precision)
     if min(map(geometry.output_size, (0, 1))) > 0 and min(sum(padding, ())) >= 0:
       lhs, rhs = _vary_alike(lhs, rhs)
-      return _forward(geometry, lhs[None], rhs[None])[0]
+      return _forward(geometry, lhs, rhs)
   options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
   options += (batch_group_count, precision, preferred_element_type)
   return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options)
@@ -127,14 +125,14 @@ def _vary_alike(*operands):
   return [vary(x, a) if a else x for x, a in zip(operands, missing, strict=True)]
 
 
-# The three operations. Operands have a leading axis of copies, here of length 1; in the
-# lowerings it is m long or, where the copies share the operand, 1. Each operation is
-# linear in both of its operands, and its derivatives are the two others.
+# The three operations. In the lowerings operands have a leading axis of copies, m long
+# or, where the copies share the operand, 1. Each operation is linear in both of its
+# operands, and its derivatives are the two others.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(geometry, images, kernels):
-  """Images [1, n, h, w, c], kernels [1, kh, kw, c, o] -> outputs [1, n, oh, ow, o]."""
+  """Images [n, h, w, c], kernel [kh, kw, c, o] -> outputs [n, oh, ow, o]."""
   return _lowerings(geometry, _cpu_forward, _grouped)(images, kernels)
 
 
@@ -171,9 +169,23 @@ def _lowerings(geometry, cpu, default):
 
   @jax.custom_batching.custom_vmap
   def operation(a, b):
+    return lax.platform_dependent(
+      a,
+      b,
+      cpu=lambda a, b: cpu(a[None], b[None])[0],
+      default=lambda a, b: default(a[None], b[None])[0],
+    )
+
+  @jax.custom_batching.custom_vmap
+  def stacked(a, b):
     return lax.platform_dependent(a, b, cpu=cpu, default=default)
 
   @operation.def_vmap
+  def stack(size, batched, a, b):
+    a, b = (x if on else x[None] for x, on in zip((a, b), batched, strict=True))
+    return stacked(a, b), True
+
+  @stacked.def_vmap
   def join(size, batched, a, b):
     # A mapped axis joins the copies, so that any nesting of vmaps is one axis here.
     a, b = (a if batched[0] else a[None]), (b if batched[1] else b[None])
@@ -184,7 +196,7 @@ def _lowerings(geometry, cpu, default):
         x = jnp.broadcast_to(x, (size, copies, *x.shape[2:]))
       return x.reshape(-1, *x.shape[2:])
 
-    out = operation(flat(a), flat(b))
+    out = stacked(flat(a), flat(b))
     return out.reshape(size, copies, *out.shape[1:]), True
 
   return operation
@@ -283,7 +295,8 @@ def _cpu_map(function, images, kernels):
   if len(kernels) == 1:
     out = function(images.reshape(-1, *images.shape[2:]).astype(wide), kernels[0])
     return out.reshape(m, n, *out.shape[1:]).astype(dtype)
-  group, steps = _groups(n, _GROUP)
+  group = _groups(n)
+  steps = n // group
   shape = jax.eval_shape(function, images[0, :1].astype(wide), kernels[0]).shape[1:]
   zeros, *_ = _vary_alike(jnp.zeros((m, group, steps, *shape), dtype), images, kernels)
 
@@ -297,54 +310,66 @@ def _cpu_map(function, images, kernels):
 
 
 def _cpu_kernel(geometry, images, outputs):
-  """Windows of the images, transposed, times windows of the outputs.
+  """A convolution of images by outputs, with examples as channels.
 
-  The kernel's rows are windows of the images, its columns windows of the outputs: for
-  3x3, 3 + 3 times the data where patches are 9 times.
+  Blocks of s x s pixels, s the stride, are its batch: its stride is then 1.
   """
-  (kh, kw), (sh, sw), oh = geometry.kernel, geometry.strides, geometry.output_size(0)
-  columns, padding, taps = geometry.shifts(1)
-  (n, _, width, c), o = images.shape[1:], outputs.shape[4]
-  m, depth = max(len(images), len(outputs)), (kh * sw * c, len(taps) * o)
+  (sh, sw), (n, height, width, c) = geometry.strides, images.shape[1:]
+  m, o, group = max(len(images), len(outputs)), outputs.shape[4], _groups(images.shape[1])
+  (rows, columns), pads, taps = zip(*map(geometry.shifts, (0, 1)), strict=True)
+  sizes = [len(t) for t in taps]
+  lows = [size - 1 - low for size, (low, _) in zip(sizes, pads, strict=True)]
+  ends = [
+    size - 1 - low + places
+    for size, low, places in zip(sizes, lows, outputs.shape[2:4], strict=True)
+  ]
   wide = jnp.promote_types(images.dtype, jnp.float32)
-  group, steps = _groups(n, _WINDOW_BYTES // (oh * columns * sum(depth) * wide.itemsize))
-  fill = [(0, 0), geometry.padding[0], (0, columns * sw - width), (0, 0)]
+  fill = [(0, 0), (0, rows * sh - height), (0, columns * sw - width), (0, 0)]
+  cut = [min(end, blocks) for end, blocks in zip(ends, (rows, columns), strict=True)]
+  padding = [(low, end - kept) for low, end, kept in zip(lows, ends, cut, strict=True)]
+  # XLA would work a copy of its own out, for an axis of length 1 alone.
+  images, outputs = (x[0] if len(x) == 1 else x for x in (images, outputs))
 
   def step(i, total):
     x, y = (_take(operand, group, i).astype(wide) for operand in (images, outputs))
-    x = jnp.pad(x, fill).reshape(group, -1, columns, sw * c)
-    x = _windows(x, 1, kh, oh, sh)
-    y = _windows(_pad(y, 2, padding), 2, len(taps), columns, 1)
-    product = lax.dot_general(x, y, (((0,), (0,)), ((), ())), geometry.precision)
-    return total.at[lax.div(i, steps)].add(product)
+    x = jnp.pad(x, fill).reshape(group, rows, sh, columns, sw, c)
+    x = x.transpose(2, 4, 5, 1, 3, 0).reshape(-1, rows, columns, group)
+    product = lax.conv_general_dilated(
+      x[:, : cut[0], : cut[1]],
+      y.transpose(1, 2, 0, 3),
+      (1, 1),
+      padding,
+      dimension_numbers=_NHWC,
+      precision=geometry.precision,
+    )
+    return total.at[lax.div(i, n // group)].add(product)
 
-  zeros, *_ = _vary_alike(jnp.zeros((m, *depth), wide), images, outputs)
-  total = lax.fori_loop(0, m * steps, step, zeros).reshape(m, kh, sw, c, len(taps), o)
-  total = total.transpose(0, 1, 4, 2, 3, 5).reshape(m, kh, -1, c, o)
-  return total[:, :, np.argsort(taps.ravel())[:kw]].astype(images.dtype)
+  shape = (m, sh * sw * c, *sizes, o)
+  zeros, *_ = _vary_alike(jnp.zeros(shape, wide), images, outputs)
+  total = lax.fori_loop(0, m * (n // group), step, zeros)
+  total = total.reshape(m, sh, sw, c, *sizes, o)[:, :, :, :, ::-1, ::-1]
+  total = total.transpose(0, 4, 1, 5, 2, 3, 6)  # m, shift and pixel of both axes, c, o
+  for axis in (0, 1):
+    total = total.reshape(m, *total.shape[1 : 1 + axis], -1, *total.shape[3 + axis :])
+    order = np.argsort(taps[axis].ravel())[: geometry.kernel[axis]]
+    total = jnp.take(total, order, axis=1 + axis)
+  return total.astype(images.dtype)
 
 
-def _groups(n, limit):
-  """The size of the largest equal groups of n images within the limit; their number."""
-  size = max(size for size in range(1, n + 1) if n % size == 0 and size <= max(limit, 1))
-  return size, n // size
+def _groups(n):
+  """The size of the largest equal groups of n images, at most 16."""
+  return max(size for size in range(1, _GROUP + 1) if n % size == 0)
 
 
 def _take(x, group, i):
   """[group, ...] of step i. A group is spread out: a batch split over devices stays."""
-  x = x.reshape(len(x), group, -1, *x.shape[2:])
-  copy = lax.div(i, x.shape[2]) if len(x) > 1 else 0
-  return x[copy, :, lax.rem(i, x.shape[2])]
+  shared, shape = x.ndim == 4, x.shape[-3:]
+  steps = x.shape[-4] // group
+  x = x.reshape(-1, group, steps, *shape)
+  return x[0 if shared else lax.div(i, steps), :, lax.rem(i, steps)]
 
 
 def _pad(x, axis, low_high):
   config = [(0, 0, 0)] * x.ndim
   config[axis] = (*low_high, 0)
   return lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-def _windows(x, axis, count, size, stride):
-  """Rows of channels: `count` slices of x, each a step on along `axis`, side by side."""
-  ends = [(i, i + stride * (size - 1) + 1) for i in range(count)]
-  slices = [lax.slice_in_dim(x, *start_end, stride, axis) for start_end in ends]
-  return jnp.concatenate(slices, -1).reshape(-1, count * x.shape[-1])

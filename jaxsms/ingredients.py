@@ -88,7 +88,7 @@ def map_ingredients(
 def _map_in_groups(function, axes, at_once, *args):
   """vmap, or groups of `at_once` copies one after another."""
   m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
-  if at_once is None or at_once >= m:
+  if at_once is None or at_once >= max(m, 2):
     return jax.vmap(function, in_axes=axes)(*args)
 
   def one(stacked):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.convolution import conv_general_dilated
+from jaxsms.normalization import BatchNorm
 
 # PyTorch draws weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -62,12 +63,14 @@ def conv(
 
 
 def batch_norm(
-  inputs: jax.Array, train: bool, momentum: float, name: str | None = None
+  inputs: jax.Array,
+  train: bool,
+  momentum: float,
+  name: str | None = None,
+  relu: bool = False,
 ) -> jax.Array:
   """Batch normalization over all axes but the last; `momentum` is of the running mean."""
-  return nn.BatchNorm(
-    use_running_average=not train, momentum=momentum, epsilon=1e-5, name=name
-  )(inputs)
+  return BatchNorm(momentum, relu, name=name)(inputs, train)
 
 
 def residual_stages(

@@ -29,7 +29,7 @@ class CifarResNet(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
     x = conv(self.width, 3, images)
-    x = nn.relu(batch_norm(x, train, self.norm_momentum))
+    x = batch_norm(x, train, self.norm_momentum, relu=True)
     x = residual_stages(
       BasicBlock,
       x,
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), features]."""
     y = conv(self.features, 3, x, stride=self.stride)
-    y = nn.relu(batch_norm(y, train, self.norm_momentum))
+    y = batch_norm(y, train, self.norm_momentum, relu=True)
     y = batch_norm(conv(self.features, 3, y), train, self.norm_momentum)
     return nn.relu(y + pad_shortcut(x, self.features, self.stride))
 

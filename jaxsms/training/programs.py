@@ -136,6 +136,7 @@ def make_programs(
     state, metrics = step.train_chunk(
       module, optimizer, training_images, batch_size,
       data, masks, key, state, ingredient, learning_rates, micro_batches,
+      vmapped=at_once != 1,
     )  # fmt: skip
     return split_over_data(state) if split_params else state, metrics
 

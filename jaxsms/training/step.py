@@ -106,6 +106,7 @@ def train_chunk(
   ingredient: dict[str, jax.Array],
   learning_rates: jax.Array,
   micro_batches: int = 1,
+  vmapped: bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, within one epoch.
 
@@ -125,6 +126,7 @@ def train_chunk(
     ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
     learning_rates: float [chunk], for the next steps.
     micro_batches: see `train_step`.
+    vmapped: False skips the steps that change nothing; under vmap they cannot be.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
@@ -160,8 +162,11 @@ def train_chunk(
     return state, {"loss": zero, "accuracy": zero}
 
   def body(state, now):
-    active, *arguments = now  # under vmap both branches run, and one is selected
-    return jax.lax.cond(active, step, rest, state, *arguments)
+    active, *arguments = now
+    if not vmapped:
+      return jax.lax.cond(active, step, rest, state, *arguments)
+    new = step(state, *arguments)
+    return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, rest(state, *arguments))
 
   state, metrics = jax.lax.scan(
     body, state, (active, order.reshape(chunk, batch_size), learning_rates)
