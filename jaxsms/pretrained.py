@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.data.sources import read_npz
-from jaxsms.safetensors import check_fit, first_sentence, read_safetensors
+from jaxsms.safetensors import by_path, check_fit, first_sentence, read_safetensors
 from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
-from jaxsms.trees import path_string
 
 # Under what training scripts put the weights, beside the epoch and the optimizer.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
@@ -186,18 +185,16 @@ def to_torch(
     ValueError: the variables are not those of the network.
   """
   template, tensors, _ = layout(module, image_shape)
-  by_path = lambda tree: {  # noqa: E731
-    path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  arrays = by_path(variables)
   check_fit(
     f"the variables do not fit {type(module).__name__}",
     by_path(template),
-    by_path(variables),
+    arrays,
     "give those of this network, for images of this shape",
   )
   state = {
     tensor.name: to_torch_axes(np.asarray(leaf), tensor)
-    for tensor, leaf in zip(tensors, by_path(variables).values(), strict=True)
+    for tensor, leaf in zip(tensors, arrays.values(), strict=True)
   }
   for name in [name for name in state if ".attn.q." in name]:
     parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]

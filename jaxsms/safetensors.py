@@ -176,14 +176,7 @@ def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:
   Raises:
     ValueError: a leaf is no such array, or two have the same name.
   """
-  arrays = {}
-  for path_in_tree, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = path_string(path_in_tree)
-    if not is_array(leaf) or name in arrays:
-      problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"
-      raise ValueError(f"leaf {name} {problem}: give a tree of arrays with unique names")
-    arrays[name] = leaf
-  write_safetensors(path, arrays)
+  write_safetensors(path, by_path(tree))
 
 
 def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
@@ -202,8 +195,7 @@ def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
       a dtype is of another kind (floating dtypes may differ).
   """
   found = read_safetensors(path)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-  expected = {path_string(path_in_tree): leaf for path_in_tree, leaf in leaves}
+  expected = by_path(template)
   check_fit(
     f"{os.fspath(path)} does not fit the template",
     expected,
@@ -218,7 +210,23 @@ def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
         "template: only floating dtypes may differ"
       )
   arrays = [np.array(found[name], leaf.dtype) for name, leaf in expected.items()]
-  return jax.tree.unflatten(structure, arrays)
+  return jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def by_path(tree: PyTree) -> dict[str, jax.Array]:
+  """The leaves under names such as "params/a/kernel", in the order of the tree.
+
+  Raises:
+    ValueError: a leaf is no array, or two have the same name.
+  """
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = path_string(path)
+    if not is_array(leaf) or name in arrays:
+      problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"
+      raise ValueError(f"leaf {name} {problem}: give a tree of arrays with unique names")
+    arrays[name] = leaf
+  return arrays
 
 
 def check_fit(

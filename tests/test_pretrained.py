@@ -250,12 +250,14 @@ NETWORKS = {
 def randomize(network, seed=0):
   """Values that no fresh network has, in eval mode."""
   generator = torch.Generator().manual_seed(seed)
+  # Without residual connections signals fade where ReLUs halve their variance.
+  gain = 2 if isinstance(network, TorchVGG) else 1
   for name, tensor in network.state_dict().items():
     if name.endswith("num_batches_tracked"):
       tensor.fill_(3)
     elif tensor.ndim > 1:
       fan_in = tensor[0].numel()
-      tensor.normal_(0, fan_in**-0.5, generator=generator)
+      tensor.normal_(0, (gain / fan_in) ** 0.5, generator=generator)
     elif name.endswith(("running_var", "weight")):
       tensor.uniform_(0.5, 1.5, generator=generator)
     else:
@@ -316,8 +318,12 @@ FULL = {
 }
 
 
+# Same tables as the others, only more blocks.
+SLOW = ("resnet20", "resnet56", "wide_resnet22_10", "wide_resnet28_10")
+
+
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=() if n == "resnet8" else pytest.mark.slow) for n in FULL]
+  "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FULL]
 )
 def test_the_papers_networks_in_full_size(name):
   make, size, classes = FULL[name]

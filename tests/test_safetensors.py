@@ -232,6 +232,8 @@ def test_a_tree_that_does_not_fit_is_refused(path, rejects):
   save_safetensors(path, template)
   with rejects("(missing: b, c; a is (2,) and should be (3,))"):
     load_safetensors(path, {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(2)})
+  with rejects("leaf a is float"):
+    load_safetensors(path, {"a": 1.0})
   with rejects("a is float32 in"):
     load_safetensors(path, {"a": jnp.ones(2, int)})
   with rejects("there is no file"):
