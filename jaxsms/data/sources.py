@@ -88,20 +88,21 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
   return _dataset(name, arrays, num_classes)
 
 
-def read_npz(path: str, names: tuple[str, ...]) -> list[np.ndarray]:
+def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
   """Reads arrays from an .npz file; never unpickles.
 
   Args:
     path: the file.
-    names: the arrays wanted.
+    names: the arrays wanted; None means all.
 
   Returns:
-    The arrays, in the order of `names`.
+    The arrays by name, in the order of `names`.
 
   Raises:
     ValueError: the file is missing or damaged, or lacks some of the arrays.
   """
-  allowed = f"give an .npz file written by numpy.savez with {', '.join(names)}"
+  wanted = f" with {', '.join(names)}" if names else ""
+  allowed = f"give an .npz file written by numpy.savez{wanted}"
   if not os.path.isfile(path):
     raise ValueError(f"there is no file {path}: {allowed}")
   try:
@@ -112,20 +113,24 @@ def read_npz(path: str, names: tuple[str, ...]) -> list[np.ndarray]:
       raise zipfile.BadZipFile(f"{damaged} fails its checksum")
     with np.load(path, allow_pickle=False) as file:
       found = list(file.files)
-      arrays = [file[name] for name in names if name in found]
+      if len(set(found)) < len(found):
+        raise zipfile.BadZipFile("a name comes twice")
+      arrays = {n: file[n] for n in (found if names is None else names) if n in found}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+      raise zipfile.BadZipFile("a member is no array")  # numpy gives its bytes
   except Exception as error:  # zlib, zipfile and numpy raise a dozen kinds
     reason = " ".join(str(error).split())
     raise ValueError(f"{path} cannot be read ({reason}): {allowed}") from error
-  if len(arrays) < len(names):
-    missing = ", ".join(name for name in names if name not in found)
+  missing = [name for name in names or () if name not in arrays]
+  if missing:
     has = ", ".join(found) or "nothing"
-    raise ValueError(f"{path} lacks {missing} and holds {has}: {allowed}")
+    raise ValueError(f"{path} lacks {', '.join(missing)} and holds {has}: {allowed}")
   return arrays
 
 
 def _npz(name):
   path = os.path.expanduser(name)
-  arrays = dict(zip(ARRAYS, read_npz(path, ARRAYS), strict=True))
+  arrays = read_npz(path, ARRAYS)
   for split in ("train", "test"):
     _check_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"])
   train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]

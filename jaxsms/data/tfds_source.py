@@ -171,7 +171,7 @@ def _split(builder, split, cache_dir):
   cache = _cache_path(builder, split, cache_dir)
   if os.path.exists(cache):
     try:
-      return tuple(read_npz(cache, ("images", "labels")))
+      return tuple(read_npz(cache, ("images", "labels")).values())
     except ValueError as error:
       logging.warning("ignoring a damaged cache: %s", error)
   logging.info("decoding %s %s, cached as %s", builder.info.full_name, split, cache)

@@ -1,0 +1,224 @@
+"""Weights trained elsewhere: reading their files, and PyTorch's networks as ours."""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.data.sources import read_npz
+from jaxsms.safetensors import by_path, check_fit, first_sentence, read_safetensors
+from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
+
+# Under what training scripts put the weights, beside the epoch and the optimizer.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+# Put before every name by DataParallel, AveragedModel and torch.compile.
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+_IGNORED = re.compile(r"(^|\.)num_batches_tracked$|^n_averaged$")
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads the weights in a file by their names; unpickles nothing but plain tensors.
+
+  Args:
+    path: a .safetensors or .npz file, or a PyTorch checkpoint (.pt, .pth, .bin, .pth.tar):
+      a state dict, or a dict with one under "state_dict", "model_state_dict", "model" or
+      "net".
+
+  Returns:
+    The arrays by name, as the file has them; large ones are views of the file, which must
+    not be written in place while they are used.
+
+  Raises:
+    ValueError: the name has another ending, the file is missing or damaged, or it holds
+      something else than arrays of numbers.
+    ImportError: a PyTorch checkpoint without PyTorch 2.6 or later, before which even
+      reading weights alone could run code from the file.
+
+  References:
+    https://github.com/huggingface/safetensors#format
+    https://nvd.nist.gov/vuln/detail/CVE-2025-32434 (PyTorch before 2.6)
+  """
+  path = os.fspath(path)
+  lower = path.lower()
+  if lower.endswith(".safetensors"):
+    return read_safetensors(path)
+  if lower.endswith(".npz"):
+    return {name: _as_array(path, name, array) for name, array in read_npz(path).items()}
+  if lower.endswith((".pt", ".pth", ".bin", ".pth.tar")):
+    return _load_pytorch(path)
+  raise ValueError(
+    f"weights are read from .safetensors, .npz, .pt, .pth, .bin or .pth.tar files, and "
+    f"{path} is none of them: give one of these"
+  )
+
+
+def _load_pytorch(path):
+  if not os.path.isfile(path):
+    raise ValueError(f"there is no file {path}: give a PyTorch checkpoint")
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{path} is read by PyTorch, which is not installed: run `pip install torch`, or "
+      "give a .safetensors or .npz file"
+    ) from error
+  if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
+    raise ImportError(
+      f"PyTorch is {torch.__version__}, which can run code from {path}: take 2.6 or later"
+    )
+  try:
+    state = torch.load(
+      path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+    )
+  except Exception as error:  # its unpickler and zip reader raise a dozen kinds
+    raise ValueError(
+      f"{path} cannot be read ({first_sentence(error)}): give a PyTorch checkpoint that "
+      "holds tensors alone, as torch.save(model.state_dict(), path) writes it"
+    ) from error
+  wrapped = [state.get(k) for k in _WRAPPERS] if isinstance(state, Mapping) else []
+  state = next((inner for inner in wrapped if isinstance(inner, Mapping)), state)
+  if not isinstance(state, Mapping):
+    raise ValueError(
+      f"{path} holds {type(state).__name__}, not weights by name: save model.state_dict()"
+    )
+  return {str(name): _as_array(path, name, tensor) for name, tensor in state.items()}
+
+
+def _as_array(source, name, tensor):
+  """A PyTorch tensor or array as a NumPy array of numbers."""
+  try:
+    if hasattr(tensor, "detach"):
+      tensor = tensor.detach().cpu()
+      # NumPy alone has no bfloat16.
+      tensor = (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
+    if tensor.dtype.kind in "biuf" or jnp.issubdtype(tensor.dtype, jnp.floating):
+      return np.asarray(tensor)
+    kind = tensor.dtype
+  except (AttributeError, TypeError, RuntimeError):
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+  raise ValueError(
+    f"{name!r} in {source} is {kind}: give real numbers, integers or bools by name"
+  )
+
+
+def from_torch(
+  state_dict: Mapping[str, Any], module: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+  """Turns PyTorch's weights of one of the paper's networks into ours.
+
+  The layers may be called as in the paper's code, in the usual CIFAR networks ("shortcut",
+  "linear") or in torchvision ("downsample", "fc"), those of the Vision Transformer as in
+  timm; prefixes of DataParallel and torch.compile are dropped, and weights that
+  torch.nn.utils.prune keeps with their masks are masked.
+
+  Args:
+    state_dict: arrays or PyTorch tensors by name, such as `load_weights` gives.
+    module: what `jaxsms.models.create` made, with the options of those weights.
+    image_shape: [height, width, channels] of one image. The first layer of an MLP expects
+      images flattened in PyTorch's order, [channels, height, width], and is permuted.
+
+  Returns:
+    {"params": ..., "batch_stats": ...}, of NumPy arrays; no statistics give {}.
+
+  Raises:
+    ValueError: the network is another one, names or shapes do not all agree, or a weight
+      is not floating.
+
+  References:
+    https://github.com/ZIB-IOL/SMS/tree/main/models
+    https://github.com/kuangliu/pytorch-cifar
+    https://github.com/pytorch/vision/blob/main/torchvision/models/resnet.py
+    https://github.com/huggingface/pytorch-image-models (timm)
+  """
+  template, tensors, head = layout(module, image_shape)
+  expected = {tensor.name: tensor for tensor in tensors}
+  ours = {canonical(name): name for name in expected}
+  found, sources = {}, {}
+  for name, array in _plain(state_dict).items():
+    known = ours.get(canonical(name), name)
+    if known in found:
+      raise ValueError(
+        f"{sources[known]} and {name} are names of one layer: keep one of them"
+      )
+    found[known], sources[known] = array, name
+  advice = "make the network with the options and the image shape of these weights"
+  if head in found and found[head].shape != expected[head].shape:
+    advice = f"make the network with num_classes={found[head].size}"
+  check_fit(
+    f"the weights do not fit {type(module).__name__} with {module.num_classes} classes",
+    expected,
+    found,
+    advice,
+  )
+  for name, array in found.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{name} is {array.dtype}: give floating weights, none quantized")
+  leaves, structure = jax.tree.flatten(template)
+  arrays = [
+    to_flax_axes(found[tensor.name], tensor, leaf)
+    for tensor, leaf in zip(tensors, leaves, strict=True)
+  ]
+  variables = jax.tree.unflatten(structure, arrays)
+  return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def to_torch(
+  variables: Mapping[str, Any], module: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+  """Turns variables of one of the paper's networks into PyTorch's: undoes `from_torch`.
+
+  Args:
+    variables: {"params": ..., "batch_stats": ...}.
+    module: what `jaxsms.models.create` made.
+    image_shape: [height, width, channels] of one image.
+
+  Returns:
+    Arrays by name, as in the paper's code, torchvision (with the ImageNet stem) or timm.
+
+  Raises:
+    ValueError: the variables are not those of the network.
+  """
+  template, tensors, _ = layout(module, image_shape)
+  arrays = by_path(variables)
+  check_fit(
+    f"the variables do not fit {type(module).__name__}",
+    by_path(template),
+    arrays,
+    "give those of this network, for images of this shape",
+  )
+  state = {
+    tensor.name: to_torch_axes(np.asarray(leaf), tensor)
+    for tensor, leaf in zip(tensors, arrays.values(), strict=True)
+  }
+  for name in [name for name in state if ".attn.q." in name]:
+    parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+    state[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts)
+  return state
+
+
+def _plain(state_dict):
+  """Weights alone, without prefixes, masks of pruning, and joined attention matrices."""
+  plain = {}
+  for full_name, tensor in state_dict.items():
+    name = _PREFIXES.sub("", full_name)
+    if _IGNORED.search(name):
+      continue
+    if name in plain:
+      raise ValueError(f"{name} comes twice, with and without a prefix: keep one of them")
+    plain[name] = _as_array("the state dict", name, tensor)
+  for name in [name for name in plain if name.endswith("_orig")]:
+    bare, mask = name.removesuffix("_orig"), name.removesuffix("_orig") + "_mask"
+    if mask in plain and bare not in plain and plain[mask].shape == plain[name].shape:
+      weight = plain.pop(name)
+      plain[bare] = np.where(plain.pop(mask) != 0, weight, np.zeros((), weight.dtype))
+  for name in [name for name in plain if ".attn.qkv." in name]:
+    if plain[name].shape and plain[name].shape[0] % 3 == 0:
+      for part, array in zip("qkv", np.split(plain.pop(name), 3), strict=True):
+        plain[name.replace(".qkv.", f".{part}.")] = array
+  return plain
