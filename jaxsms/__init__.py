@@ -103,7 +103,7 @@ __all__ = [
   "worst_class_accuracy",
 ]
 
-_ROOMS = ("checkpoint", "data", "models", "report", "training")
+_ROOMS = ("checkpoint", "data", "models", "pretrained", "report", "training")
 
 
 def __getattr__(name: str):
