@@ -1,9 +1,11 @@
 import functools
+import io
 import json
 import math
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -650,3 +652,55 @@ def test_bad_tfds(varied, tmp_path, rejects):
     file.write_bytes(file.read_bytes()[:100])
   with rejects("cannot be read"):
     start(source=data.TfdsExamples("tiny", "train", str(tmp_path)))
+
+
+def encoded(width, height):
+  """A stand-in for a data set: one smooth image as JPEG bytes, decoded again and again."""
+  small = Image.fromarray(random_image(width // 8, height // 8))
+  file = io.BytesIO()
+  small.resize((width, height), Image.BICUBIC).save(file, "jpeg", quality=90)
+
+  class Decoded(data.ArrayExamples):
+    def __getitem__(self, index):
+      image = Image.open(io.BytesIO(file.getvalue()))
+      image.load()
+      return image, 0
+
+  return Decoded(np.zeros((20_000, 1, 1, 3), np.uint8), np.zeros(20_000, int))
+
+
+def print_speed(name, chunks, images_each):
+  jax.block_until_ready(next(chunks))
+  wall, cpu, n = time.perf_counter(), time.process_time(), 0
+  for images in chunks:
+    jax.block_until_ready(images)
+    n += images_each
+  wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+  print(f"{name}: {n / wall:.0f} images/s, {cpu / n * 1e6:.1f} us of CPU each")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [0, 1, 16])
+@pytest.mark.parametrize("kind", ["arrays", "jpeg 32x32", "jpeg 500x375, crop 224"])
+def test_images_per_second(kind, threads):
+  m, batch, chunk, chunks, transform = 2, 64, 4, 12, None
+  source = data.ArrayExamples(np.zeros((20_000, 32, 32, 3), np.uint8), [0] * 20_000)
+  if "32x32" in kind:
+    source = encoded(32, 32)
+  if "224" in kind:
+    source, transform, chunks = encoded(500, 375), data.random_resized_crop, 4
+  batches = start(
+    source=source, seeds=range(m), batch_size=batch, steps=[chunk * chunks] * m,
+    chunk_steps=chunk, transform=transform, threads=threads,
+  )  # fmt: skip
+  name = f"{kind}, {threads} threads"
+  print_speed(name, (batch.images for batch in batches), m * batch * chunk)
+
+
+@pytest.mark.slow
+def test_images_per_second_resident():
+  n, m, taken = 45_000, 2, 50 * 128
+  images = jax.device_put(np.zeros((n, 32, 32, 3), np.uint8))
+  take = jax.jit(jax.vmap(lambda key: images[jax.random.permutation(key, n)[:taken]]))
+  chunks = (take(jax.random.split(jax.random.key(i), m)) for i in range(6))
+  print_speed("resident 32x32", chunks, m * taken)
