@@ -1,4 +1,4 @@
-"""Data sets, the validation split, augmentation."""
+"""Data sets, resident or streamed, the validation split, augmentation."""
 
 from jaxsms.data.augmentation import (
   AUGMENTATIONS,
@@ -6,17 +6,30 @@ from jaxsms.data.augmentation import (
   normalize,
   training_images,
 )
+from jaxsms.data.crops import random_resized_crop, resize_centre_crop
+from jaxsms.data.evaluation import EvaluationBatch, evaluation_batches
+from jaxsms.data.examples import ArrayExamples
 from jaxsms.data.sources import Dataset, load
 from jaxsms.data.splits import train_validation_split
-from jaxsms.data.tfds_source import load_split
+from jaxsms.data.streaming import Batches, Stream, stream
+from jaxsms.data.tfds_source import TfdsExamples, load_split
 
 __all__ = [
   "AUGMENTATIONS",
+  "ArrayExamples",
+  "Batches",
   "Dataset",
+  "EvaluationBatch",
+  "Stream",
+  "TfdsExamples",
+  "evaluation_batches",
   "evaluation_images",
   "load",
   "load_split",
   "normalize",
+  "random_resized_crop",
+  "resize_centre_crop",
+  "stream",
   "train_validation_split",
   "training_images",
 ]

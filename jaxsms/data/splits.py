@@ -25,7 +25,7 @@ def train_validation_split(
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (10 % held out, seed 42)
   """
-  n, seed = _integer("n", n, 1), _integer("seed", seed, 0)
+  n, seed = integer("n", n, 1), integer("seed", seed, 0)
   if not 0 < fraction < 1:
     raise ValueError(f"fraction is {fraction}: give a share between 0 and 1, both excluded")
   held_out = round(fraction * n)
@@ -39,7 +39,8 @@ def train_validation_split(
   return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _integer(what, value, least):
+def integer(what: str, value: object, least: int) -> int:
+  """An integer of at least `least`, or a ValueError that names it."""
   try:
     value = operator.index(value)
   except TypeError:
@@ -47,3 +48,14 @@ def _integer(what, value, least):
   if value < least:
     raise ValueError(f"{what} is {value}: give an integer of at least {least}")
   return value
+
+
+def integers(what: str, values: object, below: int) -> np.ndarray:
+  """Integers [n] from 0 to `below` - 1, at least one, or a ValueError that names them."""
+  values = np.asarray(values)
+  allowed = f"give integers from 0 to {below - 1}, at least one"
+  if values.ndim != 1 or not values.size or not np.issubdtype(values.dtype, np.integer):
+    raise ValueError(f"{what} is {values.dtype} of shape {values.shape}: {allowed}")
+  if values.min() < 0 or values.max() >= below:
+    raise ValueError(f"{what} runs from {values.min()} to {values.max()}: {allowed}")
+  return values

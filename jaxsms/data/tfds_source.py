@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
@@ -73,6 +74,66 @@ def load_split(
     builder = _builder(name, data_dir)
     check_name(f"split of {name}", split.split("[")[0], builder.info.splits)
     return _split(builder, split, cache_dir)
+
+
+class TfdsExamples:
+  """One split, read and decoded example by example: images of any size.
+
+  Attributes:
+    num_classes: number of classes; None where the data set does not say.
+  """
+
+  def __init__(self, name: str, split: str, data_dir: str | None = None):
+    """Opens a split; nothing is decoded yet.
+
+    Args:
+      name: TFDS name, as in "imagenet2012".
+      split: a split of it, or a part of one: "validation", "train[:10%]".
+      data_dir: where TFDS prepared its data; None means TFDS's own default.
+
+    Raises:
+      ValueError: the name or the split is unknown, the data are not prepared as
+        array_record, or they are not uint8 images with a label each.
+      ImportError: a package to read them with is missing.
+    """
+    with _tfds_errors(name):
+      from tensorflow_datasets import decode
+
+      builder = _builder(name, data_dir)
+      check_name(f"split of {name}", split.split("[")[0], builder.info.splits)
+      self._name = builder.info.full_name
+      self._split = split
+      image = builder.info.features["image"]
+      channels = (image.shape or (None,))[-1]
+      if image.np_dtype != np.uint8 or channels not in (1, 3, None):
+        raise ValueError(
+          f"{self._name} has images that are {image.np_dtype.__name__} with {channels} "
+          "channels: give a data set of uint8 with 1 or 3 channels"
+        )
+      self._mode = "L" if channels == 1 else "RGB"
+      self.num_classes = getattr(builder.info.features["label"], "num_classes", None)
+      decoders = {"image": decode.SkipDecoding()}
+      self._source = builder.as_data_source(split, decoders=decoders)
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    return len(self._source)
+
+  def __getitem__(self, index: int):
+    """The Pillow image, decoded, and the label at an index."""
+    with _tfds_errors(self._name):
+      from PIL import Image
+
+      example = self._source[index]
+      label = example["label"]
+      _check_label(self._name, self._split, np.asarray(label))
+      image = Image.open(io.BytesIO(example["image"]))
+      image.load()
+      return image if image.mode == self._mode else image.convert(self._mode), label
+
+  def __repr__(self) -> str:
+    """The same in every process that reads the same data."""
+    return f"TfdsExamples({self._name}, {self._split}, {len(self)} examples)"
 
 
 @contextlib.contextmanager
@@ -196,17 +257,21 @@ def _decode(builder, split):
           f"{name} has images that are {image.dtype} of shape {image.shape}: give a "
           "data set of uint8 [height, width, channels]"
         )
-      if not np.issubdtype(label.dtype, np.integer) or label.ndim or label < 0:
-        raise ValueError(
-          f"{name} has the label {label.tolist()} in {split}: give a data set whose labels "
-          "are classes counted from 0"
-        )
+      _check_label(name, split, label)
       if images is None:
         images = np.empty((len(source), *image.shape), np.uint8)
       if image.shape != images.shape[1:]:
         raise ValueError(_sizes_differ(name, images.shape[1:], image.shape))
       images[i], labels[i] = image, label
   return images, labels
+
+
+def _check_label(name, split, label):
+  if not np.issubdtype(label.dtype, np.integer) or label.ndim or label < 0:
+    raise ValueError(
+      f"{name} has the label {label.tolist()} in {split}: give a data set whose labels "
+      "are classes counted from 0"
+    )
 
 
 def _sizes_differ(name, one, other):

@@ -1,0 +1,134 @@
+"""Random access to examples that stay on the host, and threads that read them ahead."""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxsms.data.crops import as_array
+from jaxsms.data.splits import integers
+
+
+class Examples(Protocol):
+  """Random access to images and labels, from several threads at once.
+
+  Where a stream is to be resumed by another process, `repr` has to be the same there.
+  """
+
+  def __len__(self) -> int:
+    """The number of examples."""
+
+  def __getitem__(self, index: int) -> tuple[Any, int]:
+    """A Pillow image or uint8 [height, width, channels], and its class."""
+
+
+class ArrayExamples:
+  """Images of one size in host memory."""
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray):
+    """Wraps arrays; nothing is copied.
+
+    Args:
+      images: uint8 [n, height, width, channels].
+      labels: int [n].
+
+    Raises:
+      ValueError: they are not images with a label each.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+      raise ValueError(
+        f"images are {images.dtype} of shape {images.shape} and labels of shape "
+        f"{labels.shape}: give uint8 [n, height, width, channels] and one label each"
+      )
+    self._images, self._labels = images, labels
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    return len(self._labels)
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    """The image and the label at an index."""
+    return self._images[index], self._labels[index]
+
+  @functools.cached_property
+  def _checksum(self):
+    arrays = (np.ascontiguousarray(a) for a in (self._images, self._labels))
+    return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
+
+  def __repr__(self) -> str:
+    """The same for equal arrays."""
+    return f"ArrayExamples({self._images.shape}, {self._checksum:08x})"
+
+
+def chosen(source: Examples, indices: Sequence[int] | None) -> np.ndarray:
+  """The indices to use, checked: int64 [n], all of the source for None."""
+  n = len(source)
+  if not n:
+    raise ValueError(f"{source!r} holds no examples: give some")
+  indices = np.arange(n) if indices is None else integers("indices", indices, n)
+  return np.ascontiguousarray(indices, np.int64)
+
+
+def read_example(
+  source: Examples,
+  index: int,
+  transform: Callable[[Any], np.ndarray] | None,
+  shape: tuple[int, ...] | None = None,
+) -> tuple[np.ndarray, int]:
+  """Reads and transforms one example.
+
+  Args:
+    source: where it is.
+    index: of the example.
+    transform: `f(image)`; None takes it as it is.
+    shape: that it must have; None for any.
+
+  Returns:
+    (image uint8 [height, width, channels], label).
+
+  Raises:
+    ValueError: the image has another type or shape.
+  """
+  image, label = source[index]
+  image = as_array(image if transform is None else transform(image))
+  if image.dtype != np.uint8 or image.ndim != 3:
+    raise ValueError(
+      f"image {index} of {source!r} is {image.dtype} of shape {image.shape}: give uint8 "
+      "[height, width, channels]"
+    )
+  if shape is not None and image.shape != shape:
+    raise ValueError(
+      f"{source!r} has images of shape {image.shape} and of shape {shape}: give a "
+      "transform that makes them alike, such as random_resized_crop"
+    )
+  return image, label
+
+
+def read_ahead(reads: Sequence, threads: int) -> Iterator:
+  """An iterator over all of `reads`, in order, that threads read ahead of it.
+
+  Args:
+    reads: whose items take long; None is allowed among them.
+    threads: how many; 0 reads in line.
+
+  Returns:
+    grain's iterator, with `close`.
+  """
+  g = grain()
+  options = g.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+  return iter(g.MapDataset.source(reads).to_iter_dataset(options, allow_nones=True))
+
+
+def grain():
+  """The module, or an ImportError that says what to install."""
+  try:
+    import grain
+  except ImportError as error:
+    raise ImportError(
+      "streaming reads with grain, which is not installed: run "
+      "`pip install 'jaxsms[experiments]'`"
+    ) from error
+  return grain
