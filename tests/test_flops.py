@@ -17,7 +17,7 @@ from jaxsms import (
   sparse_multiply_adds,
   theoretical_speedup,
 )
-from jaxsms.models.layers import batch_norm, conv, dense
+from jaxsms.models.layers import Layers
 
 KEY = jax.random.key(0)
 
@@ -51,8 +51,9 @@ class Small(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = nn.relu(batch_norm(conv(4, 3, x, stride=2, use_bias=True), train, 0.9))
-    return dense(7, jnp.mean(conv(6, 1, x), (1, 2)))
+    layers = Layers()
+    x = nn.relu(layers.batch_norm(layers.conv(4, 3, x, stride=2, use_bias=True), train))
+    return layers.dense(7, jnp.mean(layers.conv(6, 1, x), (1, 2)))
 
 
 SMALL = {

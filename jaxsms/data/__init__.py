@@ -9,7 +9,7 @@ from jaxsms.data.augmentation import (
 from jaxsms.data.crops import random_resized_crop, resize_centre_crop
 from jaxsms.data.evaluation import EvaluationBatch, evaluation_batches
 from jaxsms.data.examples import ArrayExamples
-from jaxsms.data.sources import Dataset, load
+from jaxsms.data.sources import Dataset, StreamedDataset, load, open_streamed
 from jaxsms.data.splits import train_validation_split
 from jaxsms.data.streaming import Batches, Stream, stream
 from jaxsms.data.tfds_source import TfdsExamples, load_split
@@ -21,12 +21,14 @@ __all__ = [
   "Dataset",
   "EvaluationBatch",
   "Stream",
+  "StreamedDataset",
   "TfdsExamples",
   "evaluation_batches",
   "evaluation_images",
   "load",
   "load_split",
   "normalize",
+  "open_streamed",
   "random_resized_crop",
   "resize_centre_crop",
   "stream",

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxsms.data.examples import Examples
+
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 # Mean and standard deviation per channel; data sets not named here are measured.
@@ -50,6 +52,61 @@ class Dataset(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   augmentation: str
+
+
+class StreamedDataset(NamedTuple):
+  """A data set that is read example by example.
+
+  Attributes:
+    name: what `open_streamed` was given.
+    train: random access to the training examples.
+    test: to the test examples, or TFDS's split "validation" where there is no "test".
+    num_classes: number of classes.
+    mean: per channel, of images scaled to [0, 1].
+    std: per channel, of images scaled to [0, 1].
+    augmentation: "none": streamed images are cropped and flipped on the host.
+  """
+
+  name: str
+  train: Examples
+  test: Examples
+  num_classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  augmentation: str
+
+
+def open_streamed(name: str, data_dir: str | None = None) -> StreamedDataset:
+  """Opens a TFDS data set whose images, of any size, are decoded when they are used.
+
+  Args:
+    name: TFDS name, such as "imagenet2012".
+    data_dir: where TFDS prepared its data; None means TFDS's own default.
+
+  Returns:
+    The data set. Where `NORMALIZATION` does not name it, it is normalized as ImageNet is.
+
+  Raises:
+    ValueError: see `jaxsms.data.TfdsExamples`, or there is no test split or no number of
+      classes.
+  """
+  from jaxsms.data.tfds_source import TfdsExamples, test_split
+
+  train = TfdsExamples(name, "train", data_dir)
+  test = TfdsExamples(name, test_split(name, data_dir), data_dir)
+  if not train.num_classes:
+    raise ValueError(f"data set {name!r} does not say how many classes it has")
+  rgb = NORMALIZATION["imagenet2012"]
+  mean, std = NORMALIZATION.get(base_name(name), rgb)
+  channels = 1 if train.mode == "L" else 3
+  if len(mean) != channels:
+    mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+  return StreamedDataset(name, train, test, train.num_classes, mean, std, "none")
+
+
+def base_name(name: str) -> str:
+  """The first part of TFDS's name/config:version."""
+  return name.split("/")[0].split(":")[0]
 
 
 def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Dataset:
@@ -203,7 +260,7 @@ def _digits():
 
 def _dataset(name, arrays, num_classes):
   train_images, train_labels, test_images, test_labels = arrays
-  base = name.split("/")[0].split(":")[0]  # of TFDS's name/config:version
+  base = base_name(name)
   mean, std = NORMALIZATION.get(base, ((), ()))
   if len(mean) != train_images.shape[-1]:
     mean, std = _mean_std(train_images)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, Sharding
 from jaxsms.data.examples import Examples, chosen, grain, read_ahead, read_example
 from jaxsms.data.placement import place, process_block, spread
 from jaxsms.data.splits import integer, integers
-from jaxsms.ingredients import DATA_AXIS, INGREDIENT_AXIS
+from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS
 
 ORDER, CROP = 0, 1  # independent streams of one copy's key and seed
 

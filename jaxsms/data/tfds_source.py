@@ -25,13 +25,7 @@ def load_train_test(name, data_dir=None, cache_dir=None):
   """Training and test arrays in the order of `sources.ARRAYS`, and the classes."""
   with _tfds_errors(name):
     builder = _builder(name, data_dir)
-    splits = list(builder.info.splits)
-    test = "test" if "test" in splits else "validation"
-    if not {"train", test} <= set(splits):
-      raise ValueError(
-        f"data set {name!r} has only the splits {', '.join(splits)}: give one with "
-        "train, and test or validation"
-      )
+    test = _test_split(builder, name)
     arrays = [
       array for split in ("train", test) for array in _split(builder, split, cache_dir)
     ]
@@ -76,11 +70,29 @@ def load_split(
     return _split(builder, split, cache_dir)
 
 
+def test_split(name: str, data_dir: str | None = None) -> str:
+  """The split to test on: "test", or "validation" where there is none."""
+  with _tfds_errors(name):
+    return _test_split(_builder(name, data_dir), name)
+
+
+def _test_split(builder, name):
+  splits = list(builder.info.splits)
+  test = "test" if "test" in splits else "validation"
+  if not {"train", test} <= set(splits):
+    raise ValueError(
+      f"data set {name!r} has only the splits {', '.join(splits)}: give one with "
+      "train, and test or validation"
+    )
+  return test
+
+
 class TfdsExamples:
   """One split, read and decoded example by example: images of any size.
 
   Attributes:
     num_classes: number of classes; None where the data set does not say.
+    mode: Pillow's name of what images are decoded to, "L" or "RGB".
   """
 
   def __init__(self, name: str, split: str, data_dir: str | None = None):
@@ -110,7 +122,7 @@ class TfdsExamples:
           f"{self._name} has images that are {image.np_dtype.__name__} with {channels} "
           "channels: give a data set of uint8 with 1 or 3 channels"
         )
-      self._mode = "L" if channels == 1 else "RGB"
+      self.mode = "L" if channels == 1 else "RGB"
       self.num_classes = getattr(builder.info.features["label"], "num_classes", None)
       decoders = {"image": decode.SkipDecoding()}
       self._source = builder.as_data_source(split, decoders=decoders)
@@ -129,7 +141,7 @@ class TfdsExamples:
       _check_label(self._name, self._split, np.asarray(label))
       image = Image.open(io.BytesIO(example["image"]))
       image.load()
-      return image if image.mode == self._mode else image.convert(self._mode), label
+      return image if image.mode == self.mode else image.convert(self.mode), label
 
   def __repr__(self) -> str:
     """The same in every process that reads the same data."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxsms.models.layers import hidden_widths
 from jaxsms.models.mlp import MLP
@@ -56,7 +57,10 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     **options: fields of the network: `hidden` and `dropout` of the MLP; `width` (channels
       of the first stage) of residual networks and VGG; `stem`, "cifar" or "imagenet", of
       "resnet18" and "resnet50"; `widening` and `dropout` of wide ones; `patch_size`,
-      `depth`, `width`, `heads` and `dropout` of the Vision Transformer.
+      `depth`, `width`, `heads` and `dropout` of the Vision Transformer; `dtype` of the
+      activations (parameters are float32), such as `jax.numpy.bfloat16`; and of all but
+      the MLP `convolution`, with the signature of `jax.lax.conv_general_dilated`, and
+      `remat`, True for less memory and more time.
 
   Returns:
     A module, to be called as `module.apply(variables, images, train=False)` on float
@@ -77,6 +81,17 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise ValueError(f"{size} is {options[size]}: it must be at least 1")
     if not 0 <= options.get("dropout", 0) < 1:
       raise ValueError(f"dropout is {options['dropout']:g}: it is a rate, in [0, 1)")
+    dtype, convolution = options.get("dtype"), options.get("convolution", create)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f"dtype is {jnp.dtype(dtype).name}: networks compute in a floating one, such as "
+        "bfloat16"
+      )
+    if not callable(convolution):
+      raise ValueError(
+        f"convolution is {convolution!r}: pass a function with the signature of "
+        "jax.lax.conv_general_dilated"
+      )
     return MODELS[name](num_classes, **options)
   except TypeError as error:
     raise ValueError(f"model {name!r} does not take these options: {error}") from error

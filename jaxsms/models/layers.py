@@ -1,7 +1,7 @@
 """Layers with PyTorch's default initialisation, for the networks of the paper."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,52 +25,67 @@ def bias_init(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
-def dense(features: int, inputs: jax.Array, name: str | None = None) -> jax.Array:
-  """A dense layer with bias, [..., inputs] -> [..., features]."""
-  layer = nn.Dense(
-    features, kernel_init=kernel_init, bias_init=bias_init(inputs.shape[-1]), name=name
-  )
-  return layer(inputs)
+class Layers(NamedTuple):
+  """The layers of one network, with what they share. To be used in its compact method.
 
-
-def conv(
-  features: int,
-  kernel_size: int,
-  inputs: jax.Array,
-  stride: int = 1,
-  use_bias: bool = False,
-  name: str | None = None,
-  init: nn.initializers.Initializer = kernel_init,
-) -> jax.Array:
-  """A square convolution, [b, h, w, c] -> [b, h / stride, w / stride, features].
-
-  Padded by kernel_size // 2 on every side, as the reference does; "SAME" would pad strided
-  convolutions on one side only.
+  Attributes:
+    dtype: of the activations; None means what inputs and parameters promote to. Parameters
+      and batch statistics are float32 all the same, and so are the sums of normalizations.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    conv_init: of the kernels of convolutions.
+    norm_momentum: of the running batch statistics.
   """
-  pad = kernel_size // 2
-  layer = nn.Conv(
-    features,
-    (kernel_size, kernel_size),
-    strides=(stride, stride),
-    padding=((pad, pad), (pad, pad)),
-    use_bias=use_bias,
-    kernel_init=init,
-    bias_init=bias_init(kernel_size**2 * inputs.shape[-1]),
-    conv_general_dilated=conv_general_dilated,
-    name=name,
-  )
-  return layer(inputs)
 
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  conv_init: nn.initializers.Initializer = kernel_init
+  norm_momentum: float = 0.9
 
-def batch_norm(
-  inputs: jax.Array,
-  train: bool,
-  momentum: float,
-  name: str | None = None,
-  relu: bool = False,
-) -> jax.Array:
-  """Batch normalization over all axes but the last; `momentum` is of the running mean."""
-  return BatchNorm(momentum, relu, name=name)(inputs, train)
+  def dense(self, features: int, inputs: jax.Array) -> jax.Array:
+    """A dense layer with bias, [..., inputs] -> [..., features]."""
+    return nn.Dense(
+      features,
+      dtype=self.dtype,
+      kernel_init=kernel_init,
+      bias_init=bias_init(inputs.shape[-1]),
+    )(inputs)
+
+  def conv(
+    self,
+    features: int,
+    kernel_size: int,
+    inputs: jax.Array,
+    stride: int = 1,
+    padding: int | None = None,
+    use_bias: bool = False,
+    name: str | None = None,
+  ) -> jax.Array:
+    """A square convolution, [b, h, w, c] -> [b, h / stride, w / stride, features].
+
+    Padded by kernel_size // 2 on every side where `padding` is None, as the reference
+    does; "SAME" would pad strided convolutions on one side only.
+    """
+    pad = kernel_size // 2 if padding is None else padding
+    return nn.Conv(
+      features,
+      (kernel_size, kernel_size),
+      strides=(stride, stride),
+      padding=((pad, pad), (pad, pad)),
+      use_bias=use_bias,
+      dtype=self.dtype,
+      kernel_init=self.conv_init,
+      bias_init=bias_init(kernel_size**2 * inputs.shape[-1]),
+      conv_general_dilated=self.convolution,
+      name=name,
+    )(inputs)
+
+  def batch_norm(self, inputs: jax.Array, train: bool, relu: bool = False) -> jax.Array:
+    """Batch normalization over all axes but the last, and a relu after it if wanted."""
+    return BatchNorm(self.norm_momentum, relu)(inputs, train)
+
+  def layer_norm(self, inputs: jax.Array) -> jax.Array:
+    """Normalization over the last axis."""
+    return nn.LayerNorm(dtype=self.dtype)(inputs)
 
 
 def residual_stages(
@@ -80,6 +95,7 @@ def residual_stages(
   *,
   blocks: Sequence[int],
   width: int,
+  remat: bool,
   **options: Any,
 ) -> jax.Array:
   """Stages of residual blocks: each doubles the features, all but the first halve the size.
@@ -90,16 +106,36 @@ def residual_stages(
     train: handed to the blocks.
     blocks: how many of them each stage has.
     width: features of the first stage.
+    remat: whether the gradient computes each block's activations again.
     **options: further fields of the blocks.
 
   Returns:
     What the last block gives.
   """
+  call = caller(train, remat)
   for stage, number in enumerate(blocks):
     for i in range(number):
       stride = 2 if stage and not i else 1
-      x = block(features=width * 2**stage, stride=stride, **options)(x, train)
+      x = call(block(features=width * 2**stage, stride=stride, **options), x)
   return x
+
+
+def caller(train: bool, remat: bool) -> Callable[[nn.Module, jax.Array], jax.Array]:
+  """Gives `call(block, x)`: `block(x, train)`, of which `remat` keeps x alone.
+
+  Args:
+    train: handed to the block.
+    remat: whether the gradient computes what is inside the block again.
+
+  Returns:
+    A function to be called in the compact method that makes the block.
+  """
+
+  def call(block, x):
+    return block(x, train)
+
+  # Of the call, because a rematerialized class gives its parameters another name.
+  return nn.remat(call) if remat else call
 
 
 def flatten(images: jax.Array) -> jax.Array:

@@ -1,10 +1,14 @@
 """The residual networks of four stages, for small images and for ImageNet."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense, kernel_init, residual_stages
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.models.layers import Layers, kernel_init, residual_stages
 from jaxsms.names import check_name
 
 STEMS = ("cifar", "imagenet")
@@ -26,6 +30,11 @@ class ResNet(nn.Module):
     width: channels of the first stage.
     conv_init: of the kernels of convolutions.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters and batch statistics are float32 all the same.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps the input of each block alone and computes the rest again:
+      less memory, more time.
 
   References:
     He et al., 2016, https://arxiv.org/abs/1512.03385
@@ -38,6 +47,9 @@ class ResNet(nn.Module):
   width: int = 64
   conv_init: nn.initializers.Initializer = kernel_init
   norm_momentum: float = 0.9
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
 
   def __post_init__(self):
     check_name("stem", self.stem, STEMS)
@@ -46,9 +58,10 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
+    layers = Layers(self.dtype, self.convolution, self.conv_init, self.norm_momentum)
     size, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-    x = conv(self.width, size, images, stride, init=self.conv_init)
-    x = nn.relu(batch_norm(x, train, self.norm_momentum))
+    x = layers.conv(self.width, size, images, stride)
+    x = layers.batch_norm(x, train, relu=True)
     if self.stem == "imagenet":
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     x = residual_stages(
@@ -57,10 +70,10 @@ class ResNet(nn.Module):
       train,
       blocks=self.blocks,
       width=self.width,
-      conv_init=self.conv_init,
-      norm_momentum=self.norm_momentum,
+      remat=self.remat,
+      layers=layers,
     )
-    return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
+    return layers.dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 
 class BasicBlock(nn.Module):
@@ -68,16 +81,15 @@ class BasicBlock(nn.Module):
 
   features: int
   stride: int
-  conv_init: nn.initializers.Initializer
-  norm_momentum: float
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), features]."""
-    y = conv(self.features, 3, x, self.stride, init=self.conv_init)
-    y = nn.relu(batch_norm(y, train, self.norm_momentum))
-    y = conv(self.features, 3, y, init=self.conv_init)
-    y = batch_norm(y, train, self.norm_momentum)
+    y = self.layers.conv(self.features, 3, x, self.stride)
+    y = self.layers.batch_norm(y, train, relu=True)
+    y = self.layers.conv(self.features, 3, y)
+    y = self.layers.batch_norm(y, train)
     return nn.relu(y + shortcut(self, x, y, train))
 
 
@@ -90,18 +102,17 @@ class Bottleneck(nn.Module):
 
   features: int
   stride: int
-  conv_init: nn.initializers.Initializer
-  norm_momentum: float
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), 4 * features]."""
-    y = conv(self.features, 1, x, init=self.conv_init)
-    y = nn.relu(batch_norm(y, train, self.norm_momentum))
-    y = conv(self.features, 3, y, self.stride, init=self.conv_init)
-    y = nn.relu(batch_norm(y, train, self.norm_momentum))
-    y = conv(4 * self.features, 1, y, init=self.conv_init)
-    y = batch_norm(y, train, self.norm_momentum)
+    y = self.layers.conv(self.features, 1, x)
+    y = self.layers.batch_norm(y, train, relu=True)
+    y = self.layers.conv(self.features, 3, y, self.stride)
+    y = self.layers.batch_norm(y, train, relu=True)
+    y = self.layers.conv(4 * self.features, 1, y)
+    y = self.layers.batch_norm(y, train)
     return nn.relu(y + shortcut(self, x, y, train))
 
 
@@ -114,5 +125,5 @@ def shortcut(
   """
   if block.stride == 1 and x.shape == y.shape:
     return x
-  x = conv(y.shape[-1], 1, x, block.stride, init=block.conv_init)
-  return batch_norm(x, train, block.norm_momentum)
+  x = block.layers.conv(y.shape[-1], 1, x, block.stride)
+  return block.layers.batch_norm(x, train)

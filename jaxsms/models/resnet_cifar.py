@@ -1,10 +1,14 @@
 """The residual networks of depth 6n + 2 for small images."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense, residual_stages
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.models.layers import Layers, residual_stages
 
 
 class CifarResNet(nn.Module):
@@ -15,6 +19,11 @@ class CifarResNet(nn.Module):
     depth: 8, 14, 20, ...: two more than a multiple of 6.
     width: channels of the first stage; later ones have two and four times as many.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters and batch statistics are float32 all the same.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps the input of each block alone and computes the rest again:
+      less memory, more time.
 
   References:
     He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2, option A
@@ -24,21 +33,26 @@ class CifarResNet(nn.Module):
   depth: int = 20
   width: int = 16
   norm_momentum: float = 0.9
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
-    x = conv(self.width, 3, images)
-    x = batch_norm(x, train, self.norm_momentum, relu=True)
+    layers = Layers(self.dtype, self.convolution, norm_momentum=self.norm_momentum)
+    x = layers.conv(self.width, 3, images)
+    x = layers.batch_norm(x, train, relu=True)
     x = residual_stages(
       BasicBlock,
       x,
       train,
       blocks=[(self.depth - 2) // 6] * 3,
       width=self.width,
-      norm_momentum=self.norm_momentum,
+      remat=self.remat,
+      layers=layers,
     )
-    return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
+    return layers.dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 
 class BasicBlock(nn.Module):
@@ -46,14 +60,14 @@ class BasicBlock(nn.Module):
 
   features: int
   stride: int
-  norm_momentum: float
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), features]."""
-    y = conv(self.features, 3, x, stride=self.stride)
-    y = batch_norm(y, train, self.norm_momentum, relu=True)
-    y = batch_norm(conv(self.features, 3, y), train, self.norm_momentum)
+    y = self.layers.conv(self.features, 3, x, stride=self.stride)
+    y = self.layers.batch_norm(y, train, relu=True)
+    y = self.layers.batch_norm(self.layers.conv(self.features, 3, y), train)
     return nn.relu(y + pad_shortcut(x, self.features, self.stride))
 
 

@@ -1,10 +1,14 @@
 """VGG with batch normalization, for small images."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.models.layers import Layers
 
 
 class VGG(nn.Module):
@@ -15,6 +19,11 @@ class VGG(nn.Module):
     convolutions: how many there are in each stage.
     width: channels of the first stage; they double up to eight times as many.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters and batch statistics are float32 all the same.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps the input of each convolution alone and computes it, its
+      normalization and ReLU again: less memory, more time.
 
   References:
     Simonyan and Zisserman, 2015, https://arxiv.org/abs/1409.1556, configuration D
@@ -24,6 +33,9 @@ class VGG(nn.Module):
   convolutions: tuple[int, ...] = (2, 2, 3, 3, 3)
   width: int = 64
   norm_momentum: float = 0.9
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -38,20 +50,26 @@ class VGG(nn.Module):
         f"images are {images.shape[1]}x{images.shape[2]}: this network halves them "
         f"{len(self.convolutions)} times, so give at least {smallest}x{smallest}"
       )
+    layers = Layers(self.dtype, self.convolution, norm_momentum=self.norm_momentum)
+
+    def unit(self, x, features):
+      x = layers.conv(features, 3, x, use_bias=True)
+      return layers.batch_norm(x, train, relu=True)
+
+    unit = nn.remat(unit, static_argnums=2) if self.remat else unit
     x = images
     for stage, number in enumerate(self.convolutions):
       for _ in range(number):
-        x = conv(self.width * min(2**stage, 8), 3, x, use_bias=True)
-        x = nn.relu(batch_norm(x, train, self.norm_momentum))
+        x = unit(self, x, self.width * min(2**stage, 8))
       x = max_pool(x)
-    return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
+    return layers.dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 
 def max_pool(x: jax.Array) -> jax.Array:
   """The largest of each 2x2 pixels, [b, h, w, c] -> [b, h // 2, w // 2, c].
 
-  Equal pixels share the gradient; after a ReLU that are zeros, where it ends anyway. The
-  gradient of `nn.max_pool`, which scatters to the first of them, is several times slower.
+  Equal pixels share the gradient; after a ReLU they are mostly 0, where it ends anyway.
+  That of `nn.max_pool`, which scatters to the first of them, is several times slower.
   """
   batch, height, width, channels = x.shape
   x = x[:, : height // 2 * 2, : width // 2 * 2]

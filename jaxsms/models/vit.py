@@ -1,11 +1,14 @@
 """A small Vision Transformer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.models.layers import bias_init, dense, kernel_init
+from jaxsms.models.layers import Layers, caller, kernel_init
 
 # PyTorch's attention draws query, key and value as one matrix [width, 3 * width] from
 # U(-sqrt(6 / (4 * width)), ...), with biases of 0.
@@ -22,6 +25,11 @@ class ViT(nn.Module):
     width: channels of a token, a multiple of `heads`.
     heads: of the attention.
     dropout: rate of dropout after each block's attention and dense layers, in training.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters are float32 all the same.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps the input of each block alone and computes the rest again:
+      less memory, more time.
 
   References:
     Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929
@@ -34,6 +42,9 @@ class ViT(nn.Module):
   width: int = 192
   heads: int = 3
   dropout: float = 0.0
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
 
   def __post_init__(self):
     if self.width % self.heads:
@@ -49,31 +60,25 @@ class ViT(nn.Module):
     Raises:
       ValueError: the images are no whole number of patches.
     """
-    batch, height, width, channels = images.shape
+    batch, height, width, _ = images.shape
     size = self.patch_size
     if height % size or width % size:
       raise ValueError(
         f"images are {height}x{width}: height and width must be multiples of patch_size, "
         f"which is {size}"
       )
-    x = nn.Conv(
-      self.width,
-      (size, size),
-      strides=(size, size),
-      padding="VALID",
-      kernel_init=kernel_init,
-      bias_init=bias_init(size**2 * channels),
-      conv_general_dilated=conv_general_dilated,
-      name="patches",
-    )(images)
+    layers = Layers(self.dtype, self.convolution)
+    x = layers.conv(self.width, size, images, size, 0, use_bias=True, name="patches")
     x = x.reshape(batch, -1, self.width)
     normal = nn.initializers.normal(0.02)
     token = self.param("class_token", normal, (1, 1, self.width))
     x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (batch, 1, 1)), x], 1)
-    x = x + self.param("position_embedding", normal, (1, *x.shape[1:]))
+    position = self.param("position_embedding", normal, (1, *x.shape[1:]))
+    x = x + position.astype(x.dtype)
+    call = caller(train, self.remat)
     for _ in range(self.depth):
-      x = TransformerBlock(self.heads, self.dropout)(x, train)
-    return dense(self.num_classes, nn.LayerNorm()(x[:, 0]))
+      x = call(TransformerBlock(self.heads, self.dropout, layers), x)
+    return layers.dense(self.num_classes, layers.layer_norm(x[:, 0]))
 
 
 class TransformerBlock(nn.Module):
@@ -81,14 +86,18 @@ class TransformerBlock(nn.Module):
 
   heads: int
   dropout: float
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[batch, tokens, width] -> the same."""
     drop = nn.Dropout(self.dropout, deterministic=not train)
     y = nn.MultiHeadDotProductAttention(
-      self.heads, kernel_init=attention_init, out_kernel_init=kernel_init
-    )(nn.LayerNorm()(x))
+      self.heads,
+      dtype=self.layers.dtype,
+      kernel_init=attention_init,
+      out_kernel_init=kernel_init,
+    )(self.layers.layer_norm(x))
     x = x + drop(y)
-    y = dense(4 * x.shape[-1], nn.LayerNorm()(x))
-    return x + drop(dense(x.shape[-1], nn.gelu(y, approximate=False)))
+    y = self.layers.dense(4 * x.shape[-1], self.layers.layer_norm(x))
+    return x + drop(self.layers.dense(x.shape[-1], nn.gelu(y, approximate=False)))

@@ -1,10 +1,14 @@
 """Wide residual networks, for small images."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.models.layers import batch_norm, conv, dense, residual_stages
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.models.layers import Layers, residual_stages
 
 
 class WideResNet(nn.Module):
@@ -16,6 +20,11 @@ class WideResNet(nn.Module):
     widening: the stages have 16, 32 and 64 times as many channels.
     dropout: rate of dropout between the convolutions of a block, in training.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters and batch statistics are float32 all the same.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps the input of each block alone and computes the rest again:
+      less memory, more time.
 
   References:
     Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146
@@ -26,11 +35,15 @@ class WideResNet(nn.Module):
   widening: int = 10
   dropout: float = 0.3
   norm_momentum: float = 0.9
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
-    x = conv(16, 3, images, use_bias=True)
+    layers = Layers(self.dtype, self.convolution, norm_momentum=self.norm_momentum)
+    x = layers.conv(16, 3, images, use_bias=True)
     x = residual_stages(
       WideBlock,
       x,
@@ -38,10 +51,11 @@ class WideResNet(nn.Module):
       blocks=[(self.depth - 4) // 6] * 3,
       width=16 * self.widening,
       dropout=self.dropout,
-      norm_momentum=self.norm_momentum,
+      remat=self.remat,
+      layers=layers,
     )
-    x = nn.relu(batch_norm(x, train, self.norm_momentum))
-    return dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
+    x = layers.batch_norm(x, train, relu=True)
+    return layers.dense(self.num_classes, jnp.mean(x, axis=(1, 2)))
 
 
 class WideBlock(nn.Module):
@@ -50,16 +64,16 @@ class WideBlock(nn.Module):
   features: int
   stride: int
   dropout: float
-  norm_momentum: float
+  layers: Layers
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[b, h, w, c] -> [b, ceil(h / stride), ceil(w / stride), features]."""
-    y = nn.relu(batch_norm(x, train, self.norm_momentum))
-    y = conv(self.features, 3, y, use_bias=True)
+    y = self.layers.batch_norm(x, train, relu=True)
+    y = self.layers.conv(self.features, 3, y, use_bias=True)
     y = nn.Dropout(self.dropout, deterministic=not train)(y)
-    y = nn.relu(batch_norm(y, train, self.norm_momentum))
-    y = conv(self.features, 3, y, self.stride, use_bias=True)
+    y = self.layers.batch_norm(y, train, relu=True)
+    y = self.layers.conv(self.features, 3, y, self.stride, use_bias=True)
     if self.stride > 1 or x.shape != y.shape:
-      x = conv(self.features, 1, x, self.stride, use_bias=True)
+      x = self.layers.conv(self.features, 1, x, self.stride, use_bias=True)
     return x + y

@@ -9,12 +9,14 @@ from jaxsms.training.loop import (
 )
 from jaxsms.training.programs import METRICS, Programs, make_programs
 from jaxsms.training.state import Data, TrainState, init_variables, sgd, start
+from jaxsms.training.streamed import StreamedData
 
 __all__ = [
   "METRICS",
   "Chunk",
   "Data",
   "Programs",
+  "StreamedData",
   "TrainState",
   "fetched",
   "init_variables",

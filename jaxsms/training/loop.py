@@ -15,6 +15,7 @@ from jaxsms.schedules import retrain_schedule
 from jaxsms.sms import finite_models
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data, TrainState, start
+from jaxsms.training.streamed import StreamedData, training_batches
 from jaxsms.trees import PyTree, number_of_models
 
 
@@ -45,7 +46,7 @@ class Chunk(NamedTuple):
 
 def train_copies(
   programs: Programs,
-  data: Data,
+  data: Data | StreamedData,
   masks: PyTree,
   key: jax.Array,
   params: PyTree,
@@ -130,7 +131,7 @@ def fetched(chunk: Chunk, steps: np.ndarray) -> Chunk:
 
 def train_chunks(
   programs: Programs,
-  data: Data,
+  data: Data | StreamedData,
   masks: PyTree,
   key: jax.Array,
   state: TrainState,
@@ -163,14 +164,22 @@ def train_chunks(
     programs, data, masks, key, state, ingredients, np.asarray(learning_rates, np.float32)
   )
   steps = int(np.max(ingredients["steps"]))
-  steps_per_epoch = len(data.labels) // programs.batch_size
+  steps_per_epoch = data.size // programs.batch_size
   length = chunk_length(steps_per_epoch, chunk_steps)
   done = int(np.max(fetch(state.step)))
+  batches = None
+  if isinstance(data, StreamedData):
+    batches = training_batches(programs, data, key, ingredients, length, done)
   while done < steps:
     taken = min(length, steps_per_epoch - done % steps_per_epoch, steps - done)
     rates = learning_rates[:, done : done + taken]
     rates = np.pad(rates, [(0, 0), (0, length - taken)])
-    state, metrics = programs.train(data, masks, key, state, ingredients, rates)
+    of_copies = (masks, key, state, ingredients, rates)
+    if batches is None:
+      state, metrics = programs.train(data, *of_copies)
+    else:
+      images, labels, *_ = next(batches)
+      state, metrics = programs.train_batches(images, labels, np.int32(taken), *of_copies)
     chunk = Chunk(
       copies=m,
       step=done + taken,
@@ -207,7 +216,9 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
       return NamedSharding(mesh, PartitionSpec(*[INGREDIENT_AXIS][:stacked]))
     return jax.tree.map(lambda x: params_sharding(mesh, jnp.shape(x), stacked), tree)
 
-  data, key = place((data, key), NamedSharding(mesh, PartitionSpec()))
+  shared = NamedSharding(mesh, PartitionSpec())
+  data = data if isinstance(data, StreamedData) else place(data, shared)
+  key = place(key, shared)
   masks = place(masks, sharding(masks, programs.own_masks))
   state = place(state, sharding(state, True))
   return data, masks, key, state, ingredients, learning_rates

@@ -13,10 +13,12 @@ from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
 from jaxsms.soups import prediction_ensemble, uniform_soup
+from jaxsms.training import streamed
 from jaxsms.training.loop import Chunk, train_copies
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
-from jaxsms.trees import PyTree, number_of_models
+from jaxsms.training.streamed import StreamedData
+from jaxsms.trees import PyTree
 
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 Record = dict[str, Any]
@@ -25,11 +27,23 @@ Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
 
 
 class Splits(NamedTuple):
-  """The parts of a data set, resident on the device."""
+  """The parts of a data set, resident on the device or streamed from the host."""
 
-  train: Data
-  validation: Data
-  test: Data
+  train: Data | StreamedData
+  validation: Data | StreamedData
+  test: Data | StreamedData
+
+
+class Predictions(NamedTuple):
+  """What m models say about the examples of a split.
+
+  Attributes:
+    logits: float [m, n, classes].
+    labels: int [n].
+  """
+
+  logits: jax.Array
+  labels: jax.Array
 
 
 class Model(NamedTuple):
@@ -111,15 +125,18 @@ def run_phases(
       )
     )
     candidates = recalibrated(programs, splits, recalibration_key, candidates)
-    scores, logits = measure(programs, splits, candidates)
-    ensemble = {split: prediction_ensemble(x)[None] for split, x in logits.items()}
+    scores, predictions = measure(programs, splits, candidates)
+    ensemble = {
+      split: Predictions(prediction_ensemble(logits)[None], labels)
+      for split, (logits, labels) in predictions.items()
+    }
     if len(scores) == 1:  # nothing to merge: plain IMP
       model, weights = merge_phase(candidates, uniform_soup)
-      soup, soup_logits = scores[0], logits
+      soup, of_soup = scores[0], predictions
     else:
       model, weights = merge_phase(candidates, merge)
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
-      (soup,), soup_logits = measure(programs, splits, alone)
+      (soup,), of_soup = measure(programs, splits, alone)
       model = jax.tree.map(lambda x: x[0], alone)
     record |= {
       "weights": weights.tolist(),
@@ -128,9 +145,9 @@ def run_phases(
       "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
       "best_candidate": scores[best_candidate(scores)],
       "candidates": scores,
-      "prediction_ensemble": measure_logits(programs, splits, ensemble)[0],
+      "prediction_ensemble": score(programs, ensemble)[0],
       "ensemble_agreement": {
-        split: float(fetch(agreement(soup_logits[split][0], ensemble[split][0])))
+        split: float(fetch(agreement(of_soup[split].logits[0], ensemble[split].logits[0])))
         for split in ensemble
       },
       "geometry": {k: float(v) for k, v in fetch(geometry(candidates.params)).items()},
@@ -151,29 +168,36 @@ def best_candidate(scores: list[dict[str, float]]) -> int:
 
 def measure(
   programs: Programs, splits: Splits, models: Model
-) -> tuple[list[dict[str, float]], dict[str, jax.Array]]:
+) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
   """What m models do on validation and test data.
 
   Returns:
-    A flat dict of metrics for each model, and for each split logits [m, n, classes].
+    A flat dict of metrics for each model, and predictions on each split.
   """
-  logits = {
-    split: programs.predict(getattr(splits, split).images, *models)
+  predictions = {
+    split: predict(programs, getattr(splits, split), models)
     for split in ("validation", "test")
   }
-  return measure_logits(programs, splits, logits), logits
+  return score(programs, predictions), predictions
 
 
-def measure_logits(
-  programs: Programs, splits: Splits, logits: dict[str, jax.Array]
+def predict(programs: Programs, data: Data | StreamedData, models: Model) -> Predictions:
+  """Predictions of m models on one split."""
+  if isinstance(data, StreamedData):
+    return Predictions(*streamed.predict(programs, data, *models))
+  return Predictions(programs.predict(data.images, *models), data.labels)
+
+
+def score(
+  programs: Programs, predictions: dict[str, Predictions]
 ) -> list[dict[str, float]]:
-  """A flat dict of metrics for each of m models, from their logits on some splits."""
+  """A flat dict of metrics for each of m models, from their predictions on some splits."""
   named = {}
-  for split, values in logits.items():
-    metrics = programs.evaluate(values, getattr(splits, split).labels)
+  for split, on_split in predictions.items():
+    metrics = programs.evaluate(*on_split)
     named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
   named = fetch(named)
-  m = number_of_models(logits)
+  m = len(next(iter(predictions.values())).logits)
   return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
 
 
@@ -183,7 +207,11 @@ def recalibrated(
   """The same models with batch statistics estimated anew."""
   if not jax.tree.leaves(models.batch_stats):
     return models
-  return Model(models.params, programs.recalibrate(splits.train, key, *models))
+  if isinstance(splits.train, StreamedData):
+    statistics = streamed.recalibrate(programs, splits.train, key, *models)
+  else:
+    statistics = programs.recalibrate(splits.train, key, *models)
+  return Model(models.params, statistics)
 
 
 def one_model(model: Model) -> Model:

@@ -18,7 +18,7 @@ from jaxsms.metrics import (
   cross_entropy,
   worst_class_accuracy,
 )
-from jaxsms.training import step
+from jaxsms.training import inference, step
 from jaxsms.trees import number_of_models
 
 MeshOf = Callable[[int], Mesh | None]
@@ -65,22 +65,30 @@ class Programs(NamedTuple):
   Attributes:
     train: `train(data, masks, key, state, ingredients, learning_rates [m, chunk])` giving
       the state after a chunk of steps and its metrics [m]. The state is donated.
+    train_batches: `train_batches(images, labels, taken, masks, key, state, ingredients,
+      learning_rates)`: the same, on batches [m, chunk, batch, ...] from the host.
     recalibrate: `recalibrate(data, key, params, batch_stats)` giving batch statistics.
+    batch_statistics: `batch_statistics(key, index, images, params, total)` adding those of
+      one batch.
     predict: `predict(images, params, batch_stats)` giving logits [m, n, classes].
     evaluate: `evaluate(logits [m, n, classes], labels)` giving metrics [m].
     optimizer: gives the optimizer for a learning rate and a weight decay.
     batch_size: examples in a training step.
+    eval_batch_size: examples in an evaluation step.
     own_masks: whether `train` takes masks [m, ...], one for each copy.
     mesh_of: what a number of copies is spread over; None for one device.
     split_params: whether each copy's parameters are split over the data axis.
   """
 
   train: Program
+  train_batches: Program
   recalibrate: Program
+  batch_statistics: Program
   predict: Program
   evaluate: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
   optimizer: step.Optimizer
   batch_size: int
+  eval_batch_size: int
   own_masks: bool
   mesh_of: MeshOf
   split_params: bool
@@ -132,21 +140,34 @@ def make_programs(
       "number that divides it"
     )
 
-  def train(data, masks, key, state, ingredient, learning_rates):
-    state, metrics = step.train_chunk(
-      module, optimizer, training_images, batch_size,
-      data, masks, key, state, ingredient, learning_rates, micro_batches,
-      vmapped=at_once != 1,
-    )  # fmt: skip
+  options = {"micro_batches": micro_batches, "vmapped": at_once != 1}
+
+  def split(state_and_metrics):
+    state, metrics = state_and_metrics
     return split_over_data(state) if split_params else state, metrics
 
+  def train(*arguments):
+    return split(
+      step.train_chunk(
+        module, optimizer, training_images, batch_size, *arguments, **options
+      )
+    )
+
+  def train_batches(*arguments):
+    return split(
+      step.train_batches(module, optimizer, training_images, *arguments, **options)
+    )
+
   def recalibrate(data, key, params, batch_stats):
-    return step.recalibrate(
+    return inference.recalibrate(
       module, training_images, batch_size, data, key, params, batch_stats
     )
 
+  def batch_statistics(*arguments):
+    return inference.batch_statistics(module, training_images, *arguments)
+
   def predict(images, params, batch_stats):
-    return step.predict(
+    return inference.predict(
       module, evaluation_images, eval_batch_size, images, params, batch_stats
     )
 
@@ -162,13 +183,17 @@ def make_programs(
 
     return Program(on, mesh_of, in_axes)
 
+  of_copies = (0 if own_masks else None, None, 0, 0, 0)
   return Programs(
-    train=program(train, (None, 0 if own_masks else None, None, 0, 0, 0), donate_argnums=3),
+    train=program(train, (None, *of_copies), donate_argnums=3),
+    train_batches=program(train_batches, (0, 0, None, *of_copies), donate_argnums=5),
     recalibrate=program(recalibrate, (None, None, 0, 0)),
+    batch_statistics=program(batch_statistics, (None, None, None, 0, 0)),
     predict=program(predict, (None, 0, 0)),
     evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
     optimizer=optimizer,
     batch_size=batch_size,
+    eval_batch_size=eval_batch_size,
     own_masks=own_masks,
     mesh_of=mesh_of,
     split_params=split_params,

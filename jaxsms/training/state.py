@@ -38,6 +38,11 @@ class Data(NamedTuple):
   images: jax.Array
   labels: jax.Array
 
+  @property
+  def size(self) -> int:
+    """The number of examples."""
+    return len(self.labels)
+
 
 def sgd(
   learning_rate: float | jax.Array,

@@ -1,8 +1,7 @@
-"""One copy: its loss, one step, and a chunk of steps through the resident data."""
+"""One copy: its loss, one step, and a chunk of steps."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -134,30 +133,116 @@ def train_chunk(
   n, chunk = len(data.labels), len(learning_rates)
   steps_per_epoch = n // batch_size
   epoch, first = state.step // steps_per_epoch, state.step % steps_per_epoch
-  key = jax.random.fold_in(key, ingredient["seed"])
-  order_key = jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch)
+  seed_key = jax.random.fold_in(key, ingredient["seed"])
+  order_key = jax.random.fold_in(jax.random.fold_in(seed_key, ORDER), epoch)
   positions = first * batch_size + jnp.arange(chunk * batch_size)
   order = jax.random.permutation(order_key, n)[positions % n]
-  taken = jnp.arange(chunk)
-  active = (first + taken < steps_per_epoch) & (state.step + taken < ingredient["steps"])
+  return _scan(
+    module,
+    optimizer,
+    prepare,
+    lambda indices: (data.images[indices], data.labels[indices]),
+    order.reshape(chunk, batch_size),
+    first + jnp.arange(chunk) < steps_per_epoch,
+    masks,
+    key,
+    state,
+    ingredient,
+    learning_rates,
+    micro_batches,
+    vmapped,
+  )
 
-  def step(state, indices, learning_rate):
+
+def train_batches(
+  module: nn.Module,
+  optimizer: Optimizer,
+  prepare: Callable[[jax.Array, jax.Array], jax.Array],
+  images: jax.Array,
+  labels: jax.Array,
+  taken: jax.Array,
+  masks: PyTree,
+  key: jax.Array,
+  state: TrainState,
+  ingredient: dict[str, jax.Array],
+  learning_rates: jax.Array,
+  micro_batches: int = 1,
+  vmapped: bool = True,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Some steps of one copy, on batches that come from the host.
+
+  Args:
+    module: network.
+    optimizer: as in `train_chunk`, like all that is not named here.
+    prepare: the same.
+    images: uint8 [chunk, batch, height, width, channels].
+    labels: int [chunk, batch].
+    taken: int [], how many of the steps there are batches for.
+    masks: as in `train_chunk`.
+    key: the same.
+    state: the same.
+    ingredient: the same.
+    learning_rates: the same.
+    micro_batches: the same.
+    vmapped: the same.
+
+  Returns:
+    The next state, and mean `loss` and `accuracy` over the steps taken.
+  """
+  return _scan(
+    module,
+    optimizer,
+    prepare,
+    lambda batch: batch,
+    (images, labels),
+    jnp.arange(len(learning_rates)) < taken,
+    masks,
+    key,
+    state,
+    ingredient,
+    learning_rates,
+    micro_batches,
+    vmapped,
+  )
+
+
+def _scan(
+  module,
+  optimizer,
+  prepare,
+  take,
+  batches,
+  exists,
+  masks,
+  key,
+  state,
+  ingredient,
+  learning_rates,
+  micro_batches,
+  vmapped,
+):
+  """A step for each of `batches`, of which `take` gives the images and labels."""
+  key = jax.random.fold_in(key, ingredient["seed"])
+  steps = jnp.arange(len(learning_rates))
+  active = exists & (state.step + steps < ingredient["steps"])
+
+  def step(state, batch, learning_rate):
     augment_key, dropout_key = jax.random.split(
       jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
     )
-    images = prepare(augment_key, split_batch(data.images[indices]))
+    images, labels = take(batch)
     return train_step(
       module,
       optimizer(learning_rate, ingredient["weight_decay"]),
       dropout_key,
       state,
       masks,
-      images,
-      data.labels[indices],
+      prepare(augment_key, split_batch(images)),
+      labels,
       micro_batches,
     )
 
-  def rest(state, indices, learning_rate):
+  def rest(state, batch, learning_rate):
     zero = jnp.zeros((), jnp.float32)
     return state, {"loss": zero, "accuracy": zero}
 
@@ -168,97 +253,6 @@ def train_chunk(
     new = step(state, *arguments)
     return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, rest(state, *arguments))
 
-  state, metrics = jax.lax.scan(
-    body, state, (active, order.reshape(chunk, batch_size), learning_rates)
-  )
+  state, metrics = jax.lax.scan(body, state, (active, batches, learning_rates))
   # 0 / 0 is NaN: a copy that took no step has no loss.
   return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)
-
-
-def recalibrate(
-  module: nn.Module,
-  prepare: Callable[[jax.Array, jax.Array], jax.Array],
-  batch_size: int,
-  data: Data,
-  key: jax.Array,
-  params: PyTree,
-  batch_stats: PyTree,
-  share: float = 0.2,
-) -> PyTree:
-  """Estimates one model's batch statistics anew.
-
-  The mean over the first batches of the unshuffled training split, in training mode with
-  augmentation and dropout: what a reset running average would be without its momentum.
-
-  Args:
-    module: network with a field `norm_momentum`.
-    prepare: augments and normalizes, as in training.
-    batch_size: examples in a batch.
-    data: the training split.
-    key: for augmentation and dropout.
-    params: of one model.
-    batch_stats: gives the structure; returned as it is where it is empty.
-    share: of the batches to use.
-
-  Returns:
-    New batch statistics.
-  """
-  if not jax.tree.leaves(batch_stats):
-    return batch_stats
-  batches = max(1, int(share * (len(data.labels) // batch_size)))
-  images = data.images[: batches * batch_size]
-  images = images.reshape(batches, batch_size, *images.shape[1:])
-  forgetful = module.clone(norm_momentum=0.0)
-  zeros = jax.tree.map(jnp.zeros_like, batch_stats)
-
-  def body(total: Any, now):
-    index, batch = now
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, index))
-    _, updated = forgetful.apply(
-      {"params": params, "batch_stats": zeros},
-      prepare(augment_key, split_batch(batch)),
-      train=True,
-      rngs={"dropout": dropout_key},
-      mutable=["batch_stats"],
-    )
-    return jax.tree.map(jnp.add, total, updated["batch_stats"]), None
-
-  total, _ = jax.lax.scan(body, zeros, (jnp.arange(batches), images))
-  return jax.tree.map(lambda x: x / batches, total)
-
-
-def predict(
-  module: nn.Module,
-  prepare: Callable[[jax.Array], jax.Array],
-  batch_size: int,
-  images: jax.Array,
-  params: PyTree,
-  batch_stats: PyTree,
-) -> jax.Array:
-  """One model's logits for every image, whatever the batch size.
-
-  Args:
-    module: network, called with train=False.
-    prepare: normalizes, `prepare(uint8 images) -> float images`.
-    batch_size: images at a time; the last batch is filled up and cut again.
-    images: uint8 [n, height, width, channels].
-    params: of one model.
-    batch_stats: of one model.
-
-  Returns:
-    float32 [n, classes].
-  """
-  n = len(images)
-  batch_size = min(batch_size, n)
-  batches = -(-n // batch_size)
-  fill = [(0, batches * batch_size - n)] + [(0, 0)] * (images.ndim - 1)
-  batched = jnp.pad(images, fill).reshape(batches, batch_size, *images.shape[1:])
-  logits = jax.lax.map(
-    lambda batch: module.apply(
-      {"params": params, "batch_stats": batch_stats},
-      prepare(split_batch(batch)),
-      train=False,
-    ),
-    batched,
-  )
-  return logits.reshape(batches * batch_size, -1)[:n].astype(jnp.float32)
