@@ -449,7 +449,9 @@ def test_every_flipped_header_byte_is_refused_or_right(good_npz):
 # TFDS
 
 
-def prepare(data_dir, splits, shape=(None, None, 3), called="tiny", **features):
+def prepare(
+  data_dir, splits, shape=(None, None, 3), called="tiny", config=None, **features
+):
   """Prepares a data set without TensorFlow: {split: [(image, label)]}."""
   import tensorflow_datasets as tfds
   from PIL import Image
@@ -469,6 +471,7 @@ def prepare(data_dir, splits, shape=(None, None, 3), called="tiny", **features):
   class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     name = called
     VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
     def _info(self):
       return tfds.core.DatasetInfo(
@@ -596,6 +599,32 @@ def test_load_split(tiny, tmp_path):
   np.testing.assert_array_equal(part, images[:2])
   with pytest.raises(ValueError, match=r"unknown split of tiny 'tests'.*test"):
     data.load_split("tiny", "tests", data_dir, tmp_path)
+
+
+def test_corrupted_sets(tmp_path):
+  assert data.corrupted_sets("cifar10", str(tmp_path)) == []
+  prepare(tmp_path, {"test": pairs(2, 4, 4, 3)}, called="cifar10")
+  assert data.corrupted_sets("cifar10", str(tmp_path)) == []
+  splits = {c: pairs(3, 4, 4, 3, seed=i) for i, c in enumerate(("fog_2", "brightness_1"))}
+  for config, examples in splits.items():
+    split = {"test": examples}
+    prepare(tmp_path, split, called="cifar10_corrupted", config=config)
+  (tmp_path / "cifar10_corrupted" / "snow_3").mkdir()  # an unfinished one
+  names = data.corrupted_sets("cifar10", str(tmp_path))
+  assert names == ["cifar10_corrupted/brightness_1", "cifar10_corrupted/fog_2"]
+  assert data.corrupted_sets("cifar10:3.0.2", str(tmp_path)) == names
+  for name in names:
+    images, labels = data.load_split(name, "test", str(tmp_path), tmp_path / "cache")
+    want = splits[name.split("/")[1]]
+    assert as_set(images, labels) == as_set(*zip(*want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["digits", "mine.npz", "../cifar10", "/cifar10", "", "."])
+def test_data_without_corrupted_sets(tmp_path, name):
+  (tmp_path / "data").mkdir()
+  (tmp_path / "cifar10_corrupted" / "fog_1" / "1.0.0").mkdir(parents=True)
+  (tmp_path / "cifar10_corrupted" / "fog_1" / "1.0.0" / "dataset_info.json").touch()
+  assert data.corrupted_sets(name, str(tmp_path / "data")) == []
 
 
 def test_validation_stands_in_for_test_and_grey_keeps_its_channel(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets, resident or streamed, the validation split, augmentation."""
+"""Data sets, resident or streamed, the validation split, augmentation, corruptions."""
 
 from jaxsms.data.augmentation import (
   AUGMENTATIONS,
@@ -6,16 +6,18 @@ from jaxsms.data.augmentation import (
   normalize,
   training_images,
 )
+from jaxsms.data.corruptions import CORRUPTIONS, corrupt, corrupted, corruptions_for
 from jaxsms.data.crops import random_resized_crop, resize_centre_crop
 from jaxsms.data.evaluation import EvaluationBatch, evaluation_batches
 from jaxsms.data.examples import ArrayExamples
 from jaxsms.data.sources import Dataset, StreamedDataset, load, open_streamed
 from jaxsms.data.splits import train_validation_split
 from jaxsms.data.streaming import Batches, Stream, stream
-from jaxsms.data.tfds_source import TfdsExamples, load_split
+from jaxsms.data.tfds_source import TfdsExamples, corrupted_sets, load_split
 
 __all__ = [
   "AUGMENTATIONS",
+  "CORRUPTIONS",
   "ArrayExamples",
   "Batches",
   "Dataset",
@@ -23,6 +25,10 @@ __all__ = [
   "Stream",
   "StreamedDataset",
   "TfdsExamples",
+  "corrupt",
+  "corrupted",
+  "corrupted_sets",
+  "corruptions_for",
   "evaluation_batches",
   "evaluation_images",
   "load",
