@@ -7,20 +7,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.hardware import Hardware, copies_at_once, mesh_of, network_options
 from experiments.settings import Settings, check_data, dense_schedule
-from jaxsms import models
+from jaxsms import data, models
 from jaxsms.data import (
   Dataset,
+  StreamedDataset,
   evaluation_images,
+  random_resized_crop,
+  resize_centre_crop,
   train_validation_split,
   training_images,
 )
+from jaxsms.meshes import place
 from jaxsms.pruning import magnitude_masks, prunable_flags
 from jaxsms.training import (
   Chunk,
   Data,
   Programs,
+  StreamedData,
   init_variables,
   make_programs,
   retrain_learning_rates,
@@ -73,45 +80,40 @@ class Task(NamedTuple):
   warmup_steps: int
 
 
-def make_task(settings: Settings, dataset: Dataset) -> Task:
-  """Splits the data, puts it on the device, and makes network and programs.
+def load(settings: Settings) -> Dataset | StreamedDataset:
+  """The data set, in memory or to be read as it is used.
 
   Raises:
-    ValueError: settings do not fit the data.
+    ValueError: see `jaxsms.data.load` and `jaxsms.data.open_streamed`.
   """
-  train, validation = train_validation_split(len(dataset.train_labels))
+  if settings.stream:
+    return data.open_streamed(settings.dataset, settings.data_dir)
+  return data.load(settings.dataset, settings.data_dir, settings.cache_dir)
 
-  def split(images, labels):
-    return Data(jnp.asarray(images), jnp.asarray(labels, jnp.int32))
 
-  splits = Splits(
-    split(dataset.train_images[train], dataset.train_labels[train]),
-    split(dataset.train_images[validation], dataset.train_labels[validation]),
-    split(dataset.test_images, dataset.test_labels),
-  )
-  options = {}
-  if settings.model == "mlp":
-    options = {"hidden": settings.hidden, "dropout": settings.dropout}
-  module = models.create(settings.model, dataset.num_classes, **options)
-  image_shape = dataset.train_images.shape[1:]
+def make_task(
+  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset
+) -> Task:
+  """Splits the data, puts it on the devices, and makes network and programs.
+
+  Raises:
+    ValueError: settings do not fit the data or the devices.
+  """
+  if isinstance(dataset, StreamedDataset):
+    splits, image_shape = streamed_splits(settings, dataset)
+  else:
+    splits, image_shape = resident_splits(dataset), dataset.train_images.shape[1:]
+  module = make_network(settings, chosen, dataset.num_classes)
   shapes, _ = jax.eval_shape(
     functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
   )
   pairs = zip(jax.tree.leaves(shapes), prunable_flags(shapes), strict=True)
-  check_data(settings, dataset, len(train), sum(x.size for x, flag in pairs if flag))
-  optimizer = functools.partial(
-    sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0
+  check_data(
+    settings, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
   )
-  programs = make_programs(
-    module,
-    optimizer,
-    training_images=lambda key, images: training_images(
-      settings.augmentation, key, images, dataset.mean, dataset.std
-    ),
-    evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
-    batch_size=settings.batch_size,
-  )
-  steps_per_epoch = len(train) // settings.batch_size
+  programs = network_programs(settings, chosen, dataset, module)
+  splits = on_devices(splits, programs.mesh_of(settings.ingredients))
+  steps_per_epoch = splits.train.size // settings.batch_size
   steps = settings.epochs * steps_per_epoch
   schedule, warmup_steps = dense_schedule(settings, steps_per_epoch)
   pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
@@ -124,6 +126,82 @@ def make_task(settings: Settings, dataset: Dataset) -> Task:
     np.broadcast_to(pretrain_lrs, [steps]),
     warmup_steps,
   )
+
+
+def resident_splits(dataset: Dataset) -> Splits:
+  """Training, validation and test images as arrays."""
+  train, validation = train_validation_split(len(dataset.train_labels))
+
+  def split(images, labels):
+    return Data(np.asarray(images), np.asarray(labels, np.int32))
+
+  return Splits(
+    split(dataset.train_images[train], dataset.train_labels[train]),
+    split(dataset.train_images[validation], dataset.train_labels[validation]),
+    split(dataset.test_images, dataset.test_labels),
+  )
+
+
+def streamed_splits(
+  settings: Settings, dataset: StreamedDataset
+) -> tuple[Splits, tuple[int, int, int]]:
+  """Training, validation and test images to be decoded; and the shape of one."""
+  size = settings.image_size
+  transforms = (
+    functools.partial(random_resized_crop, size=size),
+    functools.partial(resize_centre_crop, size=size, resize=round(size * 256 / 224)),
+  )
+  train, validation = train_validation_split(len(dataset.train))
+  splits = Splits(
+    StreamedData(dataset.train, train, *transforms),
+    StreamedData(dataset.train, validation, *transforms),
+    StreamedData(dataset.test, np.arange(len(dataset.test)), *transforms),
+  )
+  return splits, (size, size, len(dataset.mean))
+
+
+def on_devices(splits: Splits, mesh: jax.sharding.Mesh | None) -> Splits:
+  """Resident splits on every device, once for the whole run."""
+  if isinstance(splits.train, StreamedData):
+    return splits
+  if mesh is None:
+    return jax.device_put(splits)
+  return place(splits, NamedSharding(mesh, PartitionSpec()))
+
+
+def make_network(settings: Settings, chosen: Hardware, num_classes: int) -> Any:
+  """The Flax module that the flags describe."""
+  options = network_options(chosen, settings.model)
+  if settings.model == "mlp":
+    options |= {"hidden": settings.hidden, "dropout": settings.dropout}
+  return models.create(settings.model, num_classes, **options)
+
+
+def network_programs(
+  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset, module: Any
+) -> Programs:
+  """The compiled work of a network on a data set."""
+  return make_programs(
+    module,
+    functools.partial(sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0),
+    training_images=lambda key, images: training_images(
+      settings.augmentation, key, images, dataset.mean, dataset.std
+    ),
+    evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
+    batch_size=settings.batch_size,
+    mesh=mesh_of(chosen, settings.batch_size),
+    at_once=copies_at_once(chosen, settings.model),
+    micro_batches=chosen.micro_batches,
+    split_params=chosen.split_params,
+  )
+
+
+def chunk_steps(settings: Settings) -> int:
+  """Most steps in one dispatch: an epoch, where the host need not look more often."""
+  if settings.chunk_steps is not None:
+    return settings.chunk_steps
+  often = settings.stream or jax.default_backend() == "cpu"
+  return 50 if often else 2**31
 
 
 def planned_steps(settings: Settings, steps_per_epoch: int) -> dict[int, int]:
@@ -156,7 +234,7 @@ def pretrain(
     batch_stats,
     ingredients(1, settings.weight_decay, len(task.pretrain_lrs)),
     task.pretrain_lrs[None],
-    chunk_steps=settings.chunk_steps,
+    chunk_steps=chunk_steps(settings),
     on_chunk=lambda chunk: observer.chunk("dense", 0, chunk),
   )
   dense = jax.tree.map(lambda x: x[0], Model(*trained))
@@ -213,7 +291,8 @@ def prune_and_retrain(
     goal_sparsity=settings.goal_sparsity,
     phases=settings.phases,
     prune=functools.partial(magnitude_masks, scope=settings.scope),
-    chunk_steps=settings.chunk_steps,
+    greedy=settings.merge == "greedy",
+    chunk_steps=chunk_steps(settings),
     on_chunk=lambda phase, chunk: observer.chunk(method, phase, chunk),
     on_phase=lambda record: observer.phase(method, record),
   )

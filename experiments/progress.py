@@ -53,9 +53,11 @@ class RunProgress:
   Where there is no terminal, one line when a phase of training ends.
   """
 
-  def __init__(self, plan: dict[int, int], console: Console | None = None):
-    """`plan`: as `TimeLeft` takes it."""
-    self._console = console or Console(stderr=True)
+  def __init__(
+    self, plan: dict[int, int], console: Console | None = None, quiet: bool = False
+  ):
+    """`plan`: as `TimeLeft` takes it; `quiet` shows nothing."""
+    self._console = console or Console(stderr=True, quiet=quiet)
     self._time_left = TimeLeft(plan)
     self._started = self._last = time.monotonic()
     self._bar = Progress(

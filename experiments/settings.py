@@ -7,7 +7,7 @@ import optax
 from absl import flags
 
 from jaxsms import models
-from jaxsms.data import AUGMENTATIONS, Dataset
+from jaxsms.data import AUGMENTATIONS, Dataset, StreamedDataset
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, check_sparsity, removal_count
 from jaxsms.schedules import (
@@ -19,6 +19,10 @@ from jaxsms.schedules import (
 
 FLAGS = flags.FLAGS
 BASELINES = ("imp", "imp_mx")
+MERGES = ("uniform", "greedy")
+AT_LEAST_ONE = (
+  "ingredients", "phases", "epochs", "batch_size", "seeds", "chunk_steps", "image_size"
+)  # fmt: skip
 MLP_FLAGS = ("hidden", "dropout")
 # The flags that give the arguments of `pretrain_schedule` in epochs.
 DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}
@@ -139,6 +143,19 @@ flags.DEFINE_string(
   "degrees), noise (Gaussian), shift_noise (by a pixel). Default: set by the data set, "
   "noise for digits.",
 )
+flags.DEFINE_string(
+  "merge",
+  "uniform",
+  "How candidates become one model: uniform (their mean) or greedy (from the best one on, "
+  "each that does not lower the validation accuracy of the average).",
+)
+flags.DEFINE_boolean(
+  "stream",
+  None,
+  "Decode training images while the device trains, with random resized crops: for data "
+  "that do not fit on it. Default: on for imagenet2012.",
+)
+flags.DEFINE_integer("image_size", 224, "Height and width of streamed images.")
 flags.DEFINE_list(
   "baselines",
   list(BASELINES),
@@ -146,7 +163,10 @@ flags.DEFINE_list(
   "times the epochs); an empty list for none.",
 )
 flags.DEFINE_integer(
-  "chunk_steps", 50, "Most training steps between two looks of the progress bar."
+  "chunk_steps",
+  None,
+  "Most training steps between two looks of the progress bar. Default: 50 on a CPU, else a "
+  "whole epoch; 50 where data are streamed.",
 )
 
 
@@ -179,8 +199,11 @@ class Settings(NamedTuple):
   retrain_schedule: str
   scope: str
   augmentation: str | None
+  merge: str
+  stream: bool
+  image_size: int
   baselines: tuple[str, ...]
-  chunk_steps: int
+  chunk_steps: int | None
 
 
 def read_settings() -> Settings:
@@ -200,6 +223,8 @@ def read_settings() -> Settings:
         f"--{name} is {','.join(values[name])}: give whole numbers, such as {example}"
       )
     values[name] = tuple(int(number) for number in values[name])
+  if values["stream"] is None:
+    values["stream"] = values["dataset"].startswith("imagenet2012")
   values["baselines"] = tuple(dict.fromkeys(b for b in values["baselines"] if b))
   settings = Settings(**values)
   _check(settings)
@@ -217,11 +242,27 @@ def _check(s: Settings) -> None:
     check_name("augmentation", s.augmentation, AUGMENTATIONS)
   for name in s.baselines:
     check_name("baseline", name, BASELINES)
+  check_name("merge", s.merge, MERGES)
+  if s.stream and (s.dataset == "digits" or s.dataset.lower().endswith(".npz")):
+    raise ValueError(f"--stream reads TFDS data sets: {s.dataset} fits on the device")
+  if s.stream and s.augmentation not in (None, "none"):
+    raise ValueError(
+      f"--augmentation is {s.augmentation}: streamed images are cropped and flipped on the "
+      "host, leave it out"
+    )
   if s.seed + s.seeds > 2**32:
     raise ValueError(f"--seed is {s.seed}: seeds are below 2^32, the last one too")
   check_sparsity(s.goal_sparsity, "--goal_sparsity")
-  for name in ("ingredients", "phases", "epochs", "batch_size", "seeds", "chunk_steps"):
-    if getattr(s, name) < 1:
+  for name in (
+    "ingredients",
+    "phases",
+    "epochs",
+    "batch_size",
+    "seeds",
+    "chunk_steps",
+    "image_size",
+  ):
+    if getattr(s, name) is not None and getattr(s, name) < 1:
       raise ValueError(f"--{name} is {getattr(s, name)}: it must be at least 1")
   for name in ("retrain_epochs", "seed", "weight_decay", "warmup_epochs"):
     if not 0 <= getattr(s, name) < math.inf:
@@ -283,14 +324,12 @@ def dense_schedule(s: Settings, steps_per_epoch: int) -> tuple[optax.Schedule, i
   return schedule, warmup_steps
 
 
-def with_data(settings: Settings, dataset: Dataset) -> Settings:
+def with_data(settings: Settings, dataset: Dataset | StreamedDataset) -> Settings:
   """Fills in what the data set itself decides: the augmentation."""
   return settings._replace(augmentation=settings.augmentation or dataset.augmentation)
 
 
-def check_data(
-  settings: Settings, dataset: Dataset, train_size: int, prunable_size: int
-) -> None:
+def check_data(settings: Settings, name: str, train_size: int, prunable_size: int) -> None:
   """Raises ValueError where settings do not fit the data and the network."""
   if removal_count(settings.goal_sparsity, prunable_size) == prunable_size:
     raise ValueError(
@@ -299,18 +338,18 @@ def check_data(
     )
   if settings.batch_size > train_size:
     raise ValueError(
-      f"--batch_size is {settings.batch_size}, but the training split of {dataset.name} "
+      f"--batch_size is {settings.batch_size}, but the training split of {name} "
       f"has {train_size} examples (after 10 % went to validation): choose at most that"
     )
 
 
-def flagfile(settings: Settings) -> str:
-  """The settings as a file for --flagfile; the run directory is not among them."""
+def flagfile(flags: dict[str, Any]) -> str:
+  """Flags as a file for --flagfile; the run directory is not among them."""
   lines = []
-  for name, value in settings._asdict().items():
+  for name, value in flags.items():
     if value is None:
       continue
-    if name in MLP_FLAGS and settings.model != "mlp":
+    if name in MLP_FLAGS and flags["model"] != "mlp":
       continue
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     lines.append(f"--{name}={text}\n")

@@ -13,11 +13,12 @@ import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import methods, run_directory, settings
+from experiments import hardware, methods, run_directory, settings, tuning
 from experiments.progress import RunProgress, clock
-from jaxsms import data, report
+from jaxsms import report
 
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(hardware)
 
 
 def main(argv: list[str]) -> None:
@@ -35,26 +36,30 @@ def main(argv: list[str]) -> None:
       )
 
     chosen = settings.read_settings()
-    dataset = data.load(chosen.dataset, chosen.data_dir, chosen.cache_dir)
+    devices = hardware.read_hardware(chosen.model, chosen.ingredients)
+    hardware.start(devices, chosen.model, chosen.ingredients)
+    dataset = methods.load(chosen)
     chosen = settings.with_data(chosen, dataset)
-    task = methods.make_task(chosen, dataset)
-    workdir = os.path.expanduser(
-      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
+    devices = tuning.measured(chosen, devices, dataset)
+    task = methods.make_task(chosen, devices, dataset)
+    run_flags = {**chosen._asdict(), **devices._asdict()}
+    workdir = run_directory.create(
+      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S")),
+      settings.flagfile(run_flags),
     )
-    run_directory.create(workdir, settings.flagfile(chosen))
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
   results = {
-    "flags": {**chosen._asdict(), "workdir": workdir},
+    "flags": {**run_flags, "workdir": workdir},
     "environment": run_directory.environment(),
     "seeds": [],
   }
   stopped, status = None, 0
   plan = methods.planned_steps(chosen, task.steps_per_epoch)
   try:
-    with RunProgress(plan) as progress:
+    with RunProgress(plan, quiet=not run_directory.is_writer()) as progress:
       for seed in range(chosen.seed, chosen.seed + chosen.seeds):
         observer = make_observer(progress, workdir, chosen, seed)
         results["seeds"].append(methods.run_seed(chosen, task, seed, observer))
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130
 
-  if results["seeds"]:
+  if results["seeds"] and run_directory.is_writer():
     for ending in ("png", "svg"):
       report.accuracy_figure(results, os.path.join(workdir, f"accuracy.{ending}"))
     show(Console(), results)

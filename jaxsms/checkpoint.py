@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import jax
+
 from jaxsms.trees import PyTree
 
 
@@ -21,7 +23,7 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
   path = os.path.abspath(path)
   if os.path.exists(path):
     raise ValueError(f"{path} exists already: choose another folder for this checkpoint")
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _alone(ocp) as checkpointer:
     checkpointer.save(path, tree)
 
 
@@ -44,5 +46,12 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
   path = os.path.abspath(path)
   if not os.path.isdir(path):
     raise ValueError(f"there is no checkpoint {path}: give a folder that save() wrote")
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _alone(ocp) as checkpointer:
     return checkpointer.restore(path, like)
+
+
+def _alone(ocp):
+  """A checkpointer for one process, whatever others do."""
+  me = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+  return ocp.StandardCheckpointer(multiprocessing_options=options)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxsms import convolution
+from jaxsms import convolution, lowerings
 from jaxsms.convolution import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -123,11 +123,11 @@ def test_any_small_shape_equals_native(data):
 @pytest.mark.parametrize("batch", [1, 6, 7])
 @pytest.mark.parametrize("group", [1, 4])
 def test_batches_that_groups_of_images_do_not_divide(batch, group, monkeypatch):
-  monkeypatch.setattr(convolution, "_GROUP", group)
-  convolution._lowerings.cache_clear()
+  monkeypatch.setattr(lowerings, "_GROUP", group)
+  convolution._operation.cache_clear()
   x, w = normal(0, 2, batch, 8, 8, 2), normal(1, 2, 3, 3, 2, 3)
   got = jax.jit(jax.vmap(gradients(convolve)))(x, w)
-  convolution._lowerings.cache_clear()
+  convolution._operation.cache_clear()
   assert_close(got, jax.jit(jax.vmap(gradients(native)))(x, w))
 
 

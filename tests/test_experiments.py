@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import methods, run_directory, settings, sms
+from experiments import hardware, methods, run_directory, settings, sms
 from experiments.progress import RunProgress, TimeLeft, clock
 from jaxsms import checkpoint, data, prunable, training
 
@@ -27,7 +27,7 @@ MULTI_STEP = ("--pretrain_schedule=MultiStepLR", "--decay=0.1", "--milestones=2,
 
 def parse(*flags):
   """Parses flags anew: what earlier tests gave is forgotten."""
-  for name in (*settings.Settings._fields, "workdir"):
+  for name in (*settings.Settings._fields, *hardware.Hardware._fields, "workdir"):
     settings.FLAGS[name].unparse()
   return settings.FLAGS(["sms", *flags])
 
@@ -276,7 +276,7 @@ def test_help_explains_every_flag():
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
   assert "Traceback" not in done.stderr
-  for name in (*settings.Settings._fields, "workdir"):
+  for name in (*settings.Settings._fields, *hardware.Hardware._fields, "workdir"):
     assert f"--{name}" in done.stdout or f"--[no]{name}" in done.stdout, name
 
 

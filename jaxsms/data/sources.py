@@ -244,7 +244,7 @@ def _check_split(path, split, images, labels):
 def _digits():
   try:
     from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_find_test_split
+    from sklearn.model_selection import train_test_split
   except ImportError as error:
     raise ImportError(
       "digits come with scikit-learn, which is not installed: run "
@@ -252,7 +252,7 @@ def _digits():
     ) from error
   images, labels = load_digits(return_X_y=True)
   images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-  train_images, test_images, train_labels, test_labels = train_find_test_split(
+  train_images, test_images, train_labels, test_labels = train_test_split(
     images, labels, test_size=600, stratify=labels, random_state=0
   )
   return _dataset("digits", (train_images, train_labels, test_images, test_labels), 10)

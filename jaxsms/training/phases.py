@@ -1,5 +1,6 @@
 """The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
-from jaxsms.soups import prediction_ensemble, uniform_soup
+from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training import streamed
 from jaxsms.training.loop import Chunk, train_copies
 from jaxsms.training.programs import Programs
@@ -69,6 +70,7 @@ def run_phases(
   phases: int,
   prune: Prune = magnitude_masks,
   merge: Merge = uniform_soup,
+  greedy: bool = False,
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
@@ -87,6 +89,7 @@ def run_phases(
     phases: number of cycles, at least 1.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
+    greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
     chunk_steps: see `train_copies`.
     on_chunk: called with the phase and each chunk of training.
     on_phase: called with each phase's record.
@@ -134,6 +137,8 @@ def run_phases(
       model, weights = merge_phase(candidates, uniform_soup)
       soup, of_soup = scores[0], predictions
     else:
+      if greedy:
+        merge = greedy_merge(programs, splits, recalibration_key)
       model, weights = merge_phase(candidates, merge)
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
       (soup,), of_soup = measure(programs, splits, alone)
@@ -156,6 +161,17 @@ def run_phases(
     if on_phase is not None:
       on_phase(record)
   return model, masks, records
+
+
+def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
+  """Merges by the validation accuracy of each average, its batch statistics its own."""
+
+  def validation_accuracy(model):
+    model = recalibrated(programs, splits, key, one_model(model))
+    on_validation = {"validation": predict(programs, splits.validation, model)}
+    return score(programs, on_validation)[0]["validation_accuracy"]
+
+  return functools.partial(greedy_soup, evaluate=validation_accuracy)
 
 
 def best_candidate(scores: list[dict[str, float]]) -> int:

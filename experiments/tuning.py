@@ -1,0 +1,58 @@
+"""Which lowering of the convolutions is fastest here, for the network of a run."""
+
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments import methods
+from experiments.hardware import MEASURE, Hardware
+from experiments.settings import Settings
+from jaxsms.convolution import CHOICES
+from jaxsms.data import Dataset, StreamedDataset
+from jaxsms.training import init_variables, start, train_chunks
+
+STEPS, ROUNDS = 4, 3
+
+
+def measured(
+  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset
+) -> Hardware:
+  """The flags with the fastest lowering in place of --convolution=measure."""
+  if chosen.convolution != MEASURE:
+    return chosen
+  seconds = {}
+  for name in CHOICES[1:]:  # all but auto, which is one of them
+    runner = _runner(settings, chosen._replace(convolution=name), dataset)
+    next(runner)  # compiles
+    times = []
+    for _ in range(ROUNDS):
+      started = time.perf_counter()
+      next(runner)
+      times.append(time.perf_counter() - started)
+    seconds[name] = min(times) / STEPS
+    logging.info("convolutions lowered as %s: %.4f s a step", name, seconds[name])
+  fastest = min(seconds, key=seconds.get)
+  return chosen._replace(convolution=fastest)
+
+
+def _runner(settings, chosen, dataset):
+  """Trains all copies, `STEPS` steps a time, and waits for them."""
+  task = methods.make_task(settings, chosen, dataset)
+  m, per_epoch = settings.ingredients, task.steps_per_epoch
+  steps = STEPS * (ROUNDS + 1)
+  params, batch_stats = init_variables(task.module, jax.random.key(0), task.image_shape)
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+  optimizer = task.programs.optimizer(0.0, 0.0)
+  state = start(params, batch_stats, optimizer, m)
+  varied = methods.ingredients(m, settings.weight_decay, steps)
+  rates = np.zeros([m, steps], np.float32)
+  while True:
+    for _, chunk in train_chunks(
+      task.programs, task.splits.train, masks, jax.random.key(0), state, varied, rates,
+      min(STEPS, per_epoch),
+    ):  # fmt: skip
+      jax.block_until_ready(chunk.loss)
+      yield
+    state = start(params, batch_stats, optimizer, m)
