@@ -1,34 +1,70 @@
-"""Models on disk. The one place that knows orbax."""
+"""Models on disk, with a digest of every leaf. The one place that knows orbax."""
 
+import contextlib
+import hashlib
 import os
 from typing import Any
 
 import jax
+import numpy as np
 
+from jaxsms import storage
+from jaxsms.faults import fault_point
+from jaxsms.meshes import fetch
+from jaxsms.safetensors import by_path, check_fit, first_sentence
+from jaxsms.storage import Damaged
 from jaxsms.trees import PyTree
 
+ARRAYS = "arrays"
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # lies in a folder while it is written or removed
 
-def save(path: str | os.PathLike, tree: PyTree) -> None:
-  """Writes a tree of arrays to a new folder; a killed save leaves none of that name.
+
+def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = None) -> None:
+  """Writes a tree of arrays to a new folder: when this returns, it is on the disk.
+
+  A save that was killed is none: `restore` refuses it, and `remove` takes it away.
 
   Args:
-    path: folder to make; its parent is made where it is missing.
+    path: folder to make, on a disk or (gs://...) an object store; its parent is made
+      where it is missing.
     tree: arrays in dicts, lists, tuples.
+    meta: what JSON can hold, to be kept beside them.
 
   Raises:
-    ValueError: the folder exists.
+    ValueError: the folder exists, or a leaf is no array.
+    OSError: it cannot be written.
   """
-  import orbax.checkpoint as ocp
-
-  path = os.path.abspath(path)
-  if os.path.exists(path):
+  path = storage.as_path(path)
+  if path.exists():
     raise ValueError(f"{path} exists already: choose another folder for this checkpoint")
-  with _alone(ocp) as checkpointer:
-    checkpointer.save(path, tree)
+  tree = fetch(tree)
+  leaves = {name: _described(leaf) for name, leaf in by_path(tree).items()}
+  try:
+    path.mkdir(parents=True)
+    storage.write_bytes(path / UNFINISHED, b"")
+    fault_point("save begins")
+    if leaves:
+      with _orbax() as checkpointer:
+        checkpointer.save(path / ARRAYS, tree)
+      storage.sync_tree(path / ARRAYS)
+    fault_point("save arrays")
+    storage.write_json(path / MANIFEST, {"leaves": leaves, "meta": meta or {}})
+    (path / UNFINISHED).unlink()
+    if not storage.is_remote(path):
+      storage.sync(path)
+      storage.sync(path.parent)
+  except Exception as error:  # orbax and TensorStore raise many kinds
+    with contextlib.suppress(Exception):
+      remove(path)
+    raise OSError(
+      f"checkpoint {path} cannot be written ({first_sentence(error)}): make room there, or "
+      "choose another folder"
+    ) from error
 
 
 def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
-  """Reads a tree that `save` wrote.
+  """Reads a tree that `save` wrote, and checks that it is bit by bit what was saved.
 
   Args:
     path: its folder.
@@ -39,19 +75,109 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
     The tree.
 
   Raises:
-    ValueError: there is no such folder.
+    Damaged: a ValueError; the checkpoint is not what was saved.
+    ValueError: there is none, it is of another version, or it does not fit `like`.
   """
+  path = storage.as_path(path)
+  leaves = read_manifest(path)["leaves"]
+  tree: Any = {}
+  try:
+    if leaves:
+      with _orbax() as checkpointer:
+        tree = checkpointer.restore(path / ARRAYS)
+    found = by_path(tree)
+    described = {name: _described(leaf) for name, leaf in found.items()}
+  except Exception as error:  # whatever damage makes orbax and TensorStore raise
+    raise Damaged(f"checkpoint {path} is damaged ({first_sentence(error)})") from error
+  for name in leaves.keys() | described.keys():
+    if leaves.get(name) != described.get(name):
+      raise Damaged(f"checkpoint {path} is damaged: {name} is not what was saved")
+  return tree if like is None else fill(like, found, f"checkpoint {path}")
+
+
+def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
+  """Arrays by name (see `jaxsms.safetensors.by_path`) as a tree.
+
+  Args:
+    like: a tree of arrays or `jax.ShapeDtypeStruct`, whose structure, shapes, dtypes and
+      shardings the result takes.
+    arrays: the leaves.
+    what: where they come from, for the message.
+
+  Raises:
+    ValueError: names or shapes differ.
+  """
+  expected = by_path(like)
+  check_fit(f"{what} holds another model", expected, arrays, "give one that fits")
+
+  def leaf(name, wanted):
+    value = arrays[name]
+    if value.dtype != wanted.dtype:
+      value = value.astype(wanted.dtype)
+    return jax.device_put(value, getattr(wanted, "sharding", None))
+
+  leaves = [leaf(name, wanted) for name, wanted in expected.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+  """What lies beside the arrays: `meta`, and `leaves` by name.
+
+  Raises:
+    Damaged: a ValueError; it is not what was saved.
+    ValueError: there is no checkpoint, or it is of another version.
+  """
+  path = storage.as_path(path)
+  if not path.is_dir() or is_unfinished(path):
+    raise ValueError(f"there is no checkpoint {path}: give a folder that save() wrote")
+  try:
+    manifest = storage.read_json(path / MANIFEST)
+  except OSError as error:
+    raise Damaged(
+      f"checkpoint {path} is damaged: its {MANIFEST} cannot be read, or another version "
+      "wrote it"
+    ) from error
+  if not all(isinstance(manifest.get(key), dict) for key in ("leaves", "meta")):
+    raise Damaged(f"checkpoint {path} is damaged: its {MANIFEST} lacks leaves or meta")
+  return manifest
+
+
+def is_unfinished(path: str | os.PathLike) -> bool:
+  """Whether a folder is what a killed save or removal left."""
+  path = storage.as_path(path)
+  return (path / UNFINISHED).exists() or not any(path.iterdir())
+
+
+def remove(path: str | os.PathLike) -> None:
+  """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged."""
+  path = storage.as_path(path)
+  storage.write_bytes(path / UNFINISHED, b"")
+  for child in path.iterdir():
+    fault_point("remove")
+    if child.name != UNFINISHED:
+      child.rmtree() if child.is_dir() else child.unlink()
+  (path / UNFINISHED).unlink()
+  if path.exists():  # an object store has no empty folders
+    path.rmdir()
+
+
+def _described(leaf):
+  """A leaf's shape, dtype and digest."""
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  array = np.ascontiguousarray(leaf)
+  data = array.reshape(-1).view(np.uint8)
+  return {
+    "shape": list(np.shape(leaf)),
+    "dtype": str(array.dtype),
+    "sha256": hashlib.sha256(data).hexdigest(),
+  }
+
+
+def _orbax():
+  """A checkpointer for one process, whatever others do."""
   import orbax.checkpoint as ocp
 
-  path = os.path.abspath(path)
-  if not os.path.isdir(path):
-    raise ValueError(f"there is no checkpoint {path}: give a folder that save() wrote")
-  with _alone(ocp) as checkpointer:
-    return checkpointer.restore(path, like)
-
-
-def _alone(ocp):
-  """A checkpointer for one process, whatever others do."""
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
   return ocp.StandardCheckpointer(multiprocessing_options=options)

@@ -2,6 +2,7 @@
 
 from jaxsms.training.loop import (
   Chunk,
+  Saving,
   fetched,
   retrain_learning_rates,
   train_chunks,
@@ -16,6 +17,7 @@ __all__ = [
   "Chunk",
   "Data",
   "Programs",
+  "Saving",
   "StreamedData",
   "TrainState",
   "fetched",

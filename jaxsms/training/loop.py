@@ -1,7 +1,7 @@
 """Training on the host's side: chunk after chunk of the jitted program."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -44,6 +44,22 @@ class Chunk(NamedTuple):
   learning_rate: np.ndarray
 
 
+class Saving(NamedTuple):
+  """What lets a training go on after a break.
+
+  Attributes:
+    due: whether the state is wanted, asked after every chunk. Of several processes, all
+      must say the same.
+    state: called with it, when all chunks up to it have been looked at. It is donated to
+      the next chunk: take a copy.
+    phase: called by `run_phases` with all phases so far, after each one.
+  """
+
+  due: Callable[[], bool]
+  state: Callable[[TrainState], None]
+  phase: Callable[[Any], None] = lambda phases: None
+
+
 def train_copies(
   programs: Programs,
   data: Data | StreamedData,
@@ -56,8 +72,13 @@ def train_copies(
   *,
   chunk_steps: int = 50,
   on_chunk: Callable[[Chunk], None] | None = None,
+  state: TrainState | None = None,
+  saving: Saving | None = None,
 ) -> tuple[PyTree, PyTree]:
   """Trains one copy of a model per ingredient, from the first step to the last.
+
+  A copy whose loss or parameters become NaN or infinite stays NaN from then on; the others
+  do not notice.
 
   Args:
     programs: of this network and data set.
@@ -72,6 +93,9 @@ def train_copies(
     chunk_steps: most steps between two looks of the host; an epoch is cut into equal
       chunks of at most that many.
     on_chunk: called after each chunk.
+    state: of the m copies, as `saving` got it from such a training, to go on from there;
+      None begins at step 0.
+    saving: asked after each chunk whether it wants the state.
 
   Returns:
     Parameters and batch statistics of the m copies, leaves [m, ...].
@@ -80,7 +104,8 @@ def train_copies(
     FloatingPointError: every copy has become NaN or infinite.
   """
   m = number_of_models(ingredients, "ingredients")
-  state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
+  if state is None:
+    state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
   running = None  # the host looks at a chunk once the next one is on the device
 
   def look(chunk):
@@ -95,6 +120,10 @@ def train_copies(
     if running is not None:
       look(running)
     running = chunk
+    if saving is not None and saving.due():
+      look(running)
+      running = None
+      saving.state(state)
   if running is not None:
     look(running)
   trained = (state.params, state.batch_stats)

@@ -8,19 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.geometry import soup_geometry
+from jaxsms.faults import fault_point
+from jaxsms.geometry import interpolate, loss_barrier, soup_geometry
+from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
-from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
+from jaxsms.sms import Merge, Prune, finite_models, merge_phase, prune_phase
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training import streamed
-from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.loop import Chunk, Saving, train_copies
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data
+from jaxsms.training.state import Data, TrainState
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree
+from jaxsms.trees import PyTree, number_of_models
 
+MARGIN = 0.01  # validation accuracy by which a soup may be below its worst candidate
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 Record = dict[str, Any]
 # From the phase's pruning record: ingredients of m copies, and learning rates [m, steps].
@@ -59,6 +62,20 @@ class Model(NamedTuple):
   batch_stats: PyTree
 
 
+class Phases(NamedTuple):
+  """The finished phases of a method.
+
+  Attributes:
+    model: the last soup.
+    masks: its masks.
+    records: one of each phase.
+  """
+
+  model: Model
+  masks: PyTree
+  records: list[Record]
+
+
 def run_phases(
   programs: Programs,
   splits: Splits,
@@ -74,7 +91,10 @@ def run_phases(
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
-) -> tuple[Model, PyTree, list[Record]]:
+  done: Phases | None = None,
+  state: TrainState | None = None,
+  saving: Saving | None = None,
+) -> Phases:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
   Args:
@@ -93,6 +113,9 @@ def run_phases(
     chunk_steps: see `train_copies`.
     on_chunk: called with the phase and each chunk of training.
     on_phase: called with each phase's record.
+    done: phases that are finished already, to go on after them.
+    state: of the training in the phase after those, see `train_copies`.
+    saving: what lets the run go on after a break.
 
   Returns:
     The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, the
@@ -100,14 +123,18 @@ def run_phases(
     `candidates`, their mean as `mean_candidate`, the one of best validation accuracy as
     `best_candidate`, of the `soup` and of the candidates' `prediction_ensemble`,
     `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
-    each split), and `geometry` (of the candidates' parameters).
+    each split), and `geometry` (of the candidates' parameters). Candidates that diverged
+    are listed as `diverged` and count in nothing else; their own metrics are NaN. Where
+    averaging failed, `averaging_failed` says so, see `averaging_failure`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
     FloatingPointError: all copies of a phase diverged.
   """
   model, masks, records = dense, None, []
-  for phase in range(1, phases + 1):
+  if done is not None:
+    model, masks, records = done.model, done.masks, list(done.records)
+  for phase in range(len(records) + 1, phases + 1):
     phase_key = jax.random.fold_in(key, phase)
     recalibration_key = jax.random.fold_in(phase_key, RECALIBRATION)
     goal = phase_sparsity(goal_sparsity, phase, phases)
@@ -125,14 +152,21 @@ def run_phases(
         *plan(record),
         chunk_steps=chunk_steps,
         on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
+        state=state,
+        saving=saving,
       )
     )
+    state = None
     candidates = recalibrated(programs, splits, recalibration_key, candidates)
+    finite = fetch(finite_models(candidates))
+    healthy = [i for i, is_finite in enumerate(finite) if is_finite]
     scores, predictions = measure(programs, splits, candidates)
+    scores = [s if ok else dict.fromkeys(s, np.nan) for s, ok in zip(scores, finite)]
     ensemble = {
-      split: Predictions(prediction_ensemble(logits)[None], labels)
+      split: Predictions(prediction_ensemble(_only(healthy, logits))[None], labels)
       for split, (logits, labels) in predictions.items()
     }
+    fault_point("merge")
     if len(scores) == 1:  # nothing to merge: plain IMP
       model, weights = merge_phase(candidates, uniform_soup)
       soup, of_soup = scores[0], predictions
@@ -143,41 +177,115 @@ def run_phases(
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
       (soup,), of_soup = measure(programs, splits, alone)
       model = jax.tree.map(lambda x: x[0], alone)
+      failure = averaging_failure(
+        programs, splits, recalibration_key, candidates, weights, soup, scores
+      )
+      record |= {"averaging_failed": failure} if failure else {}
+    of_healthy = geometry(_only(healthy, candidates.params))
     record |= {
       "weights": weights.tolist(),
       "pruned": pruned,
       "soup": soup,
-      "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
+      "mean_candidate": {k: float(np.mean([scores[i][k] for i in healthy])) for k in soup},
       "best_candidate": scores[best_candidate(scores)],
       "candidates": scores,
+      "diverged": [i for i in range(len(scores)) if i not in healthy],
       "prediction_ensemble": score(programs, ensemble)[0],
       "ensemble_agreement": {
         split: float(fetch(agreement(of_soup[split].logits[0], ensemble[split].logits[0])))
         for split in ensemble
       },
-      "geometry": {k: float(v) for k, v in fetch(geometry(candidates.params)).items()},
+      "geometry": {k: float(v) for k, v in fetch(of_healthy).items()},
     }
     records.append(record)
     if on_phase is not None:
       on_phase(record)
-  return model, masks, records
+    if saving is not None:
+      saving.phase(Phases(model, masks, records))
+  return Phases(model, masks, records)
+
+
+def _only(healthy: list[int], stacked: PyTree) -> PyTree:
+  """Leaves [m, ...] without the copies that diverged."""
+  if len(healthy) == number_of_models(stacked):
+    return stacked
+  return take_ingredients(stacked, healthy)
 
 
 def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
   """Merges by the validation accuracy of each average, its batch statistics its own."""
 
   def validation_accuracy(model):
-    model = recalibrated(programs, splits, key, one_model(model))
-    on_validation = {"validation": predict(programs, splits.validation, model)}
-    return score(programs, on_validation)[0]["validation_accuracy"]
+    return on_validation(programs, splits, key, model)["validation_accuracy"]
 
   return functools.partial(greedy_soup, evaluate=validation_accuracy)
 
 
+def averaging_failure(
+  programs: Programs,
+  splits: Splits,
+  key: jax.Array,
+  candidates: Model,
+  weights: np.ndarray,
+  soup: dict[str, float],
+  scores: list[dict[str, float]],
+) -> Record | None:
+  """The evidence that averaging failed, where the soup is worse than every candidate.
+
+  Args:
+    programs: of the network.
+    splits: of the data.
+    key: for recalibration.
+    candidates: leaves [m, ...].
+    weights: float [m], of the merge.
+    soup: its metrics.
+    scores: those of the candidates, NaN for those that diverged.
+
+  Returns:
+    None where the soup's validation accuracy is at most `MARGIN` below that of the worst
+    candidate. Else both accuracies, and of the line between the first two candidates that
+    were merged (`copies`) the validation `losses` at `positions` from 0 to 1, and the
+    `barrier`, see `jaxsms.loss_barrier`.
+
+  References:
+    Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+  """
+  accuracies = [s["validation_accuracy"] for s in scores]
+  worst = float(np.nanmin(accuracies))
+  if soup["validation_accuracy"] >= worst - MARGIN:
+    return None
+  copies = [int(i) for i in np.flatnonzero(weights)[:2]]
+  first, second = (jax.tree.map(lambda x, i=i: x[i], candidates) for i in copies)
+  positions = np.linspace(0, 1, 11)
+  losses = [
+    on_validation(programs, splits, key, interpolate(first, second, t))["validation_loss"]
+    for t in positions
+  ]
+  return {
+    "soup_validation_accuracy": soup["validation_accuracy"],
+    "worst_candidate_validation_accuracy": worst,
+    "copies": copies,
+    "positions": positions.tolist(),
+    "losses": losses,
+    "barrier": float(loss_barrier(losses)),
+  }
+
+
+def on_validation(
+  programs: Programs, splits: Splits, key: jax.Array, model: Model
+) -> dict[str, float]:
+  """Metrics of one model on validation data, its batch statistics estimated anew."""
+  model = recalibrated(programs, splits, key, one_model(model))
+  return score(programs, {"validation": predict(programs, splits.validation, model)})[0]
+
+
 def best_candidate(scores: list[dict[str, float]]) -> int:
-  """Index of the best validation accuracy; among equals, of the lowest loss."""
+  """Index of the best validation accuracy; among equals, of the lowest loss.
+
+  One that diverged, whose metrics are NaN, is not looked at.
+  """
   return min(
-    range(len(scores)),
+    (i for i, s in enumerate(scores) if not np.isnan(s["validation_accuracy"])),
     key=lambda i: (-scores[i]["validation_accuracy"], scores[i]["validation_loss"]),
   )
 

@@ -254,5 +254,9 @@ def _scan(
     return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, rest(state, *arguments))
 
   state, metrics = jax.lax.scan(body, state, (active, batches, learning_rates))
+  # A copy whose loss was not finite even once is lost: NaN says so to all that follows.
+  healthy = jnp.isfinite(metrics["loss"].sum())
+  params = jax.tree.map(lambda x: jnp.where(healthy, x, jnp.nan), state.params)
+  state = state._replace(params=params)
   # 0 / 0 is NaN: a copy that took no step has no loss.
   return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)

@@ -1,0 +1,126 @@
+"""One process at a time on a run directory.
+
+On a disk an operating system's lock holds as long as the process lives. Where locks do not
+hold (object stores, some network disks) a sign of life protects a run: a file that its
+process writes every few seconds, and that others watch before they take a directory over.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+
+from jaxsms import storage
+
+BEAT = 10.0  # seconds between two signs of life
+WATCH = 35.0  # how long one that does not change is watched before it counts as dead
+LOCK, HOLDER = "lock", "holder.json"
+
+
+class Lock:
+  """Held from `acquire` to `release`, or to the end of the process."""
+
+  def __init__(self, path: str | os.PathLike):
+    """`path`: the run directory, which must exist."""
+    self._path = storage.as_path(path)
+    self._token = secrets.token_hex(8)
+    self._file = None
+    self._released = threading.Event()
+    self._beating = threading.Thread(target=self._keep_beating, daemon=True)
+    self._lost = False
+
+  def acquire(self) -> None:
+    """Takes the directory, or says who has it.
+
+    Raises:
+      ValueError: another process runs there.
+      OSError: the directory cannot be written.
+    """
+    locked = self._lock_file()
+    holder = self._holder()
+    # The lock of a process on this machine would be held if it were alive.
+    if holder and not (locked and holder.get("host") == socket.gethostname()):
+      self._watch(holder)
+    self._beat()
+    if not locked:
+      time.sleep(BEAT / 10)  # another one may have begun at the same moment: the later wins
+      if self._holder().get("token") != self._token:
+        self._refuse(self._holder())
+    self._beating.start()
+
+  def check(self) -> None:
+    """Raises ValueError where another process has taken the directory over."""
+    if self._lost:
+      self._refuse(self._holder())
+
+  def release(self) -> None:
+    """Gives the directory back."""
+    self._released.set()
+    if self._beating.is_alive():
+      self._beating.join()
+    with contextlib.suppress(OSError):
+      if self._holder().get("token") == self._token:
+        (self._path / HOLDER).unlink()
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+  def _lock_file(self):
+    """Whether the operating system gave its lock; False where it has none to give."""
+    if storage.is_remote(self._path):
+      return False
+    try:
+      import fcntl
+    except ImportError:  # not on Windows
+      return False
+    file = open(self._path / LOCK, "ab")
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.close()
+      self._refuse(self._holder())
+    except OSError:
+      file.close()
+      return False
+    self._file = file
+    return True
+
+  def _watch(self, holder):
+    """Waits for the next sign of life of who may be there."""
+    print(
+      f"{self._path} was last used on {holder.get('host')}: waiting {WATCH:g} s to see "
+      "whether it still is",
+      file=sys.stderr,
+    )
+    end = time.monotonic() + WATCH
+    while time.monotonic() < end:
+      time.sleep(WATCH / 20)
+      if self._holder() not in (holder, {}):
+        self._refuse(self._holder())
+
+  def _refuse(self, holder):
+    raise ValueError(
+      f"another process (pid {holder.get('pid')} on {holder.get('host')}) runs in "
+      f"{self._path}: wait for it, or choose another --workdir"
+    )
+
+  def _holder(self):
+    try:
+      return storage.read_json(self._path / HOLDER)
+    except (OSError, ValueError):  # none, or half of one: no sign of life
+      return {}
+
+  def _beat(self):
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token}
+    storage.write_json(self._path / HOLDER, {**here, "time": time.time()})
+
+  def _keep_beating(self):
+    while not self._released.wait(BEAT):
+      with contextlib.suppress(OSError):
+        if self._holder().get("token", self._token) != self._token:
+          self._lost = True
+          return
+        self._beat()

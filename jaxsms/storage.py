@@ -1,0 +1,131 @@
+"""Files that are whole or not there, on disks and, through etils, on object stores."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from typing import Any
+
+from etils import epath
+
+from jaxsms.faults import fault_point
+
+FORMAT = 1  # of run directories and checkpoints; another one is refused
+
+
+class Damaged(ValueError):
+  """Something on disk is not what was written."""
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+  """An absolute path of the kind that its prefix names, such as gs://."""
+  path = epath.Path(path).expanduser()
+  return path if is_remote(path) else epath.Path(os.path.abspath(path))
+
+
+def is_remote(path: epath.Path) -> bool:
+  """Whether a path is of an object store: no locks, no appending, no renaming at once."""
+  return "://" in str(path)
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+  """Writes a file that holds the old content or the new, whatever happens.
+
+  An object store does so by itself. A disk has the new content for certain afterwards.
+  """
+  if is_remote(path):
+    fault_point(f"write {path.name}")
+    path.write_bytes(data)
+    return
+  partial = f"{path}.partial"
+  try:
+    with open(partial, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    fault_point(f"write {path.name}")
+    os.replace(partial, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(partial)
+    raise
+  sync(path.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def sync_tree(path: epath.Path) -> None:
+  """The same for a folder and all that is in it; an object store needs nothing."""
+  if is_remote(path):
+    return
+  for folder, _, files in os.walk(path):
+    for name in files:
+      sync(os.path.join(folder, name))
+    sync(folder)
+
+
+def set_aside(path: epath.Path) -> epath.Path:
+  """Gives something damaged a name under which nobody looks for it; gives that path."""
+  number, aside = 1, path.parent / f"{path.name}.damaged"
+  while aside.exists():
+    number += 1
+    aside = path.parent / f"{path.name}.damaged{number}"
+  return path.rename(aside)
+
+
+def write_json(path: epath.Path, document: dict[str, Any]) -> None:
+  """Writes a document with its format's version and a digest of it all."""
+  document = plain({**document, "format": FORMAT})
+  document["digest"] = _digest(document)
+  write_bytes(path, json.dumps(document, indent=1, allow_nan=False).encode())
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a document that `write_json` wrote.
+
+  Raises:
+    FileNotFoundError: there is none.
+    Damaged: it is not what was written.
+    ValueError: it has the format of another version.
+  """
+  data = path.read_bytes()
+  try:
+    document = json.loads(data)
+    digest = document.pop("digest")
+    whole = _digest(document) == digest
+  except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    raise Damaged(f"{path} is damaged: its content does not have its digest")
+  if document.pop("format", None) != FORMAT:
+    raise ValueError(
+      f"{path} was written by another version of jaxsms: go on with that version, or begin "
+      "anew in another folder"
+    )
+  return document
+
+
+def _digest(document):
+  text = json.dumps(document, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+  """The same in what JSON has: arrays as lists, NaN and infinities as None."""
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [plain(v) for v in value]
+  if hasattr(value, "tolist"):
+    return plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
