@@ -27,7 +27,7 @@ class Lock:
     """`path`: the run directory, which must exist."""
     self._path = storage.as_path(path)
     self._token = secrets.token_hex(8)
-    self._file = None
+    self._handle: int | None = None
     self._released = threading.Event()
     self._beating = threading.Thread(target=self._keep_beating, daemon=True)
     self._lost = False
@@ -52,9 +52,9 @@ class Lock:
     self._beating.start()
 
   def check(self) -> None:
-    """Raises ValueError where another process has taken the directory over."""
+    """Raises OSError where another process has taken the directory over."""
     if self._lost:
-      self._refuse(self._holder())
+      raise OSError(f"another process has taken {self._path} over: this one stops")
 
   def release(self) -> None:
     """Gives the directory back."""
@@ -64,9 +64,9 @@ class Lock:
     with contextlib.suppress(OSError):
       if self._holder().get("token") == self._token:
         (self._path / HOLDER).unlink()
-    if self._file is not None:
-      self._file.close()
-      self._file = None
+    if self._handle is not None:
+      os.close(self._handle)
+      self._handle = None
 
   def _lock_file(self):
     """Whether the operating system gave its lock; False where it has none to give."""
@@ -76,16 +76,16 @@ class Lock:
       import fcntl
     except ImportError:  # not on Windows
       return False
-    file = open(self._path / LOCK, "ab")
+    handle = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.close()
+      os.close(handle)
       self._refuse(self._holder())
     except OSError:
-      file.close()
+      os.close(handle)
       return False
-    self._file = file
+    self._handle = handle
     return True
 
   def _watch(self, holder):

@@ -1,5 +1,6 @@
 """One seed of a run: dense training, Sparse Model Soups, and what they compare with."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.hardware import Hardware, copies_at_once, mesh_of, network_options
 from experiments.settings import Settings, check_data, dense_schedule
+from experiments.work import Work
 from jaxsms import data, models
 from jaxsms.data import (
   Dataset,
@@ -27,6 +29,7 @@ from jaxsms.training import (
   Chunk,
   Data,
   Programs,
+  Saving,
   StreamedData,
   init_variables,
   make_programs,
@@ -34,7 +37,7 @@ from jaxsms.training import (
   sgd,
   train_copies,
 )
-from jaxsms.training.phases import Model, Splits, measure, one_model, run_phases
+from jaxsms.training.phases import Model, Phases, Splits, measure, one_model, run_phases
 
 # Independent streams of a seed's key.
 INIT, PRETRAIN, RETRAIN = 0, 1, 2
@@ -43,7 +46,7 @@ Record = dict[str, Any]
 
 
 class Observer(NamedTuple):
-  """What a run tells while it goes on.
+  """What a run tells and asks while it goes on.
 
   Attributes:
     chunk: called with method, phase (0 in dense training) and each chunk of training.
@@ -51,11 +54,15 @@ class Observer(NamedTuple):
       with its metrics.
     soup: called with the last soup as soon as there is one: `params`, `batch_stats`,
       `masks`.
+    due: whether the training under way is to be saved, asked after every chunk.
+    save: called with a seed's work when it is, and after each phase.
   """
 
   chunk: Callable[[str, int, Chunk], None]
   phase: Callable[[str, Record], None]
   soup: Callable[[dict[str, Any]], None]
+  due: Callable[[], bool] = lambda: False
+  save: Callable[[Work], None] = lambda work: None
 
 
 class Task(NamedTuple):
@@ -65,6 +72,7 @@ class Task(NamedTuple):
     module: the network.
     programs: its compiled work.
     splits: the data on the device.
+    shapes: of the network's parameters and batch statistics.
     image_shape: [height, width, channels].
     steps_per_epoch: training steps.
     pretrain_lrs: float [pretraining steps].
@@ -74,6 +82,7 @@ class Task(NamedTuple):
   module: Any
   programs: Programs
   splits: Splits
+  shapes: Model
   image_shape: tuple[int, ...]
   steps_per_epoch: int
   pretrain_lrs: np.ndarray
@@ -104,10 +113,12 @@ def make_task(
   else:
     splits, image_shape = resident_splits(dataset), dataset.train_images.shape[1:]
   module = make_network(settings, chosen, dataset.num_classes)
-  shapes, _ = jax.eval_shape(
-    functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
+  shapes = Model(
+    *jax.eval_shape(
+      functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
+    )
   )
-  pairs = zip(jax.tree.leaves(shapes), prunable_flags(shapes), strict=True)
+  pairs = zip(jax.tree.leaves(shapes.params), prunable_flags(shapes.params), strict=True)
   check_data(
     settings, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
   )
@@ -121,6 +132,7 @@ def make_task(
     module,
     programs,
     splits,
+    shapes,
     image_shape,
     steps_per_epoch,
     np.broadcast_to(pretrain_lrs, [steps]),
@@ -217,10 +229,23 @@ def planned_steps(settings: Settings, steps_per_epoch: int) -> dict[int, int]:
   return {k: settings.seeds * steps_per_epoch * n for k, n in epochs.items()}
 
 
+def saving(work: Work, observer: Observer) -> Saving:
+  """Hands a seed's work to the observer, with the state of the training under way."""
+
+  def save_state(state):
+    observer.save(dataclasses.replace(work, state=state))
+
+  def save_phases(done):
+    work.model, work.masks, work.phases[work.method] = done
+    observer.save(work)
+
+  return Saving(observer.due, save_state, save_phases)
+
+
 def pretrain(
-  settings: Settings, task: Task, key: jax.Array, observer: Observer
-) -> tuple[Model, Record]:
-  """Trains the dense model; gives it and its metrics."""
+  settings: Settings, task: Task, key: jax.Array, work: Work, observer: Observer
+) -> None:
+  """Trains the dense model of `work`, and measures it."""
   params, batch_stats = init_variables(
     task.module, jax.random.fold_in(key, INIT), task.image_shape
   )
@@ -236,11 +261,13 @@ def pretrain(
     task.pretrain_lrs[None],
     chunk_steps=chunk_steps(settings),
     on_chunk=lambda chunk: observer.chunk("dense", 0, chunk),
+    state=work.state,
+    saving=saving(work, observer),
   )
-  dense = jax.tree.map(lambda x: x[0], Model(*trained))
-  (metrics,), _ = measure(task.programs, task.splits, one_model(dense))
-  observer.phase("dense", metrics)
-  return dense, metrics
+  work.dense, work.state = jax.tree.map(lambda x: x[0], Model(*trained)), None
+  (work.metrics,), _ = measure(task.programs, task.splits, one_model(work.dense))
+  observer.phase("dense", work.metrics)
+  observer.save(work)
 
 
 def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
@@ -256,14 +283,23 @@ def prune_and_retrain(
   settings: Settings,
   task: Task,
   key: jax.Array,
-  dense: Model,
+  work: Work,
   *,
   method: str,
   m: int,
   epochs: int,
   observer: Observer,
-) -> tuple[Model, Any, list[Record]]:
-  """All phases of one method: m copies of so many epochs each; see `run_phases`."""
+) -> Phases:
+  """All phases of one method: m copies of so many epochs each; see `run_phases`.
+
+  What `work` holds of them already is not done again.
+  """
+  if work.method != method:
+    work.method, work.model, work.masks = method, None, None
+  done = None
+  if work.model is not None:
+    done = Phases(work.model, work.masks, work.phases[method])
+  state, work.state = work.state, None
   steps = epochs * task.steps_per_epoch
 
   def plan(record):
@@ -286,7 +322,7 @@ def prune_and_retrain(
     task.programs,
     task.splits,
     jax.random.fold_in(key, RETRAIN),
-    dense,
+    work.dense,
     plan,
     goal_sparsity=settings.goal_sparsity,
     phases=settings.phases,
@@ -295,30 +331,53 @@ def prune_and_retrain(
     chunk_steps=chunk_steps(settings),
     on_chunk=lambda phase, chunk: observer.chunk(method, phase, chunk),
     on_phase=lambda record: observer.phase(method, record),
+    done=done,
+    state=state,
+    saving=saving(work, observer),
   )
 
 
-def run_seed(settings: Settings, task: Task, seed: int, observer: Observer) -> Record:
+def run_seed(settings: Settings, task: Task, work: Work, observer: Observer) -> Record:
   """Everything that one seed decides.
 
   Args:
     settings: of the run.
     task: shared by all seeds.
-    seed: decides initialisation, batch orders, augmentation and dropout.
+    work: the seed, and what is done of it already; grows until all is done.
     observer: told of everything on the way.
 
   Returns:
     The entry of results.json.
   """
-  key = jax.random.key(seed)
-  dense, metrics = pretrain(settings, task, key, observer)
+  key = jax.random.key(work.seed)
+  if work.dense is None:
+    pretrain(settings, task, key, work, observer)
   m, epochs = settings.ingredients, settings.retrain_epochs
-  run = functools.partial(prune_and_retrain, settings, task, key, dense, observer=observer)
-  model, masks, phases = run(method="sms", m=m, epochs=epochs)
-  observer.soup({"params": model.params, "batch_stats": model.batch_stats, "masks": masks})
+  run = functools.partial(prune_and_retrain, settings, task, key, work, observer=observer)
+
+  def finished(method):
+    return len(work.phases.get(method, [])) == settings.phases
+
+  if not finished("sms") or work.method == "sms":
+    try:
+      run(method="sms", m=m, epochs=epochs)
+    except FloatingPointError:  # the soup of the phase before is still good
+      give_soup(work, observer)
+      raise
+    give_soup(work, observer)
   lengths = {"imp": epochs, "imp_mx": m * epochs}
   for method in settings.baselines:
-    _, _, records = run(method=method, m=1, epochs=lengths[method])
-    for phase, record in zip(phases, records, strict=True):
+    if not finished(method):
+      run(method=method, m=1, epochs=lengths[method])
+  phases = [dict(record) for record in work.phases["sms"]]
+  for method in settings.baselines:
+    for phase, record in zip(phases, work.phases[method], strict=True):
       phase[method] = record["soup"]
-  return {"seed": seed, "dense": metrics, "phases": phases}
+  return {"seed": work.seed, "dense": work.metrics, "phases": phases}
+
+
+def give_soup(work: Work, observer: Observer) -> None:
+  """Hands the last soup to the observer, if there is one."""
+  if work.model is not None:
+    params, batch_stats = work.model
+    observer.soup({"params": params, "batch_stats": batch_stats, "masks": work.masks})

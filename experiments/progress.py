@@ -19,8 +19,11 @@ class TimeLeft:
   """
 
   def __init__(self, plan: dict[int, int]):
-    """`plan`: for each number of copies trained at once, how many steps in all."""
-    self._left = dict(plan)
+    """`plan`: for each number of copies trained at once, how many steps in all.
+
+    It is counted down.
+    """
+    self._left = plan
     self._seconds: dict[int, float] = {}
     self._steps: dict[int, int] = {}
     self._rough: dict[int, float] = {}  # seconds a step, from first chunks alone

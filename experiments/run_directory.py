@@ -1,7 +1,6 @@
-"""The folder of one run: flags, metrics as JSON lines, results, the soup, the figure."""
+"""The folder of one run: what is in it, and whose run it is."""
 
-import json
-import math
+import hashlib
 import os
 import platform
 import sys
@@ -11,38 +10,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsms import checkpoint
+from experiments.hardware import Hardware, bfloat16
+from experiments.settings import Settings
+from jaxsms import checkpoint, storage
+from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.meshes import fetch
+from jaxsms.report import dataset_title
 
+RUN_FILE = "run.json"
 FLAGS_FILE = "flags.txt"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
-
-
-def create(path: str, flagfile: str) -> str:
-  """Makes a run directory and writes the flags of the run into it.
-
-  Of several processes the first does so, and all of them learn how it went.
-
-  Args:
-    path: the folder; made where it is missing, else it must hold no run.
-    flagfile: all flags, one to a line, to be given to `--flagfile`.
-
-  Returns:
-    The path, with ~ expanded.
-
-  Raises:
-    ValueError: it holds a run already, or cannot be written.
-  """
-  path = os.path.expanduser(path)
-  message = _create(path, flagfile) if is_writer() else ""
-  if jax.process_count() > 1:
-    failed = multihost_utils.broadcast_one_to_all(np.int32(bool(message)))
-    if failed and not message:
-      message = "the first process could not make the run directory: see its output"
-  if message:
-    raise ValueError(message)
-  return path
+CHECKPOINTS = "checkpoints"
+# Where a run finds its data, and how often the host looks, change none of its results.
+NOT_OF_THE_RUN = ("data_dir", "cache_dir", "chunk_steps")
 
 
 def is_writer() -> bool:
@@ -50,45 +31,177 @@ def is_writer() -> bool:
   return jax.process_index() == 0
 
 
-def _create(path, flagfile):
-  """Does it; gives what went wrong, or nothing."""
+def agreed(wanted: bool) -> bool:
+  """Whether any process wants it; all of them learn so."""
+  if jax.process_count() == 1:
+    return wanted
+  return bool(multihost_utils.process_allgather(np.array(wanted)).any())
+
+
+def defining(
+  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset
+) -> dict[str, Any]:
+  """Everything that the numbers of a run depend on, but for rounding."""
+  values = {k: v for k, v in settings._asdict().items() if k not in NOT_OF_THE_RUN}
+  values["dataset"] = dataset_title(settings.dataset)
+  values["precision"] = "bfloat16" if bfloat16(chosen.precision) else "float32"
+  values["micro_batches"] = chosen.micro_batches
+  values["data"] = fingerprint(dataset)
+  return storage.plain(values)
+
+
+def fingerprint(dataset: Dataset | StreamedDataset) -> str:
+  """Tells other data under the same name: a digest, or of streamed data their number."""
+  if isinstance(dataset, StreamedDataset):
+    return f"{len(dataset.train)} + {len(dataset.test)} examples"
+  digest = hashlib.sha256()
+  for name in ("train_images", "train_labels", "test_images", "test_labels"):
+    array = np.ascontiguousarray(getattr(dataset, name))
+    digest.update(f"{array.dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
+  """What a run directory says about its run: `flags`, `defining` and `environment`.
+
+  Where that file is damaged or gone, the newest checkpoint that has a copy is asked.
+
+  Returns:
+    None where the directory is missing or holds no run.
+
+  Raises:
+    ValueError: the run is of another version, or nothing says what run it is.
+  """
+  path = storage.as_path(path)
+  if path.exists() and not path.is_dir():
+    raise ValueError(f"--workdir {path} is a file: give a folder")
   try:
-    os.makedirs(path, exist_ok=True)
-    with open(os.path.join(path, FLAGS_FILE), "x", encoding="utf-8") as file:
-      file.write(flagfile)
-  except FileExistsError:
-    if os.path.isdir(path):
-      return f"{path} already holds a run: choose another --workdir, or delete it"
-    return f"--workdir {path} is a file: give a folder"
+    return storage.read_json(path / RUN_FILE)
+  except (storage.Damaged, FileNotFoundError):
+    pass
   except OSError as error:
-    return f"--workdir {path} cannot be written ({error.strerror}): choose another folder"
-  return ""
+    raise ValueError(f"--workdir {path} cannot be read ({error.strerror})") from error
+  traces = (RUN_FILE, FLAGS_FILE, RESULTS_FILE, CHECKPOINTS)
+  if not any((path / name).exists() for name in traces):
+    return None
+  folders = (path / CHECKPOINTS).iterdir() if (path / CHECKPOINTS).exists() else []
+  for folder in sorted(folders, key=lambda f: f.name, reverse=True):
+    try:
+      run = checkpoint.read_manifest(folder)["meta"].get("run")
+    except ValueError:
+      continue
+    if isinstance(run, dict):
+      return run
+  raise ValueError(
+    f"{path} holds a run of another version of jaxsms, or its {RUN_FILE} is lost: choose "
+    "another --workdir"
+  )
 
 
-def append_metrics(path: str, record: dict[str, Any]) -> None:
-  """Adds one line to the metrics of a run."""
+def check_same(
+  path: str | os.PathLike, run: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+  """Raises ValueError where a directory's run is not the wanted one, naming what differs.
+
+  Args:
+    path: the directory.
+    run: what `read_run` gave.
+    wanted: what `defining` gives for the flags of this start.
+  """
+  old = run.get("defining")
+  old = old if isinstance(old, dict) else {}
+  names = [k for k in old.keys() | wanted.keys() if old.get(k) != wanted.get(k)]
+  differing = [
+    "other data"
+    if name == "data"
+    else f"--{name}={_text(old.get(name))} and not {_text(wanted.get(name))}"
+    for name in sorted(names)
+  ]
+  if differing:
+    raise ValueError(
+      f"{path} holds another run, with {', '.join(differing)}: give what it began with, or "
+      "choose another --workdir"
+    )
+
+
+def _text(value):
+  return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def begin(path: str | os.PathLike, run: dict[str, Any], flagfile: str) -> None:
+  """Writes down whose run it is, where that is missing or damaged.
+
+  Args:
+    path: the folder, which exists.
+    run: `flags`, `defining` and `environment`.
+    flagfile: all flags, one to a line, to be given to `--flagfile`.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = storage.as_path(path)
+  try:
+    storage.read_json(path / RUN_FILE)
+  except FileNotFoundError:
+    storage.write_json(path / RUN_FILE, run)
+  except storage.Damaged:
+    storage.set_aside(path / RUN_FILE)
+    storage.write_json(path / RUN_FILE, run)
+  if not (path / FLAGS_FILE).exists():
+    storage.write_bytes(path / FLAGS_FILE, flagfile.encode())
+
+
+def read_results(path: str | os.PathLike) -> dict[str, Any] | None:
+  """results.json; None where there is none that is whole.
+
+  Raises:
+    ValueError: it is of another version.
+  """
+  try:
+    results = storage.read_json(storage.as_path(path) / RESULTS_FILE)
+  except (storage.Damaged, OSError):
+    return None
+  return results if isinstance(results.get("seeds"), list) else None
+
+
+def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
+  """Writes results.json: the old file stays whole until the new one is.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = storage.as_path(path) / RESULTS_FILE
   if not is_writer():
     return
-  with open(os.path.join(path, METRICS_FILE), "a", encoding="utf-8") as file:
-    file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+  if path.exists():
+    try:
+      storage.read_json(path)
+    except storage.Damaged:
+      storage.set_aside(path)
+  storage.write_json(path, results)
 
 
-def write_results(path: str, results: dict[str, Any]) -> None:
-  """Writes results.json: the old file stays whole until the new one is."""
-  if not is_writer():
-    return
-  name = os.path.join(path, RESULTS_FILE)
-  with open(name + ".tmp", "w", encoding="utf-8") as file:
-    json.dump(plain(results), file, indent=1, allow_nan=False)
-  os.replace(name + ".tmp", name)
+def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None:
+  """Saves the last soup of one seed: `params`, `batch_stats` and `masks`.
 
+  One that lies there already, from before a break, is replaced.
 
-def save_soup(path: str, seed: int, model: dict[str, Any]) -> None:
-  """Saves the last soup of one seed: `params`, `batch_stats` and `masks`."""
+  Raises:
+    OSError: it cannot be written.
+  """
   model = fetch(model)
   if not is_writer():
     return
-  checkpoint.save(os.path.join(path, "soup", f"seed_{seed}"), model)
+  path = storage.as_path(path) / "soup" / f"seed_{seed}"
+  if path.exists():
+    try:
+      if not checkpoint.is_unfinished(path):
+        checkpoint.restore(path)
+      checkpoint.remove(path)
+    except storage.Damaged:
+      storage.set_aside(path)
+  checkpoint.save(path, model)
 
 
 def environment() -> dict[str, Any]:
@@ -111,16 +224,3 @@ def environment() -> dict[str, Any]:
     "backend": jax.default_backend(),
     "devices": jax.device_count(),
   }
-
-
-def plain(value: Any) -> Any:
-  """The same in what JSON has: arrays as lists, NaN and infinities as None."""
-  if isinstance(value, dict):
-    return {str(k): plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(v) for v in value]
-  if hasattr(value, "tolist"):
-    return plain(value.tolist())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value

@@ -6,26 +6,29 @@ python -m experiments.sms --dataset=cifar10 --data_dir=... --model=resnet8
 
 import importlib.util
 import os
+import pathlib
 import sys
+import tempfile
 import time
 
 import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import hardware, methods, run_directory, settings, tuning
+from experiments import hardware, keeping, methods, run_directory, settings, tuning
 from experiments.progress import RunProgress, clock
-from jaxsms import report
+from experiments.signals import Stopped, StopSignals
+from jaxsms import report, storage
 
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(hardware)
+flags.adopt_module_key_flags(keeping)
 
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; bad input ends it with one sentence and exit status 2."""
   if not settings.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  started = time.monotonic()
   try:
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
@@ -36,57 +39,90 @@ def main(argv: list[str]) -> None:
       )
 
     chosen = settings.read_settings()
+    retention = keeping.read_retention()
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
     hardware.start(devices, chosen.model, chosen.ingredients)
     dataset = methods.load(chosen)
     chosen = settings.with_data(chosen, dataset)
-    devices = tuning.measured(chosen, devices, dataset)
-    task = methods.make_task(chosen, devices, dataset)
-    run_flags = {**chosen._asdict(), **devices._asdict()}
-    workdir = run_directory.create(
-      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S")),
-      settings.flagfile(run_flags),
+
+    workdir = storage.as_path(
+      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
     )
+    wanted = run_directory.defining(chosen, devices, dataset)
+    run = run_directory.read_run(workdir)
+    if run:
+      run_directory.check_same(workdir, run, wanted)
+      finished = run_directory.read_results(workdir)
+      if finished and finished.get("finished"):
+        keeping.say(f"{workdir} holds this run, finished: nothing is left to do")
+        show(workdir, finished)
+        return
+    measured_before = run["flags"].get("convolution") if run else None
+    devices = tuning.measured(chosen, devices, dataset, measured_before)
+    task = methods.make_task(chosen, devices, dataset)
+
+    run_flags = {**chosen._asdict(), **devices._asdict()}
+    environment = run_directory.environment()
+    run = run or {"flags": run_flags, "defining": wanted, "environment": environment}
+    signals = StopSignals()
+    keeper = keeping.Keeper(workdir, run, retention, signals)
+    for sentence in keeper.open(chosen, task, settings.flagfile(run_flags)):
+      keeping.say(sentence)
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
   results = {
-    "flags": {**run_flags, "workdir": workdir},
-    "environment": run_directory.environment(),
-    "seeds": [],
+    "flags": {**run_flags, "workdir": str(workdir)},
+    "environment": environment,
+    "seeds": keeper.seeds,
   }
+
+  def write_results():
+    if keeper.seeds:
+      results["summary"] = report.summarize(keeper.seeds)
+      results["seconds"] = keeper.seconds()
+      results["finished"] = len(keeper.seeds) == chosen.seeds
+      run_directory.write_results(workdir, results)
+
   stopped, status = None, 0
-  plan = methods.planned_steps(chosen, task.steps_per_epoch)
   try:
-    with RunProgress(plan, quiet=not run_directory.is_writer()) as progress:
-      for seed in range(chosen.seed, chosen.seed + chosen.seeds):
-        observer = make_observer(progress, workdir, chosen, seed)
-        results["seeds"].append(methods.run_seed(chosen, task, seed, observer))
-        results["summary"] = report.summarize(results["seeds"])
-        results["seconds"] = time.monotonic() - started
-        run_directory.write_results(workdir, results)
-  except FloatingPointError as error:
+    quiet = not run_directory.is_writer()
+    with keeper, signals, RunProgress(keeper.steps_left, quiet=quiet) as progress:
+      observer = make_observer(progress, keeper, workdir, chosen)
+      write_results()
+      while len(keeper.seeds) < chosen.seeds:
+        keeper.finish_seed(methods.run_seed(chosen, task, keeper.work, observer))
+        write_results()
+    if keeper.seeds:
+      show(workdir, results)
+  except (FloatingPointError, OSError) as error:
     stopped, status = f"error: {error}", 1
+  except Stopped as error:
+    stopped, status = str(error), error.status
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130
-
-  if results["seeds"] and run_directory.is_writer():
-    for ending in ("png", "svg"):
-      report.accuracy_figure(results, os.path.join(workdir, f"accuracy.{ending}"))
-    show(Console(), results)
   if stopped:
-    done = len(results["seeds"])
+    if results.get("summary"):
+      show(workdir, results)
+    done = len(keeper.seeds)
     what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
-    print(f"{stopped} ({what}; {workdir} holds what there is)", file=sys.stderr)
+    print(
+      f"{stopped} ({what}; in {keeper.work.position()}; the same flags with "
+      f"--workdir={workdir} go on from what is saved)",
+      file=sys.stderr,
+    )
     sys.exit(status)
 
 
 def make_observer(
-  progress: RunProgress, workdir: str, chosen: settings.Settings, seed: int
+  progress: RunProgress,
+  keeper: keeping.Keeper,
+  workdir: storage.epath.Path,
+  chosen: settings.Settings,
 ) -> methods.Observer:
-  """Shows each chunk of training, and writes a line for every epoch and every phase."""
-  epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
+  """Shows each chunk of training, writes a line for every epoch and phase, and saves."""
+  epoch = keeper.epoch
   titles = {"dense": "dense", "sms": "SMS"} | {
     name: report.method_title(name, chosen.ingredients) for name in settings.BASELINES
   }
@@ -94,7 +130,7 @@ def make_observer(
   def on_chunk(method, phase, chunk):
     epochs = chosen.retrain_epochs if phase else chosen.epochs
     epochs *= chosen.ingredients if method == "imp_mx" else 1
-    title = f"seed {seed}  {titles[method]}"
+    title = f"seed {keeper.work.seed}  {titles[method]}"
     title += f" phase {phase}/{chosen.phases}" if phase else ""
     progress.chunk(title, epochs, chunk)
     epoch["loss"].append(chunk.loss)
@@ -105,29 +141,42 @@ def make_observer(
         np.average(epoch[name], axis=0, weights=epoch["taken"])
         for name in ("loss", "accuracy")
       )
-      line = {"seed": seed, "method": method, "phase": phase, "epoch": chunk.epoch}
+      line = {
+        "seed": keeper.work.seed,
+        "method": method,
+        "phase": phase,
+        "epoch": chunk.epoch,
+      }
       line |= {"step": chunk.step, "loss": loss, "accuracy": accuracy}
       line["learning_rate"] = chunk.learning_rate
-      run_directory.append_metrics(workdir, line)
+      keeper.append_metrics(line)
       for values in epoch.values():
         values.clear()
 
   def on_phase(method, record):
-    line = {"seed": seed, "method": method, "phase": record.get("phase", 0)}
-    run_directory.append_metrics(workdir, {**line, "evaluation": record})
+    line = {"seed": keeper.work.seed, "method": method, "phase": record.get("phase", 0)}
+    keeper.append_metrics({**line, "evaluation": record})
 
   def on_soup(soup):
-    run_directory.save_soup(workdir, seed, soup)
+    run_directory.save_soup(workdir, keeper.work.seed, soup)
 
-  return methods.Observer(on_chunk, on_phase, on_soup)
+  return methods.Observer(on_chunk, on_phase, on_soup, keeper.due, keeper.save)
 
 
-def show(console: Console, results: dict) -> None:
-  """Prints the table and where the rest lies."""
-  m = results["flags"]["ingredients"]
-  tables = report.rows(results["summary"], m)
+def show(workdir: storage.epath.Path, results: dict) -> None:
+  """Draws the figures, and prints the table and where the rest lies."""
+  if not run_directory.is_writer():
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    for ending in ("png", "svg"):
+      name = f"accuracy.{ending}"
+      report.accuracy_figure(results, os.path.join(folder, name))
+      storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
+  console = Console()
+  tables = report.rows(results["summary"], results["flags"]["ingredients"])
   console.print(report.console_table(tables, report.caption(results)))
-  workdir = results["flags"]["workdir"]
+  for note in report.notes(results["seeds"]):
+    console.print(note, style="bold red", highlight=False, soft_wrap=True)
   console.print(
     f"Took {clock(results['seconds'])}. Results, soup, metrics and figure: {workdir}",
     highlight=False,

@@ -17,11 +17,19 @@ STEPS, ROUNDS = 4, 3
 
 
 def measured(
-  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset
+  settings: Settings,
+  chosen: Hardware,
+  dataset: Dataset | StreamedDataset,
+  before: str | None = None,
 ) -> Hardware:
-  """The flags with the fastest lowering in place of --convolution=measure."""
+  """The flags with the fastest lowering in place of --convolution=measure.
+
+  A run that is resumed keeps the one that it began with, `before`.
+  """
   if chosen.convolution != MEASURE:
     return chosen
+  if before is not None:
+    return chosen._replace(convolution=before)
   seconds = {}
   for name in CHOICES[1:]:  # all but auto, which is one of them
     runner = _runner(settings, chosen._replace(convolution=name), dataset)

@@ -72,7 +72,7 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
       shardings the result takes; None gives dicts and lists as they were saved.
 
   Returns:
-    The tree.
+    The tree; of NumPy arrays where `like` has no sharding.
 
   Raises:
     Damaged: a ValueError; the checkpoint is not what was saved.
@@ -99,10 +99,12 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
   """Arrays by name (see `jaxsms.safetensors.by_path`) as a tree.
 
   Args:
-    like: a tree of arrays or `jax.ShapeDtypeStruct`, whose structure, shapes, dtypes and
-      shardings the result takes.
+    like: see `restore`.
     arrays: the leaves.
     what: where they come from, for the message.
+
+  Returns:
+    The tree.
 
   Raises:
     ValueError: names or shapes differ.
@@ -111,10 +113,10 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
   check_fit(f"{what} holds another model", expected, arrays, "give one that fits")
 
   def leaf(name, wanted):
-    value = arrays[name]
+    value, sharding = arrays[name], getattr(wanted, "sharding", None)
     if value.dtype != wanted.dtype:
       value = value.astype(wanted.dtype)
-    return jax.device_put(value, getattr(wanted, "sharding", None))
+    return value if sharding is None else jax.device_put(value, sharding)
 
   leaves = [leaf(name, wanted) for name, wanted in expected.items()]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -149,6 +149,32 @@ def caption(results: Results) -> str:
   )
 
 
+def notes(seeds: list[Results]) -> list[str]:
+  """A sentence for everything in these entries of `results.json` that went wrong."""
+  found = []
+  for seed in seeds:
+    for phase in seed["phases"]:
+      where = f"Seed {seed['seed']}, phase {phase['phase']}"
+      if diverged := phase.get("diverged"):
+        copies = ", ".join(map(str, diverged))
+        found.append(
+          f"{where}: {len(diverged)} of {len(phase['candidates'])} copies diverged and are "
+          f"left out (from 0: {copies})."
+        )
+      if failed := phase.get("averaging_failed"):
+        found.append(
+          f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "
+          f"data, its worst candidate {_of(failed, 'worst_candidate')} %; between copies "
+          f"{' and '.join(map(str, failed['copies']))} the loss rises by "
+          f"{failed['barrier']:.3g}."
+        )
+  return found
+
+
+def _of(failed: Results, name: str) -> str:
+  return f"{100 * failed[f'{name}_validation_accuracy']:.2f}"
+
+
 def dataset_title(name: str) -> str:
   """How a data set is called: a file by its name, without its folders."""
   return os.path.basename(name) if name.endswith(".npz") else name

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.faults import fault_point
-from jaxsms.geometry import interpolate, loss_barrier, soup_geometry
+from jaxsms.geometry import soup_geometry
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
@@ -17,13 +17,13 @@ from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, finite_models, merge_phase, prune_phase
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training import streamed
+from jaxsms.training.failures import averaging_failure
 from jaxsms.training.loop import Chunk, Saving, train_copies
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data, TrainState
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree, number_of_models
 
-MARGIN = 0.01  # validation accuracy by which a soup may be below its worst candidate
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 Record = dict[str, Any]
 # From the phase's pruning record: ingredients of m copies, and learning rates [m, steps].
@@ -161,7 +161,9 @@ def run_phases(
     finite = fetch(finite_models(candidates))
     healthy = [i for i, is_finite in enumerate(finite) if is_finite]
     scores, predictions = measure(programs, splits, candidates)
-    scores = [s if ok else dict.fromkeys(s, np.nan) for s, ok in zip(scores, finite)]
+    scores = [
+      s if ok else dict.fromkeys(s, np.nan) for s, ok in zip(scores, finite, strict=True)
+    ]
     ensemble = {
       split: Predictions(prediction_ensemble(_only(healthy, logits))[None], labels)
       for split, (logits, labels) in predictions.items()
@@ -178,7 +180,11 @@ def run_phases(
       (soup,), of_soup = measure(programs, splits, alone)
       model = jax.tree.map(lambda x: x[0], alone)
       failure = averaging_failure(
-        programs, splits, recalibration_key, candidates, weights, soup, scores
+        functools.partial(on_validation, programs, splits, recalibration_key),
+        candidates,
+        weights,
+        soup,
+        scores,
       )
       record |= {"averaging_failed": failure} if failure else {}
     of_healthy = geometry(_only(healthy, candidates.params))
@@ -201,7 +207,7 @@ def run_phases(
     if on_phase is not None:
       on_phase(record)
     if saving is not None:
-      saving.phase(Phases(model, masks, records))
+      saving.phase(Phases(model, masks, list(records)))
   return Phases(model, masks, records)
 
 
@@ -219,56 +225,6 @@ def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
     return on_validation(programs, splits, key, model)["validation_accuracy"]
 
   return functools.partial(greedy_soup, evaluate=validation_accuracy)
-
-
-def averaging_failure(
-  programs: Programs,
-  splits: Splits,
-  key: jax.Array,
-  candidates: Model,
-  weights: np.ndarray,
-  soup: dict[str, float],
-  scores: list[dict[str, float]],
-) -> Record | None:
-  """The evidence that averaging failed, where the soup is worse than every candidate.
-
-  Args:
-    programs: of the network.
-    splits: of the data.
-    key: for recalibration.
-    candidates: leaves [m, ...].
-    weights: float [m], of the merge.
-    soup: its metrics.
-    scores: those of the candidates, NaN for those that diverged.
-
-  Returns:
-    None where the soup's validation accuracy is at most `MARGIN` below that of the worst
-    candidate. Else both accuracies, and of the line between the first two candidates that
-    were merged (`copies`) the validation `losses` at `positions` from 0 to 1, and the
-    `barrier`, see `jaxsms.loss_barrier`.
-
-  References:
-    Frankle et al., 2020, https://arxiv.org/abs/1912.05671
-  """
-  accuracies = [s["validation_accuracy"] for s in scores]
-  worst = float(np.nanmin(accuracies))
-  if soup["validation_accuracy"] >= worst - MARGIN:
-    return None
-  copies = [int(i) for i in np.flatnonzero(weights)[:2]]
-  first, second = (jax.tree.map(lambda x, i=i: x[i], candidates) for i in copies)
-  positions = np.linspace(0, 1, 11)
-  losses = [
-    on_validation(programs, splits, key, interpolate(first, second, t))["validation_loss"]
-    for t in positions
-  ]
-  return {
-    "soup_validation_accuracy": soup["validation_accuracy"],
-    "worst_candidate_validation_accuracy": worst,
-    "copies": copies,
-    "positions": positions.tolist(),
-    "losses": losses,
-    "barrier": float(loss_barrier(losses)),
-  }
 
 
 def on_validation(

@@ -1,0 +1,265 @@
+"""Keeps a run: saves it while it goes on, and takes it up again after a break."""
+
+import math
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from experiments import methods, run_directory
+from experiments.lock import Lock
+from experiments.metrics_file import MetricsFile
+from experiments.run_directory import agreed, is_writer
+from experiments.settings import Settings
+from experiments.signals import Stopped, StopSignals
+from experiments.work import Work, packed, unpacked
+from jaxsms import storage
+from jaxsms.faults import fault_point
+from jaxsms.series import Found, Series
+
+flags.DEFINE_float(
+  "save_minutes",
+  5.0,
+  "Minutes of training between two checkpoints, in --workdir; 0 saves after every chunk. "
+  "Also saved after each phase, unless saving takes more than 2 % of the time since.",
+)
+flags.DEFINE_integer(
+  "keep_checkpoints",
+  2,
+  "How many checkpoints stay: where one is damaged, the next is used.",
+)
+FLAGS = flags.FLAGS
+MEANS = ("loss", "accuracy")
+COST = 50  # a phase is saved when this many times the time that saving takes has gone by
+
+
+class Retention(NamedTuple):
+  """The flags of this file."""
+
+  save_minutes: float
+  keep_checkpoints: int
+
+
+def read_retention() -> Retention:
+  """The parsed flags.
+
+  Raises:
+    ValueError: one is out of range.
+  """
+  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints)
+  if not 0 <= chosen.save_minutes < math.inf:
+    raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number, 0 or above")
+  if chosen.keep_checkpoints < 1:
+    raise ValueError(
+      f"--keep_checkpoints is {chosen.keep_checkpoints}: it must be at least 1"
+    )
+  return chosen
+
+
+class Keeper:
+  """A run in its directory: what it has so far, and how that gets to the disk.
+
+  Attributes:
+    seeds: the entries of the finished seeds.
+    work: the seed under way.
+    epoch: what the chunks of the epoch under way reported.
+    steps_left: by the number of copies that a step trains; counted down while they train.
+  """
+
+  def __init__(
+    self,
+    workdir: storage.epath.Path,
+    run: dict[str, Any],
+    retention: Retention,
+    signals: StopSignals,
+  ):
+    """Touches nothing yet.
+
+    Args:
+      workdir: the run directory.
+      run: what `run_directory.begin` writes.
+      retention: how often to save, and how many checkpoints to keep.
+      signals: which ask the run to stop.
+    """
+    self._workdir, self._run, self._signals = workdir, run, signals
+    self._interval = 60 * retention.save_minutes
+    self._series = Series(workdir / run_directory.CHECKPOINTS, retention.keep_checkpoints)
+    self._lock = Lock(workdir)
+    self._metrics: MetricsFile | None = None
+    self._begun = self._last = time.monotonic()
+    self._fetching = 0.0
+    self._resumed = False
+    self.seeds: list[dict[str, Any]] = []
+    self.work = Work(0)
+    self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
+    self.steps_left: dict[int, int] = {}
+
+  def open(self, settings: Settings, task: methods.Task, flagfile: str) -> list[str]:
+    """Takes the directory, and what an earlier process left there.
+
+    Args:
+      settings: of the run.
+      task: its network and data.
+      flagfile: see `run_directory.begin`.
+
+    Returns:
+      Sentences for the user: what was damaged, and where the run goes on.
+
+    Raises:
+      ValueError: another process runs there, the directory cannot be written, or what it
+        holds is of another version or another network.
+    """
+    try:
+      found = self._find(flagfile)
+      said = [f"warning: {sentence}" for sentence in found.damaged]
+      self.steps_left = methods.planned_steps(settings, task.steps_per_epoch)
+      self.work = Work(settings.seed)
+      size = self._take_up(found, settings, task) if found.number else 0
+      finished = (run_directory.read_results(self._workdir) or {}).get("seeds", [])
+      if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
+        self.seeds, self.work = finished, Work(settings.seed + len(finished))
+      if is_writer():
+        self._metrics = MetricsFile(self._workdir / run_directory.METRICS_FILE, size)
+    except OSError as error:
+      self._lock.release()
+      raise ValueError(
+        f"--workdir {self._workdir} cannot be written ({error.strerror or error}): choose "
+        "another folder"
+      ) from error
+    except ValueError:
+      self._lock.release()
+      raise
+    self._last = time.monotonic()
+    if self._resumed:
+      where = self.work.position() if found.number or finished else "the start"
+      said.append(
+        f"resuming {self._workdir}: {where} ({len(self.seeds)} of {settings.seeds} seeds "
+        "finished)"
+      )
+    return said
+
+  def _find(self, flagfile):
+    """Locks the directory, and walks back to its newest whole checkpoint.
+
+    The first process does so, and the others read what it found.
+    """
+    found, problem = Found(None, {}, {}, []), None
+    if is_writer():
+      try:
+        self._resumed = (self._workdir / run_directory.RUN_FILE).exists()
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        run_directory.begin(self._workdir, self._run, flagfile)
+        found = self._series.newest()
+      except (OSError, ValueError) as error:
+        problem = error
+    if jax.process_count() > 1:
+      state = np.array([problem is not None, found.number or 0], np.int32)
+      failed, number = map(int, multihost_utils.broadcast_one_to_all(state))
+      if failed and problem is None:
+        problem = ValueError("the first process cannot use the run directory: see there")
+      elif number and not is_writer():
+        found = Found(number, *self._series.read(number), [])
+    if problem is not None:
+      raise problem
+    return found
+
+  def _take_up(self, found, settings, task):
+    """Takes what a checkpoint holds; gives the size that the metrics had."""
+    meta, what = found.meta, f"checkpoint {found.number} of {self._workdir}"
+    try:
+      self.seeds = list(meta["seeds"])
+      self.epoch = {
+        "taken": list(meta["epoch"]["taken"]),
+        **{k: [np.array(v, np.float32) for v in meta["epoch"][k]] for k in MEANS},
+      }
+      self.steps_left = {int(k): n for k, n in meta["steps_left"].items()}
+      self._begun -= meta["seconds"]
+      self.work = unpacked(
+        found.arrays, meta["work"], task.shapes, task.programs, settings.ingredients, what
+      )
+      return meta["metrics_bytes"]
+    except (KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f"{what} lacks {error}: another version of jaxsms wrote it, choose another --workdir"
+      ) from error
+
+  def due(self) -> bool:
+    """Whether the training under way is to be saved now; the same in all processes."""
+    fault_point("chunk")
+    waited = is_writer() and time.monotonic() - self._last >= self._interval
+    return agreed(waited or self._signals.noted is not None)
+
+  def save(self, work: Work) -> None:
+    """Saves a seed under way.
+
+    Raises:
+      Stopped: a signal has asked for it; all is saved.
+      OSError: it cannot be saved.
+    """
+    stopping = agreed(self._signals.noted is not None)
+    if work.state is None and not stopping:  # a phase has ended: is it worth it?
+      cost = COST * (self._fetching + self._series.seconds)
+      too_early = time.monotonic() - self._last < min(cost, self._interval)
+      if not agreed(is_writer() and not too_early):
+        return
+    self._save(work)
+    if stopping:
+      self._series.wait()
+      raise Stopped(self._signals.noted or StopSignals.NUMBERS[0])
+
+  def finish_seed(self, entry: dict[str, Any]) -> None:
+    """Takes the results of the seed under way; the next one is under way then."""
+    self.seeds.append(entry)
+    self.work = Work(self.work.seed + 1)
+    self._save(self.work)
+    self._series.wait()
+
+  def _save(self, work):
+    started = time.monotonic()
+    arrays, rest = packed(work)
+    self._fetching = time.monotonic() - started
+    if is_writer():
+      self._lock.check()
+      meta = {
+        "run": self._run,
+        "seeds": self.seeds,
+        "work": rest,
+        "epoch": self.epoch,
+        "steps_left": self.steps_left,
+        "seconds": self.seconds(),
+        "metrics_bytes": self._metrics.flush(),
+      }
+      self._series.save(arrays, storage.plain(meta))
+    self._last = time.monotonic()
+
+  def append_metrics(self, line: dict[str, Any]) -> None:
+    """Adds a line to the metrics of the run."""
+    if self._metrics is not None:
+      self._metrics.append(line)
+
+  def seconds(self) -> float:
+    """How long the run has taken so far, all its processes together."""
+    return time.monotonic() - self._begun
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    """Waits for what is being saved, and gives the directory back."""
+    try:
+      self._series.wait()
+      if self._metrics is not None:
+        self._metrics.close()
+    finally:
+      self._lock.release()
+
+
+def say(sentence: str) -> None:
+  """Tells the user, once, whatever the number of processes."""
+  if is_writer():
+    print(sentence, file=sys.stderr)
