@@ -185,7 +185,8 @@ class Keeper:
       return meta["metrics_bytes"]
     except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(
-        f"{what} lacks {error}: another version of jaxsms wrote it, choose another --workdir"
+        f"{what} lacks {error}: another version of jaxsms wrote it, choose another "
+        "--workdir"
       ) from error
 
   def due(self) -> bool:

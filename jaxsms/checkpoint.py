@@ -1,7 +1,9 @@
 """Models on disk, with a digest of every leaf. The one place that knows orbax."""
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
 from typing import Any
 
@@ -42,7 +44,7 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
   leaves = {name: _described(leaf) for name, leaf in by_path(tree).items()}
   try:
     path.mkdir(parents=True)
-    storage.write_bytes(path / UNFINISHED, b"")
+    (path / UNFINISHED).write_bytes(b"")
     fault_point("save begins")
     if leaves:
       with _orbax() as checkpointer:
@@ -57,10 +59,7 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
   except Exception as error:  # orbax and TensorStore raise many kinds
     with contextlib.suppress(Exception):
       remove(path)
-    raise OSError(
-      f"checkpoint {path} cannot be written ({first_sentence(error)}): make room there, or "
-      "choose another folder"
-    ) from error
+    raise OSError(f"checkpoint {path} cannot be written ({_reason(error)})") from error
 
 
 def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
@@ -153,7 +152,7 @@ def is_unfinished(path: str | os.PathLike) -> bool:
 def remove(path: str | os.PathLike) -> None:
   """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged."""
   path = storage.as_path(path)
-  storage.write_bytes(path / UNFINISHED, b"")
+  (path / UNFINISHED).write_bytes(b"")
   for child in path.iterdir():
     fault_point("remove")
     if child.name != UNFINISHED:
@@ -176,10 +175,28 @@ def _described(leaf):
   }
 
 
+def _reason(error):
+  """Why something cannot be written, in a few words."""
+  for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if os.strerror(known) in str(error):
+      return os.strerror(known)
+  return first_sentence(error)
+
+
+@contextlib.contextmanager
 def _orbax():
-  """A checkpointer for one process, whatever others do."""
+  """A checkpointer for one process, whatever others do; its errors are raised, not logged."""
   import orbax.checkpoint as ocp
+
+  def from_elsewhere(record):
+    return "orbax" not in record.pathname
 
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-  return ocp.StandardCheckpointer(multiprocessing_options=options)
+  logger = logging.getLogger("absl")
+  logger.addFilter(from_elsewhere)
+  try:
+    with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+      yield checkpointer
+  finally:
+    logger.removeFilter(from_elsewhere)
