@@ -5,6 +5,7 @@ import errno
 import hashlib
 import logging
 import os
+import threading
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxsms.trees import PyTree
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # lies in a folder while it is written or removed
+_one_at_a_time = threading.Lock()  # saves of two threads break one another in orbax
 
 
 def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = None) -> None:
@@ -194,9 +196,10 @@ def _orbax():
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
   logger = logging.getLogger("absl")
-  logger.addFilter(from_elsewhere)
-  try:
-    with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
-      yield checkpointer
-  finally:
-    logger.removeFilter(from_elsewhere)
+  with _one_at_a_time:
+    logger.addFilter(from_elsewhere)
+    try:
+      with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+        yield checkpointer
+    finally:
+      logger.removeFilter(from_elsewhere)
