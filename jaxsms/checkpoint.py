@@ -49,9 +49,8 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
     (path / UNFINISHED).write_bytes(b"")
     fault_point("save begins")
     if leaves:
-      with _orbax() as checkpointer:
-        checkpointer.save(path / ARRAYS, tree)
-      storage.sync_tree(path / ARRAYS)
+      with storage.written_to(path / ARRAYS) as folder, _orbax() as checkpointer:
+        checkpointer.save(folder, tree)
     fault_point("save arrays")
     storage.write_json(path / MANIFEST, {"leaves": leaves, "meta": meta or {}})
     (path / UNFINISHED).unlink()
@@ -84,8 +83,8 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
   tree: Any = {}
   try:
     if leaves:
-      with _orbax() as checkpointer:
-        tree = checkpointer.restore(path / ARRAYS)
+      with storage.read_from(path / ARRAYS) as folder, _orbax() as checkpointer:
+        tree = checkpointer.restore(folder)
     found = by_path(tree)
     described = {name: _described(leaf) for name, leaf in found.items()}
   except Exception as error:  # whatever damage makes orbax and TensorStore raise
@@ -187,7 +186,7 @@ def _reason(error):
 
 @contextlib.contextmanager
 def _orbax():
-  """A checkpointer for one process, whatever others do; its errors are raised, not logged."""
+  """A checkpointer of this process alone, whose errors are raised and not logged."""
   import orbax.checkpoint as ocp
 
   def from_elsewhere(record):

@@ -5,6 +5,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -62,14 +65,51 @@ def sync(path: str | os.PathLike) -> None:
     os.close(handle)
 
 
-def sync_tree(path: epath.Path) -> None:
-  """The same for a folder and all that is in it; an object store needs nothing."""
-  if is_remote(path):
+@contextlib.contextmanager
+def written_to(path: epath.Path) -> Iterator[str]:
+  """A folder on a disk to be made by somebody else, who knows disks alone.
+
+  Afterwards its files are on the disk for certain, or at `path` in the object store.
+  """
+  if not is_remote(path):
+    yield os.fspath(path)
+    for folder, _, files in os.walk(path):
+      for name in files:
+        sync(os.path.join(folder, name))
+      sync(folder)
     return
-  for folder, _, files in os.walk(path):
-    for name in files:
-      sync(os.path.join(folder, name))
-    sync(folder)
+  with tempfile.TemporaryDirectory() as temporary:
+    local = os.path.join(temporary, path.name)
+    yield local
+    for folder, _, files in os.walk(local):
+      target = path / os.path.relpath(folder, local)
+      target.mkdir(parents=True, exist_ok=True)
+      for name in files:
+        _copy_file(epath.Path(folder) / name, target / name)
+
+
+@contextlib.contextmanager
+def read_from(path: epath.Path) -> Iterator[str]:
+  """That folder again: itself, or a copy for as long as it is read."""
+  if not is_remote(path):
+    yield os.fspath(path)
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    local = epath.Path(temporary) / path.name
+    _copy_tree(path, local)
+    yield os.fspath(local)
+
+
+def _copy_tree(source, target):
+  target.mkdir()
+  for child in source.iterdir():
+    copy = _copy_tree if child.is_dir() else _copy_file
+    copy(child, target / child.name)
+
+
+def _copy_file(source, target):
+  with source.open("rb") as reader, target.open("wb") as writer:
+    shutil.copyfileobj(reader, writer)
 
 
 def set_aside(path: epath.Path) -> epath.Path:
@@ -78,6 +118,10 @@ def set_aside(path: epath.Path) -> epath.Path:
   while aside.exists():
     number += 1
     aside = path.parent / f"{path.name}.damaged{number}"
+  if is_remote(path) and path.is_dir():  # not every store can rename a folder
+    _copy_tree(path, aside)
+    path.rmtree()
+    return aside
   return path.rename(aside)
 
 

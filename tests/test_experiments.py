@@ -9,9 +9,10 @@ import sys
 import jax
 import numpy as np
 import pytest
+from main_job import FLAGS, parse, run
 from rich.console import Console
 
-from experiments import hardware, methods, run_directory, settings, sms
+from experiments import methods, run_directory, settings
 from experiments.progress import RunProgress, TimeLeft, clock
 from jaxsms import checkpoint, data, prunable, training
 
@@ -23,22 +24,6 @@ SMALL = (
 )  # fmt: skip
 STEP = ("--pretrain_schedule=StepLR", "--decay=0.5", "--step_epochs=2")
 MULTI_STEP = ("--pretrain_schedule=MultiStepLR", "--decay=0.1", "--milestones=2,5")
-
-
-def parse(*flags):
-  """Parses flags anew: what earlier tests gave is forgotten."""
-  for name in (*settings.Settings._fields, *hardware.Hardware._fields, "workdir"):
-    settings.FLAGS[name].unparse()
-  return settings.FLAGS(["sms", *flags])
-
-
-def run(*flags):
-  """The main job in this process: exit status (0 if it returned)."""
-  try:
-    sms.main(parse(*flags))
-  except SystemExit as stop:
-    return stop.code
-  return 0
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +122,12 @@ def test_flags_repeat_the_run(finished, tmp_path):
   assert json.loads((again / "results.json").read_text())["seeds"][0] == first
 
 
-def test_a_directory_with_a_run_is_refused(finished, capsys):
+def test_a_directory_with_another_run_is_refused(finished, capsys):
   workdir, _ = finished
   before = (workdir / "results.json").read_text()
-  assert run(*SMALL, f"--workdir={workdir}") == 2
-  assert "already holds a run" in capsys.readouterr().err
+  assert run(*SMALL, "--seed=3", "--epochs=4", f"--workdir={workdir}") == 2
+  message = capsys.readouterr().err
+  assert "--epochs=2 and not 4, --seed=0 and not 3, --seeds=2 and not 1" in message
   assert (workdir / "results.json").read_text() == before
 
 
@@ -257,10 +243,10 @@ def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path,
 def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
   run_seed = methods.run_seed
 
-  def interrupted(chosen, task, seed, observer):
-    if seed == 1:
+  def interrupted(chosen, task, work, observer):
+    if work.seed == 1:
       raise KeyboardInterrupt
-    return run_seed(chosen, task, seed, observer)
+    return run_seed(chosen, task, work, observer)
 
   monkeypatch.setattr(methods, "run_seed", interrupted)
   workdir = tmp_path / "run"
@@ -276,7 +262,7 @@ def test_help_explains_every_flag():
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
   assert "Traceback" not in done.stderr
-  for name in (*settings.Settings._fields, *hardware.Hardware._fields, "workdir"):
+  for name in FLAGS:
     assert f"--{name}" in done.stdout or f"--[no]{name}" in done.stdout, name
 
 
@@ -354,7 +340,8 @@ def test_the_bar_shows_phase_epoch_loss_accuracy_and_time_left():
 def test_results_stay_whole_while_new_ones_are_written(tmp_path):
   run_directory.write_results(tmp_path, {"value": float("nan"), "array": np.arange(2)})
   results = json.loads((tmp_path / "results.json").read_text())
-  assert results == {"value": None, "array": [0, 1]}
+  assert results["value"] is None
+  assert results["array"] == [0, 1]
 
 
 @pytest.mark.slow
