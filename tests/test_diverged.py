@@ -1,0 +1,175 @@
+"""Numbers that go wrong: copies that diverge, and averages that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsms import models, report, training
+from jaxsms.sms import finite_models
+from jaxsms.training.failures import MARGIN, averaging_failure
+from jaxsms.training.phases import Model, Splits, best_candidate, run_phases
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def examples(n, seed=0):
+  rng = np.random.default_rng(seed)
+  labels = np.arange(n) % 3
+  images = rng.integers(0, 60, (n, 4, 4, 1)) + 90 * labels[:, None, None, None]
+  return training.Data(images.astype(np.uint8), labels.astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def programs():
+  return training.make_programs(
+    models.create("mlp", 3, hidden=(6,), dropout=0.0),
+    training.sgd,
+    training_images=lambda key, images: images / 255 - 0.5,
+    evaluation_images=lambda images: images / 255 - 0.5,
+    batch_size=4,
+  )
+
+
+@pytest.fixture(scope="module")
+def dense():
+  module = models.create("mlp", 3, hidden=(6,), dropout=0.0)
+  return Model(*training.init_variables(module, jax.random.key(0), (4, 4, 1)))
+
+
+SPLITS = Splits(examples(24), examples(9, 1), examples(9, 2))
+
+
+def phases(programs, dense, rates, number=1, **options):
+  """Copies with learning rates of their own."""
+  m = len(rates)
+  varied = {
+    "seed": np.arange(m, dtype=np.int32),
+    "weight_decay": np.zeros(m, np.float32),
+    "steps": np.full(m, 12, np.int32),
+  }
+
+  def plan(record):
+    of_phase = rates if record["phase"] == number else np.full(m, 0.1)
+    return varied, np.tile(np.float32(of_phase)[:, None], (1, 12))
+
+  return run_phases(
+    programs, SPLITS, jax.random.key(0), dense, plan, goal_sparsity=0.5, phases=number,
+    chunk_steps=3, **options,
+  )  # fmt: skip
+
+
+def test_a_diverged_copy_is_frozen_and_left_out_of_everything(programs, dense):
+  together = phases(programs, dense, [0.1, 1e38, 0.1])
+  record = together.records[0]
+  assert record["diverged"] == [1]
+  assert record["weights"] == [0.5, 0, 0.5]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(together.model))
+  assert all(np.isnan(value) for value in record["candidates"][1].values())
+  healthy = [record["candidates"][i] for i in (0, 2)]
+  for name, value in record["mean_candidate"].items():
+    assert value == pytest.approx(np.mean([scores[name] for scores in healthy]))
+  assert record["best_candidate"] == healthy[best_candidate(healthy)]
+  assert np.isfinite([*record["prediction_ensemble"].values()]).all()
+  assert np.isfinite([*record["geometry"].values()]).all()
+  # As if it had never been there.
+  alone = phases(programs, dense, [0.1, 0.1, 0.1]).records[0]["candidates"]
+  assert healthy == [pytest.approx(alone[i], rel=1e-5) for i in (0, 2)]
+
+
+def test_greedy_merging_leaves_it_out_as_well(programs, dense):
+  record = phases(programs, dense, [1e38, 0.1, 0.1], greedy=True).records[0]
+  assert record["diverged"] == [0]
+  assert record["weights"][0] == 0
+  assert sum(record["weights"]) == pytest.approx(1)
+
+
+def test_a_loss_that_was_not_finite_once_ends_a_copy(dense):
+  """One example's loss is NaN, and nothing moves: the parameters alone would not tell."""
+  images = np.array(SPLITS.train.images, np.float32)
+  images[5] = np.inf
+  programs = training.make_programs(
+    models.create("mlp", 3, hidden=(6,), dropout=0.0),
+    training.sgd,
+    training_images=lambda key, images: images,
+    evaluation_images=lambda images: images,
+    batch_size=4,
+  )
+  varied = {
+    "seed": np.array([0, 1, 1], np.int32),
+    "weight_decay": np.zeros(3, np.float32),
+    "steps": np.array([6, 2, 6], np.int32),
+  }
+  nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), dense.params)
+  zero = jax.tree.map(jnp.zeros_like, dense)
+  chunks = []
+  trained = training.train_copies(
+    programs, training.Data(images, SPLITS.train.labels), nothing, jax.random.key(3), *zero,
+    varied, np.zeros((3, 6), np.float32), chunk_steps=2, on_chunk=chunks.append,
+  )  # fmt: skip
+  losses = np.array([chunk.loss for chunk in chunks])
+  # Six steps are an epoch: two copies saw it, in one chunk of three; one was done before.
+  assert np.isnan(losses[:, 0]).sum() == np.isnan(losses[:, 2]).sum() == 1
+  assert np.isfinite(losses[0, 1])
+  np.testing.assert_array_equal(finite_models(trained), [False, True, False])
+
+
+def test_all_diverging_ends_with_one_sentence(programs, dense, rejects):
+  done = []
+  saving = training.Saving(lambda: False, None, done.append)
+  with rejects("2 copies is not finite after step", FloatingPointError):
+    phases(programs, dense, [1e38, 1e38], number=2, saving=saving)
+  assert [len(phases.records) for phases in done] == [1]  # the last good soup was given
+
+
+def test_a_kept_phase_and_state_go_on_as_if_there_had_been_no_break(programs, dense):
+  done, states = [], []
+  saving = training.Saving(
+    lambda: True, lambda state: states.append(jax.tree.map(np.array, state)), done.append
+  )
+  whole = phases(programs, dense, [0.1, 0.2], number=2, saving=saving)
+  assert [int(state.step[0]) for state in states] == [3, 6, 9, 12] * 2
+  for state in states[4:]:
+    again = phases(programs, dense, [0.1, 0.2], number=2, done=done[0], state=state)
+    assert again.records == whole.records
+    for a, b in zip(jax.tree.leaves(again[:2]), jax.tree.leaves(whole[:2]), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_the_barrier_between_two_candidates_is_the_evidence():
+  """Two minima of a double well, whose average lies on the hill between them."""
+  candidates = {"x": jnp.array([[-1.0], [1.0], [jnp.nan]])}
+  weights = np.array([0.5, 0.5, 0])
+
+  def evaluate(model):
+    x = float(model["x"][0])
+    return {"validation_loss": (x**2 - 1) ** 2, "validation_accuracy": 0.9}
+
+  scores = [{"validation_accuracy": a} for a in (0.9, 0.8, np.nan)]
+  fine = {"validation_accuracy": 0.8 - MARGIN}
+  assert averaging_failure(evaluate, candidates, weights, fine, scores) is None
+  soup = {"validation_accuracy": 0.75}
+  found = averaging_failure(evaluate, candidates, weights, soup, scores)
+  assert found["copies"] == [0, 1]
+  assert found["worst_candidate_validation_accuracy"] == 0.8
+  assert found["barrier"] == pytest.approx(1.0)
+  expected = (np.linspace(-1, 1, 11) ** 2 - 1) ** 2
+  np.testing.assert_allclose(found["losses"], expected, atol=1e-6)
+
+
+def test_a_failed_average_is_in_the_record_and_below_the_table(programs, dense):
+  def bad_merge(candidates):
+    return jax.tree.map(lambda x: jnp.zeros_like(x[0]), candidates)
+
+  record = phases(programs, dense, [0.3, 0.2, 1e38], merge=bad_merge).records[0]
+  failed = record["averaging_failed"]
+  worst = min(scores["validation_accuracy"] for scores in record["candidates"][:2])
+  assert failed["soup_validation_accuracy"] == record["soup"]["validation_accuracy"] < worst
+  assert failed["worst_candidate_validation_accuracy"] == worst
+  for i, end in ((0, 0), (1, -1)):
+    expected = record["candidates"][i]["validation_loss"]
+    assert failed["losses"][end] == pytest.approx(expected, rel=1e-5)
+  notes = report.notes([{"seed": 7, "phases": [record]}])
+  assert notes[0].startswith("Seed 7, phase 1: 1 of 3 copies diverged")
+  assert "averaging failed" in notes[1]
+  assert f"the loss rises by {failed['barrier']:.3g}" in notes[1]
