@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         results["summary"] = report.summarize(results["seeds"])
         results["seconds"] = time.monotonic() - started
         run_directory.write_results(workdir, results)
-  except FloatingPointError as error:
+  except (FloatingPointError, MemoryError) as error:
     stopped, status = f"error: {error}", 1
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130

@@ -73,6 +73,11 @@ def split_batch(tree: PyTree) -> PyTree:
   return _constrain(tree, lambda x, size: PartitionSpec(DATA_AXIS))
 
 
+def whole(tree: PyTree) -> PyTree:
+  """Gives every device along the data axis all of each leaf."""
+  return _constrain(tree, lambda x, size: PartitionSpec())
+
+
 def split_params(tree: PyTree) -> PyTree:
   """Splits each leaf over the data axis along its longest axis that divides evenly."""
   return _constrain(tree, lambda x, size: _longest(x.shape, size))

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS
+from jaxsms.meshes import DATA_AXIS, whole
 from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
@@ -142,9 +142,11 @@ def make_programs(
 
   options = {"micro_batches": micro_batches, "vmapped": at_once != 1}
 
+  of_params = split_over_data if split_params else whole
+
   def split(state_and_metrics):
     state, metrics = state_and_metrics
-    return split_over_data(state) if split_params else state, metrics
+    return of_params(state), whole(metrics)
 
   def train(*arguments):
     return split(
@@ -159,16 +161,20 @@ def make_programs(
     )
 
   def recalibrate(data, key, params, batch_stats):
-    return inference.recalibrate(
-      module, training_images, batch_size, data, key, params, batch_stats
+    return of_params(
+      inference.recalibrate(
+        module, training_images, batch_size, data, key, params, batch_stats
+      )
     )
 
   def batch_statistics(*arguments):
-    return inference.batch_statistics(module, training_images, *arguments)
+    return of_params(inference.batch_statistics(module, training_images, *arguments))
 
   def predict(images, params, batch_stats):
-    return inference.predict(
-      module, evaluation_images, eval_batch_size, images, params, batch_stats
+    return whole(
+      inference.predict(
+        module, evaluation_images, eval_batch_size, images, params, batch_stats
+      )
     )
 
   def evaluate(logits, labels):
