@@ -40,10 +40,11 @@ def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mes
 
 
 def fit_mesh(copies: int, batch_size: int, devices=None) -> Mesh | None:
-  """The mesh over all devices that finishes a step of so many copies first.
+  """A mesh over all devices for so many copies, by a fixed rule.
 
-  Each device trains ceil(copies / ingredient) copies on batch_size / data examples. Among
-  equals the mesh with more devices along the copies wins: it needs less communication.
+  A device trains ceil(copies / ingredient) copies. That d devices share a batch is taken to
+  make a step sqrt(d) times as fast, as they have to communicate; the mesh with the fastest
+  step wins, among equals the one with more devices along the copies.
 
   Args:
     copies: m, at least 1.
@@ -58,13 +59,11 @@ def fit_mesh(copies: int, batch_size: int, devices=None) -> Mesh | None:
   if n == 1:
     return None
 
-  def work(ingredient):  # of one device, in copies
-    return -(-copies // ingredient) * ingredient
+  def time(ingredient):
+    return -(-copies // ingredient) * ingredient**0.5
 
   fitting = [i for i in range(1, n + 1) if n % i == 0 and batch_size % (n // i) == 0]
-  if not fitting:  # the batch cannot be split: leave devices idle
-    return make_mesh(min(copies, n), 1, devices)
-  ingredient = min(fitting, key=lambda i: (work(i), -i))
+  ingredient = min(fitting, key=lambda i: (time(i), -i))
   return make_mesh(ingredient, n // ingredient, devices)
 
 
@@ -103,6 +102,27 @@ def _constrain(tree, spec_of):
   if size == 1:
     return tree
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec_of(x, size)), tree)
+
+
+def place_on(mesh: Mesh, tree: PyTree, stacked: bool) -> PyTree:
+  """Puts what is not on this mesh there: XLA stumbles over two meshes in one program.
+
+  Args:
+    mesh: of the program.
+    tree: of arrays, leaves [m, ...] if `stacked`.
+    stacked: whether leaves are spread over the axis "ingredient", where m divides evenly.
+
+  Returns:
+    The tree. Where an array lies on the same devices it is not copied.
+  """
+
+  def one(x):
+    if isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == mesh:
+      return x
+    even = stacked and np.shape(x)[0] % mesh.shape[INGREDIENT_AXIS] == 0
+    return place(x, NamedSharding(mesh, PartitionSpec(*[INGREDIENT_AXIS][:even])))
+
+  return jax.tree.map(one, tree)
 
 
 def place(tree: PyTree, sharding: Any) -> PyTree:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS, whole
+from jaxsms.meshes import DATA_AXIS, place_on, whole
 from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
@@ -48,15 +48,21 @@ class Program(NamedTuple):
 
   def __call__(self, *arguments):
     """Runs it where so many copies belong."""
-    return self._jitted(arguments)(*arguments)
+    mesh = self._mesh(arguments)
+    if mesh is not None:
+      arguments = [
+        place_on(mesh, argument, axis == 0)
+        for argument, axis in zip(arguments, self.in_axes, strict=True)
+      ]
+    return self.on(mesh)(*arguments)
 
   def lower(self, *arguments):
     """Lowers it for such arguments, as `jax.jit(...).lower` does."""
-    return self._jitted(arguments).lower(*arguments)
+    return self.on(self._mesh(arguments)).lower(*arguments)
 
-  def _jitted(self, arguments):
+  def _mesh(self, arguments):
     stacked = [a for a, axis in zip(arguments, self.in_axes, strict=True) if axis == 0]
-    return self.on(self.mesh_of(number_of_models(stacked)))
+    return self.mesh_of(number_of_models(stacked))
 
 
 class Programs(NamedTuple):
