@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxsms.trees import PyTree
 
@@ -135,17 +135,22 @@ def place(tree: PyTree, sharding: Any) -> PyTree:
   Returns:
     The tree, as global arrays where there are several processes.
   """
-  if jax.process_count() > 1:
-    tree = jax.tree.map(_movable, tree)
-  return jax.device_put(tree, sharding)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  if isinstance(sharding, Sharding):
+    return jax.tree.map(lambda x: _place_globally(x, sharding), tree)
+  return jax.tree.map(_place_globally, tree, sharding)
 
 
-def _movable(x):
-  """An array of one process's devices only as NumPy's: each process has its own."""
-  local = isinstance(x, jax.Array) and x.is_fully_addressable
-  if not local or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return x
-  return np.asarray(x)
+def _place_globally(x, sharding):
+  """An array of this process's own, or of all of them, as one of all of them."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return jax.jit(lambda x: x, out_shardings=sharding)(x)
+  if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = _place_globally(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def fetch(tree: PyTree) -> PyTree:
