@@ -286,7 +286,7 @@ def contender(
   first = seconds(lambda: train(training, batches, 1))
   # CUDA graphs are recorded in the second and the third step.
   train(training, batches, 2)
-  step_seconds = seconds(lambda: train(training, batches, 3)) / 3
+  step_seconds = min(seconds(lambda: train(training, batches, 1)) for _ in range(5))
   steps = steps or calls_for(ROUND_SECONDS, step_seconds)
   return Contender(
     lambda: train(training, batches, steps),
