@@ -11,11 +11,16 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import bench_jax, bench_settings, bench_tables, run_directory
+from experiments import (
+  bench_jax,
+  bench_settings,
+  bench_tables,
+  hardware,
+  run_directory,
+)
 from experiments.bench_settings import TORCH_MODELS, Settings, define_flags, read_settings
 from experiments.bench_statistics import (
   ROUND_SECONDS,
@@ -28,7 +33,8 @@ from experiments.bench_statistics import (
   scaled,
   seconds,
 )
-from jaxsms import fit_mesh, make_mesh, models
+from experiments.hardware import Hardware
+from jaxsms import models
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -41,12 +47,12 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     settings = read_settings(given)
     if settings.torch != "none":  # both frameworks need memory of a GPU
       os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    if settings.cpu_devices:
-      jax.config.update("jax_num_cpu_devices", settings.cpu_devices)
+    devices = hardware.read_hardware(settings.model, max(settings.copies), given)
+    hardware.start(devices, settings.model, max(settings.copies))
     kinds, note = torch_kinds(settings)
     with bench_jax.fresh_compilation():
-      task = make_task(settings)
-      results = measure(settings, task, kinds, [note] if note else [])
+      task = make_task(settings, devices)
+      results = measure(settings, devices, task, kinds, [note] if note else [])
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -56,26 +62,26 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   bench_tables.show(Console(), results)
 
 
-def make_task(s: Settings) -> bench_jax.Task:
+def make_task(s: Settings, devices: Hardware) -> bench_jax.Task:
   """Network, data and programs of these settings.
 
   Raises:
     ValueError: network, images and devices do not fit one another.
   """
-  options: dict[str, Any] = {}
+  if devices.convolution == hardware.MEASURE:
+    raise ValueError("--convolution=measure is of the main job: time one at a time here")
+  options = hardware.network_options(devices, s.model)
   if s.model == "mlp":
-    options = {"hidden": s.hidden, "dropout": 0.0}
-  if s.precision == "bfloat16":
-    options["dtype"] = jnp.bfloat16
-  mesh = make_mesh(*s.mesh) if s.mesh else None
+    options |= {"hidden": s.hidden, "dropout": 0.0}
   task = bench_jax.make_task(
     models.create(s.model, bench_jax.NUM_CLASSES, **options),
     s.image,
     examples=s.examples,
     batch_size=s.batch_size,
     augmentation=s.augmentation,
-    at_once=s.at_once,
-    mesh_of=lambda m: fit_mesh(m, s.batch_size) if mesh is None else mesh,
+    at_once=hardware.copies_at_once(devices, s.model),
+    mesh_of=hardware.mesh_of(devices, s.batch_size),
+    micro_batches=devices.micro_batches,
   )
   for m in s.copies:  # refused here where a batch does not split over the mesh
     task.programs.train.on(task.programs.mesh_of(m))
@@ -115,10 +121,16 @@ def torch_kinds(s: Settings) -> tuple[tuple[str, ...], str | None]:
 
 
 def measure(
-  s: Settings, task: bench_jax.Task, kinds: tuple[str, ...], notes: list[str]
+  s: Settings,
+  devices: Hardware,
+  task: bench_jax.Task,
+  kinds: tuple[str, ...],
+  notes: list[str],
 ) -> dict[str, Any]:
   """Compiles, warms up and times everything; gives what is written as JSON."""
-  peak, peak_source = bench_jax.peak_flops(s.precision, s.peak_tflops)
+  bfloat16 = hardware.bfloat16(devices.precision)
+  precision = "bfloat16" if bfloat16 else "float32"
+  peak, peak_source = bench_jax.peak_flops(precision, s.peak_tflops)
   most = bench_jax.most_chunk_steps(task.flops(max(s.copies)), peak, s.steps)
   trainings = {m: bench_jax.Training(task, m, most) for m in s.copies}
   contenders = {("jaxsms", m): our_contender(t, s.steps) for m, t in trainings.items()}
@@ -133,7 +145,7 @@ def measure(
       kinds,
       s.copies,
       augmentation=s.augmentation,
-      bfloat16=s.precision == "bfloat16",
+      bfloat16=bfloat16,
       device=device,
       steps=s.steps,
     )
@@ -146,7 +158,7 @@ def measure(
     with jax.profiler.trace(s.profile):
       trainings[max(s.copies)].run(1)
   return {
-    "flags": s._asdict(),
+    "flags": {**s._asdict(), **devices._asdict(), "precision": precision},
     "environment": environment,
     "work": {
       "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
@@ -224,4 +236,5 @@ def row(
 if __name__ == "__main__":
   define_flags()
   flags.adopt_module_key_flags(bench_settings)
+  flags.adopt_module_key_flags(hardware)
   app.run(main)

@@ -90,6 +90,7 @@ def make_task(
   augmentation: str,
   at_once: int | None = None,
   mesh_of: MeshOf | None = None,
+  micro_batches: int = 1,
 ) -> Task:
   """Makes network, synthetic data and programs.
 
@@ -101,6 +102,7 @@ def make_task(
     augmentation: see `jaxsms.data.training_images`.
     at_once: see `jaxsms.training.make_programs`.
     mesh_of: the mesh of a number of copies; None means one device.
+    micro_batches: see `jaxsms.training.make_programs`.
 
   Returns:
     The task.
@@ -127,6 +129,7 @@ def make_task(
     batch_size=batch_size,
     at_once=at_once,
     mesh=mesh_of,
+    micro_batches=micro_batches,
   )
   return Task(
     module,
@@ -155,7 +158,8 @@ def most_chunk_steps(flops: int, peak: float | None, steps: int | None) -> int:
   if peak is None:
     return CHUNK_STEPS
   step_seconds = flops / (0.2 * peak)  # a guess: nothing is compiled yet
-  return max(2, min(CHUNK_STEPS, int(ROUND_SECONDS / step_seconds)))
+  # A chunk permutes the data set once: not fewer than 10 steps share that.
+  return max(10, min(CHUNK_STEPS, int(ROUND_SECONDS / step_seconds)))
 
 
 class CompiledOnce:

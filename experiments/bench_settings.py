@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments import hardware
 from experiments.bench_statistics import ROUND_SECONDS
 from jaxsms import models
 from jaxsms.names import check_name
 
 AUGMENTATIONS = ("none", "crop_flip", "noise")
-PRECISIONS = ("float32", "bfloat16")
 TORCH_MODELS = ("mlp", "resnet8", "resnet20", "resnet56", "resnet18")
 TORCH = ("none", "sequential", "ensemble", "both")
 
@@ -44,11 +44,7 @@ class Settings(NamedTuple):
   hidden: tuple[int, ...]
   copies: tuple[int, ...]
   batch_size: int
-  precision: str
   augmentation: str
-  at_once: int | None
-  mesh: tuple[int, int] | None
-  cpu_devices: int | None
   rounds: int
   steps: int | None
   peak_tflops: float | None
@@ -59,6 +55,8 @@ class Settings(NamedTuple):
 
 def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags; called by the binary alone, as other binaries have some of them."""
+  if to is not flags.FLAGS:
+    hardware.define_flags(to)
 
   def text(name, default, help):
     flags.DEFINE_string(name, default, help, flag_values=to)
@@ -79,21 +77,7 @@ def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
   text("hidden", "256,256", "Widths of the MLP's hidden layers; it has no dropout here.")
   text("copies", "1,2,4,8", "Numbers m of copies trained at once, each timed.")
   number("batch_size", "Examples of one copy in a step.")
-  text(
-    "precision",
-    "float32",
-    "float32, with TF32 products on GPUs that have it (JAX's default, and set so in "
-    "PyTorch), or bfloat16 activations with float32 parameters.",
-  )
   text("augmentation", None, f"One of {', '.join(AUGMENTATIONS)}.")
-  number("at_once", "Copies vmapped at once on a device. Default: all.")
-  text(
-    "mesh",
-    "",
-    "Devices along the copies x devices along a batch, such as 2x1. Default: what suits "
-    "each number of copies.",
-  )
-  number("cpu_devices", "Makes so many devices of the CPU.")
   number("rounds", "Times that everything has its turn; medians are over them.", 5)
   number(
     "steps",
@@ -133,8 +117,6 @@ def read_settings(given: flags.FlagValues) -> Settings:
     sorted(set(_whole_numbers("copies", values["copies"], ",", "1,2,4,8")))
   )
   values["hidden"] = _whole_numbers("hidden", values["hidden"], ",", "256,256")
-  mesh = values["mesh"]
-  values["mesh"] = _whole_numbers("mesh", mesh, "x", "2x1") if mesh else None
   settings = Settings(**values)
   _check(settings, hidden_given=given["hidden"].present)
   return settings
@@ -152,13 +134,12 @@ def _whole_numbers(name: str, text: str, separator: str, example: str) -> tuple[
 
 def _check(s: Settings, hidden_given: bool) -> None:
   check_name("model", s.model, models.MODELS)
-  check_name("precision", s.precision, PRECISIONS)
   check_name("augmentation", s.augmentation, AUGMENTATIONS)
   if s.torch is not None:
     check_name("comparison with PyTorch", s.torch, TORCH)
   if s.model != "mlp" and hidden_given:
     raise ValueError(f"--hidden is of the mlp: leave it out with --model={s.model}")
-  for name in ("examples", "batch_size", "rounds", "at_once", "cpu_devices", "steps"):
+  for name in ("examples", "batch_size", "rounds", "steps"):
     value = getattr(s, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name} is {value}: it must be at least 1")

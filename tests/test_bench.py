@@ -104,7 +104,7 @@ def test_what_is_printed(finished):
     (["--copies=1,two"], "such as 1,2,4,8"),
     (["--copies="], "--copies is ''"),
     (["--image=8x8"], "such as 64x64x3"),
-    (["--mesh=2"], "such as 2x1"),
+    (["--mesh=2"], "such as 4x2"),
     (["--mesh=9x9"], "does not fit"),
     (["--mesh=1x8"], "does not split over 8 devices"),
     (["--model=resnet8", "--hidden=3"], "--hidden is of the mlp"),
@@ -112,7 +112,7 @@ def test_what_is_printed(finished):
     (["--batch_size=9", "--examples=8"], "of 8 examples"),
     (["--rounds=0"], "--rounds is 0"),
     (["--steps=0"], "--steps is 0"),
-    (["--at_once=0"], "--at_once is 0"),
+    (["--ingredients_at_once=0"], "--ingredients_at_once is 0"),
     (["--cpu_devices=-1"], "--cpu_devices is -1"),
     (["--peak_tflops=nan"], "--peak_tflops is nan"),
     (["--json=/nowhere/at/all.json"], "cannot be written"),
@@ -145,11 +145,9 @@ def test_settings_of_cifar10_and_overrides():
     50_000,
   )
   assert settings.image == (32, 32, 3)
-  assert settings.mesh is None
-  given = ["--dataset=cifar10", "--image=4x5x6", "--mesh=2x1", "--copies=4,1,4"]
+  given = ["--dataset=cifar10", "--image=4x5x6", "--copies=4,1,4"]
   settings = bench_settings.read_settings(parse(*given, "--model=mlp", "--hidden=3")[1])
   assert settings.image == (4, 5, 6)
-  assert settings.mesh == (2, 1)
   assert settings.copies == (1, 4)
   assert (settings.model, settings.hidden) == ("mlp", (3,))
 
@@ -205,7 +203,7 @@ def test_chunks_are_short_where_steps_are_long():
   assert bench_jax.most_chunk_steps(10**9, 1e12, 7) == 7
   assert bench_jax.most_chunk_steps(10**9, 1e12, 700) == 50
   assert bench_jax.most_chunk_steps(10**6, 1e12, None) == 50
-  assert bench_jax.most_chunk_steps(10**15, 1e12, None) == 2
+  assert bench_jax.most_chunk_steps(10**15, 1e12, None) == 10
   assert bench_jax.most_chunk_steps(10**15, None, None) == 50
 
 
