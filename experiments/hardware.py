@@ -13,6 +13,7 @@ from absl import flags
 from jaxsms import fit_mesh, make_mesh
 from jaxsms.convolution import CHOICES, conv_general_dilated
 from jaxsms.names import check_name
+from jaxsms.training.programs import check_batch
 
 FLAGS = flags.FLAGS
 MESHES = ("auto", "none")
@@ -216,6 +217,7 @@ def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.M
     sharing = 0.85 if jax.default_backend() == "cpu" else 0.5
     return functools.cache(lambda copies: fit_mesh(copies, part, sharing=sharing))
   mesh = make_mesh(*map(int, chosen.mesh.split("x")))
+  check_batch(batch_size, chosen.micro_batches, mesh)
   if jax.process_count() > 1 and mesh.size != jax.device_count():
     raise ValueError(
       f"--mesh={chosen.mesh} leaves some of the {jax.device_count()} devices out: in a run "
