@@ -48,7 +48,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if settings.torch != "none":  # both frameworks need memory of a GPU
       os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     devices = hardware.read_hardware(settings.model, max(settings.copies), given)
-    hardware.start(devices, settings.model, max(settings.copies))
+    hardware.start(devices, max(settings.copies))
     kinds, note = torch_kinds(settings)
     with bench_jax.fresh_compilation():
       task = make_task(settings, devices)
@@ -79,12 +79,14 @@ def make_task(s: Settings, devices: Hardware) -> bench_jax.Task:
     examples=s.examples,
     batch_size=s.batch_size,
     augmentation=s.augmentation,
-    at_once=hardware.copies_at_once(devices, s.model),
-    mesh_of=hardware.mesh_of(devices, s.batch_size),
+    at_once=lambda parameters: hardware.copies_at_once(
+      devices, s.model, max(s.copies) * parameters
+    ),
+    mesh_of=hardware.mesh_of(devices, s.model, s.batch_size),
     micro_batches=devices.micro_batches,
   )
   for m in s.copies:  # refused here where a batch does not split over the mesh
-    task.programs.train.on(task.programs.mesh_of(m))
+    task.programs.train.on(task.programs.mesh_of(m), m)
   return task
 
 

@@ -5,7 +5,7 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -88,7 +88,7 @@ def make_task(
   examples: int,
   batch_size: int,
   augmentation: str,
-  at_once: int | None = None,
+  at_once: Callable[[int], int | None] = lambda parameters: None,
   mesh_of: MeshOf | None = None,
   micro_batches: int = 1,
 ) -> Task:
@@ -100,7 +100,7 @@ def make_task(
     examples: of the training split.
     batch_size: examples of one copy in a step, at most `examples`.
     augmentation: see `jaxsms.data.training_images`.
-    at_once: see `jaxsms.training.make_programs`.
+    at_once: gives that of `jaxsms.training.make_programs` for a copy's parameters.
     mesh_of: the mesh of a number of copies; None means one device.
     micro_batches: see `jaxsms.training.make_programs`.
 
@@ -127,7 +127,8 @@ def make_task(
     training_images=lambda key, batch: training_images(augmentation, key, batch, mean, std),
     evaluation_images=lambda batch: batch,  # nothing is evaluated
     batch_size=batch_size,
-    at_once=at_once,
+    at_once=at_once(sum(x.size for x in jax.tree.leaves(params))),
+    skip_inactive=jax.default_backend() == "cpu",
     mesh=mesh_of,
     micro_batches=micro_batches,
   )

@@ -20,6 +20,7 @@ MESHES = ("auto", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")
 MEASURE = "measure"
 MOST_CPU_DEVICES = 8
+CACHED_PARAMETERS = 100_000  # with their momentum and gradients, 1.2 MB
 
 
 def define_flags(to: flags.FlagValues = FLAGS) -> None:
@@ -35,14 +36,14 @@ def define_flags(to: flags.FlagValues = FLAGS) -> None:
     "cpu_devices",
     None,
     "Devices that a CPU is divided into, for copies, or parts of a batch, side by side. "
-    "Default: one for each core, at most 8; one for the mlp.",
+    "Default: one for each core, at most 8.",
     flag_values=to,
   )
   flags.DEFINE_integer(
     "ingredients_at_once",
     None,
     "Copies that one device trains at the same time; groups of so many follow one another. "
-    "Default: all; 1 on a CPU, but for the mlp.",
+    "Default: all; on a CPU 1, but for small networks without convolutions.",
     flag_values=to,
   )
   flags.DEFINE_string(
@@ -176,14 +177,14 @@ def data_devices(mesh: str) -> int:
   return 1 if mesh in MESHES else int(mesh.split("x")[1])
 
 
-def start(chosen: Hardware, model: str, copies: int) -> None:
+def start(chosen: Hardware, copies: int) -> None:
   """Divides the CPU and joins the other processes; before any device is touched.
 
   Raises:
     ValueError: more processes than the work can use.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-  n = chosen.cpu_devices or (1 if model == "mlp" else min(cores, MOST_CPU_DEVICES))
+  n = chosen.cpu_devices or min(cores, MOST_CPU_DEVICES)
   if jax.config.jax_num_cpu_devices in (-1, None) or chosen.cpu_devices:
     try:
       jax.config.update("jax_num_cpu_devices", n)
@@ -192,6 +193,10 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
         raise ValueError(
           "--cpu_devices comes too late: a device was used before; leave it out"
         ) from error
+  if n > 1:
+    # The size of XLA's thread pool: programs that wait for their parts on other devices
+    # must leave threads for them.
+    os.environ.setdefault("NPROC", str(4 * n))
   if chosen.coordinator is None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -202,7 +207,9 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
     jax.distributed.initialize(chosen.coordinator, chosen.processes, chosen.process)
 
 
-def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.Mesh | None]:
+def mesh_of(
+  chosen: Hardware, model: str, batch_size: int
+) -> Callable[[int], jax.sharding.Mesh | None]:
   """What a number of copies is spread over.
 
   Raises:
@@ -215,6 +222,8 @@ def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.M
   part = batch_size // chosen.micro_batches
   if chosen.mesh == "auto":
     sharing = 0.85 if jax.default_backend() == "cpu" else 0.5
+    if model == "mlp":
+      sharing = 0.0  # its steps are too short to wait for one another
     return functools.cache(lambda copies: fit_mesh(copies, part, sharing=sharing))
   mesh = make_mesh(*map(int, chosen.mesh.split("x")))
   check_batch(batch_size, chosen.micro_batches, mesh)
@@ -226,10 +235,19 @@ def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.M
   return lambda copies: mesh
 
 
-def copies_at_once(chosen: Hardware, model: str) -> int | None:
-  """How many copies one device trains at the same time; None for all."""
-  alone = jax.default_backend() == "cpu" and model != "mlp"
-  return chosen.ingredients_at_once or (1 if alone else None)
+def copies_at_once(chosen: Hardware, model: str, parameters: int) -> int | None:
+  """How many copies one device trains at the same time; None for all.
+
+  On a CPU one, unless the states of all copies fit its second-level cache together.
+
+  Args:
+    chosen: the flags.
+    model: name of the network.
+    parameters: of all copies.
+  """
+  if chosen.ingredients_at_once or jax.default_backend() != "cpu":
+    return chosen.ingredients_at_once
+  return None if model == "mlp" and parameters <= CACHED_PARAMETERS else 1
 
 
 def network_options(chosen: Hardware, model: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     chosen = settings.read_settings()
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
-    hardware.start(devices, chosen.model, chosen.ingredients)
+    hardware.start(devices, chosen.ingredients)
     dataset = methods.load(chosen)
     chosen = settings.with_data(chosen, dataset)
     devices = tuning.measured(chosen, devices, dataset)

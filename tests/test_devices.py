@@ -347,7 +347,7 @@ def test_streamed_phases_score_like_resident_ones(small, examples):
 def test_the_training_step_lowers_for_every_platform(platform, small, examples):
   programs = make_programs(Small())
   state = start(*small, programs.optimizer(0.0, 0.0), 3)
-  exported = jax.export.export(programs.train.on(None), platforms=[platform])(
+  exported = jax.export.export(programs.train.on(None, 3), platforms=[platform])(
     examples, all_true(small.params), jax.random.key(0), state,
     ingredients([0, 1, 2], 5), np.full((3, 5), 0.1, np.float32),
   )  # fmt: skip

@@ -53,25 +53,28 @@ def test_what_a_network_without_convolutions_makes_no_use_of(given, rejects):
 
 
 def test_meshes(rejects):
-  assert hardware.mesh_of(read("--mesh=none"), 8)(3) is None
-  auto = hardware.mesh_of(read(), 8)
+  assert hardware.mesh_of(read("--mesh=none"), "resnet8", 8)(3) is None
+  auto = hardware.mesh_of(read(), "resnet8", 8)
   assert dict(auto(8).shape) == {"ingredient": 8, "data": 1}
   assert auto(8) is auto(8)
   assert dict(auto(1).shape) == {"ingredient": 1, "data": 8}
-  fixed = hardware.mesh_of(read("--mesh=2x2"), 8)
+  fixed = hardware.mesh_of(read("--mesh=2x2"), "resnet8", 8)
   assert dict(fixed(1).shape) == dict(fixed(5).shape) == {"ingredient": 2, "data": 2}
   with rejects("a mesh of 3 x 3 devices does not fit 8"):
-    hardware.mesh_of(read("--mesh=3x3"), 9)
+    hardware.mesh_of(read("--mesh=3x3"), "resnet8", 9)
   with rejects("a batch of 9 does not split over 2 devices"):
-    hardware.mesh_of(read("--mesh=4x2"), 9)
+    hardware.mesh_of(read("--mesh=4x2"), "resnet8", 9)
   with rejects("a batch of 8 in 8 micro-batches does not split over 2 devices"):
-    hardware.mesh_of(read("--mesh=4x2", "--micro_batches=8"), 8)
+    hardware.mesh_of(read("--mesh=4x2", "--micro_batches=8"), "resnet8", 8)
 
 
 def test_rules_of_a_cpu():
-  assert hardware.copies_at_once(read(), "resnet8") == 1
-  assert hardware.copies_at_once(read(model="mlp"), "mlp") is None
-  assert hardware.copies_at_once(read("--ingredients_at_once=3"), "resnet8") == 3
+  assert hardware.copies_at_once(read(), "resnet8", 10) == 1
+  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5) is None
+  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5 + 1) == 1
+  assert hardware.copies_at_once(read("--ingredients_at_once=3"), "resnet8", 10) == 3
+  sharing_nothing = hardware.mesh_of(read(model="mlp"), "mlp", 8)
+  assert dict(sharing_nothing(1).shape) == {"ingredient": 8, "data": 1}
   assert not hardware.bfloat16("auto")
   assert hardware.bfloat16("bfloat16")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import pad_ingredients
+from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
 from jaxsms.schedules import retrain_schedule
 from jaxsms.sms import finite_models
@@ -195,7 +195,7 @@ def train_chunks(
       learning_rate=rates[:m, taken - 1],
     )
     done += taken
-    yield jax.tree.map(lambda x: x[:m], state) if len(rates) > m else state, chunk
+    yield first_ingredients(state, m) if len(rates) > m else state, chunk
 
 
 def _place(programs, data, masks, key, state, ingredients, learning_rates):

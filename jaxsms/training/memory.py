@@ -74,7 +74,7 @@ def bytes_of_copies(
   Returns:
     Bytes that all copies share, of one copy's state, and of one copy at work.
   """
-  train = programs.train.on(None)
+  train = programs.train.on(None, 2)  # vmapped, for one copy too
 
   def resized(tree, m):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), tree)

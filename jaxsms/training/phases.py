@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.geometry import soup_geometry
+from jaxsms.ingredients import ingredient
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
@@ -142,7 +143,7 @@ def run_phases(
       model, weights = merge_phase(candidates, merge)
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
       (soup,), of_soup = measure(programs, splits, alone)
-      model = jax.tree.map(lambda x: x[0], alone)
+      model = ingredient(alone, 0)
     record |= {
       "weights": weights.tolist(),
       "pruned": pruned,
