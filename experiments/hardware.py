@@ -13,66 +13,86 @@ from absl import flags
 from jaxsms import fit_mesh, make_mesh
 from jaxsms.convolution import CHOICES, conv_general_dilated
 from jaxsms.names import check_name
+from jaxsms.training.programs import check_batch
 
 FLAGS = flags.FLAGS
 MESHES = ("auto", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")
 MEASURE = "measure"
+MOST_CPU_DEVICES = 8
+CACHED_PARAMETERS = 100_000  # with their momentum and gradients, 1.2 MB
 
-flags.DEFINE_string(
-  "mesh",
-  "auto",
-  "Devices along the copies and along the batch of one copy, such as 4x2; none for one "
-  "device; auto fits the number of copies.",
-)
-flags.DEFINE_integer(
-  "cpu_devices",
-  None,
-  "Devices that a CPU is divided into, so that copies train side by side. Default: one for "
-  "each core, at most one for each copy; one for the mlp.",
-)
-flags.DEFINE_integer(
-  "ingredients_at_once",
-  None,
-  "Copies that one device trains at the same time; groups of so many follow one another. "
-  "Default: all; 1 on a CPU, but for the mlp.",
-)
-flags.DEFINE_string(
-  "precision",
-  "auto",
-  "Of activations: float32 or bfloat16 (parameters stay float32). auto: bfloat16 on TPUs "
-  "and on GPUs that have it (compute capability 8), else float32.",
-)
-flags.DEFINE_string(
-  "convolution",
-  "auto",
-  f"How convolutions of several copies run: {', '.join(CHOICES)}, or measure, which tries "
-  "them and keeps the fastest for the run. auto: loop on CPU, grouped elsewhere.",
-)
-flags.DEFINE_boolean(
-  "remat",
-  False,
-  "Works blocks of the network out again for the gradient: less memory, more time.",
-)
-flags.DEFINE_integer(
-  "micro_batches",
-  1,
-  "Parts of a batch whose gradients are accumulated: less memory. Batch normalization "
-  "sees one part at a time.",
-)
-flags.DEFINE_boolean(
-  "split_params",
-  False,
-  "Splits each copy's parameters over the data axis of --mesh: for large networks.",
-)
-flags.DEFINE_string(
-  "coordinator",
-  None,
-  "host:port of the first process, in a run of several; 'auto' where the cluster tells "
-  "(Cloud TPU, Slurm, Open MPI, Kubernetes).",
-)
-flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.")
-flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+
+def define_flags(to: flags.FlagValues = FLAGS) -> None:
+  """Defines the flags of this file."""
+  flags.DEFINE_string(
+    "mesh",
+    "auto",
+    "Devices along the copies and along the batch of one copy, such as 4x2; none for one "
+    "device; auto fits the number of copies.",
+    flag_values=to,
+  )
+  flags.DEFINE_integer(
+    "cpu_devices",
+    None,
+    "Devices that a CPU is divided into, for copies, or parts of a batch, side by side. "
+    "Default: one for each core, at most 8.",
+    flag_values=to,
+  )
+  flags.DEFINE_integer(
+    "ingredients_at_once",
+    None,
+    "Copies that one device trains at the same time; groups of so many follow one another. "
+    "Default: all; on a CPU 1, but for small networks without convolutions.",
+    flag_values=to,
+  )
+  flags.DEFINE_string(
+    "precision",
+    "auto",
+    "Of activations: float32 or bfloat16 (parameters stay float32). auto: bfloat16 on TPUs "
+    "and on GPUs that have it (compute capability 8), else float32.",
+    flag_values=to,
+  )
+  flags.DEFINE_string(
+    "convolution",
+    "auto",
+    f"How convolutions of several copies run: {', '.join(CHOICES)}, or measure, which "
+    "tries them and keeps the fastest for the run. auto: loop on CPU, else grouped.",
+    flag_values=to,
+  )
+  flags.DEFINE_boolean(
+    "remat",
+    False,
+    "Works blocks of the network out again for the gradient: less memory, more time.",
+    flag_values=to,
+  )
+  flags.DEFINE_integer(
+    "micro_batches",
+    1,
+    "Parts of a batch whose gradients are accumulated: less memory. Batch normalization "
+    "sees one part at a time.",
+    flag_values=to,
+  )
+  flags.DEFINE_boolean(
+    "split_params",
+    False,
+    "Splits each copy's parameters over the data axis of --mesh: for large networks.",
+    flag_values=to,
+  )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of the first process, in a run of several; 'auto' where the cluster tells "
+    "(Cloud TPU, Slurm, Open MPI, Kubernetes).",
+    flag_values=to,
+  )
+  flags.DEFINE_integer(
+    "processes", None, "How many processes there are, with --coordinator.", flag_values=to
+  )
+  flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=to)
+
+
+define_flags()
 
 
 class Hardware(NamedTuple):
@@ -91,18 +111,19 @@ class Hardware(NamedTuple):
   process: int | None
 
 
-def read_hardware(model: str, copies: int) -> Hardware:
+def read_hardware(model: str, copies: int, given: flags.FlagValues = FLAGS) -> Hardware:
   """The parsed flags, checked as far as they can be before a device is touched.
 
   Args:
     model: name of the network.
     copies: m.
+    given: parsed.
 
   Raises:
     ValueError: a flag is out of range, names something unknown, or does not fit the
       network.
   """
-  chosen = Hardware(**{name: FLAGS[name].value for name in Hardware._fields})
+  chosen = Hardware(**{name: given[name].value for name in Hardware._fields})
   if chosen.mesh not in MESHES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", chosen.mesh):
     raise ValueError(
       f"--mesh is {chosen.mesh}: give devices along copies x devices along the batch, such "
@@ -156,14 +177,14 @@ def data_devices(mesh: str) -> int:
   return 1 if mesh in MESHES else int(mesh.split("x")[1])
 
 
-def start(chosen: Hardware, model: str, copies: int) -> None:
+def start(chosen: Hardware, copies: int) -> None:
   """Divides the CPU and joins the other processes; before any device is touched.
 
   Raises:
     ValueError: more processes than the work can use.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-  n = chosen.cpu_devices or (1 if model == "mlp" else min(cores, copies))
+  n = chosen.cpu_devices or min(cores, MOST_CPU_DEVICES)
   if jax.config.jax_num_cpu_devices in (-1, None) or chosen.cpu_devices:
     try:
       jax.config.update("jax_num_cpu_devices", n)
@@ -172,6 +193,10 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
         raise ValueError(
           "--cpu_devices comes too late: a device was used before; leave it out"
         ) from error
+  if n > 1:
+    # The size of XLA's thread pool: programs that wait for their parts on other devices
+    # must leave threads for them.
+    os.environ.setdefault("NPROC", str(4 * n))
   if chosen.coordinator is None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -182,7 +207,9 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
     jax.distributed.initialize(chosen.coordinator, chosen.processes, chosen.process)
 
 
-def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.Mesh | None]:
+def mesh_of(
+  chosen: Hardware, model: str, batch_size: int
+) -> Callable[[int], jax.sharding.Mesh | None]:
   """What a number of copies is spread over.
 
   Raises:
@@ -194,8 +221,12 @@ def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.M
     return lambda copies: None
   part = batch_size // chosen.micro_batches
   if chosen.mesh == "auto":
-    return functools.cache(lambda copies: fit_mesh(copies, part))
+    sharing = 0.85 if jax.default_backend() == "cpu" else 0.5
+    if model == "mlp":
+      sharing = 0.0  # its steps are too short to wait for one another
+    return functools.cache(lambda copies: fit_mesh(copies, part, sharing=sharing))
   mesh = make_mesh(*map(int, chosen.mesh.split("x")))
+  check_batch(batch_size, chosen.micro_batches, mesh)
   if jax.process_count() > 1 and mesh.size != jax.device_count():
     raise ValueError(
       f"--mesh={chosen.mesh} leaves some of the {jax.device_count()} devices out: in a run "
@@ -204,10 +235,19 @@ def mesh_of(chosen: Hardware, batch_size: int) -> Callable[[int], jax.sharding.M
   return lambda copies: mesh
 
 
-def copies_at_once(chosen: Hardware, model: str) -> int | None:
-  """How many copies one device trains at the same time; None for all."""
-  alone = jax.default_backend() == "cpu" and model != "mlp"
-  return chosen.ingredients_at_once or (1 if alone else None)
+def copies_at_once(chosen: Hardware, model: str, parameters: int) -> int | None:
+  """How many copies one device trains at the same time; None for all.
+
+  On a CPU one, unless the states of all copies fit its second-level cache together.
+
+  Args:
+    chosen: the flags.
+    model: name of the network.
+    parameters: of all copies.
+  """
+  if chosen.ingredients_at_once or jax.default_backend() != "cpu":
+    return chosen.ingredients_at_once
+  return None if model == "mlp" and parameters <= CACHED_PARAMETERS else 1
 
 
 def network_options(chosen: Hardware, model: str) -> dict[str, Any]:

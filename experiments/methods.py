@@ -23,6 +23,7 @@ from jaxsms.data import (
   train_validation_split,
   training_images,
 )
+from jaxsms.ingredients import ingredient
 from jaxsms.meshes import place
 from jaxsms.pruning import magnitude_masks, prunable_flags
 from jaxsms.training import (
@@ -122,7 +123,8 @@ def make_task(
   check_data(
     settings, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
   )
-  programs = network_programs(settings, chosen, dataset, module)
+  parameters = sum(x.size for x in jax.tree.leaves(shapes.params))
+  programs = network_programs(settings, chosen, dataset, module, parameters)
   splits = on_devices(splits, programs.mesh_of(settings.ingredients))
   steps_per_epoch = splits.train.size // settings.batch_size
   steps = settings.epochs * steps_per_epoch
@@ -190,9 +192,13 @@ def make_network(settings: Settings, chosen: Hardware, num_classes: int) -> Any:
 
 
 def network_programs(
-  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset, module: Any
+  settings: Settings,
+  chosen: Hardware,
+  dataset: Dataset | StreamedDataset,
+  module: Any,
+  parameters: int,
 ) -> Programs:
-  """The compiled work of a network on a data set."""
+  """The compiled work of a network, of so many parameters, on a data set."""
   return make_programs(
     module,
     functools.partial(sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0),
@@ -201,8 +207,9 @@ def network_programs(
     ),
     evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
     batch_size=settings.batch_size,
-    mesh=mesh_of(chosen, settings.batch_size),
-    at_once=copies_at_once(chosen, settings.model),
+    mesh=mesh_of(chosen, settings.model, settings.batch_size),
+    at_once=copies_at_once(chosen, settings.model, settings.ingredients * parameters),
+    skip_inactive=jax.default_backend() == "cpu",
     micro_batches=chosen.micro_batches,
     split_params=chosen.split_params,
   )
@@ -264,7 +271,7 @@ def pretrain(
     state=work.state,
     saving=saving(work, observer),
   )
-  work.dense, work.state = jax.tree.map(lambda x: x[0], Model(*trained)), None
+  work.dense, work.state = ingredient(Model(*trained), 0), None
   (work.metrics,), _ = measure(task.programs, task.splits, one_model(work.dense))
   observer.phase("dense", work.metrics)
   observer.save(work)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     chosen = settings.read_settings()
     retention = keeping.read_retention()
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
-    hardware.start(devices, chosen.model, chosen.ingredients)
+    hardware.start(devices, chosen.ingredients)
     dataset = methods.load(chosen)
     chosen = settings.with_data(chosen, dataset)
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         write_results()
     if keeper.seeds:
       show(workdir, results)
-  except (FloatingPointError, OSError) as error:
+  except (FloatingPointError, MemoryError, OSError) as error:
     stopped, status = f"error: {error}", 1
   except Stopped as error:
     stopped, status = str(error), error.status

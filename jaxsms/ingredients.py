@@ -80,7 +80,7 @@ def map_ingredients(
     result = program(axes)(*args)
     if m % mesh.shape[INGREDIENT_AXIS] == 0:
       return result
-    return jax.tree.map(lambda x: x[:m], result)
+    return first_ingredients(result, m)
 
   return mapped
 
@@ -88,7 +88,7 @@ def map_ingredients(
 def _map_in_groups(function, axes, at_once, *args):
   """vmap, or groups of `at_once` copies one after another."""
   m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
-  if at_once is None or at_once >= max(m, 2):
+  if at_once is None or at_once >= m > 1:
     return jax.vmap(function, in_axes=axes)(*args)
 
   def one(stacked):
@@ -121,14 +121,39 @@ def pad_ingredients(stacked: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]
   m = number_of_models(stacked)
   k = -(-m // multiple) * multiple
   source = np.minimum(np.arange(k), m - 1)
-  padded = stacked if k == m else jax.tree.map(lambda x: x[source], stacked)
+  padded = stacked if k == m else take_ingredients(stacked, source)
   return padded, np.arange(k) < m
+
+
+# One program each for a whole tree: op by op, small transfers between the devices of a CPU
+# wait for one another.
 
 
 def take_ingredients(stacked: PyTree, indices) -> PyTree:
   """The ingredients at the given indices: leaves [m, ...] -> [len(indices), ...]."""
-  indices = jnp.asarray(indices)
-  return jax.tree.map(lambda x: x[indices], stacked)
+  if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stacked)):
+    return jax.tree.map(lambda x: x[np.asarray(indices)], stacked)
+  return _at(stacked, jnp.asarray(indices))
+
+
+def ingredient(stacked: PyTree, index: int) -> PyTree:
+  """One of the ingredients: leaves [m, ...] -> [...]."""
+  return _at(stacked, jnp.asarray(index))
+
+
+def first_ingredients(stacked: PyTree, count: int) -> PyTree:
+  """The first of the ingredients: leaves [m, ...] -> [count, ...]."""
+  return _first(stacked, count)
+
+
+@jax.jit
+def _at(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first(tree, count):
+  return jax.tree.map(lambda x: x[:count], tree)
 
 
 def repeat_model(params: PyTree, m: int) -> PyTree:

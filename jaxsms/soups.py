@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.ingredients import ingredient
 from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
 
 
@@ -92,9 +93,7 @@ def greedy_soup(
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
   """
   m = number_of_models(stacked)
-  scores = np.array(
-    [float(evaluate(jax.tree.map(lambda x, i=i: x[i], stacked))) for i in range(m)]
-  )
+  scores = np.array([float(evaluate(ingredient(stacked, i))) for i in range(m)])
   order = [int(i) for i in np.argsort(-scores, kind="stable") if not np.isnan(scores[i])]
   if not order:
     raise ValueError(f"evaluate gave NaN for all {m} models: there is no best one")

@@ -12,7 +12,7 @@ import pytest
 from main_job import FLAGS, parse, run
 from rich.console import Console
 
-from experiments import methods, run_directory, settings
+from experiments import hardware, methods, run_directory, settings
 from experiments.progress import RunProgress, TimeLeft, clock
 from jaxsms import checkpoint, data, prunable, training
 
@@ -99,7 +99,7 @@ def test_saved_soup_is_sparse_and_scores_what_the_results_say(finished):
   run_flags = json.loads((workdir / "results.json").read_text())
   parse(*SMALL)
   chosen = settings.read_settings()
-  task = methods.make_task(chosen, data.load("digits"))
+  task = methods.make_task(chosen, hardware.read_hardware("mlp", 2), data.load("digits"))
   model = training.phases.Model(soup["params"], {})
   scores = training.phases.measure(
     task.programs, task.splits, training.phases.one_model(model)
@@ -117,7 +117,15 @@ def test_figures_are_there(finished):
 def test_flags_repeat_the_run(finished, tmp_path):
   workdir, _ = finished
   again = tmp_path / "again"
-  assert run(f"--flagfile={workdir / 'flags.txt'}", "--seeds=1", f"--workdir={again}") == 0
+  assert (
+    run(
+      f"--flagfile={workdir / 'flags.txt'}",
+      "--seeds=1",
+      "--mesh=none",
+      f"--workdir={again}",
+    )
+    == 0
+  )
   first = json.loads((workdir / "results.json").read_text())["seeds"][0]
   assert json.loads((again / "results.json").read_text())["seeds"][0] == first
 
@@ -299,7 +307,7 @@ def test_schedules_count_epochs(flags, factors):
   np.testing.assert_allclose(schedule(np.arange(7) * 3), 0.1 * np.array(factors), 1e-5)
   assert warmup_steps == 0
   # The flag file gives the same settings.
-  parse(*settings.flagfile(chosen).split())
+  parse(*settings.flagfile(chosen._asdict()).split())
   assert settings.read_settings() == chosen
 
 

@@ -12,8 +12,9 @@ from jaxsms import models, prunable
 from jaxsms.models.resnet import ResNet, torchvision_init
 from jaxsms.models.vgg import VGG, max_pool
 from jaxsms.models.wide_resnet import WideResNet
+from jaxsms.training.inference import recalibrate
 from jaxsms.training.state import Data, TrainState, sgd
-from jaxsms.training.step import recalibrate, train_step
+from jaxsms.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

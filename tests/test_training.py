@@ -255,7 +255,7 @@ def test_phases_on_a_mesh_equal_phases_without(data):
         goal_sparsity=0.8, phases=3,
       )
     )  # fmt: skip
-    assert programs.train.on(mesh)._cache_size() == 1
+    assert programs.train.on(mesh, 3)._cache_size() == 1
   assert_close(found[0][0], found[1][0])
   for a, b in zip(found[0][2], found[1][2], strict=True):
     assert a["soup"] == pytest.approx(b["soup"], abs=1e-5)
@@ -276,7 +276,7 @@ def test_three_phases_compile_once(data, dense):
     goal_sparsity=0.9, phases=3, on_phase=lambda r: seen.append(r["phase"]),
   )  # fmt: skip
   assert seen == [1, 2, 3]
-  assert programs.train.on(None)._cache_size() == 1
+  assert programs.train.on(None, 2)._cache_size() == 1
   n = sum(
     x.size for x, f in ((dense.params[d]["kernel"], 1) for d in ("Dense_0", "Dense_1"))
   )

@@ -125,7 +125,9 @@ def caller(train: bool, remat: bool) -> Callable[[nn.Module, jax.Array], jax.Arr
 
   Args:
     train: handed to the block.
-    remat: whether the gradient computes what is inside the block again.
+    remat: whether the gradient computes what is inside the block again. XLA for CPUs
+      merges the two computations, unless `xla_disable_hlo_passes` names its
+      "cse_barrier_expander".
 
   Returns:
     A function to be called in the compact method that makes the block.

@@ -29,7 +29,7 @@ class ViT(nn.Module):
       parameters. Parameters are float32 all the same.
     convolution: with the signature of `jax.lax.conv_general_dilated`.
     remat: the gradient keeps the input of each block alone and computes the rest again:
-      less memory, more time.
+      less memory, more time. A CPU's compiler undoes it.
 
   References:
     Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929

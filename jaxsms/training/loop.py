@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import pad_ingredients
+from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
 from jaxsms.schedules import retrain_schedule
 from jaxsms.sms import finite_models
+from jaxsms.training.memory import says_what_fits
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data, TrainState, start
 from jaxsms.training.streamed import StreamedData, training_batches
@@ -102,6 +103,7 @@ def train_copies(
 
   Raises:
     FloatingPointError: every copy has become NaN or infinite.
+    MemoryError: the device is too small for so many copies at once.
   """
   m = number_of_models(ingredients, "ingredients")
   if state is None:
@@ -113,19 +115,21 @@ def train_copies(
     if on_chunk is not None:
       on_chunk(chunk)
 
-  for latest, chunk in train_chunks(
-    programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
-  ):
-    state = latest
+  length = chunk_length(data.size // programs.batch_size, chunk_steps)
+  with says_what_fits(programs, data, masks, key, state, length):
+    for latest, chunk in train_chunks(
+      programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
+    ):
+      state = latest
+      if running is not None:
+        look(running)
+      running = chunk
+      if saving is not None and saving.due():
+        look(running)
+        running = None
+        saving.state(state)
     if running is not None:
       look(running)
-    running = chunk
-    if saving is not None and saving.due():
-      look(running)
-      running = None
-      saving.state(state)
-  if running is not None:
-    look(running)
   trained = (state.params, state.batch_stats)
   if not np.any(fetch(finite_models(trained))):
     raise FloatingPointError(
@@ -221,7 +225,7 @@ def train_chunks(
       learning_rate=rates[:m, taken - 1],
     )
     done += taken
-    yield jax.tree.map(lambda x: x[:m], state) if len(rates) > m else state, chunk
+    yield first_ingredients(state, m) if len(rates) > m else state, chunk
 
 
 def _place(programs, data, masks, key, state, ingredients, learning_rates):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsms.faults import fault_point
 from jaxsms.geometry import soup_geometry
-from jaxsms.ingredients import take_ingredients
+from jaxsms.ingredients import ingredient, take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
@@ -178,7 +178,7 @@ def run_phases(
       model, weights = merge_phase(candidates, merge)
       alone = recalibrated(programs, splits, recalibration_key, one_model(model))
       (soup,), of_soup = measure(programs, splits, alone)
-      model = jax.tree.map(lambda x: x[0], alone)
+      model = ingredient(alone, 0)
       failure = averaging_failure(
         functools.partial(on_validation, programs, splits, recalibration_key),
         candidates,

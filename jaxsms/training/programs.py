@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS
+from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, whole
 from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
@@ -37,26 +37,33 @@ class Program(NamedTuple):
   """A function of m copies, jitted once for each mesh.
 
   Attributes:
-    on: gives the jitted function for a mesh.
+    on: gives the jitted function for a mesh and a number of copies.
     mesh_of: gives the mesh for a number of copies.
     in_axes: 0 for each argument that is stacked, None for one that the copies share.
   """
 
-  on: Callable[[Mesh | None], Callable]
+  on: Callable[[Mesh | None, int], Callable]
   mesh_of: MeshOf
   in_axes: tuple[int | None, ...]
 
   def __call__(self, *arguments):
     """Runs it where so many copies belong."""
-    return self._jitted(arguments)(*arguments)
+    mesh, copies = self._where(arguments)
+    if mesh is not None:
+      arguments = [
+        place_on(mesh, argument, axis == 0)
+        for argument, axis in zip(arguments, self.in_axes, strict=True)
+      ]
+    return self.on(mesh, copies)(*arguments)
 
   def lower(self, *arguments):
     """Lowers it for such arguments, as `jax.jit(...).lower` does."""
-    return self._jitted(arguments).lower(*arguments)
+    return self.on(*self._where(arguments)).lower(*arguments)
 
-  def _jitted(self, arguments):
+  def _where(self, arguments):
     stacked = [a for a, axis in zip(arguments, self.in_axes, strict=True) if axis == 0]
-    return self.on(self.mesh_of(number_of_models(stacked)))
+    copies = number_of_models(stacked)
+    return self.mesh_of(copies), copies
 
 
 class Programs(NamedTuple):
@@ -107,6 +114,7 @@ def make_programs(
   at_once: int | None = None,
   micro_batches: int = 1,
   split_params: bool = False,
+  skip_inactive: bool = False,
 ) -> Programs:
   """Makes the programs of one network on one data set.
 
@@ -126,6 +134,8 @@ def make_programs(
     micro_batches: parts of a batch whose gradients are accumulated, see `train_step`.
     split_params: whether each copy's parameters and optimizer state are split over the
       mesh's data axis, for models that do not fit on one device.
+    skip_inactive: whether copies that are not vmapped skip steps that change nothing, by
+      a condition: free on a CPU, a wait for the host in every step on a GPU.
 
   Returns:
     The programs.
@@ -139,36 +149,43 @@ def make_programs(
       f"a batch of {batch_size} does not split into {micro_batches} micro-batches: give a "
       "number that divides it"
     )
-
-  options = {"micro_batches": micro_batches, "vmapped": at_once != 1}
+  of_params = split_over_data if split_params else whole
 
   def split(state_and_metrics):
     state, metrics = state_and_metrics
-    return split_over_data(state) if split_params else state, metrics
+    return of_params(state), whole(metrics)
 
-  def train(*arguments):
+  def train(alone, *arguments):
     return split(
       step.train_chunk(
-        module, optimizer, training_images, batch_size, *arguments, **options
+        module, optimizer, training_images, batch_size, *arguments,
+        micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+      )
+    )  # fmt: skip
+
+  def train_batches(alone, *arguments):
+    return split(
+      step.train_batches(
+        module, optimizer, training_images, *arguments,
+        micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+      )
+    )  # fmt: skip
+
+  def recalibrate(alone, data, key, params, batch_stats):
+    return of_params(
+      inference.recalibrate(
+        module, training_images, batch_size, data, key, params, batch_stats
       )
     )
 
-  def train_batches(*arguments):
-    return split(
-      step.train_batches(module, optimizer, training_images, *arguments, **options)
-    )
+  def batch_statistics(alone, *arguments):
+    return of_params(inference.batch_statistics(module, training_images, *arguments))
 
-  def recalibrate(data, key, params, batch_stats):
-    return inference.recalibrate(
-      module, training_images, batch_size, data, key, params, batch_stats
-    )
-
-  def batch_statistics(*arguments):
-    return inference.batch_statistics(module, training_images, *arguments)
-
-  def predict(images, params, batch_stats):
-    return inference.predict(
-      module, evaluation_images, eval_batch_size, images, params, batch_stats
+  def predict(alone, images, params, batch_stats):
+    return whole(
+      inference.predict(
+        module, evaluation_images, eval_batch_size, images, params, batch_stats
+      )
     )
 
   def evaluate(logits, labels):
@@ -176,10 +193,17 @@ def make_programs(
 
   def program(function, in_axes, **options):
     @functools.cache
-    def on(mesh):
+    def jitted(mesh, alone):
       if mesh is not None:
         check_batch(batch_size, micro_batches, mesh)
-      return jax.jit(map_ingredients(function, in_axes, mesh, at_once), **options)
+      one = functools.partial(function, alone)
+      return jax.jit(
+        map_ingredients(one, in_axes, mesh, 1 if alone else at_once), **options
+      )
+
+    def on(mesh, copies):
+      devices = 1 if mesh is None else mesh.shape[INGREDIENT_AXIS]
+      return jitted(mesh, at_once == 1 or copies <= devices)
 
     return Program(on, mesh_of, in_axes)
 

@@ -105,7 +105,7 @@ def train_chunk(
   ingredient: dict[str, jax.Array],
   learning_rates: jax.Array,
   micro_batches: int = 1,
-  vmapped: bool = True,
+  skip_inactive: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, within one epoch.
 
@@ -125,7 +125,7 @@ def train_chunk(
     ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
     learning_rates: float [chunk], for the next steps.
     micro_batches: see `train_step`.
-    vmapped: False skips the steps that change nothing; under vmap they cannot be.
+    skip_inactive: whether steps that change nothing are skipped; not under vmap.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
@@ -150,7 +150,7 @@ def train_chunk(
     ingredient,
     learning_rates,
     micro_batches,
-    vmapped,
+    skip_inactive,
   )
 
 
@@ -167,7 +167,7 @@ def train_batches(
   ingredient: dict[str, jax.Array],
   learning_rates: jax.Array,
   micro_batches: int = 1,
-  vmapped: bool = True,
+  skip_inactive: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, on batches that come from the host.
 
@@ -184,7 +184,7 @@ def train_batches(
     ingredient: the same.
     learning_rates: the same.
     micro_batches: the same.
-    vmapped: the same.
+    skip_inactive: the same.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken.
@@ -202,7 +202,7 @@ def train_batches(
     ingredient,
     learning_rates,
     micro_batches,
-    vmapped,
+    skip_inactive,
   )
 
 
@@ -219,7 +219,7 @@ def _scan(
   ingredient,
   learning_rates,
   micro_batches,
-  vmapped,
+  skip_inactive,
 ):
   """A step for each of `batches`, of which `take` gives the images and labels."""
   key = jax.random.fold_in(key, ingredient["seed"])
@@ -248,7 +248,7 @@ def _scan(
 
   def body(state, now):
     active, *arguments = now
-    if not vmapped:
+    if skip_inactive:
       return jax.lax.cond(active, step, rest, state, *arguments)
     new = step(state, *arguments)
     return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, rest(state, *arguments))

@@ -1,0 +1,242 @@
+"""Times training steps of m copies of a network at once, beside PyTorch where it is.
+
+python -m experiments.bench
+python -m experiments.bench --dataset=cifar10 --model=resnet20 --copies=1,2,4,8
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from rich.console import Console
+
+from experiments import (
+  bench_jax,
+  bench_settings,
+  bench_tables,
+  hardware,
+  run_directory,
+)
+from experiments.bench_settings import TORCH_MODELS, Settings, define_flags, read_settings
+from experiments.bench_statistics import (
+  ROUND_SECONDS,
+  Contender,
+  Spread,
+  alternate,
+  calls_for,
+  cores,
+  ratio,
+  scaled,
+  seconds,
+)
+from experiments.hardware import Hardware
+from jaxsms import models
+
+
+def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
+  """Times what the flags say; bad input ends it with one sentence and exit status 2."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    settings = read_settings(given)
+    if settings.torch != "none":  # both frameworks need memory of a GPU
+      os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    devices = hardware.read_hardware(settings.model, max(settings.copies), given)
+    hardware.start(devices, max(settings.copies))
+    kinds, note = torch_kinds(settings)
+    with bench_jax.fresh_compilation():
+      task = make_task(settings, devices)
+      results = measure(settings, devices, task, kinds, [note] if note else [])
+  except (ValueError, ImportError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  if settings.json:
+    with open(settings.json, "w", encoding="utf-8") as file:
+      json.dump(run_directory.plain(results), file, indent=1, allow_nan=False)
+  bench_tables.show(Console(), results)
+
+
+def make_task(s: Settings, devices: Hardware) -> bench_jax.Task:
+  """Network, data and programs of these settings.
+
+  Raises:
+    ValueError: network, images and devices do not fit one another.
+  """
+  if devices.convolution == hardware.MEASURE:
+    raise ValueError("--convolution=measure is of the main job: time one at a time here")
+  options = hardware.network_options(devices, s.model)
+  if s.model == "mlp":
+    options |= {"hidden": s.hidden, "dropout": 0.0}
+  task = bench_jax.make_task(
+    models.create(s.model, bench_jax.NUM_CLASSES, **options),
+    s.image,
+    examples=s.examples,
+    batch_size=s.batch_size,
+    augmentation=s.augmentation,
+    at_once=lambda parameters: hardware.copies_at_once(
+      devices, s.model, max(s.copies) * parameters
+    ),
+    mesh_of=hardware.mesh_of(devices, s.model, s.batch_size),
+    micro_batches=devices.micro_batches,
+  )
+  for m in s.copies:  # refused here where a batch does not split over the mesh
+    task.programs.train.on(task.programs.mesh_of(m), m)
+  return task
+
+
+def torch_kinds(s: Settings) -> tuple[tuple[str, ...], str | None]:
+  """What of PyTorch takes part, and why nothing does where it was not forbidden.
+
+  Raises:
+    ImportError: it was asked for and is not installed.
+    ValueError: it was asked for and cannot do this work.
+  """
+  if s.torch == "none":
+    return (), None
+  obstacle: Exception | None = None
+  if not importlib.util.find_spec("torch"):
+    obstacle = ImportError(
+      "PyTorch is not installed: run `pip install -e '.[bench]'` to compare with it"
+    )
+  elif s.model not in TORCH_MODELS:
+    obstacle = ValueError(
+      f"--model={s.model} is not there in PyTorch: give {', '.join(TORCH_MODELS)} to "
+      "compare with it"
+    )
+  elif jax.default_backend() != "cpu":
+    import torch
+
+    if not torch.cuda.is_available():
+      kind = jax.devices()[0].device_kind
+      obstacle = ValueError(f"PyTorch finds no {kind}: --torch=none leaves it out")
+  if obstacle is None:
+    return (("sequential", "ensemble") if s.torch in (None, "both") else (s.torch,)), None
+  if s.torch is not None:
+    raise obstacle
+  return (), str(obstacle)
+
+
+def measure(
+  s: Settings,
+  devices: Hardware,
+  task: bench_jax.Task,
+  kinds: tuple[str, ...],
+  notes: list[str],
+) -> dict[str, Any]:
+  """Compiles, warms up and times everything; gives what is written as JSON."""
+  bfloat16 = hardware.bfloat16(devices.precision)
+  precision = "bfloat16" if bfloat16 else "float32"
+  peak, peak_source = bench_jax.peak_flops(precision, s.peak_tflops)
+  most = bench_jax.most_chunk_steps(task.flops(max(s.copies)), peak, s.steps)
+  trainings = {m: bench_jax.Training(task, m, most) for m in s.copies}
+  contenders = {("jaxsms", m): our_contender(t, s.steps) for m, t in trainings.items()}
+  environment = run_directory.environment() | {"cores": cores()}
+  if kinds:
+    from experiments import bench_torch
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    environment |= bench_torch.prepare(device)
+    theirs, failures = bench_torch.make_contenders(
+      task,
+      kinds,
+      s.copies,
+      augmentation=s.augmentation,
+      bfloat16=bfloat16,
+      device=device,
+      steps=s.steps,
+    )
+    contenders |= theirs
+    notes = notes + failures
+  for training in trainings.values():
+    training.run(1)  # its state is made anew
+  times = alternate(contenders, s.rounds)
+  if s.profile:
+    with jax.profiler.trace(s.profile):
+      trainings[max(s.copies)].run(1)
+  return {
+    "flags": {**s._asdict(), **devices._asdict(), "precision": precision},
+    "environment": environment,
+    "work": {
+      "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
+      "multiply_adds": task.multiply_adds,
+      "steps_per_epoch": task.steps_per_epoch,
+      "peak_flops": peak,
+      "peak_source": peak_source,
+    },
+    "copies": [
+      row(task, training, contenders, times, peak) for training in trainings.values()
+    ],
+    "notes": notes,
+  }
+
+
+def our_contender(training: bench_jax.Training, steps: int | None) -> Contender:
+  """Compiles and warms a training up, and chooses how long a round is."""
+  training.run(1)
+  memory, memory_source = training.memory()
+  chunk_seconds = seconds(lambda: training.run(1))
+  training.stop()
+  chunks = calls_for(ROUND_SECONDS, chunk_seconds)
+  if steps:
+    chunks = -(-steps // training.chunk_steps)
+  facts = {
+    "devices": training.devices,
+    "mesh": dict(training.mesh.shape) if training.mesh else None,
+    "chunk_steps": training.chunk_steps,
+    "steps_per_round": chunks * training.chunk_steps,
+    "trace_seconds": training.train.trace_seconds,
+    "compile_seconds": training.train.compile_seconds,
+    "peak_bytes": memory,
+    "peak_bytes_source": memory_source,
+  }
+  return Contender(lambda: training.run(chunks), chunks * training.steps_per_chunk, facts)
+
+
+def row(
+  task: bench_jax.Task,
+  training: bench_jax.Training,
+  contenders: dict[tuple[str, int], Contender],
+  times: dict[tuple[str, int], Spread],
+  peak: float | None,
+) -> dict[str, Any]:
+  """What is reported of one number of copies."""
+  m, ours = training.copies, times["jaxsms", training.copies]
+  flops, images = task.flops(m), m * task.programs.batch_size
+  alone = times.get(("jaxsms", 1))
+  # On CPU the peak is that of all cores, whatever devices are made of them.
+  devices = 1 if jax.default_backend() == "cpu" else training.devices
+  peers = {}
+  for kind, at_once in (("eager", 1), ("compiled", 1), ("ensemble", m)):
+    theirs = times.get((kind, at_once))
+    if theirs is None:
+      continue
+    step = scaled(theirs, m // at_once)  # those that are one copy take m turns
+    peers[kind] = {
+      **contenders[kind, at_once].facts,
+      "step_seconds": step._asdict(),
+      "speed_of_jaxsms": ratio(step, ours)._asdict(),
+    }
+  return {
+    "copies": m,
+    **contenders["jaxsms", m].facts,
+    "step_seconds": ours._asdict(),
+    "epoch_seconds": scaled(ours, task.steps_per_epoch)._asdict(),
+    "together_over_one_after_another": alone and ratio(ours, alone, 1 / m)._asdict(),
+    "images_per_second": images / ours.median,
+    "flops_per_step": flops,
+    "utilisation": peak and flops / ours.median / (peak * devices),
+    "torch": peers,
+  }
+
+
+if __name__ == "__main__":
+  define_flags()
+  flags.adopt_module_key_flags(bench_settings)
+  flags.adopt_module_key_flags(hardware)
+  app.run(main)

@@ -1,0 +1,95 @@
+"""Timing that a busy machine cannot easily mislead: alternating rounds, medians, ratios."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROUND_SECONDS = 1.5  # of one contender, where the steps are not given
+
+
+class Spread(NamedTuple):
+  """A quantity over rounds.
+
+  Attributes:
+    median: of all rounds.
+    min: the least of them.
+    max: the greatest.
+    rounds: one value per round, in their order.
+  """
+
+  median: float
+  min: float
+  max: float
+  rounds: list[float]
+
+
+class Contender(NamedTuple):
+  """Something that is timed.
+
+  Attributes:
+    run: a round of it, which waits for its own work.
+    steps: training steps of every copy in a round.
+    facts: what else is reported of it.
+  """
+
+  run: Callable[[], None]
+  steps: float
+  facts: dict[str, Any]
+
+
+def spread(rounds: Sequence[float]) -> Spread:
+  """Median, least and greatest of a value per round."""
+  return Spread(statistics.median(rounds), min(rounds), max(rounds), list(rounds))
+
+
+def ratio(numerator: Spread, denominator: Spread, factor: float = 1.0) -> Spread:
+  """The ratio in each round, times a factor: what slows a whole round down cancels."""
+  pairs = zip(numerator.rounds, denominator.rounds, strict=True)
+  return spread([factor * a / b for a, b in pairs])
+
+
+def scaled(quantity: Spread, factor: float) -> Spread:
+  """A quantity in another unit."""
+  return spread([factor * value for value in quantity.rounds])
+
+
+def seconds(run: Callable[[], None]) -> float:
+  """Wall time of one call, which waits for its own work."""
+  started = time.perf_counter()
+  run()
+  return time.perf_counter() - started
+
+
+def alternate(
+  contenders: Mapping[Hashable, Contender], rounds: int
+) -> dict[Hashable, Spread]:
+  """Times each in every round; every second round goes through them backwards.
+
+  Args:
+    contenders: by name, warmed up before.
+    rounds: at least 1.
+
+  Returns:
+    Seconds of a training step of each.
+  """
+  times: dict[Hashable, list[float]] = {name: [] for name in contenders}
+  for number in range(rounds):
+    for name in list(contenders) if number % 2 == 0 else list(contenders)[::-1]:
+      run, steps, _ = contenders[name]
+      times[name].append(seconds(run) / steps)
+  return {name: spread(values) for name, values in times.items()}
+
+
+def cores() -> int:
+  """How many cores this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def calls_for(wanted: float, measured: float) -> int:
+  """How many calls of so many measured seconds fill the wanted seconds, at least 1."""
+  return max(1, math.ceil(wanted / max(measured, 1e-9)))

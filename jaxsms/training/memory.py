@@ -1,0 +1,126 @@
+"""How many copies fit on a device, told where they did not."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jaxsms.training.programs import Programs
+from jaxsms.training.state import Data, TrainState
+from jaxsms.trees import PyTree
+
+
+@contextlib.contextmanager
+def says_what_fits(
+  programs: Programs,
+  data: Data,
+  masks: PyTree,
+  key: jax.Array,
+  state: TrainState,
+  learning_rates: int,
+) -> Iterator[None]:
+  """Turns running out of device memory into a message that says what would fit.
+
+  Args:
+    programs: of the network.
+    data: the training split.
+    masks: as `train_chunks` takes them.
+    key: of the phase.
+    state: of all m copies; only its shapes are used.
+    learning_rates: steps in a chunk.
+
+  Raises:
+    MemoryError: the device had too little memory.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    m = len(state.step)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    advice = "train fewer of them at once, or split the batch into micro-batches"
+    if limit and isinstance(data, Data):
+      like = jax.tree.map(_shape, (data, masks, key, state))
+      fit = copies_that_fit(limit, m, *bytes_of_copies(programs, *like, learning_rates))
+      advice = (
+        f"about {fit} of them fit at once: give at_once={fit} (--ingredients_at_once={fit})"
+        if fit
+        else "not even one of them fits: take a smaller batch, micro-batches, remat, or a "
+        "mesh that splits the parameters"
+      )
+    raise MemoryError(f"the device is out of memory with {m} copies: {advice}") from error
+
+
+def bytes_of_copies(
+  programs: Programs,
+  data: Data,
+  masks: PyTree,
+  key: jax.Array,
+  state: TrainState,
+  learning_rates: int,
+) -> tuple[int, int, int]:
+  """What a training program needs on one device, from compiling it for one and two copies.
+
+  Args:
+    programs: of the network.
+    data: arrays or their shapes, like all that follows.
+    masks: shared by the copies, or with leading axis m.
+    key: of the phase.
+    state: leaves [m, ...].
+    learning_rates: steps in a chunk.
+
+  Returns:
+    Bytes that all copies share, of one copy's state, and of one copy at work.
+  """
+  train = programs.train.on(None, 2)  # vmapped, for one copy too
+
+  def resized(tree, m):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), tree)
+
+  def needed(m):
+    ingredients = {
+      "seed": np.zeros([m], np.int32),
+      "weight_decay": np.zeros([m], np.float32),
+      "steps": np.zeros([m], np.int32),
+    }
+    compiled = train.lower(
+      data,
+      resized(masks, m) if programs.own_masks else masks,
+      key,
+      resized(state, m),
+      ingredients,
+      np.zeros([m, learning_rates], np.float32),
+    ).compile()
+    memory = compiled.memory_analysis()
+    return (
+      memory.argument_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    )
+
+  one, two = needed(1), needed(2)
+  of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(resized(state, 1)))
+  return 2 * one - two, of_state, max(two - one - of_state, 1)
+
+
+def copies_that_fit(limit: int, m: int, shared: int, state: int, work: int) -> int:
+  """How many of m copies can be at work at once where the states of all m are kept.
+
+  Args:
+    limit: bytes of the device.
+    m: number of copies.
+    shared: bytes that all copies share.
+    state: bytes of one copy's state.
+    work: further bytes of one copy at work.
+
+  Returns:
+    From 0 to m.
+  """
+  return int(np.clip((limit - shared - m * state) // work, 0, m))
+
+
+def _shape(x):
+  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)

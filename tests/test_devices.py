@@ -1,0 +1,356 @@
+"""Copies over devices: whatever the mesh, the groups and the parts of a batch, the same."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training import (
+  BATCH,
+  all_true,
+  assert_close,
+  half_masks,
+  ingredients,
+  make_data,
+  make_programs,
+  train,
+)
+
+from jaxsms import (
+  data,
+  fit_mesh,
+  magnitude_masks,
+  make_mesh,
+  merge_phase,
+  models,
+  training,
+  uniform_soup,
+)
+from jaxsms.convolution import conv_general_dilated
+from jaxsms.meshes import params_sharding
+from jaxsms.training import memory
+from jaxsms.training.phases import Model, Splits, run_phases
+from jaxsms.training.state import start
+
+COLLECTIVE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-permute")
+
+
+class Small(nn.Module):
+  """A convolution, a normalization and a dense layer."""
+
+  norm_momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    x = nn.Conv(8, (3, 3), conv_general_dilated=conv_general_dilated)(images)
+    x = nn.BatchNorm(use_running_average=not train, momentum=self.norm_momentum)(x)
+    return nn.Dense(3)(nn.relu(x).mean((1, 2)))
+
+
+def devices(n):
+  return jax.devices()[:n]
+
+
+@pytest.fixture(scope="module")
+def small():
+  return Model(*training.init_variables(Small(), jax.random.key(0), (4, 4, 1)))
+
+
+@pytest.fixture(scope="module")
+def examples():
+  return make_data(23)
+
+
+@pytest.fixture(scope="module")
+def alone(small, examples):
+  """What one device makes of three copies."""
+  return train(make_programs(Small()), examples, small, *CHOSEN)
+
+
+CHOSEN = (ingredients([0, 1, 2], [7, 7, 4]), np.full((3, 7), 0.1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (2, 4)])
+def test_copies_on_any_mesh_equal_those_on_one_device(shape, alone, small, examples):
+  mesh = make_mesh(*shape, devices=devices(np.prod(shape)))
+  assert_close(train(make_programs(Small(), mesh=mesh), examples, small, *CHOSEN), alone)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("mesh", [None, (2, 1)])
+def test_groups_of_copies_equal_all_at_once(at_once, mesh, alone, small, examples):
+  mesh = mesh and make_mesh(*mesh, devices=devices(2))
+  programs = make_programs(Small(), mesh=mesh, at_once=at_once)
+  assert_close(train(programs, examples, small, *CHOSEN), alone)
+
+
+@functools.cache
+def phases_on(n, greedy):
+  """Two phases of three copies on n devices."""
+  small = Model(*training.init_variables(Small(), jax.random.key(0), (4, 4, 1)))
+  splits = Splits(make_data(23), make_data(7, 1), make_data(9, 2))
+  programs = make_programs(Small(), mesh=lambda m: fit_mesh(m, BATCH, devices(n)))
+  model, _, records = run_phases(
+    programs, splits, jax.random.key(0), small,
+    lambda record: (ingredients([0, 1, 2], 5), np.full((3, 5), 0.1)),
+    goal_sparsity=0.5, phases=2, greedy=greedy,
+  )  # fmt: skip
+  return model, records
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_phases_on_any_number_of_devices_equal(n, greedy):
+  model, records = phases_on(n, greedy)
+  on_one, records_on_one = phases_on(1, greedy)
+  assert_close(model, on_one, 1e-4)
+  for record, other in zip(records, records_on_one, strict=True):
+    assert record["weights"] == other["weights"]
+    assert record["soup"] == pytest.approx(other["soup"], abs=1e-4)
+
+
+def compiled_step(mesh, small, examples, m, **options):
+  programs = make_programs(Small(), mesh=mesh, **options)
+  state = start(*small, programs.optimizer(0.0, 0.0), m)
+  return programs.train.lower(
+    examples, all_true(small.params), jax.random.key(0), state,
+    ingredients(range(m), 5), np.full((m, 5), 0.1, np.float32),
+  ).compile()  # fmt: skip
+
+
+def test_the_training_step_of_one_copy_on_each_device_has_no_collective(small, examples):
+  text = compiled_step(make_mesh(8), small, examples, 8).as_text()
+  assert not COLLECTIVE.search(text)
+
+
+def test_a_batch_that_is_split_is_summed_over_its_devices(small, examples):
+  text = compiled_step(make_mesh(4, 2), small, examples, 4).as_text()
+  assert {match[1] for match in COLLECTIVE.finditer(text)} == {"reduce"}
+  whole = compiled_step(make_mesh(4, 1, devices(4)), small, examples, 4)
+  flops = [whole.cost_analysis()["flops"], compiled_flops(4, 2, small, examples)]
+  assert flops[1] < 0.75 * flops[0]  # of one device: it does its part alone
+
+
+def compiled_flops(copies, parts, small, examples):
+  compiled = compiled_step(make_mesh(copies, parts), small, examples, copies)
+  return compiled.cost_analysis()["flops"]
+
+
+def test_merging_sums_where_the_copies_are():
+  mesh = make_mesh(8)
+  like = {"kernel": jnp.ones((8, 64, 64))}
+  spread = jax.device_put(like, params_sharding(mesh, (8, 64, 64), stacked=True))
+  text = jax.jit(uniform_soup).lower(spread).compile().as_text()
+  assert {match[1] for match in COLLECTIVE.finditer(text)} == {"reduce"}
+  soup, _ = merge_phase(spread)
+  np.testing.assert_array_equal(soup["kernel"], 1)
+
+
+# Parts of a batch, and parameters in parts.
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("mesh", [None, (1, 2)])
+def test_micro_batches_equal_the_batch_without_normalization(micro_batches, mesh):
+  mlp = models.create("mlp", 3, hidden=(5,), dropout=0.0)
+  dense = Model(*training.init_variables(mlp, jax.random.key(0), (4, 4, 1)))
+  mesh = mesh and make_mesh(*mesh, devices=devices(2))
+  chosen = (ingredients([3, 5], 4), np.full((2, 4), 0.1))
+  options = {"batch_size": 8}
+  whole = train(make_programs(mlp, **options), make_data(23), dense, *chosen)
+  parts = make_programs(mlp, mesh=mesh, micro_batches=micro_batches, **options)
+  assert_close(train(parts, make_data(23), dense, *chosen), whole)
+
+
+def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
+  """By hand: the mean of the gradients of both halves, and their statistics in turn."""
+  sgd = training.sgd(0.1)
+  state = jax.tree.map(lambda x: x[0], start(*small, sgd, 1))
+  images = jnp.asarray(examples.images[:4], jnp.float32) / 255
+  labels = examples.labels[:4]
+  new, metrics = training.step.train_step(
+    Small(), sgd, jax.random.key(0), state, all_true(small.params), images, labels, 2
+  )
+  stats, gradients, losses = small.batch_stats, [], []
+  for part in (slice(0, 4, 2), slice(1, 4, 2)):
+
+    def loss(params, part=part, stats=stats):
+      logits, updated = Small().apply(
+        {"params": params, "batch_stats": stats}, images[part], True, mutable="batch_stats"
+      )
+      log_p = jax.nn.log_softmax(logits)
+      return -log_p[jnp.arange(2), labels[part]].mean(), updated["batch_stats"]
+
+    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(small.params)
+    losses.append(value)
+    gradients.append(gradient)
+  expected = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b) / 2, small.params, *gradients)
+  assert_close((new.params, new.batch_stats), (expected, stats))
+  assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_parameters_in_parts_equal_whole_ones_and_take_less_memory():
+  mlp = models.create("mlp", 4, hidden=(512,), dropout=0.0)
+  dense = Model(*training.init_variables(mlp, jax.random.key(0), (4, 4, 1)))
+  chosen = (ingredients([0, 1], 3), np.full((2, 3), 0.1))
+  on = functools.partial(make_mesh, 2, 4)
+  whole, parts = (make_programs(mlp, mesh=on(), split_params=s) for s in (False, True))
+  masks = half_masks(dense.params)
+  expected = train(whole, make_data(23), dense, *chosen, masks=masks)
+  got = train(parts, make_data(23), dense, *chosen, masks=masks)
+  assert_close(got, expected)
+  kernel = got.params["Dense_0"]["kernel"]
+  assert {s.data.shape for s in kernel.addressable_shards} == {(1, 16, 128)}
+  # Merged and pruned in parts as well: no device ever holds a whole kernel.
+  soup, _ = merge_phase(got)
+  kernel = soup.params["Dense_0"]["kernel"]
+  assert {s.data.shape for s in kernel.addressable_shards} == {(16, 128)}
+  pruned = magnitude_masks(soup.params, 0.5)
+  unsharded = magnitude_masks(jax.device_get(soup.params), 0.5)
+  assert_close(pruned, unsharded)
+  shapes = {s.data.shape for s in pruned["Dense_0"]["kernel"].addressable_shards}
+  assert shapes == {(16, 128)}
+
+
+def test_pruning_parameters_in_parts_gathers_no_weights():
+  mesh = make_mesh(1, 8)
+  params = {"a": {"kernel": jnp.zeros((64, 512))}, "b": {"kernel": jnp.zeros((512, 64))}}
+  parts = jax.tree.map(
+    lambda x: jax.device_put(x, params_sharding(mesh, x.shape, stacked=False)), params
+  )
+  program = jax.jit(lambda p: magnitude_masks(p, 0.5))
+  text = program.lower(parts).compile().as_text()
+  largest = max(
+    (int(np.prod([int(n) for n in dims.split(",") if n]))
+     for dims in re.findall(r"\w+\[([\d,]*)\][^=]* all-gather", text)),
+    default=0,
+  )  # fmt: skip
+  assert largest < 1000, text
+
+
+# What does not fit.
+
+
+def test_fit_mesh():
+  shape = lambda m, batch, n: tuple(fit_mesh(m, batch, devices(n)).shape.values())  # noqa: E731
+  assert fit_mesh(5, 8, devices(1)) is None
+  assert shape(8, 8, 8) == (8, 1)
+  assert shape(5, 8, 8) == (8, 1)
+  assert shape(1, 8, 8) == (1, 8)
+  assert shape(2, 8, 8) == (2, 4)
+  assert shape(3, 8, 8) == (4, 2)
+  assert shape(1, 7, 8) == (8, 1)
+  assert shape(1, 6, 4) == (2, 2)
+  assert shape(5, 8, 2) == (2, 1)
+
+
+def test_batches_that_do_not_split(small, examples, rejects):
+  with rejects("a batch of 4 does not split into 3 micro-batches"):
+    make_programs(Small(), micro_batches=3)
+  programs = make_programs(Small(), batch_size=3, mesh=make_mesh(1, 2))
+  with rejects("a batch of 3 does not split over 2 devices"):
+    train(programs, examples, small, *CHOSEN)
+  programs = make_programs(Small(), micro_batches=2, mesh=make_mesh(1, 4))
+  with rejects("a batch of 4 in 2 micro-batches does not split over 4 devices"):
+    train(programs, examples, small, *CHOSEN)
+
+
+def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
+  programs = make_programs(Small())
+  state = start(*small, programs.optimizer(0.0, 0.0), 3)
+  arguments = (examples, all_true(small.params), jax.random.key(0), state)
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+  shared, of_state, work = memory.bytes_of_copies(programs, *like, 5)
+  # Independent: what a program of four copies takes.
+  four = compiled_step(None, small, examples, 4).memory_analysis()
+  needed = (
+    four.argument_size_in_bytes + four.temp_size_in_bytes
+    + four.output_size_in_bytes - four.alias_size_in_bytes
+  )  # fmt: skip
+  assert shared + 4 * (of_state + work) == pytest.approx(needed, rel=0.1)
+
+  class Full:
+    def memory_stats(self):
+      return {"bytes_limit": shared + 3 * of_state + 2 * work}
+
+  def fails(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  fails.on = programs.train.on
+  monkeypatch.setattr(jax, "local_devices", lambda: [Full()])
+  with pytest.raises(MemoryError, match="with 3 copies: about 2 of them fit at once"):
+    train(programs._replace(train=fails), examples, small, *CHOSEN)
+  monkeypatch.setattr(Full, "memory_stats", lambda self: {"bytes_limit": shared})
+  with pytest.raises(MemoryError, match="not even one of them fits"):
+    train(programs._replace(train=fails), examples, small, *CHOSEN)
+  monkeypatch.setattr(Full, "memory_stats", lambda self: None)
+  with pytest.raises(MemoryError, match="train fewer of them at once"):
+    train(programs._replace(train=fails), examples, small, *CHOSEN)
+
+
+# Streamed data behind the same loop.
+
+
+def test_streamed_training_equals_the_same_batches_by_hand(small, examples):
+  source = data.ArrayExamples(np.asarray(examples.images), np.asarray(examples.labels))
+  streamed = training.StreamedData(source, np.arange(23), threads=0)
+  programs = make_programs(Small(), augmentation="none")
+  got = train(programs, streamed, small, *CHOSEN, chunk_steps=2)
+  for mesh in (make_mesh(2, 2), make_mesh(4, 1)):
+    on = make_programs(Small(), augmentation="none", mesh=mesh)
+    assert_close(train(on, streamed, small, *CHOSEN, chunk_steps=2), got)
+  key = jax.random.key(7)
+  batches = data.stream(
+    source, key, [1], batch_size=BATCH, steps=[7], chunk_steps=1, threads=0
+  )
+  sgd = functools.partial(training.sgd, nesterov=True)
+  state = jax.tree.map(lambda x: x[0], start(*small, sgd(0.1, 1e-3), 1))
+  step = jax.jit(
+    lambda state, images, labels: training.step.train_step(
+      Small(), sgd(0.1, 1e-3), key, state, all_true(small.params),
+      data.normalize(images, (0.5,), (0.25,)), labels,
+    )[0]
+  )  # fmt: skip
+  for batch in batches:
+    state = step(state, batch.images[0, 0], batch.labels[0, 0])
+  assert_close((state.params, state.batch_stats), jax.tree.map(lambda x: x[1], tuple(got)))
+
+
+def test_streamed_phases_score_like_resident_ones(small, examples):
+  def streamed(split):
+    images, labels = np.asarray(split.images), np.asarray(split.labels)
+    source = data.ArrayExamples(images, labels)
+    return training.StreamedData(source, np.arange(len(labels)), threads=0)
+
+  resident = Splits(examples, make_data(7, 1), make_data(9, 2))
+  programs = make_programs(Small(), augmentation="none", eval_batch_size=4)
+  found = [
+    run_phases(
+      programs, splits, jax.random.key(0), small,
+      lambda record: (ingredients([0, 1], 0), np.zeros((2, 0), np.float32)),
+      goal_sparsity=0.5, phases=1,
+    )[2][0]
+    for splits in (resident, Splits(*map(streamed, resident)))
+  ]  # fmt: skip
+  # Before any batch statistics are estimated, from whichever batches.
+  assert found[0]["pruned"] == pytest.approx(found[1]["pruned"], abs=1e-6)
+  assert 0 <= found[1]["soup"]["test_accuracy"] <= 1
+
+
+# The program lowers for platforms that are not there.
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_training_step_lowers_for_every_platform(platform, small, examples):
+  programs = make_programs(Small())
+  state = start(*small, programs.optimizer(0.0, 0.0), 3)
+  exported = jax.export.export(programs.train.on(None, 3), platforms=[platform])(
+    examples, all_true(small.params), jax.random.key(0), state,
+    ingredients([0, 1, 2], 5), np.full((3, 5), 0.1, np.float32),
+  )  # fmt: skip
+  text = exported.mlir_module()
+  groups = set(re.findall(r"(?:batch|feature)_group_count = (\d+)", text))
+  assert groups == ({"1"} if platform == "cpu" else {"1", "3"})

@@ -1,0 +1,151 @@
+"""Flags that say where and how fast: what they mean, and what they refuse."""
+
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import hardware, methods, tuning
+from experiments.settings import Settings
+from jaxsms import convolution, data
+
+
+def read(*given, model="resnet8", copies=4):
+  values = flags.FlagValues()
+  hardware.define_flags(values)
+  values(["test", *given])
+  return hardware.read_hardware(model, copies, values)
+
+
+@pytest.mark.parametrize(
+  "given, words",
+  [
+    (["--mesh=4"], "--mesh is 4: give devices along copies x devices along the batch"),
+    (["--mesh=0x4"], "--mesh is 0x4"),
+    (["--precision=float16"], "unknown precision 'float16'"),
+    (["--convolution=winograd"], "unknown convolution 'winograd'"),
+    (["--micro_batches=0"], "--micro_batches is 0"),
+    (["--ingredients_at_once=0"], "--ingredients_at_once is 0"),
+    (["--split_params"], "--split_params needs a mesh with a data axis"),
+    (["--processes=2"], "go with --coordinator"),
+    (["--coordinator=h:1", "--processes=2"], "needs --processes and --process"),
+    (["--coordinator=h:1", "--processes=2", "--process=2"], "from 0 to below it"),
+    (
+      ["--coordinator=h:1", "--processes=5", "--process=0"],
+      "5 processes for 4 copies x 1 shards of the batch: start at most 4",
+    ),
+    (["--coordinator=h:1", "--processes=9", "--process=0", "--mesh=4x2"], "at most 8"),
+  ],
+)
+def test_flags_that_do_not_fit(given, words, rejects):
+  with rejects(words):
+    read(*given)
+
+
+@pytest.mark.parametrize("given", ["--convolution=loop", "--remat"])
+def test_what_a_network_without_convolutions_makes_no_use_of(given, rejects):
+  with rejects("the mlp makes no use of it"):
+    read(given, model="mlp")
+
+
+def test_meshes(rejects):
+  assert hardware.mesh_of(read("--mesh=none"), "resnet8", 8)(3) is None
+  auto = hardware.mesh_of(read(), "resnet8", 8)
+  assert dict(auto(8).shape) == {"ingredient": 8, "data": 1}
+  assert auto(8) is auto(8)
+  assert dict(auto(1).shape) == {"ingredient": 1, "data": 8}
+  fixed = hardware.mesh_of(read("--mesh=2x2"), "resnet8", 8)
+  assert dict(fixed(1).shape) == dict(fixed(5).shape) == {"ingredient": 2, "data": 2}
+  with rejects("a mesh of 3 x 3 devices does not fit 8"):
+    hardware.mesh_of(read("--mesh=3x3"), "resnet8", 9)
+  with rejects("a batch of 9 does not split over 2 devices"):
+    hardware.mesh_of(read("--mesh=4x2"), "resnet8", 9)
+  with rejects("a batch of 8 in 8 micro-batches does not split over 2 devices"):
+    hardware.mesh_of(read("--mesh=4x2", "--micro_batches=8"), "resnet8", 8)
+
+
+def test_rules_of_a_cpu():
+  assert hardware.copies_at_once(read(), "resnet8", 10) == 1
+  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5) is None
+  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5 + 1) == 1
+  assert hardware.copies_at_once(read("--ingredients_at_once=3"), "resnet8", 10) == 3
+  sharing_nothing = hardware.mesh_of(read(model="mlp"), "mlp", 8)
+  assert dict(sharing_nothing(1).shape) == {"ingredient": 8, "data": 1}
+  assert not hardware.bfloat16("auto")
+  assert hardware.bfloat16("bfloat16")
+
+
+@pytest.mark.parametrize(
+  "platform, capability, wanted",
+  [("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "9.0", True), ("tpu", None, True)],
+)
+def test_bfloat16_where_the_hardware_gains_from_it(
+  platform, capability, wanted, monkeypatch
+):
+  class Device:
+    pass
+
+  device = Device()
+  device.platform = platform
+  device.compute_capability = capability
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  assert hardware.bfloat16("auto") == wanted
+
+
+def test_options_of_a_network():
+  assert hardware.network_options(read(model="mlp"), "mlp") == {}
+  options = hardware.network_options(read("--precision=bfloat16", "--remat"), "resnet8")
+  assert options["dtype"] == jnp.bfloat16 and options["remat"]
+  assert options["convolution"] is convolution.conv_general_dilated
+  grouped = hardware.network_options(read("--convolution=grouped"), "resnet8")
+  assert grouped["convolution"].keywords == {"lowering": "grouped"}
+
+
+def test_measuring_keeps_the_fastest(monkeypatch):
+  seconds = {"loop": 3.0, "grouped": 1.0, "unrolled": 2.0, "native": 5.0}
+  clock = itertools.count()
+  now = [0.0]
+
+  def runner(settings, chosen, dataset):
+    while True:
+      now[0] += seconds[chosen.convolution] + 0.01 * (next(clock) % 3)
+      yield
+
+  monkeypatch.setattr(tuning, "_runner", runner)
+  monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+  chosen = tuning.measured(None, read("--convolution=measure"), None)
+  assert chosen.convolution == "grouped"
+  assert tuning.measured(None, read("--convolution=loop"), None).convolution == "loop"
+
+
+def test_what_is_measured_is_training(monkeypatch):
+  rng = np.random.default_rng(0)
+  images, labels = rng.integers(0, 256, (40, 4, 4, 1), np.uint8), np.arange(40) % 2
+  dataset = data.Dataset(
+    "tiny", images, labels, images[:4], labels[:4], 2, (0.5,), (0.5,), "none"
+  )
+  chosen = dict.fromkeys(Settings._fields)
+  chosen |= {
+    "model": "mlp", "hidden": (3,), "dropout": 0.0, "ingredients": 2, "epochs": 1,
+    "batch_size": 12, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0,
+    "goal_sparsity": 0.5, "pretrain_schedule": "Linear", "warmup_epochs": 0.0,
+    "end_lr": 0.0, "augmentation": "none",
+  }  # fmt: skip
+  seen = []
+  real = tuning.train_chunks
+
+  def watched(programs, *arguments):
+    for state, chunk in real(programs, *arguments):
+      seen.append((chunk.copies, chunk.taken))
+      yield state, chunk
+
+  monkeypatch.setattr(tuning, "train_chunks", watched)
+  runner = tuning._runner(Settings(**chosen), read(model="mlp"), dataset)
+  for _ in range(tuning.ROUNDS + 2):
+    next(runner)
+  assert seen == [(2, 3)] * (tuning.ROUNDS + 2)
+  assert methods.chunk_steps(Settings(**chosen)) == 50

@@ -1,0 +1,69 @@
+"""The main job in two processes on one machine: the same numbers, one run directory."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxsms import checkpoint
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = (
+  "--hidden=8", "--epochs=1", "--retrain_epochs=1", "--phases=1", "--ingredients=3",
+  "--batch_size=64", "--goal_sparsity=0.75", "--baselines=", "--merge=greedy",
+)  # fmt: skip
+
+
+def start(*flags):
+  command = [sys.executable, "-m", "experiments.sms", *FLAGS, *flags]
+  return subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    return server.getsockname()[1]
+
+
+def start_two(*flags):
+  common = (f"--coordinator=localhost:{free_port()}", "--processes=2", *flags)
+  return [start(*common, f"--process={i}") for i in range(2)]
+
+
+def results(workdir):
+  return json.loads((workdir / "results.json").read_text())["seeds"]
+
+
+def test_two_processes_equal_one(tmp_path):
+  alone = start(f"--workdir={tmp_path / 'alone'}", "--mesh=none")
+  assert alone.wait(200) == 0, alone.stderr.read()
+  two = start_two(f"--workdir={tmp_path / 'two'}", "--cpu_devices=2", "--mesh=2x2")
+  assert [process.wait(200) for process in two] == [0, 0], two[0].stderr.read()
+  outputs = [process.stdout.read() for process in two]
+  assert ["Sparse soup" in output for output in outputs] == [True, False]
+  assert "SMS phase 1/1" not in two[1].stderr.read()
+  (got,), (wanted,) = results(tmp_path / "two"), results(tmp_path / "alone")
+  assert got["dense"] == pytest.approx(wanted["dense"], abs=1e-3)
+  for name in ("soup", "pruned", "best_candidate"):
+    assert got["phases"][0][name] == pytest.approx(wanted["phases"][0][name], abs=2e-3)
+  soups = [
+    checkpoint.restore(tmp_path / run / "soup" / "seed_0") for run in ("two", "alone")
+  ]
+  for a, b in zip(*(s["params"]["Dense_0"].values() for s in soups), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_processes_cannot_share(tmp_path):
+  for flags, words in (
+    (("--mesh=none",), "several processes need a mesh"),
+    (("--mesh=1x1",), "leaves some of the 4 devices out"),
+  ):
+    two = start_two(*flags, "--cpu_devices=2", f"--workdir={tmp_path / 'no'}")
+    assert [process.wait(100) for process in two] == [2, 2]
+    assert all(words in process.stderr.read() for process in two)
