@@ -76,7 +76,7 @@ class Lock:
       import fcntl
     except ImportError:  # not on Windows
       return False
-    handle = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT)
+    handle = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

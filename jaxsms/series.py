@@ -44,7 +44,7 @@ class Series:
     self._thread = ThreadPoolExecutor(1)
     self._running: Future | None = None
     self.seconds = 0.0
-    """How long the last finished save took."""
+    """How long the last finished save of arrays took."""
 
   def newest(self) -> Found:
     """Walks back to the newest whole checkpoint.
@@ -103,7 +103,8 @@ class Series:
     checkpoint.save(self._folder(last + 1), arrays, meta)
     for folder in self._folders()[: -self._keep]:
       checkpoint.remove(folder)
-    self.seconds = time.monotonic() - started
+    if arrays:
+      self.seconds = time.monotonic() - started
 
   def _folder(self, number):
     return self._path / f"{number:06}"
