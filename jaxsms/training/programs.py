@@ -109,6 +109,7 @@ def make_programs(
   batch_size: int,
   eval_batch_size: int = 500,
   own_masks: bool = False,
+  feedback: bool = False,
   mesh: Mesh | MeshOf | None = None,
   at_once: int | None = None,
   micro_batches: int = 1,
@@ -125,6 +126,7 @@ def make_programs(
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
     own_masks: whether each copy has masks of its own.
+    feedback: whether removed entries go on being trained, see `train_step`.
     mesh: None for one device, else as `jaxsms.make_mesh` gives; or a function of the number
       of copies that gives one of these, all over the same devices.
     at_once: copies that one device trains at the same time, see `jaxsms.map_ingredients`;
@@ -146,7 +148,11 @@ def make_programs(
       "number that divides it"
     )
 
-  options = {"micro_batches": micro_batches, "vmapped": at_once != 1}
+  options = {
+    "micro_batches": micro_batches,
+    "vmapped": at_once != 1,
+    "feedback": feedback,
+  }
 
   of_params = split_over_data if split_params else whole
 
