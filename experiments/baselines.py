@@ -59,7 +59,7 @@ def imp_mx(run: Run, dense: Model) -> ByPhase:
 def run_imp_reprune(run: Run, dense: Model) -> ByPhase:
   """Copies that prune on their own, averaged and pruned again."""
   settings, task, m = run.settings, run.task, run.settings.ingredients
-  records = imp_reprune(
+  _, records = imp_reprune(
     task.variant(own_masks=True),
     task.splits,
     jax.random.fold_in(run.key, RETRAIN),
@@ -140,7 +140,7 @@ def run_swamp(run: Run, dense: Model) -> ByPhase:
   average_after = int((1 - AVERAGED) * len(rest))
   rest[average_after:] = rest[average_after]
   chosen = varied(settings, task.method, m, len(rest), task.steps_per_epoch)
-  records = swamp(
+  _, records = swamp(
     task.programs,
     task.splits,
     jax.random.fold_in(run.key, RETRAIN),

@@ -198,9 +198,9 @@ def _check_values(s, method):
 def _check_criterion(s, method):
   """--criterion, with --scope, --n_m_group and the sparsities."""
   check_name("criterion", method.criterion, CRITERIA)
-  if FLAGS["scope"].present and method.criterion not in WITH_SCOPE:
+  if s.scope != "global" and method.criterion not in WITH_SCOPE:
     raise ValueError(
-      f"--scope is of {', '.join(WITH_SCOPE)}: --criterion={method.criterion} shares the "
+      f"--scope={s.scope} is of {', '.join(WITH_SCOPE)}: --criterion={method.criterion} shares the "
       "sparsity out itself, leave it out"
     )
   if method.criterion != "n_m":

@@ -37,7 +37,7 @@ def imp_reprune(
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
-) -> list[Record]:
+) -> tuple[Model, list[Record]]:
   """IMP-RePrune: m runs of IMP, averaged and pruned again to their sparsity.
 
   The runs never see the average: each goes on from itself, with its own masks.
@@ -58,7 +58,7 @@ def imp_reprune(
     on_phase: called with each phase's record.
 
   Returns:
-    A record per phase: `phase`, `sparsity` and what `merge_candidates` gives, the runs as
+    The last average, and a record per phase: `phase`, `sparsity` and what `merge_candidates` gives, the runs as
     candidates and their average pruned again as `soup`.
 
   Raises:
@@ -95,7 +95,7 @@ def imp_reprune(
       raise FloatingPointError(
         f"one of {copies} runs of IMP diverged: lower the learning rate"
       )
-    _, merged = merge_candidates(
+    average, merged = merge_candidates(
       programs, splits, phase_key, candidates, repruned(goal, prune), describe=describe
     )
     record = {"phase": phase, "sparsity": pruned[0]["sparsity"], **merged}
@@ -103,7 +103,7 @@ def imp_reprune(
     records.append(record)
     if on_phase is not None:
       on_phase(record)
-  return records
+  return average, records
 
 
 def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
@@ -131,7 +131,7 @@ def swamp(
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
-) -> list[Record]:
+) -> tuple[Model, list[Record]]:
   """SWAMP: IMP with rewinding, each round the average over several particles and over time.
 
   All particles of a round start from the same ticket, a checkpoint of early training,
@@ -154,8 +154,9 @@ def swamp(
     on_phase: called with each round's record.
 
   Returns:
-    A record per round after the dense one: that of `jaxsms.prune_phase` and of
-    `merge_candidates`, the particles' averages over time as candidates.
+    The last average, and a record per round after the dense one: that of
+    `jaxsms.prune_phase` and of `merge_candidates`, the particles' averages over time as
+    candidates.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -197,7 +198,7 @@ def swamp(
       records.append(record | merged)
       if on_phase is not None:
         on_phase(records[-1])
-  return records
+  return model, records
 
 
 class TimeAverage:
