@@ -89,7 +89,7 @@ def test_every_model_and_the_ensemble_on_every_split():
   calls = []
 
   def describe(params):
-    calls.append(params["Dense_0"]["bias"])
+    calls.append(params["Dense_0"]["kernel"])
     return {"norm": 1.0}
 
   scores, ensemble, predictions = measure(programs, splits, models, describe)
