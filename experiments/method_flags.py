@@ -200,8 +200,8 @@ def _check_criterion(s, method):
   check_name("criterion", method.criterion, CRITERIA)
   if s.scope != "global" and method.criterion not in WITH_SCOPE:
     raise ValueError(
-      f"--scope={s.scope} is of {', '.join(WITH_SCOPE)}: --criterion={method.criterion} shares the "
-      "sparsity out itself, leave it out"
+      f"--scope={s.scope} is of {', '.join(WITH_SCOPE)}: --criterion={method.criterion} "
+      "shares the sparsity out itself, leave it out"
     )
   if method.criterion != "n_m":
     return

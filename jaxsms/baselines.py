@@ -58,8 +58,9 @@ def imp_reprune(
     on_phase: called with each phase's record.
 
   Returns:
-    The last average, and a record per phase: `phase`, `sparsity` and what `merge_candidates` gives, the runs as
-    candidates and their average pruned again as `soup`.
+    The last average, and a record per phase: `phase`, `sparsity` and what
+    `merge_candidates` gives, the runs as candidates and their average pruned again as
+    `soup`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.

@@ -18,7 +18,7 @@ from test_training import (
   make_programs,
 )
 
-from jaxsms import apply_masks, magnitude_masks, prunable, training
+from jaxsms import apply_masks, magnitude_masks, make_mesh, prunable, training
 from jaxsms.baselines import TimeAverage, imp_reprune, swamp
 from jaxsms.dynamic import cubic_sparsity, gradual_masks, prune_during_training
 from jaxsms.training.phases import Model, Splits, run_phases
@@ -187,6 +187,19 @@ def test_a_soup_branches_where_the_masks_are_fixed(programs, dense, dynamic):
   assert removed(soup.params) == pytest.approx(removed(alone.params))
   assert np.abs(soup.params["Dense_0"]["kernel"]
                 - alone.params["Dense_0"]["kernel"]).max() > 1e-4  # fmt: skip
+
+
+def test_masks_made_anew_on_a_mesh(programs, dense):
+  mesh = make_mesh(2, devices=jax.devices()[:2])
+  rates = np.full(15, 0.1)
+  found = [
+    during(p, dense, [0, 1, 2], rates, feedback)[0]
+    for p, feedback in (
+      (programs, make_programs(feedback=True)),
+      (make_programs(mesh=mesh), make_programs(mesh=mesh, feedback=True)),
+    )
+  ]
+  assert_close(*found, 1e-4)
 
 
 def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):

@@ -11,9 +11,19 @@ from test_experiments import SMALL, parse, run
 from experiments import hardware, method_flags, methods, settings
 from experiments.baselines import BASELINES, resampled
 from experiments.criteria import classifier, pruning
+from experiments.ood import corrupted_test_data
 from experiments.retraining import Run, retraining_plan, varied
 from experiments.task import Task, make_task
-from jaxsms import checkpoint, data, models, pretrained, prunable, report, safetensors
+from jaxsms import (
+  checkpoint,
+  data,
+  models,
+  pretrained,
+  prunable,
+  report,
+  safetensors,
+  training,
+)
 
 FAST = (*SMALL, "--mesh=none", "--phases=1")
 FROM_SCRATCH = {"gmp", "gmp_soup", "dpf", "dpf_soup", "bimp", "bimp_soup"}
@@ -203,6 +213,40 @@ def test_learning_rates_that_vary_are_llrs_first():
   # A single copy keeps the schedule's own.
   _, lrs = retraining_plan(Run(chosen, task, None, None), 1, 20)({})
   assert lrs.max() == pytest.approx(0.1)
+
+
+def test_prepared_corruptions_come_before_our_own(monkeypatch):
+  prepared = [f"cifar10_corrupted/{n}_{s}" for n in ("frost", "fog") for s in (1, 2, 3)]
+  prepared.remove("cifar10_corrupted/fog_2")
+  loaded = []
+
+  def load_split(name, split, data_dir, cache_dir):
+    loaded.append((name, split))
+    return np.full((2, 32, 32, 3), len(loaded), np.uint8), np.zeros(2, np.int32)
+
+  monkeypatch.setattr(data, "corrupted_sets", lambda name, data_dir: sorted(prepared))
+  monkeypatch.setattr(data, "load_split", load_split)
+  images = np.zeros((2, 32, 32, 3), np.uint8)
+  labels = np.zeros(2, np.int32)
+  clean = data.Dataset("cifar10", images, labels, images, labels, 10, (), (), "none")
+  test = training.Data(jnp.asarray(images), jnp.asarray(labels))
+
+  def made(*flags):
+    flags = ["--dataset=cifar10", "--ood_severities=1,3", *flags]
+    return corrupted_test_data(*read(*flags), clean, test)
+
+  sets, sources = made("--ood=fog,frost,contrast")
+  assert sources == {"fog": "tfds", "frost": "tfds", "contrast": "jaxsms"}
+  assert [f().images.max() for f in sets["frost"]] == [1, 2]
+  assert loaded == [
+    ("cifar10_corrupted/frost_1", "test"), ("cifar10_corrupted/frost_3", "test")
+  ]  # fmt: skip
+  assert sets["contrast"][0]().images.shape == images.shape
+  assert list(made("--ood=all")[0]) == ["fog", "frost"]
+  assert list(made("--ood=all", "--ood_severities=1,2")[0]) == ["frost"]
+  assert made("--ood=none") == ({}, {})
+  prepared.clear()
+  assert list(made("--ood=all")[0]) == data.corruptions_for(3)
 
 
 def test_budgets_resample_the_schedule():
