@@ -14,7 +14,7 @@ METHODS = {
   "soup": "Sparse soup",
   "mean_candidate": "Mean candidate",
   "best_candidate": "Best candidate",
-  "prediction_ensemble": "Ensemble of candidates",
+  "prediction_ensemble": "Ensemble",
   "imp": "IMP",
   "imp_mx": "IMP {m}x",
   "imp_reprune": "IMP-RePrune",
