@@ -13,12 +13,22 @@ import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import hardware, methods, run_directory, settings, tuning
+from experiments import (
+  hardware,
+  method_flags,
+  methods,
+  pretraining_flags,
+  run_directory,
+  settings,
+  tuning,
+)
 from experiments.progress import RunProgress, clock
+from experiments.retraining import Observer
+from experiments.task import load, make_task
 from jaxsms import report
 
-flags.adopt_module_key_flags(settings)
-flags.adopt_module_key_flags(hardware)
+for module in (settings, pretraining_flags, method_flags, hardware):
+  flags.adopt_module_key_flags(module)
 
 
 def main(argv: list[str]) -> None:
@@ -36,13 +46,14 @@ def main(argv: list[str]) -> None:
       )
 
     chosen = settings.read_settings()
+    method = method_flags.read_method(chosen)
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
     hardware.start(devices, chosen.ingredients)
-    dataset = methods.load(chosen)
+    dataset = load(chosen)
     chosen = settings.with_data(chosen, dataset)
-    devices = tuning.measured(chosen, devices, dataset)
-    task = methods.make_task(chosen, devices, dataset)
-    run_flags = {**chosen._asdict(), **devices._asdict()}
+    devices = tuning.measured(chosen, devices, method, dataset)
+    task = make_task(chosen, devices, method, dataset)
+    run_flags = {**chosen._asdict(), **method._asdict(), **devices._asdict()}
     workdir = run_directory.create(
       settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S")),
       settings.flagfile(run_flags),
@@ -54,14 +65,15 @@ def main(argv: list[str]) -> None:
   results = {
     "flags": {**run_flags, "workdir": workdir},
     "environment": run_directory.environment(),
+    "ood_sources": task.ood_sources,
     "seeds": [],
   }
   stopped, status = None, 0
-  plan = methods.planned_steps(chosen, task.steps_per_epoch)
+  plan = methods.planned_steps(chosen, method, task.steps_per_epoch)
   try:
     with RunProgress(plan, quiet=not run_directory.is_writer()) as progress:
       for seed in range(chosen.seed, chosen.seed + chosen.seeds):
-        observer = make_observer(progress, workdir, chosen, seed)
+        observer = make_observer(progress, workdir, chosen, task.steps_per_epoch, seed)
         results["seeds"].append(methods.run_seed(chosen, task, seed, observer))
         results["summary"] = report.summarize(results["seeds"])
         results["seconds"] = time.monotonic() - started
@@ -83,8 +95,12 @@ def main(argv: list[str]) -> None:
 
 
 def make_observer(
-  progress: RunProgress, workdir: str, chosen: settings.Settings, seed: int
-) -> methods.Observer:
+  progress: RunProgress,
+  workdir: str,
+  chosen: settings.Settings,
+  steps_per_epoch: int,
+  seed: int,
+) -> Observer:
   """Shows each chunk of training, and writes a line for every epoch and every phase."""
   epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
   titles = {"dense": "dense", "sms": "SMS"} | {
@@ -92,15 +108,14 @@ def make_observer(
   }
 
   def on_chunk(method, phase, chunk):
-    epochs = chosen.retrain_epochs if phase else chosen.epochs
-    epochs *= chosen.ingredients if method == "imp_mx" else 1
+    epochs = -(-chunk.steps // steps_per_epoch)
     title = f"seed {seed}  {titles[method]}"
     title += f" phase {phase}/{chosen.phases}" if phase else ""
     progress.chunk(title, epochs, chunk)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
-    if chunk.step * epochs == chunk.epoch * chunk.steps:  # the epoch is complete
+    if chunk.step % steps_per_epoch == 0 or chunk.step == chunk.steps:
       loss, accuracy = (
         np.average(epoch[name], axis=0, weights=epoch["taken"])
         for name in ("loss", "accuracy")
@@ -119,7 +134,7 @@ def make_observer(
   def on_soup(soup):
     run_directory.save_soup(workdir, seed, soup)
 
-  return methods.Observer(on_chunk, on_phase, on_soup)
+  return Observer(on_chunk, on_phase, on_soup)
 
 
 def show(console: Console, results: dict) -> None:

@@ -50,8 +50,8 @@ class SparseSoup(NamedTuple):
     masks: tree of bool arrays with the structure of `params`, True where kept.
     history: one dict per phase: `phase` (from 1), `sparsity` (share of zeros among the
       prunable weights), `pruned_fraction` (of the weights that remained before it),
-      `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain` (what the
-      retraining reported, leaves [m, ...]; None where it reported nothing).
+      `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain`
+      (what the retraining reported, leaves [m, ...]; None where it reported nothing).
   """
 
   params: PyTree
@@ -172,8 +172,8 @@ def prune_phase(
   Returns:
     The pruned parameters, their masks, and a record: `sparsity` (share of the prunable
     weights that are removed), `pruned_fraction` (share of those that remained before
-    which this step removed), and `relative_norm_drop` (norm of what it removed, relative
-    to the norm of all weights and biases).
+    which this step removed), `norm_drop` (norm of what it removed), and
+    `relative_norm_drop` (relative to the norm of all weights and biases).
 
   Raises:
     ValueError: see `magnitude_masks`.
@@ -195,6 +195,7 @@ def prune_phase(
   record = {
     "sparsity": 1 - after / total,
     "pruned_fraction": (before - after) / before if before else 0.0,
+    "norm_drop": float(drop),
     "relative_norm_drop": float(drop / norm) if norm else 0.0,
   }
   return pruned, new, record

@@ -2,6 +2,7 @@
 
 from jaxsms.training.loop import (
   Chunk,
+  continue_training,
   fetched,
   retrain_learning_rates,
   train_chunks,
@@ -18,6 +19,7 @@ __all__ = [
   "Programs",
   "StreamedData",
   "TrainState",
+  "continue_training",
   "fetched",
   "init_variables",
   "make_programs",

@@ -2,62 +2,54 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.geometry import soup_geometry
-from jaxsms.ingredients import ingredient
+from jaxsms.ingredients import ingredient, take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, merge_phase, prune_phase
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
-from jaxsms.training import streamed
 from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.measurements import (
+  Describe,
+  Measured,
+  Model,
+  Predictions,
+  Record,
+  Splits,
+  best_candidate,
+  measure,
+  of_set,
+  one_model,
+  predict,
+  recalibrated,
+  score,
+)
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data
-from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
+__all__ = [
+  "Measured",
+  "Model",
+  "Plan",
+  "Predictions",
+  "Record",
+  "Splits",
+  "best_candidate",
+  "greedy_merge",
+  "measure",
+  "merge_candidates",
+  "one_model",
+  "recalibrated",
+  "run_phases",
+]
+
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
-Record = dict[str, Any]
 # From the phase's pruning record: ingredients of m copies, and learning rates [m, steps].
 Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
-
-
-class Splits(NamedTuple):
-  """The parts of a data set, resident on the device or streamed from the host."""
-
-  train: Data | StreamedData
-  validation: Data | StreamedData
-  test: Data | StreamedData
-
-
-class Predictions(NamedTuple):
-  """What m models say about the examples of a split.
-
-  Attributes:
-    logits: float [m, n, classes].
-    labels: int [n].
-  """
-
-  logits: jax.Array
-  labels: jax.Array
-
-
-class Model(NamedTuple):
-  """One model with what it needs to be run, or (leaves [m, ...]) several.
-
-  Attributes:
-    params: parameters.
-    batch_stats: batch statistics, an empty dict where there are none.
-  """
-
-  params: PyTree
-  batch_stats: PyTree
 
 
 def run_phases(
@@ -72,6 +64,7 @@ def run_phases(
   prune: Prune = magnitude_masks,
   merge: Merge = uniform_soup,
   greedy: bool = False,
+  describe: Describe | None = None,
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
@@ -84,24 +77,22 @@ def run_phases(
     key: each phase gets `fold_in(key, phase)`, the same for all copies.
     dense: the trained model.
     plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
-      `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`, each [m])
-      and learning rates [m, steps] of its copies.
+      `norm_drop`, `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`,
+      each [m]) and learning rates [m, steps] of its copies.
     goal_sparsity: sparsity after the last phase, in [0, 1).
     phases: number of cycles, at least 1.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
     greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
+    describe: gives what to record of one model's weights beside its metrics.
     chunk_steps: see `train_copies`.
     on_chunk: called with the phase and each chunk of training.
     on_phase: called with each phase's record.
 
   Returns:
-    The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, the
-    merge's `weights`, metrics of `pruned` (before retraining), of every one of
-    `candidates`, their mean as `mean_candidate`, the one of best validation accuracy as
-    `best_candidate`, of the `soup` and of the candidates' `prediction_ensemble`,
-    `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
-    each split), and `geometry` (of the candidates' parameters).
+    The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, metrics
+    of `pruned` (before retraining), `pruning_instability` (the share of the test accuracy
+    that pruning took), and that of `merge_candidates`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -110,11 +101,15 @@ def run_phases(
   model, masks, records = dense, None, []
   for phase in range(1, phases + 1):
     phase_key = jax.random.fold_in(key, phase)
-    recalibration_key = jax.random.fold_in(phase_key, RECALIBRATION)
     goal = phase_sparsity(goal_sparsity, phase, phases)
+    before = accuracy_on_test(programs, splits, model)
     params, masks, record = prune_phase(model.params, masks, goal, prune)
     record = {"phase": phase, **record}
-    (pruned,), _ = measure(programs, splits, one_model(Model(params, model.batch_stats)))
+    pruned = measure(
+      programs, splits, one_model(Model(params, model.batch_stats)), describe
+    ).scores[0]
+    record["pruned"] = pruned
+    record["pruning_instability"] = instability(before, pruned["test_accuracy"])
     candidates = Model(
       *train_copies(
         programs,
@@ -128,40 +123,80 @@ def run_phases(
         on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
       )
     )
-    candidates = recalibrated(programs, splits, recalibration_key, candidates)
-    scores, predictions = measure(programs, splits, candidates)
-    ensemble = {
-      split: Predictions(prediction_ensemble(logits)[None], labels)
-      for split, (logits, labels) in predictions.items()
-    }
-    if len(scores) == 1:  # nothing to merge: plain IMP
-      model, weights = merge_phase(candidates, uniform_soup)
-      soup, of_soup = scores[0], predictions
-    else:
-      if greedy:
-        merge = greedy_merge(programs, splits, recalibration_key)
-      model, weights = merge_phase(candidates, merge)
-      alone = recalibrated(programs, splits, recalibration_key, one_model(model))
-      (soup,), of_soup = measure(programs, splits, alone)
-      model = ingredient(alone, 0)
-    record |= {
-      "weights": weights.tolist(),
-      "pruned": pruned,
-      "soup": soup,
-      "mean_candidate": {k: float(np.mean([s[k] for s in scores])) for k in soup},
-      "best_candidate": scores[best_candidate(scores)],
-      "candidates": scores,
-      "prediction_ensemble": score(programs, ensemble)[0],
-      "ensemble_agreement": {
-        split: float(fetch(agreement(of_soup[split].logits[0], ensemble[split].logits[0])))
-        for split in ensemble
-      },
-      "geometry": {k: float(v) for k, v in fetch(geometry(candidates.params)).items()},
-    }
+    model, merged = merge_candidates(
+      programs, splits, phase_key, candidates, merge, greedy=greedy, describe=describe
+    )
+    record |= merged
     records.append(record)
     if on_phase is not None:
       on_phase(record)
   return model, masks, records
+
+
+def merge_candidates(
+  programs: Programs,
+  splits: Splits,
+  key: jax.Array,
+  candidates: Model,
+  merge: Merge = uniform_soup,
+  *,
+  greedy: bool = False,
+  describe: Describe | None = None,
+) -> tuple[Model, Record]:
+  """Recalibrates and measures candidates, merges them, and measures what that gives.
+
+  Args:
+    programs: of the network.
+    splits: the data.
+    key: of the phase.
+    candidates: leaves [m, ...].
+    merge: of them, see `jaxsms.merge_phase`; one candidate is its own soup.
+    greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
+    describe: gives what to record of one model's weights beside its metrics.
+
+  Returns:
+    The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
+    one of best validation accuracy as `best_candidate`, the mean and the largest of single
+    metrics as `mean_candidate` and `max_candidate`, `geometry` (of the candidates'
+    parameters), metrics of the `soup` and of the candidates' `prediction_ensemble`, and
+    `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
+    each split). If greedy, the latter three of the set `selected` as well.
+
+  Raises:
+    FloatingPointError: all candidates diverged.
+  """
+  key = jax.random.fold_in(key, RECALIBRATION)
+  candidates = recalibrated(programs, splits, key, candidates)
+  scores, ensemble, predictions = measure(programs, splits, candidates, describe)
+  if len(scores) == 1:  # nothing to merge: plain IMP
+    model, weights = merge_phase(candidates, uniform_soup)
+    soup, of_soup = scores[0], predictions
+  else:
+    if greedy:
+      merge = greedy_merge(programs, splits, key)
+    model, weights = merge_phase(candidates, merge)
+    alone = recalibrated(programs, splits, key, one_model(model))
+    (soup,), _, of_soup = measure(programs, splits, alone, describe)
+    model = ingredient(alone, 0)
+  record = {
+    "weights": weights.tolist(),
+    "soup": soup,
+    "best_candidate": scores[best_candidate(scores)],
+    **of_set(scores, candidates.params),
+    "candidates": scores,
+    "prediction_ensemble": ensemble,
+    "ensemble_agreement": {
+      split: float(
+        fetch(agreement(on_split.logits[0], prediction_ensemble(predictions[split].logits)))
+      )
+      for split, on_split in of_soup.items()
+    },
+  }
+  if greedy:
+    taken = np.flatnonzero(weights)
+    chosen = take_ingredients(candidates.params, taken)
+    record["selected"] = of_set([scores[i] for i in taken], chosen)
+  return model, record
 
 
 def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
@@ -175,65 +210,16 @@ def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
   return functools.partial(greedy_soup, evaluate=validation_accuracy)
 
 
-def best_candidate(scores: list[dict[str, float]]) -> int:
-  """Index of the best validation accuracy; among equals, of the lowest loss."""
-  return min(
-    range(len(scores)),
-    key=lambda i: (-scores[i]["validation_accuracy"], scores[i]["validation_loss"]),
-  )
+def accuracy_on_test(programs: Programs, splits: Splits, model: Model) -> float:
+  """That of one model, leaves [...]."""
+  on_test = {"test": predict(programs, splits.test, one_model(model))}
+  return score(programs, on_test)[0]["test_accuracy"]
 
 
-def measure(
-  programs: Programs, splits: Splits, models: Model
-) -> tuple[list[dict[str, float]], dict[str, Predictions]]:
-  """What m models do on validation and test data.
+def instability(before: float, after: float) -> float:
+  """The share of an accuracy that is lost; NaN where there was none.
 
-  Returns:
-    A flat dict of metrics for each model, and predictions on each split.
+  References:
+    Bartoldson et al., 2020, https://arxiv.org/abs/1906.03728 (pruning instability)
   """
-  predictions = {
-    split: predict(programs, getattr(splits, split), models)
-    for split in ("validation", "test")
-  }
-  return score(programs, predictions), predictions
-
-
-def predict(programs: Programs, data: Data | StreamedData, models: Model) -> Predictions:
-  """Predictions of m models on one split."""
-  if isinstance(data, StreamedData):
-    return Predictions(*streamed.predict(programs, data, *models))
-  return Predictions(programs.predict(data.images, *models), data.labels)
-
-
-def score(
-  programs: Programs, predictions: dict[str, Predictions]
-) -> list[dict[str, float]]:
-  """A flat dict of metrics for each of m models, from their predictions on some splits."""
-  named = {}
-  for split, on_split in predictions.items():
-    metrics = programs.evaluate(*on_split)
-    named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
-  named = fetch(named)
-  m = len(next(iter(predictions.values())).logits)
-  return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
-
-
-def recalibrated(
-  programs: Programs, splits: Splits, key: jax.Array, models: Model
-) -> Model:
-  """The same models with batch statistics estimated anew."""
-  if not jax.tree.leaves(models.batch_stats):
-    return models
-  if isinstance(splits.train, StreamedData):
-    statistics = streamed.recalibrate(programs, splits.train, key, *models)
-  else:
-    statistics = programs.recalibrate(splits.train, key, *models)
-  return Model(models.params, statistics)
-
-
-def one_model(model: Model) -> Model:
-  """Adds the leading axis of length 1."""
-  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
-
-
-geometry = jax.jit(soup_geometry)
+  return (before - after) / before if before else float("nan")

@@ -110,6 +110,7 @@ def make_programs(
   batch_size: int,
   eval_batch_size: int = 500,
   own_masks: bool = False,
+  feedback: bool = False,
   mesh: Mesh | MeshOf | None = None,
   at_once: int | None = None,
   micro_batches: int = 1,
@@ -127,6 +128,7 @@ def make_programs(
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
     own_masks: whether each copy has masks of its own.
+    feedback: whether removed entries go on being trained, see `train_step`.
     mesh: None for one device, else as `jaxsms.make_mesh` gives; or a function of the number
       of copies that gives one of these, all over the same devices.
     at_once: copies that one device trains at the same time, see `jaxsms.map_ingredients`;
@@ -160,6 +162,7 @@ def make_programs(
       step.train_chunk(
         module, optimizer, training_images, batch_size, *arguments,
         micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+        feedback=feedback,
       )
     )  # fmt: skip
 
@@ -168,6 +171,7 @@ def make_programs(
       step.train_batches(
         module, optimizer, training_images, *arguments,
         micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+        feedback=feedback,
       )
     )  # fmt: skip
 
