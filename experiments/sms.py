@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     chosen = settings.read_settings()
     method = method_flags.read_method(chosen)
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
-    hardware.start(devices, chosen.ingredients)
+    hardware.start(devices, chosen.model, chosen.ingredients)
     dataset = load(chosen)
     chosen = settings.with_data(chosen, dataset)
     devices = tuning.measured(chosen, devices, method, dataset)
