@@ -195,10 +195,6 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
         raise ValueError(
           "--cpu_devices comes too late: a device was used before; leave it out"
         ) from error
-  if n > 1:
-    # The size of XLA's thread pool: programs that wait for their parts on other devices
-    # must leave threads for them.
-    os.environ.setdefault("NPROC", str(4 * n))
   if chosen.coordinator is None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -14,7 +14,6 @@ from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
 from jaxsms import convolution, data
 
-
 METHOD = MethodFlags(
   **dict.fromkeys(MethodFlags._fields) | {"ood": (), "vary": "seed", "values": None}
 )
@@ -125,7 +124,9 @@ def test_measuring_keeps_the_fastest(monkeypatch):
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
   chosen = tuning.measured(None, read("--convolution=measure"), METHOD, None)
   assert chosen.convolution == "grouped"
-  assert tuning.measured(None, read("--convolution=loop"), METHOD, None).convolution == "loop"
+  assert (
+    tuning.measured(None, read("--convolution=loop"), METHOD, None).convolution == "loop"
+  )
 
 
 def test_what_is_measured_is_training(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsms.flops import layer_sparsities, sparse_multiply_adds
 from jaxsms.geometry import soup_geometry
-from jaxsms.meshes import fetch
+from jaxsms.meshes import fetch, settled
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import prediction_ensemble
 from jaxsms.training import streamed
@@ -110,13 +110,16 @@ def measure(
   return Measured(scores, ensemble, predictions)
 
 
+@jax.jit
+def _with_ensemble(logits):
+  return jnp.concatenate([logits, prediction_ensemble(logits)[None]])
+
+
 def with_ensembles(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
   """Predictions of several models, with those of their ensemble as of one more model."""
   return {
     name: Predictions(
-      jnp.concatenate([logits, prediction_ensemble(logits)[None]])
-      if len(logits) > 1
-      else logits,
+      settled(_with_ensemble(logits)) if len(logits) > 1 else logits,
       labels,
     )
     for name, (logits, labels) in predictions.items()
