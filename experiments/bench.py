@@ -48,7 +48,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if settings.torch != "none":  # both frameworks need memory of a GPU
       os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     devices = hardware.read_hardware(settings.model, max(settings.copies), given)
-    hardware.start(devices, max(settings.copies))
+    hardware.start(devices, settings.model, max(settings.copies))
     kinds, note = torch_kinds(settings)
     with bench_jax.fresh_compilation():
       task = make_task(settings, devices)

@@ -36,7 +36,7 @@ def define_flags(to: flags.FlagValues = FLAGS) -> None:
     "cpu_devices",
     None,
     "Devices that a CPU is divided into, for copies, or parts of a batch, side by side. "
-    "Default: one for each core, at most 8.",
+    "Default: one for each core, at most 8; one for the mlp.",
     flag_values=to,
   )
   flags.DEFINE_integer(
@@ -177,14 +177,16 @@ def data_devices(mesh: str) -> int:
   return 1 if mesh in MESHES else int(mesh.split("x")[1])
 
 
-def start(chosen: Hardware, copies: int) -> None:
+def start(chosen: Hardware, model: str, copies: int) -> None:
   """Divides the CPU and joins the other processes; before any device is touched.
 
   Raises:
     ValueError: more processes than the work can use.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-  n = chosen.cpu_devices or min(cores, MOST_CPU_DEVICES)
+  # Programs over several devices take twice as long to compile: small networks do not
+  # earn that back in a short run.
+  n = chosen.cpu_devices or (1 if model == "mlp" else min(cores, MOST_CPU_DEVICES))
   if jax.config.jax_num_cpu_devices in (-1, None) or chosen.cpu_devices:
     try:
       jax.config.update("jax_num_cpu_devices", n)
@@ -193,10 +195,6 @@ def start(chosen: Hardware, copies: int) -> None:
         raise ValueError(
           "--cpu_devices comes too late: a device was used before; leave it out"
         ) from error
-  if n > 1:
-    # The size of XLA's thread pool: programs that wait for their parts on other devices
-    # must leave threads for them.
-    os.environ.setdefault("NPROC", str(4 * n))
   if chosen.coordinator is None:
     return
   jax.config.update("jax_cpu_collectives_implementation", "gloo")

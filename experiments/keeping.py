@@ -16,6 +16,7 @@ from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
 from experiments.signals import Stopped, StopSignals
+from experiments.task import Task
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
@@ -98,7 +99,7 @@ class Keeper:
     self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
     self.steps_left: dict[int, int] = {}
 
-  def open(self, settings: Settings, task: methods.Task, flagfile: str) -> list[str]:
+  def open(self, settings: Settings, task: Task, flagfile: str) -> list[str]:
     """Takes the directory, and what an earlier process left there.
 
     Args:
@@ -116,7 +117,7 @@ class Keeper:
     try:
       found = self._find(flagfile)
       said = [f"warning: {sentence}" for sentence in found.damaged]
-      self.steps_left = methods.planned_steps(settings, task.steps_per_epoch)
+      self.steps_left = methods.planned_steps(settings, task.method, task.steps_per_epoch)
       self.work = Work(settings.seed)
       size = self._take_up(found, settings, task) if found.number else 0
       finished = (run_directory.read_results(self._workdir) or {}).get("seeds", [])
@@ -210,8 +211,26 @@ class Keeper:
         return
     self._save(work)
     if stopping:
-      self._series.wait()
-      raise Stopped(self._signals.noted or StopSignals.NUMBERS[0])
+      self._stop()
+
+  def begin(self, work: Work) -> None:
+    """Saves a seed before something that is done again if it is interrupted."""
+    self._save(work)
+    self.pause()
+
+  def pause(self) -> None:
+    """Ends the run where it stands, with what is saved.
+
+    Raises:
+      Stopped: a signal has asked for it.
+    """
+    fault_point("chunk")
+    if agreed(self._signals.noted is not None):
+      self._stop()
+
+  def _stop(self):
+    self._series.wait()
+    raise Stopped(self._signals.noted or StopSignals.NUMBERS[0])
 
   def finish_seed(self, entry: dict[str, Any]) -> None:
     """Takes the results of the seed under way; the next one is under way then."""

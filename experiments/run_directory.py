@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.hardware import Hardware, bfloat16
+from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
 from jaxsms import checkpoint, storage
 from jaxsms.data import Dataset, StreamedDataset
@@ -39,10 +40,14 @@ def agreed(wanted: bool) -> bool:
 
 
 def defining(
-  settings: Settings, chosen: Hardware, dataset: Dataset | StreamedDataset
+  settings: Settings,
+  chosen: Hardware,
+  method: MethodFlags,
+  dataset: Dataset | StreamedDataset,
 ) -> dict[str, Any]:
   """Everything that the numbers of a run depend on, but for rounding."""
-  values = {k: v for k, v in settings._asdict().items() if k not in NOT_OF_THE_RUN}
+  values = {**settings._asdict(), **method._asdict()}
+  values = {k: v for k, v in values.items() if k not in NOT_OF_THE_RUN}
   values["dataset"] = dataset_title(settings.dataset)
   values["precision"] = "bfloat16" if bfloat16(chosen.precision) else "float32"
   values["micro_batches"] = chosen.micro_batches

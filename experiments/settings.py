@@ -3,30 +3,22 @@
 import math
 from typing import Any, NamedTuple
 
-import optax
 from absl import flags
 
+from experiments.pretraining_flags import check_pretraining
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS, Dataset, StreamedDataset
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, check_sparsity, removal_count
-from jaxsms.schedules import (
-  DECAY_ARGUMENTS,
-  PRETRAIN_SCHEDULES,
-  RETRAIN_SCHEDULES,
-  pretrain_schedule,
-)
+from jaxsms.schedules import RETRAIN_SCHEDULES
 
 FLAGS = flags.FLAGS
-BASELINES = ("imp", "imp_mx")
-MERGES = ("uniform", "greedy")
-AT_LEAST_ONE = (
-  "ingredients", "phases", "epochs", "batch_size", "seeds", "chunk_steps", "image_size"
+BASELINES = (
+  "imp", "imp_mx", "imp_reprune", "dense_soup", "gmp", "gmp_soup", "dpf", "dpf_soup",
+  "bimp", "bimp_soup", "swamp",
 )  # fmt: skip
-MLP_FLAGS = ("hidden", "dropout")
-# The flags that give the arguments of `pretrain_schedule` in epochs.
-DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}
-
+MERGES = ("uniform", "greedy")
+WITH_DROPOUT = ("mlp", "wide_resnet28_10", "wide_resnet22_10", "vit_tiny")
 # What a flag means where it is not given. Chosen on validation data: BUILD_NOTES.md.
 DEFAULTS: dict[str, dict[str, Any]] = {
   "digits": {
@@ -81,7 +73,12 @@ flags.DEFINE_list(
   "Widths of the MLP's hidden layers. Default: 256,256 for digits, else 512.",
 )
 flags.DEFINE_float(
-  "dropout", None, "Dropout rate of the MLP. Default: 0 for digits, else 0.2.", 0.0, 0.99
+  "dropout",
+  None,
+  "Dropout rate of the mlp (default: 0 for digits, else 0.2), of wide residual networks "
+  "(0.3) and of the ViT (0).",
+  0.0,
+  0.99,
 )
 flags.DEFINE_integer("ingredients", 5, "m: copies retrained and averaged in each phase.")
 flags.DEFINE_integer(
@@ -108,20 +105,6 @@ flags.DEFINE_float(
   None,
   "L2 coefficient, on all parameters. Nesterov momentum where it is above 0. Default: 1e-4 "
   "for digits, else 5e-4.",
-)
-flags.DEFINE_string(
-  "pretrain_schedule", "Linear", f"One of {', '.join(PRETRAIN_SCHEDULES)}."
-)
-flags.DEFINE_float("warmup_epochs", 0.0, "Linear warmup of dense training, in epochs.")
-flags.DEFINE_float("end_lr", 0.0, "Where Linear and Cosine end.")
-flags.DEFINE_float(
-  "decay",
-  None,
-  "Factor in (0, 1] of StepLR and MultiStepLR, and of ExponentialLR in every iteration.",
-)
-flags.DEFINE_integer("step_epochs", None, "Epochs between two decays of StepLR.")
-flags.DEFINE_list(
-  "milestones", None, "Epochs at which MultiStepLR decays, such as 60,80; warmup included."
 )
 flags.DEFINE_string(
   "retrain_schedule",
@@ -158,9 +141,12 @@ flags.DEFINE_boolean(
 flags.DEFINE_integer("image_size", 224, "Height and width of streamed images.")
 flags.DEFINE_list(
   "baselines",
-  list(BASELINES),
+  ["imp", "imp_mx"],
   "Compared at the same sparsities: imp (one copy, the same epochs), imp_mx (one copy, m "
-  "times the epochs); an empty list for none.",
+  "times the epochs), imp_reprune (m runs of imp, averaged and pruned again), dense_soup "
+  "(nothing pruned), swamp (rewinding, averages over copies and time); at the goal alone, "
+  "trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies; an "
+  "empty list for none.",
 )
 flags.DEFINE_integer(
   "chunk_steps",
@@ -177,8 +163,8 @@ class Settings(NamedTuple):
   data_dir: str | None
   cache_dir: str | None
   model: str
-  hidden: tuple[int, ...]
-  dropout: float
+  hidden: tuple[int, ...] | None
+  dropout: float | None
   ingredients: int
   phases: int
   goal_sparsity: float
@@ -215,6 +201,8 @@ def read_settings() -> Settings:
   defaults = DEFAULTS.get(FLAGS.dataset, DEFAULTS["other"])
   values = {name: FLAGS[name].value for name in Settings._fields}
   values |= {name: value for name, value in defaults.items() if values[name] is None}
+  if values["model"] != "mlp":  # those defaults are the mlp's
+    values |= {name: FLAGS[name].value for name in ("hidden", "dropout")}
   for name, example in (("hidden", "256,256"), ("milestones", "60,80")):
     if values[name] is None:
       continue
@@ -233,9 +221,12 @@ def read_settings() -> Settings:
 
 def _check(s: Settings) -> None:
   check_name("model", s.model, models.MODELS)
-  for name in MLP_FLAGS:
-    if s.model != "mlp" and FLAGS[name].present:
-      raise ValueError(f"--{name} is of the mlp: leave it out with --model={s.model}")
+  if s.model != "mlp" and s.hidden is not None:
+    raise ValueError(f"--hidden is of the mlp: leave it out with --model={s.model}")
+  if s.model not in WITH_DROPOUT and s.dropout is not None:
+    raise ValueError(
+      f"--dropout is of {', '.join(WITH_DROPOUT)}: leave it out with --model={s.model}"
+    )
   check_name("retraining schedule", s.retrain_schedule, RETRAIN_SCHEDULES)
   check_name("scope", s.scope, SCOPES)
   if s.augmentation is not None:
@@ -271,57 +262,7 @@ def _check(s: Settings) -> None:
     raise ValueError(f"--learning_rate is {s.learning_rate}: it must be a number above 0")
   if not 0 <= s.momentum < 1:
     raise ValueError(f"--momentum is {s.momentum}: it must be in [0, 1)")
-  _check_pretraining(s)
-
-
-def _check_pretraining(s: Settings) -> None:
-  """The flags of the schedule of dense training."""
-  name = s.pretrain_schedule
-  check_name("pretraining schedule", name, PRETRAIN_SCHEDULES)
-  if s.warmup_epochs >= s.epochs:
-    raise ValueError(
-      f"--warmup_epochs is {s.warmup_epochs:g} of --epochs {s.epochs}: the warmup must be "
-      "shorter than the training"
-    )
-  if s.end_lr and name not in ("Linear", "Cosine"):
-    raise ValueError(f"--end_lr is for Linear and Cosine: {name} has no given end")
-  if not 0 <= s.end_lr <= s.learning_rate:
-    raise ValueError(
-      f"--end_lr is {s.end_lr}: it must be from 0 to --learning_rate, {s.learning_rate}"
-    )
-  needed = DECAY_ARGUMENTS.get(name, ())
-  for flag, argument in DECAY_FLAGS.items():
-    if (argument in needed) != (getattr(s, flag) is not None):
-      verb = "needs" if argument in needed else "takes no"
-      raise ValueError(f"--pretrain_schedule={name} {verb} --{flag}")
-  if s.decay is not None and not 0 < s.decay <= 1:
-    raise ValueError(f"--decay is {s.decay}: the factor must be in (0, 1]")
-  if s.step_epochs is not None and s.step_epochs < 1:
-    raise ValueError(f"--step_epochs is {s.step_epochs}: it must be at least 1")
-  if s.milestones is not None:
-    inside = [0, *s.milestones, s.epochs]
-    if not s.milestones or sorted(set(inside)) != inside:
-      raise ValueError(
-        f"--milestones is {','.join(map(str, s.milestones))} of --epochs {s.epochs}: "
-        "give epochs inside the training, increasing"
-      )
-
-
-def dense_schedule(s: Settings, steps_per_epoch: int) -> tuple[optax.Schedule, int]:
-  """The learning rate of dense training, and how many of its steps are warmup."""
-  warmup_steps = int(s.warmup_epochs * steps_per_epoch)
-  milestones = s.milestones and [n * steps_per_epoch for n in s.milestones]
-  schedule = pretrain_schedule(
-    s.pretrain_schedule,
-    s.learning_rate,
-    s.epochs * steps_per_epoch,
-    warmup_steps,
-    s.end_lr,
-    decay=s.decay,
-    step_size=s.step_epochs and s.step_epochs * steps_per_epoch,
-    milestones=milestones,
-  )
-  return schedule, warmup_steps
+  check_pretraining(s)
 
 
 def with_data(settings: Settings, dataset: Dataset | StreamedDataset) -> Settings:
@@ -348,8 +289,6 @@ def flagfile(flags: dict[str, Any]) -> str:
   lines = []
   for name, value in flags.items():
     if value is None:
-      continue
-    if name in MLP_FLAGS and flags["model"] != "mlp":
       continue
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     lines.append(f"--{name}={text}\n")

@@ -15,14 +15,24 @@ import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import hardware, keeping, methods, run_directory, settings, tuning
+from experiments import (
+  hardware,
+  keeping,
+  method_flags,
+  methods,
+  pretraining_flags,
+  run_directory,
+  settings,
+  tuning,
+)
 from experiments.progress import RunProgress, clock
+from experiments.retraining import Observer
 from experiments.signals import Stopped, StopSignals
+from experiments.task import load, make_task
 from jaxsms import report, storage
 
-flags.adopt_module_key_flags(settings)
-flags.adopt_module_key_flags(hardware)
-flags.adopt_module_key_flags(keeping)
+for module in (settings, pretraining_flags, method_flags, hardware, keeping):
+  flags.adopt_module_key_flags(module)
 
 
 def main(argv: list[str]) -> None:
@@ -39,16 +49,17 @@ def main(argv: list[str]) -> None:
       )
 
     chosen = settings.read_settings()
+    method = method_flags.read_method(chosen)
     retention = keeping.read_retention()
     devices = hardware.read_hardware(chosen.model, chosen.ingredients)
-    hardware.start(devices, chosen.ingredients)
-    dataset = methods.load(chosen)
+    hardware.start(devices, chosen.model, chosen.ingredients)
+    dataset = load(chosen)
     chosen = settings.with_data(chosen, dataset)
 
     workdir = storage.as_path(
       settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
     )
-    wanted = run_directory.defining(chosen, devices, dataset)
+    wanted = run_directory.defining(chosen, devices, method, dataset)
     run = run_directory.read_run(workdir)
     if run:
       run_directory.check_same(workdir, run, wanted)
@@ -58,10 +69,10 @@ def main(argv: list[str]) -> None:
         show(workdir, finished)
         return
     measured_before = run["flags"].get("convolution") if run else None
-    devices = tuning.measured(chosen, devices, dataset, measured_before)
-    task = methods.make_task(chosen, devices, dataset)
+    devices = tuning.measured(chosen, devices, method, dataset, measured_before)
+    task = make_task(chosen, devices, method, dataset)
 
-    run_flags = {**chosen._asdict(), **devices._asdict()}
+    run_flags = {**chosen._asdict(), **method._asdict(), **devices._asdict()}
     environment = run_directory.environment()
     run = run or {"flags": run_flags, "defining": wanted, "environment": environment}
     signals = StopSignals()
@@ -75,6 +86,7 @@ def main(argv: list[str]) -> None:
   results = {
     "flags": {**run_flags, "workdir": str(workdir)},
     "environment": environment,
+    "ood_sources": task.ood_sources,
     "seeds": keeper.seeds,
   }
 
@@ -89,7 +101,7 @@ def main(argv: list[str]) -> None:
   try:
     quiet = not run_directory.is_writer()
     with keeper, signals, RunProgress(keeper.steps_left, quiet=quiet) as progress:
-      observer = make_observer(progress, keeper, workdir, chosen)
+      observer = make_observer(progress, keeper, workdir, chosen, task.steps_per_epoch)
       write_results()
       while len(keeper.seeds) < chosen.seeds:
         keeper.finish_seed(methods.run_seed(chosen, task, keeper.work, observer))
@@ -120,7 +132,8 @@ def make_observer(
   keeper: keeping.Keeper,
   workdir: storage.epath.Path,
   chosen: settings.Settings,
-) -> methods.Observer:
+  steps_per_epoch: int,
+) -> Observer:
   """Shows each chunk of training, writes a line for every epoch and phase, and saves."""
   epoch = keeper.epoch
   titles = {"dense": "dense", "sms": "SMS"} | {
@@ -128,8 +141,7 @@ def make_observer(
   }
 
   def on_chunk(method, phase, chunk):
-    epochs = chosen.retrain_epochs if phase else chosen.epochs
-    epochs *= chosen.ingredients if method == "imp_mx" else 1
+    epochs = -(-chunk.steps // steps_per_epoch)
     title = f"seed {keeper.work.seed}  {titles[method]}"
     title += f" phase {phase}/{chosen.phases}" if phase else ""
     progress.chunk(title, epochs, chunk)
@@ -160,7 +172,9 @@ def make_observer(
   def on_soup(soup):
     run_directory.save_soup(workdir, keeper.work.seed, soup)
 
-  return methods.Observer(on_chunk, on_phase, on_soup, keeper.due, keeper.save)
+  return Observer(
+    on_chunk, on_phase, on_soup, keeper.due, keeper.save, keeper.begin, keeper.pause
+  )
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:

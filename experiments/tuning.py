@@ -6,9 +6,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import methods
 from experiments.hardware import MEASURE, Hardware
+from experiments.method_flags import MethodFlags
+from experiments.retraining import ingredients
 from experiments.settings import Settings
+from experiments.task import make_task
 from jaxsms.convolution import CHOICES
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.training import init_variables, start, train_chunks
@@ -19,6 +21,7 @@ STEPS, ROUNDS = 4, 3
 def measured(
   settings: Settings,
   chosen: Hardware,
+  method: MethodFlags,
   dataset: Dataset | StreamedDataset,
   before: str | None = None,
 ) -> Hardware:
@@ -30,9 +33,10 @@ def measured(
     return chosen
   if before is not None:
     return chosen._replace(convolution=before)
+  method = method._replace(init=None, ood=())  # not needed here
   seconds = {}
   for name in CHOICES[1:]:  # all but auto, which is one of them
-    runner = _runner(settings, chosen._replace(convolution=name), dataset)
+    runner = _runner(settings, chosen._replace(convolution=name), method, dataset)
     next(runner)  # compiles
     times = []
     for _ in range(ROUNDS):
@@ -45,16 +49,16 @@ def measured(
   return chosen._replace(convolution=fastest)
 
 
-def _runner(settings, chosen, dataset):
+def _runner(settings, chosen, method, dataset):
   """Trains all copies, `STEPS` steps a time, and waits for them."""
-  task = methods.make_task(settings, chosen, dataset)
+  task = make_task(settings, chosen, method, dataset)
   m, per_epoch = settings.ingredients, task.steps_per_epoch
   steps = STEPS * (ROUNDS + 1)
   params, batch_stats = init_variables(task.module, jax.random.key(0), task.image_shape)
   masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
   optimizer = task.programs.optimizer(0.0, 0.0)
   state = start(params, batch_stats, optimizer, m)
-  varied = methods.ingredients(m, settings.weight_decay, steps)
+  varied = ingredients(m, settings.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
     for _, chunk in train_chunks(

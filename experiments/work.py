@@ -24,7 +24,8 @@ class Work:
     dense: the dense model, once it is trained.
     metrics: its metrics.
     method: whose phases are under way, or were last.
-    phases: finished ones of each method.
+    phases: finished ones of each method that goes on where it was.
+    baselines: of each finished baseline, phases and their metrics.
     model: what the last finished phase of `method` gave, if it has one.
     masks: its masks.
     state: of the training under way (dense, or in the phase after those); only in what is
@@ -36,9 +37,15 @@ class Work:
   metrics: Record | None = None
   method: str | None = None
   phases: dict[str, list[Record]] = dataclasses.field(default_factory=dict)
+  baselines: dict[str, list[tuple[int, Record]]] = dataclasses.field(default_factory=dict)
   model: Model | None = None
   masks: PyTree | None = None
   state: TrainState | None = None
+
+  def begin(self, method: str) -> None:
+    """Drops what belongs to another method, if that was the last one."""
+    if self.method != method:
+      self.method, self.model, self.masks = method, None, None
 
   def position(self) -> str:
     """Where it is, in words."""
@@ -53,6 +60,7 @@ class Work:
 
 
 ARRAYS = ("dense", "model", "masks", "state")
+REST = ("seed", "metrics", "method", "phases", "baselines")
 
 
 def packed(work: Work) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -64,7 +72,7 @@ def packed(work: Work) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   parts = {name: tree for name, tree in parts.items() if tree is not None}
   # Copies: on a CPU the host shares memory with states that the next chunk overwrites.
   arrays = {name: np.array(leaf) for name, leaf in by_path(fetch(parts)).items()}
-  rest = {name: getattr(work, name) for name in ("seed", "metrics", "method", "phases")}
+  rest = {name: getattr(work, name) for name in REST}
   return arrays, {**rest, "parts": list(parts)}
 
 

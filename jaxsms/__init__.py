@@ -103,7 +103,9 @@ __all__ = [
   "worst_class_accuracy",
 ]
 
-_ROOMS = ("checkpoint", "data", "models", "pretrained", "report", "training")
+_ROOMS = (
+  "baselines", "checkpoint", "data", "dynamic", "models", "pretrained", "report", "training"
+)  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsms.meshes import INGREDIENT_AXIS
+from jaxsms.meshes import INGREDIENT_AXIS, settled
 from jaxsms.trees import PyTree, number_of_models
 
 
@@ -77,7 +77,7 @@ def map_ingredients(
       return _map_in_groups(function, axes, at_once, *args)
     padded = iter(pad_ingredients(stacked, mesh.shape[INGREDIENT_AXIS])[0])
     args = [a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)]
-    result = program(axes)(*args)
+    result = settled(program(axes)(*args))
     if m % mesh.shape[INGREDIENT_AXIS] == 0:
       return result
     return first_ingredients(result, m)
@@ -133,17 +133,17 @@ def take_ingredients(stacked: PyTree, indices) -> PyTree:
   """The ingredients at the given indices: leaves [m, ...] -> [len(indices), ...]."""
   if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stacked)):
     return jax.tree.map(lambda x: x[np.asarray(indices)], stacked)
-  return _at(stacked, jnp.asarray(indices))
+  return settled(_at(stacked, jnp.asarray(indices)))
 
 
 def ingredient(stacked: PyTree, index: int) -> PyTree:
   """One of the ingredients: leaves [m, ...] -> [...]."""
-  return _at(stacked, jnp.asarray(index))
+  return settled(_at(stacked, jnp.asarray(index)))
 
 
 def first_ingredients(stacked: PyTree, count: int) -> PyTree:
   """The first of the ingredients: leaves [m, ...] -> [count, ...]."""
-  return _first(stacked, count)
+  return settled(_first(stacked, count))
 
 
 @jax.jit

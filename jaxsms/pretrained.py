@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms import checkpoint
 from jaxsms.data.sources import read_npz
 from jaxsms.safetensors import by_path, check_fit, first_sentence, read_safetensors
 from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
+from jaxsms.trees import check_finite
 
 # Under what training scripts put the weights, beside the epoch and the optimizer.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
@@ -166,6 +168,58 @@ def from_torch(
   ]
   variables = jax.tree.unflatten(structure, arrays)
   return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def load_model(
+  path: str | os.PathLike, module: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+  """Reads a trained model of one of the paper's networks from any of the formats.
+
+  Args:
+    path: a folder that `jaxsms.checkpoint.save` wrote, with `params` and `batch_stats`; or
+      a file as `load_weights` reads it, under our names, as `save_safetensors` writes them,
+      or under PyTorch's, see `from_torch`.
+    module: what `jaxsms.models.create` made, with the options of those weights.
+    image_shape: [height, width, channels] of one image.
+
+  Returns:
+    {"params": ..., "batch_stats": ...}, of NumPy arrays; no statistics give {}.
+
+  Raises:
+    ValueError: there is no such model, it cannot be read, names or shapes are not those of
+      the network, or values are not finite.
+    ImportError: a PyTorch checkpoint without PyTorch.
+  """
+  template = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
+  )
+  template = {k: template.get(k, {}) for k in ("params", "batch_stats")}
+  if os.path.isdir(path):
+    try:
+      found = by_path(checkpoint.restore(path))
+    except Exception as error:  # orbax raises a dozen kinds
+      raise ValueError(
+        f"{path} cannot be read ({first_sentence(error)}): give a folder that "
+        "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
+      ) from error
+  else:
+    found = load_weights(path)
+  if any(name.startswith("params/") for name in found):
+    found = {k: v for k, v in found.items() if k.split("/")[0] in template}
+    advice = "make the network with the options and the image shape of these weights"
+    check_fit(
+      f"{path} does not fit {type(module).__name__}", by_path(template), found, advice
+    )
+    leaves, structure = jax.tree.flatten(template)
+    arrays = [
+      np.asarray(found[name], like.dtype)
+      for name, like in zip(by_path(template), leaves, strict=True)
+    ]
+    model = jax.tree.unflatten(structure, arrays)
+  else:
+    model = from_torch(found, module, image_shape)
+  check_finite(model, f"{path}")
+  return model
 
 
 def to_torch(

@@ -14,16 +14,36 @@ METHODS = {
   "soup": "Sparse soup",
   "mean_candidate": "Mean candidate",
   "best_candidate": "Best candidate",
+  "prediction_ensemble": "Ensemble",
   "imp": "IMP",
   "imp_mx": "IMP {m}x",
+  "imp_reprune": "IMP-RePrune",
+  "swamp": "SWAMP",
+  "gmp": "GMP",
+  "gmp_soup": "GMP soup",
+  "dpf": "DPF",
+  "dpf_soup": "DPF soup",
+  "bimp": "BIMP",
+  "bimp_soup": "BIMP soup",
+  "dense_soup": "Dense soup",
 }
 # Colour-blind safe (Okabe and Ito) and told apart by marker in black and white.
 STYLES = {
   "soup": ("#D55E00", "o"),
   "mean_candidate": ("#0072B2", "s"),
   "best_candidate": ("#56B4E9", "^"),
+  "prediction_ensemble": ("#F0E442", "*"),
   "imp": ("#009E73", "v"),
   "imp_mx": ("#CC79A7", "D"),
+  "imp_reprune": ("#009E73", "X"),
+  "swamp": ("#E69F00", "P"),
+  "gmp": ("#56B4E9", "<"),
+  "gmp_soup": ("#0072B2", "<"),
+  "dpf": ("#E69F00", ">"),
+  "dpf_soup": ("#D55E00", ">"),
+  "bimp": ("#CC79A7", "h"),
+  "bimp_soup": ("#000000", "h"),
+  "dense_soup": ("#000000", "d"),
 }
 
 
@@ -223,17 +243,20 @@ def accuracy_figure(results: Results, path: str) -> None:
 
   dense = summary[0]["dense"]["mean"]
   axes.axhline(100 * dense, color="0.45", linestyle=":", label="Dense")
-  methods = [name for name in METHODS if name in summary[0]]
+  methods = [name for name in METHODS if any(name in row for row in summary)]
   spread = 0.012 * (np.ptp(positions) or 1)
   for number, name in enumerate(methods):
     colour, marker = STYLES[name]
     offset = (number - (len(methods) - 1) / 2) * spread
-    half_widths = [estimate([s["phases"][i][name]["test_accuracy"] for s in seeds])
-                   for i in range(len(summary))]  # fmt: skip
+    shown = [i for i, row in enumerate(summary) if name in row]  # some at the goal alone
+    half_widths = [
+      100 * estimate([s["phases"][i][name]["test_accuracy"] for s in seeds]).half_width
+      for i in shown
+    ]
     axes.errorbar(
-      positions + offset,
-      [100 * row[name]["mean"] for row in summary],
-      yerr=None if len(seeds) == 1 else [100 * e.half_width for e in half_widths],
+      positions[shown] + offset,
+      [100 * summary[i][name]["mean"] for i in shown],
+      yerr=None if len(seeds) == 1 else half_widths,
       color=colour,
       marker=marker,
       capsize=2,

@@ -50,8 +50,8 @@ class SparseSoup(NamedTuple):
     masks: tree of bool arrays with the structure of `params`, True where kept.
     history: one dict per phase: `phase` (from 1), `sparsity` (share of zeros among the
       prunable weights), `pruned_fraction` (of the weights that remained before it),
-      `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain` (what the
-      retraining reported, leaves [m, ...]; None where it reported nothing).
+      `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain`
+      (what the retraining reported, leaves [m, ...]; None where it reported nothing).
   """
 
   params: PyTree
@@ -172,8 +172,8 @@ def prune_phase(
   Returns:
     The pruned parameters, their masks, and a record: `sparsity` (share of the prunable
     weights that are removed), `pruned_fraction` (share of those that remained before
-    which this step removed), and `relative_norm_drop` (norm of what it removed, relative
-    to the norm of all weights and biases).
+    which this step removed), `norm_drop` (norm of what it removed), and
+    `relative_norm_drop` (relative to the norm of all weights and biases).
 
   Raises:
     ValueError: see `magnitude_masks`.
@@ -195,6 +195,7 @@ def prune_phase(
   record = {
     "sparsity": 1 - after / total,
     "pruned_fraction": (before - after) / before if before else 0.0,
+    "norm_drop": float(drop),
     "relative_norm_drop": float(drop / norm) if norm else 0.0,
   }
   return pruned, new, record
@@ -216,14 +217,9 @@ def merge_phase(
     FloatingPointError: every candidate has values that are not finite.
     ValueError: `merge` gives something else.
   """
-  m = number_of_models(candidates)
-  healthy = np.flatnonzero(fetch(finite_models(candidates)))
-  if not len(healthy):
-    raise FloatingPointError(
-      f"all {m} copies diverged to values that are not finite: lower the learning rate"
-    )
+  m, healthy = number_of_models(candidates), healthy_copies(candidates)
   if len(healthy) < m:
-    left_out = sorted(set(range(m)) - {int(i) for i in healthy})
+    left_out = sorted(set(range(m)) - set(healthy))
     logging.warning("copies %s diverged and are left out of the soup", left_out)
     candidates = take_ingredients(candidates, healthy)
   merged = merge(candidates)
@@ -231,11 +227,26 @@ def merge_phase(
     return merged, soup_weights(healthy, m)
   if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):
     soup, indices = merged
-    return soup, soup_weights([int(healthy[i]) for i in indices], m)
+    return soup, soup_weights([healthy[i] for i in indices], m)
   raise ValueError(
     "merge gave neither one model, with the structure and shapes of its candidates, nor "
     f"(model, indices), but {jax.tree.map(np.shape, merged)}"
   )
+
+
+def healthy_copies(candidates: PyTree) -> list[int]:
+  """Indices of the models, leaves [m, ...], whose values are all finite.
+
+  Raises:
+    FloatingPointError: there is none.
+  """
+  finite = fetch(finite_models(candidates))
+  if not finite.any():
+    raise FloatingPointError(
+      f"all {len(finite)} copies diverged to values that are not finite: lower the "
+      "learning rate"
+    )
+  return np.flatnonzero(finite).tolist()
 
 
 def _is_one_of(stacked: PyTree, model: PyTree) -> bool:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.ingredients import ingredient
+from jaxsms.meshes import settled
 from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
 
 
@@ -47,7 +48,7 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
     )
   leaves, structure = jax.tree.flatten(stacked)
   floating = [leaf for leaf in leaves if is_floating(leaf)]
-  means = iter(_weighted_means(floating, jnp.asarray(weights)))
+  means = iter(settled(_weighted_means(floating, jnp.asarray(weights))))
   return jax.tree.unflatten(
     structure, [next(means) if is_floating(leaf) else leaf[0] for leaf in leaves]
   )
@@ -131,4 +132,4 @@ def prediction_ensemble(logits: jax.Array) -> jax.Array:
       f"logits have shape {list(jnp.shape(logits))}: expected [models, n, classes]"
     )
   log_probabilities = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
-  return jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits))
+  return settled(jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits)))

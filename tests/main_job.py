@@ -1,9 +1,10 @@
 """The main job inside the process of the tests."""
 
-from experiments import hardware, keeping, settings, sms
+from experiments import hardware, keeping, method_flags, settings, sms
 
 FLAGS = (
   *settings.Settings._fields,
+  *method_flags.MethodFlags._fields,
   *hardware.Hardware._fields,
   *keeping.Retention._fields,
   "workdir",

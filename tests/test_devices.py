@@ -333,7 +333,7 @@ def test_streamed_phases_score_like_resident_ones(small, examples):
       lambda record: (ingredients([0, 1], 0), np.zeros((2, 0), np.float32)),
       goal_sparsity=0.5, phases=1,
     )[2][0]
-    for splits in (resident, Splits(*map(streamed, resident)))
+    for splits in (resident, Splits(*map(streamed, resident[:3])))
   ]  # fmt: skip
   # Before any batch statistics are estimated, from whichever batches.
   assert found[0]["pruned"] == pytest.approx(found[1]["pruned"], abs=1e-6)

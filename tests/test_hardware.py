@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import hardware, methods, tuning
+from experiments import hardware, retraining, tuning
+from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
 from jaxsms import convolution, data
+
+METHOD = MethodFlags(
+  **dict.fromkeys(MethodFlags._fields) | {"ood": (), "vary": "seed", "values": None}
+)
 
 
 def read(*given, model="resnet8", copies=4):
@@ -110,16 +115,18 @@ def test_measuring_keeps_the_fastest(monkeypatch):
   clock = itertools.count()
   now = [0.0]
 
-  def runner(settings, chosen, dataset):
+  def runner(settings, chosen, method, dataset):
     while True:
       now[0] += seconds[chosen.convolution] + 0.01 * (next(clock) % 3)
       yield
 
   monkeypatch.setattr(tuning, "_runner", runner)
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-  chosen = tuning.measured(None, read("--convolution=measure"), None)
+  chosen = tuning.measured(None, read("--convolution=measure"), METHOD, None)
   assert chosen.convolution == "grouped"
-  assert tuning.measured(None, read("--convolution=loop"), None).convolution == "loop"
+  assert (
+    tuning.measured(None, read("--convolution=loop"), METHOD, None).convolution == "loop"
+  )
 
 
 def test_what_is_measured_is_training(monkeypatch):
@@ -144,8 +151,8 @@ def test_what_is_measured_is_training(monkeypatch):
       yield state, chunk
 
   monkeypatch.setattr(tuning, "train_chunks", watched)
-  runner = tuning._runner(Settings(**chosen), read(model="mlp"), dataset)
+  runner = tuning._runner(Settings(**chosen), read(model="mlp"), METHOD, dataset)
   for _ in range(tuning.ROUNDS + 2):
     next(runner)
   assert seen == [(2, 3)] * (tuning.ROUNDS + 2)
-  assert methods.chunk_steps(Settings(**chosen)) == 50
+  assert retraining.chunk_steps(Settings(**chosen)) == 50

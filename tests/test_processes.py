@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from test_data import prepare
 
 from jaxsms import checkpoint
 
@@ -49,9 +50,11 @@ def test_two_processes_equal_one(tmp_path):
   assert ["Sparse soup" in output for output in outputs] == [True, False]
   assert "SMS phase 1/1" not in two[1].stderr.read()
   (got,), (wanted,) = results(tmp_path / "two"), results(tmp_path / "alone")
-  assert got["dense"] == pytest.approx(wanted["dense"], abs=1e-3)
-  for name in ("soup", "pruned", "best_candidate"):
-    assert got["phases"][0][name] == pytest.approx(wanted["phases"][0][name], abs=2e-3)
+  pairs = [(got["dense"], wanted["dense"])]
+  pairs += [(got["phases"][0][k], wanted["phases"][0][k]) for k in ("soup", "pruned")]
+  for ours, theirs in pairs:
+    numbers = {k: v for k, v in ours.items() if not isinstance(v, dict)}
+    assert numbers == pytest.approx({k: theirs[k] for k in numbers}, rel=1e-3, abs=2e-3)
   soups = [
     checkpoint.restore(tmp_path / run / "soup" / "seed_0") for run in ("two", "alone")
   ]
@@ -67,3 +70,26 @@ def test_what_processes_cannot_share(tmp_path):
     two = start_two(*flags, "--cpu_devices=2", f"--workdir={tmp_path / 'no'}")
     assert [process.wait(100) for process in two] == [2, 2]
     assert all(words in process.stderr.read() for process in two)
+
+
+def test_a_streamed_data_set_through_the_main_job(tmp_path):
+  """Images of several sizes, that never are on the device together."""
+  rng = np.random.default_rng(0)
+  pairs = [
+    (
+      rng.integers(0, 200, (*rng.integers(9, 20, 2), 3)).astype(np.uint8) + 50 * label,
+      label,
+    )
+    for label in rng.integers(0, 2, 60).tolist()
+  ]
+  prepare(tmp_path, {"train": pairs, "validation": pairs[:9]})
+  job = start(
+    "--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8",
+    "--model=mlp", "--batch_size=9", "--cpu_devices=2", "--mesh=2x1",
+    f"--workdir={tmp_path / 'run'}",
+  )  # fmt: skip
+  assert job.wait(200) == 0, job.stderr.read()
+  (seed,) = results(tmp_path / "run")
+  assert len(seed["phases"][0]["candidates"]) == 3
+  assert 0 <= seed["phases"][0]["soup"]["test_accuracy"] <= 1
+  assert seed["phases"][0]["sparsity"] == pytest.approx(0.75, abs=1e-3)

@@ -20,7 +20,15 @@ import store
 from hypothesis import strategies as st
 from main_job import parse, run
 
-from experiments import hardware, keeping, lock, run_directory, settings, tuning
+from experiments import (
+  hardware,
+  keeping,
+  lock,
+  method_flags,
+  run_directory,
+  settings,
+  tuning,
+)
 from jaxsms import checkpoint, data, faults, report, storage
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -198,6 +206,45 @@ def checkpoints(workdir):
   return sorted((workdir / "checkpoints").iterdir())
 
 
+METHODS = (
+  "--seeds=1", "--baselines=imp,gmp_soup,dense_soup,swamp", "--rewind_epochs=1",
+  "--vary=weight_decay", "--values=0,0.001", "--train_metrics", "--phases=1",
+)  # fmt: skip
+
+
+def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
+  undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
+  pause, paused = keeping.Keeper.pause, []
+
+  def run_until(stops, workdir):
+    def counted(keeper):
+      paused.append(keeper.work.method)
+      if paused.count(stops) == 3:
+        signal.raise_signal(signal.SIGTERM)
+      pause(keeper)
+
+    paused.clear()
+    with monkeypatch.context() as patched:
+      patched.setattr(keeping.Keeper, "pause", counted)
+      return again(workdir, *METHODS)
+
+  assert run_until("nothing", undisturbed) == 0
+  assert set(paused) == {"gmp_soup", "swamp"}
+  kept = ["imp"]
+  for method, also in (("gmp_soup", ["gmp_soup", "dense_soup"]), ("swamp", [])):
+    assert run_until(method, workdir) == 143
+    assert set(paused) == {method}
+    work = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
+    assert work["method"] == method
+    assert sorted(work["baselines"]) == sorted(kept)
+    kept += also
+  assert again(workdir, *METHODS) == 0
+  assert_same_run(workdir, undisturbed)
+  capsys.readouterr()
+  assert again(workdir, *METHODS, "--values=0,0.002") == 2
+  assert "--values=0.0,0.001 and not 0.0,0.002" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_end_with_their_status(number, tmp_path, monkeypatch, capsys):
   before = signal.getsignal(number)
@@ -253,15 +300,16 @@ def test_other_data_under_the_same_name_are_refused(rejects):
   one = data.Dataset("a.npz", images, labels, images, labels, 3, [0.0], [1.0], None)
   parse("--dataset=folder/a.npz")
   chosen, devices = settings.read_settings(), hardware.read_hardware("mlp", 2)
-  wanted = run_directory.defining(chosen, devices, one)
+  method = method_flags.read_method(chosen)
+  wanted = run_directory.defining(chosen, devices, method, one)
   moved = chosen._replace(dataset="elsewhere/a.npz")
   run_directory.check_same(
-    "run", {"defining": wanted}, run_directory.defining(moved, devices, one)
+    "run", {"defining": wanted}, run_directory.defining(moved, devices, method, one)
   )
   other = one._replace(test_labels=labels[::-1])
   with rejects("holds another run, with other data"):
     run_directory.check_same(
-      "run", {"defining": wanted}, run_directory.defining(chosen, devices, other)
+      "run", {"defining": wanted}, run_directory.defining(chosen, devices, method, other)
     )
 
 
@@ -399,7 +447,7 @@ def test_on_an_object_store(tmp_path, undisturbed, monkeypatch, capsys):
 def test_a_resumed_run_keeps_the_convolution_that_it_measured():
   parse("--model=resnet8", "--convolution=measure")
   devices = hardware.read_hardware("resnet8", 2)
-  found = tuning.measured(settings.read_settings(), devices, None, before="loop")
+  found = tuning.measured(settings.read_settings(), devices, None, None, before="loop")
   assert found.convolution == "loop"
 
 

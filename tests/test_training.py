@@ -303,7 +303,7 @@ def test_one_copy_without_noise_is_imp_and_needs_no_second_evaluation(
 
 
 def train_scores(programs, splits, model):
-  return training.phases.measure(programs, splits, one_model(model))[0][0]
+  return training.phases.measure(programs, splits, one_model(model)).scores[0]
 
 
 def test_equal_copies_are_their_own_ensemble(data, dense, programs):

@@ -3,6 +3,7 @@
 from jaxsms.training.loop import (
   Chunk,
   Saving,
+  continue_training,
   fetched,
   retrain_learning_rates,
   train_chunks,
@@ -20,6 +21,7 @@ __all__ = [
   "Saving",
   "StreamedData",
   "TrainState",
+  "continue_training",
   "fetched",
   "init_variables",
   "make_programs",

@@ -19,6 +19,8 @@ from jaxsms.training.state import Data, TrainState, start
 from jaxsms.training.streamed import StreamedData, training_batches
 from jaxsms.trees import PyTree, number_of_models
 
+Remask = Callable[[int, TrainState], tuple[TrainState, PyTree]]
+
 
 class Chunk(NamedTuple):
   """What a progress bar or a log wants to know after each chunk.
@@ -75,6 +77,7 @@ def train_copies(
   on_chunk: Callable[[Chunk], None] | None = None,
   state: TrainState | None = None,
   saving: Saving | None = None,
+  on_state: Callable[[TrainState, Chunk], None] | None = None,
 ) -> tuple[PyTree, PyTree]:
   """Trains one copy of a model per ingredient, from the first step to the last.
 
@@ -97,6 +100,8 @@ def train_copies(
     state: of the m copies, as `saving` got it from such a training, to go on from there;
       None begins at step 0.
     saving: asked after each chunk whether it wants the state.
+    on_state: called with the state of the copies and its chunk, both possibly unfinished.
+      The state is donated to the next chunk: keep what is worked out from it alone.
 
   Returns:
     Parameters and batch statistics of the m copies, leaves [m, ...].
@@ -108,6 +113,59 @@ def train_copies(
   m = number_of_models(ingredients, "ingredients")
   if state is None:
     state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
+  state = continue_training(
+    programs,
+    data,
+    masks,
+    key,
+    state,
+    ingredients,
+    learning_rates,
+    chunk_steps=chunk_steps,
+    on_chunk=on_chunk,
+    on_state=on_state,
+    saving=saving,
+  )
+  return state.params, state.batch_stats
+
+
+def continue_training(
+  programs: Programs,
+  data: Data | StreamedData,
+  masks: PyTree | Remask,
+  key: jax.Array,
+  state: TrainState,
+  ingredients: dict[str, np.ndarray],
+  learning_rates: np.ndarray,
+  *,
+  chunk_steps: int = 50,
+  on_chunk: Callable[[Chunk], None] | None = None,
+  on_state: Callable[[TrainState, Chunk], None] | None = None,
+  saving: Saving | None = None,
+) -> TrainState:
+  """Trains m copies from a state to their last step.
+
+  Args:
+    programs: see `train_copies`.
+    data: the same.
+    masks: see `train_chunks`.
+    key: see `train_copies`.
+    state: of all copies, leaves [m, ...]; donated.
+    ingredients: see `train_copies`.
+    learning_rates: float [m, max(steps)], from step 0 on.
+    chunk_steps: see `train_copies`.
+    on_chunk: the same.
+    on_state: the same.
+    saving: the same.
+
+  Returns:
+    The last state.
+
+  Raises:
+    FloatingPointError: every copy has become NaN or infinite.
+    MemoryError: the device is too small for so many copies at once.
+  """
+  m = number_of_models(ingredients, "ingredients")
   running = None  # the host looks at a chunk once the next one is on the device
 
   def look(chunk):
@@ -116,11 +174,14 @@ def train_copies(
       on_chunk(chunk)
 
   length = chunk_length(data.size // programs.batch_size, chunk_steps)
-  with says_what_fits(programs, data, masks, key, state, length):
+  like = _one_mask(state.params) if callable(masks) else masks
+  with says_what_fits(programs, data, like, key, state, length):
     for latest, chunk in train_chunks(
       programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
     ):
       state = latest
+      if on_state is not None:
+        on_state(state, chunk)
       if running is not None:
         look(running)
       running = chunk
@@ -130,12 +191,16 @@ def train_copies(
         saving.state(state)
     if running is not None:
       look(running)
-  trained = (state.params, state.batch_stats)
-  if not np.any(fetch(finite_models(trained))):
+  if not np.any(fetch(finite_models((state.params, state.batch_stats)))):
     raise FloatingPointError(
       f"{_copies(m)} has parameters that are not finite: lower the learning rate"
     )
-  return trained
+  return state
+
+
+def _one_mask(params: PyTree) -> PyTree:
+  """The shapes of masks that all copies share, from leaves [m, ...]."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], bool), params)
 
 
 def fetched(chunk: Chunk, steps: np.ndarray) -> Chunk:
@@ -166,7 +231,7 @@ def fetched(chunk: Chunk, steps: np.ndarray) -> Chunk:
 def train_chunks(
   programs: Programs,
   data: Data | StreamedData,
-  masks: PyTree,
+  masks: PyTree | Remask,
   key: jax.Array,
   state: TrainState,
   ingredients: dict[str, np.ndarray],
@@ -181,7 +246,8 @@ def train_chunks(
   Args:
     programs: of this network and data set.
     data: the training split.
-    masks: see `train_copies`.
+    masks: see `train_copies`; or a function that gives the masks of each chunk anew, from
+      the step it begins with and the state, and the state to go on from.
     key: of the phase, the same for all copies.
     state: of all m copies, leaves [m, ...], as `start` or an earlier chunk gives it.
     ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
@@ -204,7 +270,10 @@ def train_chunks(
   batches = None
   if isinstance(data, StreamedData):
     batches = training_batches(programs, data, key, ingredients, length, done)
+  remask = masks if callable(masks) else None
   while done < steps:
+    if remask is not None:
+      state, masks = remask(done, state)
     taken = min(length, steps_per_epoch - done % steps_per_epoch, steps - done)
     rates = learning_rates[:, done : done + taken]
     rates = np.pad(rates, [(0, 0), (0, length - taken)])
@@ -253,7 +322,8 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   shared = NamedSharding(mesh, PartitionSpec())
   data = data if isinstance(data, StreamedData) else place(data, shared)
   key = place(key, shared)
-  masks = place(masks, sharding(masks, programs.own_masks))
+  if not callable(masks):
+    masks = place(masks, sharding(masks, programs.own_masks))
   state = place(state, sharding(state, True))
   return data, masks, key, state, ingredients, learning_rates
 

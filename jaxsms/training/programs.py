@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, whole
+from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, settled, whole
 from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
@@ -54,7 +54,7 @@ class Program(NamedTuple):
         place_on(mesh, argument, axis == 0)
         for argument, axis in zip(arguments, self.in_axes, strict=True)
       ]
-    return self.on(mesh, copies)(*arguments)
+    return settled(self.on(mesh, copies)(*arguments))
 
   def lower(self, *arguments):
     """Lowers it for such arguments, as `jax.jit(...).lower` does."""
@@ -110,6 +110,7 @@ def make_programs(
   batch_size: int,
   eval_batch_size: int = 500,
   own_masks: bool = False,
+  feedback: bool = False,
   mesh: Mesh | MeshOf | None = None,
   at_once: int | None = None,
   micro_batches: int = 1,
@@ -127,6 +128,7 @@ def make_programs(
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
     own_masks: whether each copy has masks of its own.
+    feedback: whether removed entries go on being trained, see `train_step`.
     mesh: None for one device, else as `jaxsms.make_mesh` gives; or a function of the number
       of copies that gives one of these, all over the same devices.
     at_once: copies that one device trains at the same time, see `jaxsms.map_ingredients`;
@@ -160,6 +162,7 @@ def make_programs(
       step.train_chunk(
         module, optimizer, training_images, batch_size, *arguments,
         micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+        feedback=feedback,
       )
     )  # fmt: skip
 
@@ -168,6 +171,7 @@ def make_programs(
       step.train_batches(
         module, optimizer, training_images, *arguments,
         micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
+        feedback=feedback,
       )
     )  # fmt: skip
 
@@ -207,6 +211,7 @@ def make_programs(
 
     return Program(on, mesh_of, in_axes)
 
+  evaluate_all = jax.jit(jax.vmap(evaluate, in_axes=(0, None)))
   of_copies = (0 if own_masks else None, None, 0, 0, 0)
   return Programs(
     train=program(train, (None, *of_copies), donate_argnums=3),
@@ -214,7 +219,7 @@ def make_programs(
     recalibrate=program(recalibrate, (None, None, 0, 0)),
     batch_statistics=program(batch_statistics, (None, None, None, 0, 0)),
     predict=program(predict, (None, 0, 0)),
-    evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
+    evaluate=lambda *arguments: settled(evaluate_all(*arguments)),
     optimizer=optimizer,
     batch_size=batch_size,
     eval_batch_size=eval_batch_size,

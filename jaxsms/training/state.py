@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsms.ingredients import repeat_model
-from jaxsms.trees import PyTree
+from jaxsms.trees import PyTree, number_of_models
 
 
 class TrainState(NamedTuple):
@@ -98,3 +98,11 @@ def start(
   """
   step = jnp.zeros((), jnp.int32)
   return repeat_model(TrainState(params, batch_stats, optimizer.init(params), step), m)
+
+
+def start_each(
+  params: PyTree, batch_stats: PyTree, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """As `start`, from m models that differ, leaves [m, ...]."""
+  step = jnp.zeros([number_of_models(params)], jnp.int32)
+  return TrainState(params, batch_stats, jax.vmap(optimizer.init)(params), step)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsms.meshes import split_batch
+from jaxsms.pruning import apply_masks
 from jaxsms.training.state import Data, TrainState
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -26,6 +27,7 @@ def train_step(
   images: jax.Array,
   labels: jax.Array,
   micro_batches: int = 1,
+  feedback: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of one copy.
 
@@ -39,11 +41,17 @@ def train_step(
     labels: int [batch].
     micro_batches: equal parts of the batch whose gradients are accumulated one after
       another. Batch normalization sees one part at a time, and dropout draws anew.
+    feedback: keeps removed entries: gradients are taken where they are 0, and move all
+      entries, so that masks made anew may bring them back.
 
   Returns:
     The next state, and the loss and accuracy on this batch before the step.
+
+  References:
+    Lin et al., 2020, https://arxiv.org/abs/2006.07253 (feedback)
   """
-  gradients = functools.partial(_gradients, module, state.params)
+  point = apply_masks(state.params, masks) if feedback else state.params
+  gradients = functools.partial(_gradients, module, point)
   if micro_batches == 1:
     grads, batch_stats, metrics = gradients(key, state.batch_stats, images, labels)
   else:
@@ -66,7 +74,8 @@ def train_step(
     )
     grads = jax.tree.map(lambda x: x / micro_batches, total)
     metrics = jax.tree.map(jnp.mean, metrics)
-  updates, opt_state = masked(optimizer).update(
+  wrap = optax.with_extra_args_support if feedback else masked
+  updates, opt_state = wrap(optimizer).update(
     grads, state.opt_state, state.params, masks=masks
   )
   params = optax.apply_updates(state.params, updates)
@@ -106,6 +115,7 @@ def train_chunk(
   learning_rates: jax.Array,
   micro_batches: int = 1,
   skip_inactive: bool = False,
+  feedback: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, within one epoch.
 
@@ -126,6 +136,7 @@ def train_chunk(
     learning_rates: float [chunk], for the next steps.
     micro_batches: see `train_step`.
     skip_inactive: whether steps that change nothing are skipped; not under vmap.
+    feedback: see `train_step`.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
@@ -151,6 +162,7 @@ def train_chunk(
     learning_rates,
     micro_batches,
     skip_inactive,
+    feedback,
   )
 
 
@@ -168,6 +180,7 @@ def train_batches(
   learning_rates: jax.Array,
   micro_batches: int = 1,
   skip_inactive: bool = False,
+  feedback: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, on batches that come from the host.
 
@@ -185,6 +198,7 @@ def train_batches(
     learning_rates: the same.
     micro_batches: the same.
     skip_inactive: the same.
+    feedback: the same.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken.
@@ -203,6 +217,7 @@ def train_batches(
     learning_rates,
     micro_batches,
     skip_inactive,
+    feedback,
   )
 
 
@@ -220,6 +235,7 @@ def _scan(
   learning_rates,
   micro_batches,
   skip_inactive,
+  feedback,
 ):
   """A step for each of `batches`, of which `take` gives the images and labels."""
   key = jax.random.fold_in(key, ingredient["seed"])
@@ -240,6 +256,7 @@ def _scan(
       prepare(augment_key, split_batch(images)),
       labels,
       micro_batches,
+      feedback,
     )
 
   def rest(state, batch, learning_rate):

@@ -1,0 +1,85 @@
+"""Corrupted test data: prepared TFDS sets, or our own corruptions on the device."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from experiments.method_flags import MethodFlags
+from experiments.settings import Settings
+from jaxsms import data
+from jaxsms.data import CORRUPTIONS, Dataset, corrupted, corruptions_for
+from jaxsms.names import check_name
+from jaxsms.training import Data
+
+SEED = 42  # of our own corruptions: the same for every model, seed and run
+Corrupted = dict[str, list[Callable[[], Data]]]
+
+
+def corrupted_test_data(
+  settings: Settings, method: MethodFlags, dataset: Dataset, test: Data
+) -> tuple[Corrupted, dict[str, str]]:
+  """What --ood and --ood_severities ask for.
+
+  Args:
+    settings: of the run.
+    method: the same.
+    dataset: clean.
+    test: its test split on the device.
+
+  Returns:
+    By corruption, functions that give the test data with it, one for each severity; and
+    where each comes from, "tfds" or "jaxsms".
+
+  Raises:
+    ValueError: a corruption is unknown, or does not fit the images.
+  """
+  if not method.ood:
+    return {}, {}
+  prepared = frozenset(prepared_sets(settings))
+  channels = dataset.test_images.shape[-1]
+  own = corruptions_for(channels)
+
+  def in_tfds(name):
+    return all(f"{name}_{severity}" in prepared for severity in method.ood_severities)
+
+  names = method.ood
+  if names == ("all",):
+    found = sorted({name.rpartition("_")[0] for name in prepared})
+    names = [name for name in found if in_tfds(name)] or own
+  sets, sources = {}, {}
+  for name in names:
+    if in_tfds(name):
+      make, sources[name] = functools.partial(_from_tfds, settings), "tfds"
+    else:
+      check_name("corruption", name, CORRUPTIONS)
+      if name not in own:
+        raise ValueError(
+          f"--ood has {name}, which changes colours, and the images are gray: choose from "
+          f"{', '.join(own)}"
+        )
+      make, sources[name] = functools.partial(_own, test), "jaxsms"
+    sets[name] = [functools.partial(make, name, n) for n in method.ood_severities]
+  return sets, sources
+
+
+def prepared_sets(settings: Settings) -> list[str]:
+  """Names such as "brightness_1" that TFDS has prepared for this data set."""
+  if settings.dataset == "digits" or settings.dataset.lower().endswith(".npz"):
+    return []
+  found = data.corrupted_sets(settings.dataset, settings.data_dir)
+  return [name.split("/")[1] for name in found]
+
+
+def _from_tfds(settings: Settings, name: str, severity: int) -> Data:
+  base = settings.dataset.split("/")[0].split(":")[0]
+  images, labels = data.load_split(
+    f"{base}_corrupted/{name}_{severity}", "test", settings.data_dir, settings.cache_dir
+  )
+  return Data(jnp.asarray(images), jnp.asarray(labels))
+
+
+def _own(test: Data, name: str, severity: int) -> Data:
+  images = corrupted(jax.random.key(SEED), test.images, name, severity)
+  return Data(images, test.labels)

@@ -1,0 +1,242 @@
+"""What all seeds and methods of a run share: data, network, programs, schedule."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.hardware import Hardware, copies_at_once, mesh_of, network_options
+from experiments.method_flags import MethodFlags, model_options
+from experiments.ood import corrupted_test_data
+from experiments.pretraining_flags import dense_schedule
+from experiments.settings import Settings, check_data
+from jaxsms import data, models, multiply_adds, pretrained
+from jaxsms.data import (
+  Dataset,
+  StreamedDataset,
+  evaluation_images,
+  random_resized_crop,
+  resize_centre_crop,
+  train_validation_split,
+  training_images,
+)
+from jaxsms.meshes import place
+from jaxsms.pruning import prunable_flags
+from jaxsms.training import (
+  Data,
+  Programs,
+  StreamedData,
+  init_variables,
+  make_programs,
+  sgd,
+)
+from jaxsms.training.measurements import Describe, Model, Splits, describe_weights
+
+
+class Task(NamedTuple):
+  """What all seeds and methods of a run share.
+
+  Attributes:
+    method: flags.
+    module: the network.
+    programs: its compiled work.
+    variant: `variant(own_masks=True)` or `variant(feedback=True)`: other programs.
+    splits: the data on the device.
+    shapes: of the network's parameters and batch statistics.
+    image_shape: [height, width, channels].
+    steps_per_epoch: training steps.
+    pretrain_lrs: float [pretraining steps].
+    warmup_steps: how many of them are warmup.
+    initial: the trained model to start from; None trains one.
+    describe: gives what to record of one model's weights.
+    ood_sources: where each corruption comes from.
+  """
+
+  method: MethodFlags
+  module: Any
+  programs: Programs
+  variant: Callable[..., Programs]
+  splits: Splits
+  shapes: Model
+  image_shape: tuple[int, ...]
+  steps_per_epoch: int
+  pretrain_lrs: np.ndarray
+  warmup_steps: int
+  initial: Model | None
+  describe: Describe
+  ood_sources: dict[str, str]
+
+
+def load(settings: Settings) -> Dataset | StreamedDataset:
+  """The data set, in memory or to be read as it is used.
+
+  Raises:
+    ValueError: see `jaxsms.data.load` and `jaxsms.data.open_streamed`.
+  """
+  if settings.stream:
+    return data.open_streamed(settings.dataset, settings.data_dir)
+  return data.load(settings.dataset, settings.data_dir, settings.cache_dir)
+
+
+def make_task(
+  settings: Settings,
+  chosen: Hardware,
+  method: MethodFlags,
+  dataset: Dataset | StreamedDataset,
+) -> Task:
+  """Splits the data, puts it on the devices, and makes network and programs.
+
+  Raises:
+    ValueError: settings do not fit the data or the devices, or the weights to start from
+      not the network.
+  """
+  if isinstance(dataset, StreamedDataset):
+    splits, image_shape = streamed_splits(settings, dataset)
+  else:
+    splits, image_shape = resident_splits(dataset), dataset.train_images.shape[1:]
+  module = make_network(settings, chosen, method, dataset.num_classes)
+  shapes = Model(
+    *jax.eval_shape(
+      functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
+    )
+  )
+  pairs = zip(jax.tree.leaves(shapes.params), prunable_flags(shapes.params), strict=True)
+  check_data(
+    settings, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
+  )
+  initial = None
+  if method.init is not None:
+    initial = Model(**pretrained.load_model(method.init, module, image_shape))
+  variant = functools.cache(
+    functools.partial(
+      network_programs,
+      settings,
+      chosen,
+      dataset,
+      module,
+      sum(x.size for x in jax.tree.leaves(shapes.params)),
+    )
+  )
+  programs = variant()
+  splits = on_devices(splits, programs.mesh_of(settings.ingredients))
+  corrupted, ood_sources = corrupted_test_data(settings, method, dataset, splits.test)
+  splits = splits._replace(
+    corrupted=corrupted, also_measured=("train",) if method.train_metrics else ()
+  )
+  steps_per_epoch = splits.train.size // settings.batch_size
+  steps = settings.epochs * steps_per_epoch
+  schedule, warmup_steps = dense_schedule(settings, steps_per_epoch)
+  pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
+  return Task(
+    method=method,
+    module=module,
+    programs=programs,
+    variant=variant,
+    splits=splits,
+    shapes=shapes,
+    image_shape=image_shape,
+    steps_per_epoch=steps_per_epoch,
+    pretrain_lrs=np.broadcast_to(pretrain_lrs, [steps]),
+    warmup_steps=warmup_steps,
+    initial=initial,
+    describe=functools.partial(
+      describe_weights,
+      goal_sparsity=settings.goal_sparsity,
+      multiply_adds=inference_cost(module, *shapes, image_shape),
+    ),
+    ood_sources=ood_sources,
+  )
+
+
+def inference_cost(
+  module: Any, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
+) -> dict[str, int]:
+  """Multiply-adds of each weight for one image, from shapes alone."""
+  counts = multiply_adds(
+    lambda variables, images: module.apply(variables, images, train=False),
+    {"params": params, "batch_stats": batch_stats},
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+  )
+  return {name.removeprefix("params/"): count for name, count in counts.items()}
+
+
+def resident_splits(dataset: Dataset) -> Splits:
+  """Training, validation and test images as arrays."""
+  train, validation = train_validation_split(len(dataset.train_labels))
+
+  def split(images, labels):
+    return Data(np.asarray(images), np.asarray(labels, np.int32))
+
+  return Splits(
+    split(dataset.train_images[train], dataset.train_labels[train]),
+    split(dataset.train_images[validation], dataset.train_labels[validation]),
+    split(dataset.test_images, dataset.test_labels),
+  )
+
+
+def streamed_splits(
+  settings: Settings, dataset: StreamedDataset
+) -> tuple[Splits, tuple[int, int, int]]:
+  """Training, validation and test images to be decoded; and the shape of one."""
+  size = settings.image_size
+  transforms = (
+    functools.partial(random_resized_crop, size=size),
+    functools.partial(resize_centre_crop, size=size, resize=round(size * 256 / 224)),
+  )
+  train, validation = train_validation_split(len(dataset.train))
+  splits = Splits(
+    StreamedData(dataset.train, train, *transforms),
+    StreamedData(dataset.train, validation, *transforms),
+    StreamedData(dataset.test, np.arange(len(dataset.test)), *transforms),
+  )
+  return splits, (size, size, len(dataset.mean))
+
+
+def on_devices(splits: Splits, mesh: jax.sharding.Mesh | None) -> Splits:
+  """Resident splits on every device, once for the whole run."""
+  if isinstance(splits.train, StreamedData):
+    return splits
+  if mesh is None:
+    return jax.device_put(splits)
+  return place(splits, NamedSharding(mesh, PartitionSpec()))
+
+
+def make_network(
+  settings: Settings, chosen: Hardware, method: MethodFlags, num_classes: int
+) -> Any:
+  """The Flax module that the flags describe."""
+  options = network_options(chosen, settings.model) | model_options(settings, method)
+  return models.create(settings.model, num_classes, **options)
+
+
+def network_programs(
+  settings: Settings,
+  chosen: Hardware,
+  dataset: Dataset | StreamedDataset,
+  module: Any,
+  parameters: int,
+  **variant: bool,
+) -> Programs:
+  """The compiled work of a network, of so many parameters, on a data set.
+
+  A variant is an option of its own.
+  """
+  return make_programs(
+    module,
+    functools.partial(sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0),
+    training_images=lambda key, images: training_images(
+      settings.augmentation, key, images, dataset.mean, dataset.std
+    ),
+    evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
+    batch_size=settings.batch_size,
+    mesh=mesh_of(chosen, settings.model, settings.batch_size),
+    at_once=copies_at_once(chosen, settings.model, settings.ingredients * parameters),
+    skip_inactive=jax.default_backend() == "cpu",
+    micro_batches=chosen.micro_batches,
+    split_params=chosen.split_params,
+    **variant,
+  )

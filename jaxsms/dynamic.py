@@ -1,0 +1,178 @@
+"""Pruning during training: GMP and DPF, alone and as soups."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxsms.ingredients import ingredient, repeat_model
+from jaxsms.meshes import fetch
+from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
+from jaxsms.sms import Prune, finite_models
+from jaxsms.training.loop import Chunk, Remask, continue_training
+from jaxsms.training.measurements import Describe, Model, Record, Splits
+from jaxsms.training.phases import merge_candidates
+from jaxsms.training.programs import Programs
+from jaxsms.training.state import start
+from jaxsms.trees import PyTree, number_of_models
+
+
+def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:
+  """The sparsity at a step of a training that prunes from dense to a goal.
+
+  goal * (1 - (1 - step / ramp_steps)^3): fast at first, where much is redundant.
+
+  Args:
+    goal: sparsity from step `ramp_steps` on, in [0, 1).
+    step: from 0.
+    ramp_steps: at least 1.
+
+  Returns:
+    The sparsity, exactly `goal` from the end of the ramp on.
+
+  Raises:
+    ValueError: an argument is out of range.
+
+  References:
+    Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878, section 3
+  """
+  check_sparsity(goal, "goal sparsity")
+  if step < 0 or ramp_steps < 1:
+    raise ValueError(
+      f"step is {step} of a ramp of {ramp_steps} steps: steps count from 0, and a ramp has "
+      "at least one"
+    )
+  return goal if step >= ramp_steps else goal * (1 - (1 - step / ramp_steps) ** 3)
+
+
+def gradual_masks(
+  goal_sparsity: float,
+  ramp_steps: int,
+  prune: Prune = magnitude_masks,
+  feedback: bool = False,
+) -> Remask:
+  """Masks that follow the cubic ramp, for `jaxsms.training.train_chunks`.
+
+  Args:
+    goal_sparsity: from step `ramp_steps` on.
+    ramp_steps: length of the ramp.
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    feedback: makes them from all weights each time, so that removed ones may return, and
+      leaves the weights as they are (DPF). Otherwise removed weights are set to 0 and stay
+      so (GMP).
+
+  Returns:
+    `remask(step, state)` giving the state and its masks; of one copy, leaves [1, ...].
+  """
+  masks = None
+
+  def remask(step, state):
+    nonlocal masks
+    if not np.any(fetch(finite_models(state.params))):
+      raise FloatingPointError(
+        "the model has parameters that are not finite: lower the learning rate"
+      )
+    params = ingredient(state.params, 0)
+    sparsity = cubic_sparsity(goal_sparsity, step, ramp_steps)
+    masks = prune(params, sparsity, masks=None if feedback else masks)
+    if not feedback:
+      state = state._replace(params=apply_masks(state.params, masks))
+    return state, masks
+
+  return remask
+
+
+def prune_during_training(
+  programs: Programs,
+  splits: Splits,
+  key: jax.Array,
+  fresh: Model,
+  ingredients: dict[str, np.ndarray],
+  learning_rates: np.ndarray,
+  *,
+  goal_sparsity: float,
+  ramp_steps: int,
+  mask_steps: int,
+  feedback_programs: Programs | None = None,
+  prune: Prune = magnitude_masks,
+  describe: Describe | None = None,
+  chunk_steps: int = 50,
+  on_chunk: Callable[[Chunk], None] | None = None,
+) -> tuple[Model, PyTree, Record]:
+  """GMP or DPF: one training from scratch, pruned on the way; as a soup from m copies.
+
+  One model trains while its masks change, with the first ingredient. From there on the
+  masks are fixed: m copies of its whole state, momentum included, go on with the same
+  learning rates and their own ingredients, and are averaged. One copy is the method alone.
+
+  Args:
+    programs: of the network.
+    splits: training, validation and test data.
+    key: of the training.
+    fresh: the model to begin with.
+    ingredients: `seed`, `weight_decay` and `steps` (the whole length), each [m].
+    learning_rates: float [m, max(steps)].
+    goal_sparsity: in [0, 1).
+    ramp_steps: after which the masks are fixed, at least 1.
+    mask_steps: most steps between two masks: an epoch is cut into equal parts of at most
+      so many.
+    feedback_programs: made with `feedback`; given, the method is DPF, else GMP.
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    describe: see `run_phases`.
+    chunk_steps: see `train_copies`, after the ramp.
+    on_chunk: called with each chunk of training.
+
+  Returns:
+    The model, its masks, and a record: `sparsity` (of the prunable weights) and what
+    `merge_candidates` gives.
+
+  Raises:
+    ValueError: an argument is out of range, or see `jaxsms.magnitude_masks`.
+    FloatingPointError: the model diverged.
+
+  References:
+    Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878 (GMP)
+    Lin et al., 2020, https://arxiv.org/abs/2006.07253 (DPF)
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (soups of both)
+  """
+  m = number_of_models(ingredients, "ingredients")
+  remask = gradual_masks(goal_sparsity, ramp_steps, prune, feedback_programs is not None)
+  first = {name: values[:1] for name, values in ingredients.items()}
+  first["steps"] = np.minimum(first["steps"], ramp_steps)
+  state = start(*fresh, programs.optimizer(0.0, 0.0), 1)
+  state = continue_training(
+    feedback_programs or programs,
+    splits.train,
+    remask,
+    key,
+    state,
+    first,
+    learning_rates[:1],
+    chunk_steps=mask_steps,
+    on_chunk=on_chunk,
+  )
+  state, masks = remask(ramp_steps, state)
+  state = ingredient(state, 0)
+  state = state._replace(params=apply_masks(state.params, masks))
+  state = continue_training(
+    programs,
+    splits.train,
+    masks,
+    key,
+    repeat_model(state, m),
+    ingredients,
+    learning_rates,
+    chunk_steps=chunk_steps,
+    on_chunk=on_chunk,
+  )
+  model, record = merge_candidates(
+    programs, splits, key, Model(state.params, state.batch_stats), describe=describe
+  )
+  return model, masks, {"sparsity": removed_share(model.params, masks), **record}
+
+
+def removed_share(params: PyTree, masks: PyTree) -> float:
+  """The share of the prunable weights that masks remove."""
+  flags = prunable_flags(params)
+  chosen = [x for x, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
+  return 1 - sum(int(x.sum()) for x in chosen) / sum(x.size for x in chosen)

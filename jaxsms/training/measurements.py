@@ -1,0 +1,311 @@
+"""What a model is measured by: its predictions on each split, and its weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.flops import layer_sparsities, sparse_multiply_adds
+from jaxsms.geometry import soup_geometry
+from jaxsms.meshes import fetch, settled
+from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
+from jaxsms.soups import prediction_ensemble
+from jaxsms.training import streamed
+from jaxsms.training.programs import Programs
+from jaxsms.training.state import Data
+from jaxsms.training.streamed import StreamedData
+from jaxsms.trees import PyTree, is_parameter, number_of_models
+
+Record = dict[str, Any]
+Describe = Callable[[PyTree], Record]
+
+
+class Splits(NamedTuple):
+  """The parts of a data set, resident on the device or streamed from the host.
+
+  Attributes:
+    train: to train on.
+    validation: to choose by.
+    test: to report.
+    corrupted: by the name of a corruption, functions that give the test data with it, one
+      for each severity; called anew for each measurement.
+    also_measured: names of splits that are measured beside validation and test.
+  """
+
+  train: Data | StreamedData
+  validation: Data | StreamedData
+  test: Data | StreamedData
+  corrupted: Mapping[str, Sequence[Callable[[], Data]]] = {}
+  also_measured: tuple[str, ...] = ()
+
+
+class Predictions(NamedTuple):
+  """What m models say about the examples of a split.
+
+  Attributes:
+    logits: float [m, n, classes].
+    labels: int [n].
+  """
+
+  logits: jax.Array
+  labels: jax.Array
+
+
+class Model(NamedTuple):
+  """One model with what it needs to be run, or (leaves [m, ...]) several.
+
+  Attributes:
+    params: parameters.
+    batch_stats: batch statistics, an empty dict where there are none.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+
+
+class Measured(NamedTuple):
+  """What m models do.
+
+  Attributes:
+    scores: for each model its metrics: `validation_`, `test_`, ... + name; with corrupted
+      data `ood_` + name, and `ood`, the same by corruption; and what `describe` gives.
+    ensemble: those of the models' prediction ensemble, without the latter.
+    predictions: of the models, by split.
+  """
+
+  scores: list[Record]
+  ensemble: Record
+  predictions: dict[str, Predictions]
+
+
+def measure(
+  programs: Programs, splits: Splits, models: Model, describe: Describe | None = None
+) -> Measured:
+  """Measures m models, and their prediction ensemble.
+
+  Args:
+    programs: of the network.
+    splits: the data.
+    models: leaves [m, ...].
+    describe: gives what to record of one model's weights, NumPy leaves [...].
+
+  Returns:
+    Metrics of each model and of the ensemble, and predictions.
+  """
+  m = number_of_models(models.params)
+  names = ("validation", "test", *splits.also_measured)
+  predictions = {name: predict(programs, getattr(splits, name), models) for name in names}
+  scores = score(programs, with_ensembles(predictions))
+  if splits.corrupted:
+    for one, ood in zip(scores, _ood_scores(programs, splits, models), strict=True):
+      one |= ood
+  ensemble = dict(scores[-1])  # of one model it is that model
+  scores = scores[:m]
+  if describe is not None:
+    params = fetch(models.params)
+    for i, one in enumerate(scores):
+      one |= describe(jax.tree.map(lambda x, i=i: x[i], params))
+  return Measured(scores, ensemble, predictions)
+
+
+@jax.jit
+def _with_ensemble(logits):
+  return jnp.concatenate([logits, prediction_ensemble(logits)[None]])
+
+
+def with_ensembles(predictions: dict[str, Predictions]) -> dict[str, Predictions]:
+  """Predictions of several models, with those of their ensemble as of one more model."""
+  return {
+    name: Predictions(
+      settled(_with_ensemble(logits)) if len(logits) > 1 else logits,
+      labels,
+    )
+    for name, (logits, labels) in predictions.items()
+  }
+
+
+def _ood_scores(programs, splits, models):
+  """For each model, and the ensemble of several, its metrics on corrupted data."""
+  found = {
+    name: [
+      score(programs, with_ensembles({"ood": predict(programs, data(), models)}))
+      for data in severities
+    ]
+    for name, severities in splits.corrupted.items()
+  }
+  rows = len(next(iter(found.values()))[0])
+  return [
+    ood_metrics({name: [s[i] for s in scores] for name, scores in found.items()})
+    for i in range(rows)
+  ]
+
+
+def ood_metrics(scores: Mapping[str, Sequence[Record]]) -> Record:
+  """The mean of one model's metrics over corruptions, and of each over its severities.
+
+  Args:
+    scores: by corruption, metrics for each severity, their names beginning with "ood_".
+
+  Returns:
+    The mean over corruptions by name, and `ood`: by corruption and name, the mean over its
+    severities.
+  """
+  by_corruption = {name: mean_record(severities) for name, severities in scores.items()}
+  overall = mean_record(list(by_corruption.values()))
+  plain = {
+    name: {metric.removeprefix("ood_"): value for metric, value in metrics.items()}
+    for name, metrics in by_corruption.items()
+  }
+  return {**overall, "ood": plain}
+
+
+def mean_record(records: Sequence[Record]) -> Record:
+  """The mean of each number over records of the same names."""
+  return jax.tree.map(lambda *values: float(np.mean(values)), *records)
+
+
+def max_record(records: Sequence[Record]) -> Record:
+  """The largest of each number over records of the same names."""
+  return jax.tree.map(lambda *values: float(np.max(values)), *records)
+
+
+def of_set(scores: Sequence[Record], params: PyTree) -> Record:
+  """What describes a set of models.
+
+  Args:
+    scores: of each model.
+    params: leaves [m, ...].
+
+  Returns:
+    `mean_candidate` and `max_candidate`, of single metrics, and `geometry`.
+  """
+  return {
+    "mean_candidate": mean_record(scores),
+    "max_candidate": max_record(scores),
+    "geometry": {k: float(v) for k, v in fetch(_geometry(params)).items()},
+  }
+
+
+def best_candidate(scores: Sequence[Record]) -> int:
+  """Index of the best validation accuracy; among equals, of the lowest loss.
+
+  One that diverged, whose metrics are NaN, is not looked at.
+  """
+  return min(
+    (i for i, s in enumerate(scores) if not np.isnan(s["validation_accuracy"])),
+    key=lambda i: (-scores[i]["validation_accuracy"], scores[i]["validation_loss"]),
+  )
+
+
+def describe_weights(
+  params: PyTree, goal_sparsity: float, multiply_adds: Mapping[str, int] | None = None
+) -> Record:
+  """Counts, sparsities, cost of an inference, and distances of one model.
+
+  Args:
+    params: leaves [...].
+    goal_sparsity: at which `distance_to_pruned` is taken, in [0, 1).
+    multiply_adds: of the dense network, as `jaxsms.multiply_adds` gives; None leaves the
+      costs out.
+
+  Returns:
+    `sparsity` (of the prunable weights), `overall_sparsity` (of all parameters),
+    `layer_sparsities`, `parameters`, `nonzero_parameters`, with costs `multiply_adds`,
+    `sparse_multiply_adds` and `theoretical_speedup`, and of the prunable weights
+    `distance_to_origin`, `distance_to_pruned` (to the same model pruned globally by
+    magnitude to the goal) and `relative_distance_to_pruned` (to the former).
+  """
+  flags = prunable_flags(params)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  sizes = [np.size(x) for _, x in leaves]
+  nonzero = [int(np.count_nonzero(x)) for _, x in leaves]
+  trained = [is_parameter(path, x) for path, x in leaves]
+  weights = sum(n for n, flag in zip(sizes, flags, strict=True) if flag)
+  kept = sum(n for n, flag in zip(nonzero, flags, strict=True) if flag)
+  parameters = sum(n for n, flag in zip(sizes, trained, strict=True) if flag)
+  kept_parameters = sum(n for n, flag in zip(nonzero, trained, strict=True) if flag)
+  record = {
+    "sparsity": 1 - kept / weights,
+    "overall_sparsity": 1 - kept_parameters / parameters,
+    "layer_sparsities": layer_sparsities(params),
+    "parameters": parameters,
+    "nonzero_parameters": kept_parameters,
+  }
+  if multiply_adds is not None:
+    dense = sum(multiply_adds.values())
+    sparse = sum(sparse_multiply_adds(multiply_adds, params).values())
+    record |= {"multiply_adds": dense, "sparse_multiply_adds": sparse}
+    record["theoretical_speedup"] = dense / sparse if sparse else np.inf
+  return record | distances(params, goal_sparsity)
+
+
+def distances(params: PyTree, goal_sparsity: float) -> dict[str, float]:
+  """How far a model's prunable weights are from 0, and from being pruned to a goal."""
+  flags = prunable_flags(params)
+  pruned = apply_masks(params, magnitude_masks(params, goal_sparsity))
+  pairs = [
+    (x, y)
+    for x, y, flag in zip(
+      jax.tree.leaves(params), jax.tree.leaves(pruned), flags, strict=True
+    )
+    if flag
+  ]
+  origin, removed = (float(x) for x in fetch(_distances(pairs)))
+  return {
+    "distance_to_origin": origin,
+    "distance_to_pruned": removed,
+    "relative_distance_to_pruned": removed / origin if origin else 0.0,
+  }
+
+
+@jax.jit
+def _distances(pairs):
+  """The norm of the first of each pair, and of the difference of both."""
+
+  def norm(arrays):
+    return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in arrays))
+
+  return norm([x for x, _ in pairs]), norm([x - y for x, y in pairs])
+
+
+def predict(programs: Programs, data: Data | StreamedData, models: Model) -> Predictions:
+  """Predictions of m models on one split."""
+  if isinstance(data, StreamedData):
+    return Predictions(*streamed.predict(programs, data, *models))
+  return Predictions(programs.predict(data.images, *models), data.labels)
+
+
+def score(
+  programs: Programs, predictions: dict[str, Predictions]
+) -> list[dict[str, float]]:
+  """A flat dict of metrics for each of m models, from their predictions on some splits."""
+  named = {}
+  for split, on_split in predictions.items():
+    metrics = programs.evaluate(*on_split)
+    named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
+  named = fetch(named)
+  m = len(next(iter(predictions.values())).logits)
+  return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
+
+
+def recalibrated(
+  programs: Programs, splits: Splits, key: jax.Array, models: Model
+) -> Model:
+  """The same models with batch statistics estimated anew."""
+  if not jax.tree.leaves(models.batch_stats):
+    return models
+  if isinstance(splits.train, StreamedData):
+    statistics = streamed.recalibrate(programs, splits.train, key, *models)
+  else:
+    statistics = programs.recalibrate(splits.train, key, *models)
+  return Model(models.params, statistics)
+
+
+def one_model(model: Model) -> Model:
+  """Adds the leading axis of length 1."""
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
+
+
+_geometry = jax.jit(soup_geometry)
