@@ -120,7 +120,8 @@ def place_on(mesh: Mesh, tree: PyTree, stacked: bool) -> PyTree:
   """
 
   def one(x):
-    if isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == mesh:
+    on = getattr(getattr(x, "sharding", None), "mesh", None) == mesh
+    if on and DATA_AXIS in x.sharding.spec:  # parameters in parts
       return x
     even = stacked and np.shape(x)[0] % mesh.shape[INGREDIENT_AXIS] == 0
     return place(x, NamedSharding(mesh, PartitionSpec(*[INGREDIENT_AXIS][:even])))

@@ -307,9 +307,8 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   if mesh is None:
     return data, masks, key, state, ingredients, learning_rates
   devices = mesh.shape[INGREDIENT_AXIS]
-  (state, ingredients, learning_rates), valid = pad_ingredients(
-    (state, ingredients, learning_rates), devices
-  )
+  state, valid = pad_ingredients(state, devices)
+  (ingredients, learning_rates), _ = pad_ingredients((ingredients, learning_rates), devices)
   ingredients = {**ingredients, "steps": np.where(valid, ingredients["steps"], 0)}
   if programs.own_masks:
     masks, _ = pad_ingredients(masks, devices)
