@@ -230,15 +230,13 @@ def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
 
   assert run_until("nothing", undisturbed) == 0
   assert set(paused) == {"gmp_soup", "swamp"}
-  kept = ["imp"]
-  for method, also in (("gmp_soup", ["gmp_soup", "dense_soup"]), ("swamp", [])):
+  for method, kept in (("gmp_soup", {"imp"}), ("swamp", {"imp", "gmp_soup", "dense_soup"})):
     assert run_until(method, workdir) == 143
-    assert set(paused) == {method}
     work = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
     assert work["method"] == method
-    assert sorted(work["baselines"]) == sorted(kept)
-    kept += also
-  assert again(workdir, *METHODS) == 0
+    assert set(work["baselines"]) == kept
+  assert run_until("nothing", workdir) == 0
+  assert set(paused) == {"swamp"}
   assert_same_run(workdir, undisturbed)
   capsys.readouterr()
   assert again(workdir, *METHODS, "--values=0,0.002") == 2
@@ -292,7 +290,9 @@ def test_where_it_computes_and_finds_data_may_differ(copy, undisturbed, tmp_path
   found, expected = results(copy), results(undisturbed)
   for a, b in zip(found["seeds"], expected["seeds"], strict=True):
     for x, y in zip(a["phases"], b["phases"], strict=True):
-      assert x["soup"] == pytest.approx(y["soup"], abs=2e-2)  # rounding, through training
+      numbers = {k: v for k, v in y["soup"].items() if k != "layer_sparsities"}
+      got = {k: x["soup"][k] for k in numbers}
+      assert got == pytest.approx(numbers, rel=1e-2, abs=2e-2)  # rounding, through training
 
 
 def test_other_data_under_the_same_name_are_refused(rejects):
