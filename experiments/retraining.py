@@ -14,7 +14,6 @@ from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
 from experiments.task import Task
 from experiments.work import Work
-from jaxsms.ingredients import ingredient
 from jaxsms.training import (
   Chunk,
   Saving,
@@ -25,6 +24,7 @@ from jaxsms.training import (
 )
 from jaxsms.training.measurements import Model, Record, measure, one_model
 from jaxsms.training.phases import Phases, Plan, run_phases
+from jaxsms.trees import model_at
 
 # Independent streams of a seed's key.
 INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH = 0, 1, 2, 3, 4
@@ -191,7 +191,7 @@ def train_dense(run: Run, method: str, learning_rates: np.ndarray, stream: int) 
     state=state,
     saving=saving(run),
   )
-  return ingredient(Model(*trained), 0)
+  return model_at(Model(*trained), 0)
 
 
 def take_state(run: Run) -> TrainState | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxsms.ingredients import ingredient, repeat_model
+from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Prune, finite_models
@@ -14,7 +14,7 @@ from jaxsms.training.measurements import Describe, Model, Record, Splits
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import start
-from jaxsms.trees import PyTree, number_of_models
+from jaxsms.trees import PyTree, model_at, number_of_models
 
 
 def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:
@@ -72,7 +72,7 @@ def gradual_masks(
       raise FloatingPointError(
         "the model has parameters that are not finite: lower the learning rate"
       )
-    params = ingredient(state.params, 0)
+    params = model_at(state.params, 0)
     sparsity = cubic_sparsity(goal_sparsity, step, ramp_steps)
     masks = prune(params, sparsity, masks=None if feedback else masks)
     if not feedback:
@@ -152,7 +152,7 @@ def prune_during_training(
     on_chunk=on_chunk,
   )
   state, masks = remask(ramp_steps, state)
-  state = ingredient(state, 0)
+  state = model_at(state, 0)
   state = state._replace(params=apply_masks(state.params, masks))
   state = continue_training(
     programs,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxsms.meshes import INGREDIENT_AXIS, settled
-from jaxsms.trees import PyTree, number_of_models
+from jaxsms.meshes import INGREDIENT_AXIS
+from jaxsms.trees import PyTree, number_of_models, settled
 
 
 def map_ingredients(
@@ -134,11 +134,6 @@ def take_ingredients(stacked: PyTree, indices) -> PyTree:
   if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stacked)):
     return jax.tree.map(lambda x: x[np.asarray(indices)], stacked)
   return settled(_at(stacked, jnp.asarray(indices)))
-
-
-def ingredient(stacked: PyTree, index: int) -> PyTree:
-  """One of the ingredients: leaves [m, ...] -> [...]."""
-  return settled(_at(stacked, jnp.asarray(index)))
 
 
 def first_ingredients(stacked: PyTree, count: int) -> PyTree:

@@ -157,21 +157,6 @@ def _place_globally(x, sharding):
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def settled(tree: PyTree) -> PyTree:
-  """Waits for arrays that lie on several devices of a CPU.
-
-  There programs wait for their parts on the other devices in threads that they share with
-  the programs after them: several at once can wait for ever.
-  """
-  for x in jax.tree.leaves(tree):
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-      devices = x.sharding.device_set
-      if len(devices) > 1 and next(iter(devices)).platform == "cpu":
-        return jax.block_until_ready(tree)
-      break
-  return tree
-
-
 def fetch(tree: PyTree) -> PyTree:
   """The values on the host, the same in every process; waits for them."""
   if jax.process_count() == 1:

@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.ingredients import ingredient
-from jaxsms.meshes import settled
-from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
+from jaxsms.trees import (
+  PyTree,
+  is_concrete,
+  is_floating,
+  model_at,
+  number_of_models,
+  settled,
+)
 
 
 def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
@@ -94,7 +99,7 @@ def greedy_soup(
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
   """
   m = number_of_models(stacked)
-  scores = np.array([float(evaluate(ingredient(stacked, i))) for i in range(m)])
+  scores = np.array([float(evaluate(model_at(stacked, i))) for i in range(m)])
   order = [int(i) for i in np.argsort(-scores, kind="stable") if not np.isnan(scores[i])]
   if not order:
     raise ValueError(f"evaluate gave NaN for all {m} models: there is no best one")

@@ -166,6 +166,31 @@ def unstack(stacked: PyTree) -> list[PyTree]:
   return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(m)]
 
 
+def model_at(stacked: PyTree, index: int) -> PyTree:
+  """One of several models, in one program: leaves [m, ...] -> [...]."""
+  return settled(_at(stacked, jnp.asarray(index)))
+
+
+@jax.jit
+def _at(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def settled(tree: PyTree) -> PyTree:
+  """Waits for arrays that lie on several devices of a CPU.
+
+  There programs wait for their parts on the other devices in threads that they share with
+  the programs after them: several at once can wait for ever.
+  """
+  for x in jax.tree.leaves(tree):
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      devices = x.sharding.device_set
+      if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+        return jax.block_until_ready(tree)
+      break
+  return tree
+
+
 def number_of_models(stacked: PyTree, what: str = "models") -> int:
   """The length m of the leading axis that all leaves of a stacked tree share.
 

@@ -101,8 +101,7 @@ def phases_on(n, greedy):
   return model, records
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("n, greedy", [(2, False), (4, False), (8, False), (8, True)])
 def test_phases_on_any_number_of_devices_equal(n, greedy):
   model, records = phases_on(n, greedy)
   on_one, records_on_one = phases_on(1, greedy)

@@ -72,6 +72,7 @@ def test_what_processes_cannot_share(tmp_path):
     assert all(words in process.stderr.read() for process in two)
 
 
+@pytest.mark.slow
 def test_a_streamed_data_set_through_the_main_job(tmp_path):
   """Images of several sizes, that never are on the device together."""
   rng = np.random.default_rng(0)

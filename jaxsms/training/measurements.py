@@ -9,14 +9,14 @@ import numpy as np
 
 from jaxsms.flops import layer_sparsities, sparse_multiply_adds
 from jaxsms.geometry import soup_geometry
-from jaxsms.meshes import fetch, settled
+from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import prediction_ensemble
 from jaxsms.training import streamed
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree, is_parameter, number_of_models
+from jaxsms.trees import PyTree, is_parameter, number_of_models, settled
 
 Record = dict[str, Any]
 Describe = Callable[[PyTree], Record]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxsms.faults import fault_point
-from jaxsms.ingredients import ingredient, take_ingredients
+from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
@@ -33,7 +33,7 @@ from jaxsms.training.measurements import (
 )
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import TrainState
-from jaxsms.trees import PyTree, number_of_models
+from jaxsms.trees import PyTree, model_at, number_of_models
 
 __all__ = [
   "Measured",
@@ -218,7 +218,7 @@ def merge_candidates(
     model, weights = merge_phase(candidates, merge)
     alone = recalibrated(programs, splits, key, one_model(model))
     (soup,), _, of_soup = measure(programs, splits, alone, describe)
-    model = ingredient(alone, 0)
+    model = model_at(alone, 0)
     failure = averaging_failure(
       functools.partial(on_validation, programs, splits, key),
       candidates,

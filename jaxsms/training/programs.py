@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, settled, whole
+from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, whole
 from jaxsms.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
@@ -19,7 +19,7 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.training import inference, step
-from jaxsms.trees import number_of_models
+from jaxsms.trees import number_of_models, settled
 
 MeshOf = Callable[[int], Mesh | None]
 
