@@ -82,7 +82,7 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
   leaves = read_manifest(path)["leaves"]
   tree: Any = {}
   try:
-    if leaves:
+    if leaves or (path / ARRAYS).exists():
       with storage.read_from(path / ARRAYS) as folder, _orbax() as checkpointer:
         tree = checkpointer.restore(folder)
     found = by_path(tree)
