@@ -19,7 +19,6 @@ from experiments import (
   bench_settings,
   bench_tables,
   hardware,
-  run_directory,
 )
 from experiments.bench_settings import TORCH_MODELS, Settings, define_flags, read_settings
 from experiments.bench_statistics import (
@@ -33,8 +32,10 @@ from experiments.bench_statistics import (
   scaled,
   seconds,
 )
+from experiments.environment import environment
 from experiments.hardware import Hardware
 from jaxsms import models
+from jaxsms.storage import plain
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -58,7 +59,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     sys.exit(2)
   if settings.json:
     with open(settings.json, "w", encoding="utf-8") as file:
-      json.dump(run_directory.plain(results), file, indent=1, allow_nan=False)
+      json.dump(plain(results), file, indent=1, allow_nan=False)
   bench_tables.show(Console(), results)
 
 
@@ -136,12 +137,12 @@ def measure(
   most = bench_jax.most_chunk_steps(task.flops(max(s.copies)), peak, s.steps)
   trainings = {m: bench_jax.Training(task, m, most) for m in s.copies}
   contenders = {("jaxsms", m): our_contender(t, s.steps) for m, t in trainings.items()}
-  environment = run_directory.environment() | {"cores": cores()}
+  versions = environment() | {"cores": cores()}
   if kinds:
     from experiments import bench_torch
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    environment |= bench_torch.prepare(device)
+    versions |= bench_torch.prepare(device)
     theirs, failures = bench_torch.make_contenders(
       task,
       kinds,
@@ -161,7 +162,7 @@ def measure(
       trainings[max(s.copies)].run(1)
   return {
     "flags": {**s._asdict(), **devices._asdict(), "precision": precision},
-    "environment": environment,
+    "environment": versions,
     "work": {
       "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
       "multiply_adds": task.multiply_adds,

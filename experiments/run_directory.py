@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import platform
-import sys
 from typing import Any
 
 import jax
@@ -207,25 +205,3 @@ def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None
     except storage.Damaged:
       storage.set_aside(path)
   checkpoint.save(path, model)
-
-
-def environment() -> dict[str, Any]:
-  """Versions and devices that a run's numbers depend on."""
-  import flax
-  import optax
-  import orbax.checkpoint
-
-  import jaxsms
-
-  return {
-    "jaxsms": jaxsms.__version__,
-    "jax": jax.__version__,
-    "flax": flax.__version__,
-    "optax": optax.__version__,
-    "orbax": orbax.checkpoint.__version__,
-    "python": platform.python_version(),
-    "platform": sys.platform,
-    "device": jax.devices()[0].device_kind,
-    "backend": jax.default_backend(),
-    "devices": jax.device_count(),
-  }

@@ -25,6 +25,7 @@ from experiments import (
   settings,
   tuning,
 )
+from experiments.environment import environment
 from experiments.progress import RunProgress, clock
 from experiments.retraining import Observer
 from experiments.signals import Stopped, StopSignals
@@ -73,8 +74,8 @@ def main(argv: list[str]) -> None:
     task = make_task(chosen, devices, method, dataset)
 
     run_flags = {**chosen._asdict(), **method._asdict(), **devices._asdict()}
-    environment = run_directory.environment()
-    run = run or {"flags": run_flags, "defining": wanted, "environment": environment}
+    versions = environment()
+    run = run or {"flags": run_flags, "defining": wanted, "environment": versions}
     signals = StopSignals()
     keeper = keeping.Keeper(workdir, run, retention, signals)
     for sentence in keeper.open(chosen, task, settings.flagfile(run_flags)):
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
 
   results = {
     "flags": {**run_flags, "workdir": str(workdir)},
-    "environment": environment,
+    "environment": versions,
     "ood_sources": task.ood_sources,
     "seeds": keeper.seeds,
   }
