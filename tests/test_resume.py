@@ -38,7 +38,10 @@ SMALL = (
   "--mesh=none", "--baselines=",
 )  # fmt: skip
 TWO = ("--seeds=2", "--baselines=imp")
-pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
+pytestmark = [
+  pytest.mark.usefixtures("quick_compilation", "quick_figures"),
+  pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")
