@@ -51,6 +51,11 @@ class Estimate(NamedTuple):
   """Over seeds: mean, standard deviation (n - 1) and half of the mean's 95 % interval.
 
   With one seed the latter two are NaN.
+
+  Attributes:
+    mean: of the values.
+    std: their standard deviation, n - 1 in the denominator.
+    half_width: half of the 95 % interval of the mean.
   """
 
   mean: float
@@ -59,7 +64,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: list[float]) -> Estimate:
-  """Mean, standard deviation, and half the 95 % interval of the mean (Student t)."""
+  """Mean, standard deviation, and half the 95 % interval of the mean (Student t).
+
+  Args:
+    values: one for each seed, at least one.
+
+  Returns:
+    The estimate, in the unit of the values.
+  """
   x = np.asarray(values, np.float64)
   if len(x) < 2:
     return Estimate(float(x.mean()), math.nan, math.nan)
@@ -109,7 +121,15 @@ def _none_for_nan(value: float) -> float | None:
 
 
 def method_title(name: str, m: int) -> str:
-  """How a method is called in tables and figures."""
+  """How a method is called in tables and figures.
+
+  Args:
+    name: its key in results.json, such as "imp_mx".
+    m: number of copies.
+
+  Returns:
+    The title, such as "IMP 5x".
+  """
   return METHODS[name].format(m=m)
 
 
@@ -154,7 +174,14 @@ def _gain(gain: Results) -> str:
 
 
 def caption(results: Results) -> str:
-  """What a table of this run says, in one sentence or two."""
+  """What a table of this run says, in one sentence or two.
+
+  Args:
+    results: a run's results.json, with at least one seed.
+
+  Returns:
+    The text of a caption.
+  """
   flags, seeds = results["flags"], results["seeds"]
   dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
   text = (
@@ -170,7 +197,14 @@ def caption(results: Results) -> str:
 
 
 def notes(seeds: list[Results]) -> list[str]:
-  """A sentence for everything in these entries of `results.json` that went wrong."""
+  """A sentence for everything that went wrong: copies that diverged, failed averages.
+
+  Args:
+    seeds: the entries of a run's results.json.
+
+  Returns:
+    The sentences, none where all is well.
+  """
   found = []
   for seed in seeds:
     for phase in seed["phases"]:
@@ -196,19 +230,41 @@ def _of(failed: Results, name: str) -> str:
 
 
 def dataset_title(name: str) -> str:
-  """How a data set is called: a file by its name, without its folders."""
+  """How a data set is called: a file by its name, without its folders.
+
+  Args:
+    name: what --dataset was given.
+
+  Returns:
+    The title.
+  """
   return os.path.basename(name) if name.endswith(".npz") else name
 
 
 def markdown_table(tables: list[list[list[str]]]) -> str:
-  """What `rows` gives, in Markdown."""
+  """What `rows` gives, in Markdown.
+
+  Args:
+    tables: rows of cells, a list for each phase.
+
+  Returns:
+    The text of one table.
+  """
   lines = [list(HEADER), ["---:", "---:", "---", "---:", "---:"]]
   lines += [line for table in tables for line in table]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def console_table(tables: list[list[list[str]]], title: str):
-  """What `rows` gives, to be printed on a `rich.console.Console`."""
+def console_table(tables: list[list[list[str]]], title: str) -> Any:
+  """What `rows` gives, to be printed on a `rich.console.Console`.
+
+  Args:
+    tables: rows of cells, a list for each phase.
+    title: printed above it.
+
+  Returns:
+    A `rich.table.Table`.
+  """
   from rich import box
   from rich.table import Table
 
