@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from experiments import methods, run_directory
+from experiments import run_directory
 from experiments.lock import Lock
 from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
@@ -21,6 +21,7 @@ from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
 from jaxsms.series import Found, Series
+from jaxsms.training import Chunk
 
 flags.DEFINE_float(
   "save_minutes",
@@ -99,13 +100,22 @@ class Keeper:
     self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
     self.steps_left: dict[int, int] = {}
 
-  def open(self, settings: Settings, task: Task, flagfile: str) -> list[str]:
+  def open(
+    self,
+    settings: Settings,
+    task: Task,
+    flagfile: str,
+    plan: dict[int, int],
+    first: Work | None = None,
+  ) -> list[str]:
     """Takes the directory, and what an earlier process left there.
 
     Args:
       settings: of the run.
       task: its network and data.
       flagfile: see `run_directory.begin`.
+      plan: steps of the whole run, by the number of copies that a step trains.
+      first: what its first seed begins with; None for nothing.
 
     Returns:
       Sentences for the user: what was damaged, and where the run goes on.
@@ -117,8 +127,8 @@ class Keeper:
     try:
       found = self._find(flagfile)
       said = [f"warning: {sentence}" for sentence in found.damaged]
-      self.steps_left = methods.planned_steps(settings, task.method, task.steps_per_epoch)
-      self.work = Work(settings.seed)
+      self.steps_left = dict(plan)
+      self.work = first or Work(settings.seed)
       size = self._take_up(found, settings, task) if found.number else 0
       finished = (run_directory.read_results(self._workdir) or {}).get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
@@ -256,6 +266,11 @@ class Keeper:
       }
       self._series.save(arrays, storage.plain(meta))
     self._last = time.monotonic()
+
+  def count(self, chunk: Chunk) -> None:
+    """Counts a chunk of training down."""
+    left = self.steps_left.get(chunk.copies, 0) - chunk.taken
+    self.steps_left[chunk.copies] = max(left, 0)
 
   def append_metrics(self, line: dict[str, Any]) -> None:
     """Adds a line to the metrics of the run."""

@@ -1,5 +1,7 @@
 """One seed of a run: dense training, Sparse Model Soups, and what they compare with."""
 
+from collections.abc import Sequence
+
 import jax
 
 from experiments.baselines import BASELINES, ByPhase, longest
@@ -10,14 +12,31 @@ from experiments.task import Task
 from experiments.work import Work
 from jaxsms.training.measurements import Record
 
+SOUP = "sms"  # the method's name among those of a run
+
+
+def names_of(settings: Settings) -> tuple[str, ...]:
+  """The methods of a run: the soup, and what it is compared with."""
+  return (SOUP, *settings.baselines)
+
 
 def planned_steps(
-  settings: Settings, method: MethodFlags, steps_per_epoch: int
+  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
 ) -> dict[int, int]:
-  """Steps of a whole run, by the number of copies that a step trains."""
+  """Steps of a whole run, by the number of copies that a step trains.
+
+  Args:
+    settings: of the run.
+    method: the same.
+    steps_per_epoch: in training.
+    names: of its methods.
+  """
   plans = [{1: 0 if method.init else settings.epochs}]
-  plans += [{settings.ingredients: settings.phases * longest(settings, method)}]
-  plans += [BASELINES[name].epochs(settings, method) for name in settings.baselines]
+  for name in names:
+    if name == SOUP:
+      plans.append({settings.ingredients: settings.phases * longest(settings, method)})
+    else:
+      plans.append(BASELINES[name].epochs(settings, method))
   total: dict[int, float] = {}
   for plan in plans:
     for copies, epochs in plan.items():
@@ -25,7 +44,9 @@ def planned_steps(
   return {m: round(settings.seeds * steps_per_epoch * n) for m, n in total.items()}
 
 
-def run_seed(settings: Settings, task: Task, work: Work, observer: Observer) -> Record:
+def run_seed(
+  settings: Settings, task: Task, work: Work, observer: Observer, names: Sequence[str]
+) -> Record:
   """Everything that one seed decides.
 
   Args:
@@ -33,32 +54,34 @@ def run_seed(settings: Settings, task: Task, work: Work, observer: Observer) -> 
     task: shared by all seeds.
     work: the seed, and what is done of it already; grows until all is done.
     observer: told of everything on the way.
+    names: of the methods, in the order in which they run.
 
   Returns:
-    The entry of results.json.
+    The entry of results.json. Its phases are those of the soup, with the metrics of each
+    baseline; without a soup they hold those alone.
   """
   run = Run(settings, task, jax.random.key(work.seed), observer, work)
   if work.dense is None:
     first_model(run)
-  if len(work.phases.get("sms", [])) < settings.phases or work.method == "sms":
-    make_soup(run)
-  for name in settings.baselines:
-    if name not in work.baselines:
+  for name in names:
+    if name == SOUP:
+      if len(work.phases.get(SOUP, [])) < settings.phases or work.method == SOUP:
+        make_soup(run)
+    elif name not in work.baselines:
       work.baselines[name] = list(run_baseline(run, name).items())
-  phases = [dict(record) for record in work.phases["sms"]]
-  for name in settings.baselines:
-    by_phase = dict(work.baselines[name])
-    for phase in phases:
-      if phase["phase"] in by_phase:
-        phase[name] = by_phase[phase["phase"]]
-  return {"seed": work.seed, "dense": work.metrics, "phases": phases}
+  phases = {record["phase"]: dict(record) for record in work.phases.get(SOUP, [])}
+  for name in names:
+    for phase, metrics in work.baselines.get(name, ()):
+      record = phases.setdefault(phase, {"phase": phase, "sparsity": metrics["sparsity"]})
+      record[name] = metrics
+  return {"seed": work.seed, "dense": work.metrics, "phases": list(phases.values())}
 
 
 def make_soup(run: Run) -> None:
   """Sparse Model Soups; the last one goes to the observer."""
   steps = run.settings.retrain_epochs * run.task.steps_per_epoch
   try:
-    prune_and_retrain(run, run.work.dense, "sms", run.settings.ingredients, steps)
+    prune_and_retrain(run, run.work.dense, SOUP, run.settings.ingredients, steps)
   except FloatingPointError:  # the soup of the phase before is still good
     give_soup(run)
     raise

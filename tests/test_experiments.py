@@ -260,10 +260,10 @@ def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path,
 def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
   run_seed = methods.run_seed
 
-  def interrupted(chosen, task, work, observer):
+  def interrupted(chosen, task, work, observer, names):
     if work.seed == 1:
       raise KeyboardInterrupt
-    return run_seed(chosen, task, work, observer)
+    return run_seed(chosen, task, work, observer, names)
 
   monkeypatch.setattr(methods, "run_seed", interrupted)
   workdir = tmp_path / "run"
@@ -299,7 +299,7 @@ def test_planned_steps_are_the_steps_taken():
   chosen = settings.read_settings()
   # 20 steps an epoch: 2 dense; per phase 1 of two copies, 1 of IMP, 2 of IMP 2x.
   method = method_flags.read_method(chosen)
-  assert methods.planned_steps(chosen, method, 20) == {
+  assert methods.planned_steps(chosen, method, 20, methods.names_of(chosen)) == {
     1: 3 * 20 * (2 + 2 * 3),
     2: 3 * 20 * 2,
   }

@@ -84,7 +84,9 @@ def test_training_is_as_long_as_planned(everything):
     steps[m] = steps.get(m, 0) + step - before
     last[name] = step
   chosen, method = read(f"--flagfile={everything / 'flags.txt'}")
-  assert steps == methods.planned_steps(chosen, method, 1077 // 64)
+  assert steps == methods.planned_steps(
+    chosen, method, 1077 // 64, methods.names_of(chosen)
+  )
 
 
 def test_records_hold_what_models_are_measured_by(everything):
@@ -355,4 +357,7 @@ def test_pytorch_weights_start_a_run(tmp_path):
     jax.tree.leaves(params), jax.tree.leaves(task.initial.params), strict=True
   ):
     np.testing.assert_array_equal(ours, given)
-  assert methods.planned_steps(chosen, method, 10) == {1: 10 * 3, 2: 10}
+  assert methods.planned_steps(chosen, method, 10, methods.names_of(chosen)) == {
+    1: 10 * 3,
+    2: 10,
+  }
