@@ -207,13 +207,15 @@ def markdown_table(tables: list[list[list[str]]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def console_table(tables: list[list[list[str]]], title: str):
+def console_table(
+  tables: list[list[list[str]]], title: str, header: tuple[str, ...] = HEADER
+):
   """What `rows` gives, to be printed on a `rich.console.Console`."""
   from rich import box
   from rich.table import Table
 
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for name in HEADER:
+  for name in header:
     table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
   for lines in tables:
     for line in lines:
