@@ -4,9 +4,9 @@ python -m experiments.compare --sparsities=0.9,0.98 --copies=3,5 --seeds=5 --wor
 python -m experiments.compare --flagfile=experiments/presets/digits.txt --workdir=DIR
 
 Each method with each seed is a run of its own in DIR/parts; dense training is shared. What
-is there already is not done again: the same command goes on after a break, and one with more
-methods, sparsities, copies or seeds adds to what there is. Started several times on one DIR,
-on one machine or many, each process takes parts that no other one works on.
+is there already is not done again: the same command goes on after a break, and one with
+more methods, sparsities, copies or seeds adds to what there is. Started several times on
+one DIR, on one machine or many, each process takes parts that no other one works on.
 """
 
 import collections
@@ -241,8 +241,8 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     for note in report.notes(cell["seeds"]):
       console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
   console.print(
-    f"Took {clock(results['seconds'])}, all parts together. Results, and each part with its "
-    f"soup: {shared.workdir}",
+    f"Took {clock(results['seconds'])}, all parts together. Results, parts and their "
+    f"soups: {shared.workdir}",
     highlight=False,
     soft_wrap=True,
   )
