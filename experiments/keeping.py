@@ -249,6 +249,11 @@ class Keeper:
     self._save(self.work)
     self._series.wait()
 
+  def forget(self) -> None:
+    """Removes the checkpoints of a run that is finished and written down."""
+    if is_writer():
+      self._series.clear()
+
   def _save(self, work):
     started = time.monotonic()
     arrays, rest = packed(work)

@@ -20,6 +20,10 @@ WATCH = 35.0  # how long one that does not change is watched before it counts as
 LOCK, HOLDER = "lock", "holder.json"
 
 
+class Busy(ValueError):
+  """Another process runs there."""
+
+
 class Lock:
   """Held from `acquire` to `release`, or to the end of the process."""
 
@@ -36,7 +40,7 @@ class Lock:
     """Takes the directory, or says who has it.
 
     Raises:
-      ValueError: another process runs there.
+      Busy: another process runs there.
       OSError: the directory cannot be written.
     """
     locked = self._lock_file()
@@ -102,7 +106,7 @@ class Lock:
         self._refuse(self._holder())
 
   def _refuse(self, holder):
-    raise ValueError(
+    raise Busy(
       f"another process (pid {holder.get('pid')} on {holder.get('host')}) runs in "
       f"{self._path}: wait for it, or choose another --workdir"
     )

@@ -132,6 +132,12 @@ def read_method(s: Settings) -> MethodFlags:
   if values["values"] is not None:
     values["values"] = _numbers("values", VARIABLES[values["vary"]], values["values"])
   method = MethodFlags(**values)
+  check(s, method)
+  return method
+
+
+def check(s: Settings, method: MethodFlags) -> None:
+  """Raises ValueError where flags do not fit one another."""
   _check_values(s, method)
   _check_criterion(s, method)
   _check_budget(s, method)
@@ -139,7 +145,6 @@ def read_method(s: Settings) -> MethodFlags:
   for name, having in MODEL_OPTIONS.items():
     if getattr(method, name) is not None and s.model not in having:
       raise ValueError(f"--{name} is of {', '.join(having)}: leave it out with {s.model}")
-  return method
 
 
 def _numbers(

@@ -188,7 +188,14 @@ def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
 def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None:
   """Saves the last soup of one seed: `params`, `batch_stats` and `masks`.
 
-  One that lies there already, from before a break, is replaced.
+  Raises:
+    OSError: it cannot be written.
+  """
+  save_model(storage.as_path(path) / "soup" / f"seed_{seed}", model)
+
+
+def save_model(path: storage.epath.Path, model: dict[str, Any]) -> None:
+  """Saves a model; one that lies there already, from before a break, is replaced.
 
   Raises:
     OSError: it cannot be written.
@@ -196,7 +203,6 @@ def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None
   model = fetch(model)
   if not is_writer():
     return
-  path = storage.as_path(path) / "soup" / f"seed_{seed}"
   if path.exists():
     try:
       if not checkpoint.is_unfinished(path):

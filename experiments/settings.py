@@ -145,8 +145,8 @@ flags.DEFINE_list(
   "Compared at the same sparsities: imp (one copy, the same epochs), imp_mx (one copy, m "
   "times the epochs), imp_reprune (m runs of imp, averaged and pruned again), dense_soup "
   "(nothing pruned), swamp (rewinding, averages over copies and time); at the goal alone, "
-  "trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies; an "
-  "empty list for none.",
+  "trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies; "
+  "all for all of these, an empty list for none.",
 )
 flags.DEFINE_integer(
   "chunk_steps",
@@ -214,12 +214,15 @@ def read_settings() -> Settings:
   if values["stream"] is None:
     values["stream"] = values["dataset"].startswith("imagenet2012")
   values["baselines"] = tuple(dict.fromkeys(b for b in values["baselines"] if b))
+  if values["baselines"] == ("all",):
+    values["baselines"] = BASELINES
   settings = Settings(**values)
-  _check(settings)
+  check(settings)
   return settings
 
 
-def _check(s: Settings) -> None:
+def check(s: Settings) -> None:
+  """Raises ValueError where settings are out of range or do not fit one another."""
   check_name("model", s.model, models.MODELS)
   if s.model != "mlp" and s.hidden is not None:
     raise ValueError(f"--hidden is of the mlp: leave it out with --model={s.model}")

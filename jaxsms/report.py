@@ -255,12 +255,15 @@ def markdown_table(tables: list[list[list[str]]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def console_table(tables: list[list[list[str]]], title: str) -> Any:
+def console_table(
+  tables: list[list[list[str]]], title: str, header: tuple[str, ...] = HEADER
+) -> Any:
   """What `rows` gives, to be printed on a `rich.console.Console`.
 
   Args:
     tables: rows of cells, a list for each phase.
     title: printed above it.
+    header: the names of the columns.
 
   Returns:
     A `rich.table.Table`.
@@ -269,7 +272,7 @@ def console_table(tables: list[list[list[str]]], title: str) -> Any:
   from rich.table import Table
 
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-  for name in HEADER:
+  for name in header:
     table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
   for lines in tables:
     for line in lines:

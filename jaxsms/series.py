@@ -97,6 +97,16 @@ class Series:
     if running is not None:
       running.result()
 
+  def clear(self) -> None:
+    """Removes all checkpoints, once what they were for is done.
+
+    Raises:
+      OSError: the last save failed, or they cannot be removed.
+    """
+    self.wait()
+    for folder in self._folders():
+      checkpoint.remove(folder)
+
   def _save(self, arrays, meta):
     started = time.monotonic()
     last = max((int(folder.name) for folder in self._folders()), default=0)

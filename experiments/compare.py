@@ -1,0 +1,252 @@
+"""Compares methods over sparsities, numbers of copies and seeds, with what they can share.
+
+python -m experiments.compare --sparsities=0.9,0.98 --copies=3,5 --seeds=5 --workdir=DIR
+python -m experiments.compare --flagfile=experiments/presets/digits.txt --workdir=DIR
+
+Each method with each seed is a run of its own in DIR/parts; dense training is shared. What
+is there already is not done again: the same command goes on after a break, and one with
+more methods, sparsities, copies or seeds adds to what there is. Started several times on
+one DIR, on one machine or many, each process takes parts that no other one works on.
+"""
+
+import collections
+import os
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+
+from experiments import (
+  comparison,
+  keeping,
+  method_flags,
+  run_directory,
+  running,
+  settings,
+  tuning,
+)
+from experiments.comparison import DENSE, Part, is_finished
+from experiments.environment import environment
+from experiments.lock import Busy
+from experiments.part_runs import Comparison, planned, run_part, write
+from experiments.progress import RunProgress, clock
+from experiments.signals import Stopped, StopSignals
+from experiments.task import make_task
+from jaxsms import report, storage
+
+for module in running.FLAG_MODULES:
+  flags.adopt_module_key_flags(module)
+
+flags.DEFINE_list(
+  "sparsities", None, "Goal sparsities to compare at. Default: --goal_sparsity alone."
+)
+flags.DEFINE_list(
+  "copies", None, "Numbers of copies to compare. Default: --ingredients alone."
+)
+WAIT = 5.0  # seconds between two looks at parts that other processes work on
+
+
+def main(argv: list[str]) -> None:
+  """Compares what the flags say; bad input ends it with one sentence and exit status 2."""
+  try:
+    shared = prepare(argv)
+  except (ValueError, ImportError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  started = time.monotonic()
+  stopped, status, failed = None, 0, {}
+  try:
+    failed = work_through(shared)
+  except (MemoryError, OSError) as error:
+    stopped, status = f"error: {error}", 1
+  except Stopped as error:
+    stopped, status = str(error), error.status
+  except KeyboardInterrupt:
+    stopped, status = "interrupted", 130
+  if run_directory.is_writer():
+    show(shared, write(shared))
+  for part, reason in failed.items():
+    print(f"error: {part.name} failed: {reason}", file=sys.stderr)
+  if stopped:
+    done = sum(is_finished(shared.workdir, part) for part in shared.parts)
+    print(
+      f"{stopped} ({done} of {len(shared.parts)} parts finished; the same flags with "
+      f"--workdir={shared.workdir} go on from what is saved)",
+      file=sys.stderr,
+    )
+  elif not failed:
+    seconds = time.monotonic() - started
+    keeping.say(
+      f"All {len(shared.parts)} parts finished; this time it took {clock(seconds)}."
+    )
+  sys.exit(status or bool(failed))
+
+
+def prepare(argv: list[str]) -> Comparison:
+  """Reads the flags, checks every cell, takes the folder, and makes what parts share.
+
+  Raises:
+    ValueError: something does not fit, or the folder holds another comparison.
+    ImportError: a package is missing.
+  """
+  goals, copies = read_grid()
+  job = running.read_job(argv, max(copies))
+  base = job.settings._replace(ingredients=max(copies))
+  for goal in goals:
+    for m in copies:
+      cell = base._replace(goal_sparsity=goal, ingredients=m)
+      settings.check(cell)
+      method_flags.check(cell, job.method)
+  workdir = storage.as_path(
+    settings.FLAGS.workdir or os.path.join("runs", time.strftime("compare-%Y%m%d-%H%M%S"))
+  )
+  defining = run_directory.defining(base, job.hardware, job.method, job.dataset)
+  common = {k: v for k, v in defining.items() if k not in comparison.GROWS}
+  common["kind"] = "comparison"
+  run = run_directory.read_run(workdir)
+  if run:
+    run_directory.check_same(workdir, run, common)
+  before = run["flags"].get("convolution") if run else None
+  devices = tuning.measured(base, job.hardware, job.method, job.dataset, before)
+  job = job._replace(settings=base, hardware=devices)
+  task = make_task(
+    base._replace(goal_sparsity=max(goals)), devices, job.method, job.dataset
+  )
+  run = run or {"flags": job.flags(), "defining": common, "environment": environment()}
+  seeds = range(base.seed, base.seed + base.seeds)
+  parts = comparison.parts_of(base.baselines, goals, copies, seeds)
+  begin(workdir, run)
+  return Comparison(job, task, workdir, run, defining, parts)
+
+
+def read_grid() -> tuple[list[float], list[int]]:
+  """Goal sparsities and numbers of copies.
+
+  Raises:
+    ValueError: one is not a number, or given twice.
+  """
+  FLAGS = settings.FLAGS
+  grid = []
+  for name, single, kind in (
+    ("sparsities", "goal_sparsity", float),
+    ("copies", "ingredients", int),
+  ):
+    words = FLAGS[name].value or [FLAGS[single].value]
+    try:
+      values = [kind(word) for word in words]
+    except ValueError as error:
+      raise ValueError(
+        f"--{name} is {','.join(words)}: give numbers, such as "
+        + ("0.9,0.95" if kind is float else "3,5")
+      ) from error
+    if len(set(values)) < len(values):
+      raise ValueError(f"--{name} is {','.join(words)}: give each number once")
+    grid.append(values)
+  return grid[0], grid[1]
+
+
+def begin(workdir: storage.epath.Path, run: dict[str, Any]) -> None:
+  """Writes down whose comparison it is.
+
+  Raises:
+    ValueError: the folder cannot be written.
+  """
+  if not run_directory.is_writer():
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_directory.begin(workdir, run, settings.flagfile(run["flags"]))
+  except OSError as error:
+    raise ValueError(
+      f"--workdir {workdir} cannot be written ({error.strerror or error}): choose another "
+      "folder"
+    ) from error
+
+
+def work_through(shared: Comparison) -> dict[Part, str]:
+  """Does all parts that are not done; those of other processes are waited for.
+
+  Returns:
+    Why parts failed: all of their copies diverged.
+  """
+  failed: dict[Part, str] = {}
+  waiting = [part for part in shared.parts if not is_finished(shared.workdir, part)]
+  done = len(shared.parts) - len(waiting)
+  if done:
+    keeping.say(f"{shared.workdir}: {done} of {len(shared.parts)} parts are finished")
+  plan: collections.Counter = collections.Counter()
+  for part in waiting:
+    plan.update(planned(shared, part))
+  signals, quiet = StopSignals(), not run_directory.is_writer()
+  with signals, RunProgress(plan, quiet=quiet) as progress:
+    while waiting:
+      left = []
+      for part in waiting:
+        if is_finished(shared.workdir, part):  # by another process
+          plan.subtract(planned(shared, part))
+          continue
+        dense = Part(DENSE, part.seed)
+        if dense in failed:
+          failed[part] = "its dense training failed"
+        elif part != dense and not is_finished(shared.workdir, dense):
+          left.append(part)
+        else:
+          try:
+            run_part(shared, part, progress, plan, signals)
+            write(shared)
+          except Busy:
+            left.append(part)
+          except FloatingPointError as error:
+            failed[part] = str(error)
+      if left == waiting:
+        wait(len(left), shared.workdir, signals)
+      waiting = left
+  return failed
+
+
+_said: set[str] = set()
+
+
+def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
+  """Gives other processes time; obeys a signal.
+
+  Raises:
+    Stopped: one came.
+  """
+  sentence = f"waiting for other processes in {workdir}"
+  if sentence not in _said:
+    _said.add(sentence)
+    keeping.say(f"{sentence}, which work on the last parts ({parts} left)")
+  time.sleep(WAIT)
+  if signals.noted is not None:
+    raise Stopped(signals.noted)
+
+
+def show(shared: Comparison, results: dict[str, Any]) -> None:
+  """Prints the table of the last phases, and where the rest lies."""
+  cells = results["cells"]
+  if not cells:
+    return
+  header = comparison.HEADER
+  if comparison.has_ood(cells):
+    header += comparison.OOD_HEADER
+  console = Console()
+  console.print(
+    report.console_table(comparison.table(cells), comparison.caption(results), header)
+  )
+  for cell in cells:
+    where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
+    for note in report.notes(cell["seeds"]):
+      console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
+  console.print(
+    f"Took {clock(results['seconds'])}, all parts together. Results, parts and their "
+    f"soups: {shared.workdir}",
+    highlight=False,
+    soft_wrap=True,
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

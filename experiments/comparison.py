@@ -1,0 +1,248 @@
+"""A comparison: its parts, a method with a seed each, and what they add up to."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from experiments import run_directory
+from experiments.methods import SOUP
+from experiments.settings import Settings
+from jaxsms import report, storage
+
+DENSE = "dense"
+# What these do depends on no number of copies, or on no sparsity: done once for all.
+ONE_COPY = (DENSE, "imp", "gmp", "dpf", "bimp")
+NOT_PRUNED = (DENSE, "dense_soup")
+# What a soup's own run measures.
+OF_THE_SOUP = ("soup", "mean_candidate", "best_candidate", "prediction_ensemble")
+PARTS = "parts"
+# What a comparison can have more of later.
+GROWS = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
+
+
+class Part(NamedTuple):
+  """A method with one seed.
+
+  Attributes:
+    method: `dense`, `sms`, or a name of --baselines.
+    seed: decides everything random.
+    goal_sparsity: after the last phase; None where nothing is pruned.
+    ingredients: m; None for a single copy.
+  """
+
+  method: str
+  seed: int
+  goal_sparsity: float | None = None
+  ingredients: int | None = None
+
+  @property
+  def name(self) -> str:
+    """Of its folder."""
+    goal = [] if self.goal_sparsity is None else [f"{self.goal_sparsity:g}"]
+    copies = [] if self.ingredients is None else [f"m{self.ingredients}"]
+    return "-".join([self.method, *goal, *copies, f"seed{self.seed}"])
+
+  def settings(self, shared: Settings) -> Settings:
+    """Those of its run, from what all parts share."""
+    return shared._replace(
+      baselines=() if self.method in (DENSE, SOUP) else (self.method,),
+      goal_sparsity=self.goal_sparsity or 0.0,
+      ingredients=self.ingredients or 1,
+      seed=self.seed,
+      seeds=1,
+    )
+
+  @property
+  def methods(self) -> tuple[str, ...]:
+    """What its run does after dense training."""
+    return () if self.method == DENSE else (self.method,)
+
+
+def parts_of(
+  methods: Sequence[str],
+  goal_sparsities: Sequence[float],
+  copies: Sequence[int],
+  seeds: Iterable[int],
+) -> list[Part]:
+  """Everything to do, each part once, a whole seed before the next.
+
+  Args:
+    methods: names beside the soup.
+    goal_sparsities: after the last phase.
+    copies: numbers of them.
+    seeds: all.
+  """
+  parts = []
+  for seed in seeds:
+    parts.append(Part(DENSE, seed))
+    parts += [
+      Part(
+        method,
+        seed,
+        None if method in NOT_PRUNED else goal,
+        None if method in ONE_COPY else m,
+      )
+      for goal in goal_sparsities
+      for m in copies
+      for method in (SOUP, *methods)
+    ]
+  return list(dict.fromkeys(parts))
+
+
+def folder_of(workdir: storage.epath.Path, part: Part) -> storage.epath.Path:
+  """The run directory of a part."""
+  return workdir / PARTS / part.name
+
+
+def is_finished(workdir: storage.epath.Path, part: Part) -> bool:
+  """Whether its results are there; all processes learn so."""
+  results = run_directory.read_results(folder_of(workdir, part))
+  return run_directory.agreed(bool(results and results.get("finished")))
+
+
+def finished_parts(workdir: str | os.PathLike) -> dict[Part, dict[str, Any]]:
+  """The results of all parts that a comparison's folder holds, by part."""
+  folder = storage.as_path(workdir) / PARTS
+  found = {}
+  for path in sorted(folder.iterdir()) if folder.exists() else []:
+    results = run_directory.read_results(path)
+    if results and results.get("finished") and "part" in results:
+      found[Part(**results["part"])] = results
+  return found
+
+
+def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
+  """What finished parts add up to.
+
+  Args:
+    parts: results by part.
+
+  Returns:
+    For each goal sparsity and number of copies with a soup: `goal_sparsity`,
+    `ingredients`, `seeds` (as in the results of a run, each phase of the soup with the
+    metrics of every method) and `summary`, see `summarized`.
+  """
+  cells: dict[tuple[float, int], dict[int, dict]] = {}
+  for part, results in parts.items():
+    if part.method == SOUP:
+      (entry,) = results["seeds"]
+      entry = {**entry, "phases": [dict(phase) for phase in entry["phases"]]}
+      cells.setdefault((part.goal_sparsity, part.ingredients), {})[part.seed] = entry
+  for part, results in parts.items():
+    if part.method in (DENSE, SOUP):
+      continue
+    for (goal, m), seeds in cells.items():
+      if (
+        part.seed in seeds
+        and part.goal_sparsity in (None, goal)
+        and part.ingredients in (None, m)
+      ):
+        _add(seeds[part.seed], part.method, results["seeds"][0])
+  found = []
+  for goal, m in sorted(cells):
+    seeds = [cells[goal, m][seed] for seed in sorted(cells[goal, m])]
+    cell = {"goal_sparsity": goal, "ingredients": m, "seeds": seeds}
+    found.append(cell | {"summary": summarized(seeds)})
+  return found
+
+
+def _add(entry, method, other):
+  by_phase = {phase["phase"]: phase for phase in other["phases"]}
+  for phase in entry["phases"]:
+    if phase["phase"] in by_phase:
+      phase[method] = by_phase[phase["phase"]][method]
+
+
+def summarized(
+  seeds: list[dict[str, Any]], metric: str = "test_accuracy"
+) -> list[dict[str, Any]]:
+  """Statistics over seeds, phase by phase, of each method over the seeds that have it.
+
+  Args:
+    seeds: as in the results of a run; methods may be missing from some.
+    metric: which one.
+
+  Returns:
+    As `jaxsms.report.summarize` gives; where a method is missing from some seeds, its entry
+    says how many it is of: `seeds`.
+  """
+  whole = report.summarize([_with_only(entry, OF_THE_SOUP) for entry in seeds], metric)
+  names = [name for name in report.METHODS if name not in OF_THE_SOUP]
+  for name in names:
+    having = [e for e in seeds if any(name in phase for phase in e["phases"])]
+    if not having:
+      continue
+    rows = report.summarize([_with_only(entry, ("soup", name)) for entry in having], metric)
+    for row, target in zip(rows, whole, strict=True):
+      if name in row:
+        target[name] = row[name]
+        if len(having) < len(seeds):
+          target[name]["seeds"] = len(having)
+  return whole
+
+
+def _with_only(entry, names):
+  """An entry whose phases hold no other methods."""
+  others = set(report.METHODS) - set(names)
+  phases = [
+    {key: value for key, value in phase.items() if key not in others}
+    for phase in entry["phases"]
+  ]
+  return {**entry, "phases": phases}
+
+
+HEADER = ("Sparsity", "m", "Model", "Test accuracy", "Soup minus it")
+OOD_HEADER = ("OOD accuracy", "Soup minus it")
+
+
+def table(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
+  """The last phases of all cells as text, a table for each.
+
+  Returns:
+    For each cell its rows, with the cells that `HEADER` names, and `OOD_HEADER` where
+    accuracy out of distribution was measured.
+  """
+  found = []
+  for cell in cells:
+    m, summary = cell["ingredients"], cell["summary"]
+    (rows,) = report.rows(summary[-1:], m)
+    names = [name for name in report.METHODS if name in summary[-1]]
+    rows[0][:2] = f"{100 * summary[-1]['sparsity']:.2f} %", str(m)
+    if has_ood(cells):
+      ood = report.rows(summarized(cell["seeds"], "ood_accuracy")[-1:], m)[0]
+      rows = [row + other[3:] for row, other in zip(rows, ood, strict=True)]
+    for row, name in zip(rows, names, strict=True):
+      if n := summary[-1][name].get("seeds"):
+        row[2] += f" ({n} seeds)" if n > 1 else " (1 seed)"
+    found.append(rows)
+  return found
+
+
+def has_ood(cells: list[dict[str, Any]]) -> bool:
+  """Whether accuracy out of distribution was measured in all of them."""
+  return all(
+    math.isfinite(phase["soup"].get("ood_accuracy", math.nan))
+    for cell in cells
+    for seed in cell["seeds"]
+    for phase in seed["phases"]
+  )
+
+
+def caption(results: dict[str, Any]) -> str:
+  """What the table says, in a sentence or two."""
+  flags = results["flags"]
+  dense = report.estimate([m["test_accuracy"] for m in results["dense"].values()])
+  spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
+  text = (
+    f"Test accuracy in percent of {flags['model']} on "
+    f"{report.dataset_title(flags['dataset'])} after {flags['phases']} phases, dense "
+    f"{100 * dense.mean:.2f}{spread}"
+  )
+  n = max(len(cell["seeds"]) for cell in results["cells"])
+  if n == 1:
+    return text + ", one seed."
+  return text + (
+    f", {n} seeds: mean ± standard deviation, and the paired difference between soup and "
+    "model with its 95 % interval."
+  )

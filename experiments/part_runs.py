@@ -1,0 +1,148 @@
+"""The runs of a comparison's parts, each in its own folder, and what they add up to."""
+
+import collections
+import functools
+import math
+from typing import Any, NamedTuple
+
+from experiments import comparison, keeping, methods, run_directory, running, settings
+from experiments.comparison import DENSE, Part, folder_of
+from experiments.environment import environment
+from experiments.progress import RunProgress
+from experiments.running import Job
+from experiments.signals import StopSignals
+from experiments.task import Task
+from experiments.work import Work
+from jaxsms import checkpoint, storage
+from jaxsms.meshes import fetch
+from jaxsms.training.measurements import Describe, Model
+
+MODEL = "model"  # in the folder of a dense part
+
+
+class Comparison(NamedTuple):
+  """What all parts share.
+
+  Attributes:
+    job: flags and data; its settings are those of the largest number of copies.
+    task: data, network and programs.
+    workdir: of the comparison.
+    run: what its `run.json` holds.
+    defining: what the numbers of every part depend on.
+    parts: all, in the order in which they are done.
+  """
+
+  job: Job
+  task: Task
+  workdir: storage.epath.Path
+  run: dict[str, Any]
+  defining: dict[str, Any]
+  parts: list[Part]
+
+
+def planned(shared: Comparison, part: Part) -> dict[int, int]:
+  """Training steps of a part, by the number of copies that a step trains."""
+  chosen = part.settings(shared.job.settings)
+  steps = methods.planned_steps(
+    chosen, shared.job.method, shared.task.steps_per_epoch, part.methods
+  )
+  if part.method != DENSE and shared.job.method.init is None:
+    steps[1] -= chosen.epochs * shared.task.steps_per_epoch
+  return steps
+
+
+def run_part(
+  shared: Comparison,
+  part: Part,
+  progress: RunProgress,
+  plan: collections.Counter,
+  signals: StopSignals,
+) -> None:
+  """Does one part in its own run directory, or what is left of it.
+
+  Raises:
+    Busy: another process is at it.
+    FloatingPointError: all copies diverged.
+    OSError: something cannot be read or written.
+    Stopped: a signal asked for it.
+  """
+  task, chosen = shared.task, part.settings(shared.job.settings)
+  task = task._replace(
+    describe=functools.partial(task.describe, goal_sparsity=chosen.goal_sparsity)
+  )
+  folder = folder_of(shared.workdir, part)
+  run_flags = shared.job._replace(settings=chosen).flags()
+  own = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
+  wanted = {**shared.defining, **{name: getattr(chosen, name) for name in own}}
+  run = {**shared.run, "flags": run_flags, "defining": storage.plain(wanted)}
+  run_directory.check_same(folder, run_directory.read_run(folder) or run, run["defining"])
+  steps = planned(shared, part)
+  keeper = keeping.Keeper(folder, run, shared.job.retention, signals)
+  for sentence in keeper.open(
+    chosen,
+    task,
+    settings.flagfile(run_flags),
+    steps,
+    first_work(shared, part, task.describe),
+  ):
+    keeping.say(sentence)
+  with keeper:
+    plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
+    goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
+    observer = running.make_observer(
+      progress, keeper, folder, chosen, task.steps_per_epoch, goal
+    )
+    if not keeper.seeds:
+      entry = methods.run_seed(chosen, task, keeper.work, observer, part.methods)
+      if part.method == DENSE:
+        run_directory.save_model(folder / MODEL, keeper.work.dense._asdict())
+      keeper.finish_seed(entry)
+    results = {
+      "part": part._asdict(),
+      "flags": {**run_flags, "workdir": str(folder)},
+      "environment": environment(),
+      "ood_sources": task.ood_sources,
+      "seeds": keeper.seeds,
+      "seconds": keeper.seconds(),
+      "finished": True,
+    }
+    run_directory.write_results(folder, results)
+    keeper.forget()
+
+
+def first_work(shared: Comparison, part: Part, describe: Describe) -> Work | None:
+  """What a part begins with: the dense model of its seed, and its metrics.
+
+  What `describe` gives of it depends on the part's goal sparsity.
+
+  Raises:
+    ValueError: that model is damaged.
+  """
+  if part.method == DENSE:
+    return None
+  folder = folder_of(shared.workdir, Part(DENSE, part.seed))
+  metrics = run_directory.read_results(folder)["seeds"][0]["dense"]
+  model = Model(**checkpoint.restore(folder / MODEL, shared.task.shapes._asdict()))
+  return Work(part.seed, dense=model, metrics=metrics | describe(fetch(model.params)))
+
+
+def write(shared: Comparison) -> dict[str, Any]:
+  """Adds up what is finished, into results.json; gives its content."""
+  parts = comparison.finished_parts(shared.workdir)
+  cells = comparison.cells_of(parts)
+  results = {
+    "kind": "comparison",
+    "flags": {**shared.run["flags"], "workdir": str(shared.workdir)},
+    "environment": shared.run["environment"],
+    "ood_sources": shared.task.ood_sources,
+    "methods": sorted({part.method for part in parts} - {DENSE}),
+    "cells": cells,
+    "dense": {
+      str(p.seed): r["seeds"][0]["dense"] for p, r in parts.items() if p.method == DENSE
+    },
+    "seconds": math.fsum(r["seconds"] for r in parts.values()),
+    "finished": set(shared.parts) <= set(parts),
+  }
+  if run_directory.is_writer():
+    storage.write_json(shared.workdir / run_directory.RESULTS_FILE, storage.plain(results))
+  return results
