@@ -138,6 +138,9 @@ SMALL = {
   "experiments.sms": (
     "--epochs=4 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=16 --cpu_devices=1"
   ),
+  "experiments.compare": (
+    "--epochs=2 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=64 --baselines=imp"
+  ),
   "experiments.bench": "--copies=1,2 --steps=2 --rounds=1 --batch_size=4 --width=4",
 }
 # What makes single commands small, by a part of them.
@@ -194,6 +197,7 @@ def save_torch_weights(path):
 
 def run(command):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile longer than they run
   return subprocess.Popen(
     command,
     cwd=ROOT,
@@ -212,7 +216,7 @@ def test_command(command, data, tmp_path):
   if "resnet18.pth" in flags:
     small = small.replace("--width=4", "").replace("--width=64", "")
     save_torch_weights(data / "resnet18.pth")
-  if name == "experiments.sms":
+  if name in ("experiments.sms", "experiments.compare"):
     small += f" --workdir={tmp_path / 'run'} --cache_dir={tmp_path / 'cache'}"
   if "--ingredients=3" in flags:
     small = small.replace("--ingredients=2", "")
@@ -233,7 +237,7 @@ def test_command(command, data, tmp_path):
     output, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert output or process is not processes[0]
-  if name == "experiments.sms":
+  if name != "experiments.bench":
     assert (tmp_path / "run" / "results.json").exists()
 
 
