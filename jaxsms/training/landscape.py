@@ -99,7 +99,7 @@ def measure_landscape(
 
 def lines_between(chosen, on_points) -> list[Record]:
   """A record for each pair of the chosen copies."""
-  positions = np.linspace(0, 1, LINE_POINTS)
+  positions = np.arange(LINE_POINTS) / (LINE_POINTS - 1)
   ends = np.eye(len(chosen))
   pairs = list(combinations(range(len(chosen)), 2))
   weights = [np.outer(1 - positions, ends[i]) + np.outer(positions, ends[j])
