@@ -30,7 +30,7 @@ BATCHES = 2  # of training images, for the batch statistics of each point
 LINE_POINTS = 11
 GRID_SIZES = (11, 9, 7, 5)
 SHARE = 0.05  # of the work of training that a landscape may take ...
-LEAST = 20_000  # ... but so many images it may see in any case
+LEAST = 65_000  # ... but so many images it may see in any case
 PASSES = 3  # forward passes that a training step is worth
 
 
