@@ -26,6 +26,7 @@ def load_train_test(name, data_dir=None, cache_dir=None):
   with _tfds_errors(name):
     builder = _builder(name, data_dir)
     test = _find_test_split(builder, name)
+    _check_splits(builder, name, "train", test)
     arrays = [
       array for split in ("train", test) for array in _split(builder, split, cache_dir)
     ]
@@ -77,14 +78,17 @@ def find_test_split(name: str, data_dir: str | None = None) -> str:
 
 
 def _find_test_split(builder, name):
-  splits = list(builder.info.splits)
-  test = "test" if "test" in splits else "validation"
-  if not {"train", test} <= set(splits):
-    raise ValueError(
-      f"data set {name!r} has only the splits {', '.join(splits)}: give one with "
-      "train, and test or validation"
-    )
+  test = "test" if "test" in builder.info.splits else "validation"
+  _check_splits(builder, name, test)
   return test
+
+
+def _check_splits(builder, name, *needed):
+  if not set(needed) <= set(builder.info.splits):
+    raise ValueError(
+      f"data set {name!r} has only the splits {', '.join(builder.info.splits)}: give one "
+      "with train, and test or validation"
+    )
 
 
 class TfdsExamples:
