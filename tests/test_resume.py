@@ -238,6 +238,7 @@ def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
     work = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
     assert work["method"] == method
     assert set(work["baselines"]) == kept
+    assert "stops, to begin this method anew, at the next" in capsys.readouterr().err
   assert run_until("nothing", workdir) == 0
   assert set(paused) == {"swamp"}
   assert_same_run(workdir, undisturbed)
@@ -253,7 +254,7 @@ def test_signals_save_and_end_with_their_status(number, tmp_path, monkeypatch, c
   assert stopped_at(monkeypatch, 3, workdir, number=number) == 128 + number
   assert signal.getsignal(number) is before
   errors = capsys.readouterr().err.splitlines()
-  assert "saves at the next chunk" in errors[0]
+  assert "saves and stops at the next chunk" in errors[0]
   assert errors[-1].startswith(
     f"stopped by {signal.Signals(number).name} (no seed finished"
   )
