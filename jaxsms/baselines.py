@@ -74,9 +74,7 @@ def imp_reprune(
   for phase in range(1, phases + 1):
     phase_key = jax.random.fold_in(key, phase)
     goal = phase_sparsity(goal_sparsity, phase, phases)
-    pruned = {
-      i: prune_phase(models[i].params, masks[i], goal, prune) for i in healthy
-    }
+    pruned = {i: prune_phase(models[i].params, masks[i], goal, prune) for i in healthy}
     # What diverged before stays as it is, and keeps its place among the copies.
     first = pruned[healthy[0]]
     params = [pruned[i][0] if i in pruned else models[i].params for i in range(copies)]

@@ -145,7 +145,7 @@ def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):
   model, records = reprune([1e38, 0.1, 0.1], [0.1, 0.1, 0.1])
   assert [record["diverged"] for record in records] == [[0], [0]]
   assert "copies [0] diverged" in caplog.text
-  healthy, expected = reprune([0.1, 0.1, 0.1], [0.1, 0.1, 0.1])
+  _, expected = reprune([0.1, 0.1, 0.1], [0.1, 0.1, 0.1])
   for record, whole in zip(records, expected, strict=True):
     for i in (1, 2):  # each run is what it would be without the other
       assert record["candidates"][i] == pytest.approx(whole["candidates"][i], rel=1e-4)

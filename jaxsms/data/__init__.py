@@ -13,7 +13,8 @@ from jaxsms.data.examples import ArrayExamples
 from jaxsms.data.sources import Dataset, StreamedDataset, load, open_streamed
 from jaxsms.data.splits import train_validation_split
 from jaxsms.data.streaming import Batches, Stream, stream
-from jaxsms.data.tfds_source import TfdsExamples, corrupted_sets, load_split
+from jaxsms.data.tfds_corrupted import corrupted_folders, corrupted_sets
+from jaxsms.data.tfds_source import TfdsExamples, load_split
 
 __all__ = [
   "AUGMENTATIONS",
@@ -27,6 +28,7 @@ __all__ = [
   "TfdsExamples",
   "corrupt",
   "corrupted",
+  "corrupted_folders",
   "corrupted_sets",
   "corruptions_for",
   "evaluation_batches",

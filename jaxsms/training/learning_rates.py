@@ -1,4 +1,4 @@
-"""What the copies' steps are taken with: an array, so that the program knows no schedule."""
+"""The learning rates of all steps as an array: the program knows no schedule."""
 
 import jax.numpy as jnp
 import numpy as np
