@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
-from jaxsms import data
+from jaxsms import data, storage
 from jaxsms.data import (
   CORRUPTIONS,
   Dataset,
@@ -87,6 +87,28 @@ def corrupted_test_data(
       make, sources[name] = functools.partial(_own, test), "jaxsms"
     sets[name] = [functools.partial(make, name, n) for n in method.ood_severities]
   return sets, sources
+
+
+def prepared_digests(settings: Settings, method: MethodFlags) -> dict[str, str]:
+  """Digests of the prepared sets that --ood may read, by name: other ones, other figures.
+
+  Raises:
+    ValueError: one cannot be read.
+  """
+  if not method.ood or settings.stream or not prepared_sets(settings):
+    return {}  # what has to be streamed is too much to be read for this
+  digests = {}
+  for whole, folders in data.corrupted_folders(settings.dataset, settings.data_dir).items():
+    name, _, severity = whole.split("/")[1].rpartition("_")
+    wanted = method.ood == ("all",) or name in method.ood
+    if wanted and severity in map(str, method.ood_severities):
+      try:
+        digests[f"{name}_{severity}"] = " ".join(map(storage.content_digest, folders))
+      except OSError as error:
+        raise ValueError(
+          f"{whole} cannot be read ({error.strerror}): prepare it again"
+        ) from error
+  return digests
 
 
 def prepared_sets(settings: Settings) -> list[str]:

@@ -20,7 +20,8 @@ from jaxsms.data.sources import (
 )
 from jaxsms.data.splits import train_validation_split
 from jaxsms.data.streaming import Batches, Stream, stream
-from jaxsms.data.tfds_source import TfdsExamples, corrupted_sets, load_split
+from jaxsms.data.tfds_corrupted import corrupted_folders, corrupted_sets
+from jaxsms.data.tfds_source import TfdsExamples, load_split
 
 __all__ = [
   "AUGMENTATIONS",
@@ -35,6 +36,7 @@ __all__ = [
   "base_name",
   "corrupt",
   "corrupted",
+  "corrupted_folders",
   "corrupted_sets",
   "corruptions_for",
   "evaluation_batches",

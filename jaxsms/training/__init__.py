@@ -1,11 +1,11 @@
 """Training of m copies at once: state and step, jitted programs, the host's loop."""
 
+from jaxsms.training.learning_rates import retrain_learning_rates
 from jaxsms.training.loop import (
   Chunk,
   Saving,
   continue_training,
   fetched,
-  retrain_learning_rates,
   train_chunks,
   train_copies,
 )
