@@ -172,7 +172,12 @@ def _retrain_steps(run: Run) -> int:
 
 
 def _soups(records: list[Record]) -> ByPhase:
-  return {record["phase"]: record["soup"] for record in records}
+  """Metrics by phase, with the copies that diverged, if any did."""
+  return {
+    record["phase"]: record["soup"]
+    | ({"diverged": record["diverged"]} if record.get("diverged") else {})
+    for record in records
+  }
 
 
 def longest(s: Settings, method: MethodFlags) -> float:

@@ -92,8 +92,10 @@ def prepare(argv: list[str]) -> Comparison:
     ImportError: a package is missing.
   """
   goals, copies = read_grid()
-  job = running.read_job(argv, max(copies))
-  base = job.settings._replace(ingredients=max(copies))
+  # What is checked alone, and prepared for, is the cell that takes most.
+  settings.FLAGS.goal_sparsity, settings.FLAGS.ingredients = max(goals), max(copies)
+  job = running.read_job(argv)
+  base = job.settings
   for goal in goals:
     for m in copies:
       cell = base._replace(goal_sparsity=goal, ingredients=m)
@@ -200,6 +202,9 @@ def work_through(shared: Comparison) -> dict[Part, str]:
             left.append(part)
           except FloatingPointError as error:
             failed[part] = str(error)
+          except storage.Damaged as error:
+            keeping.say(f"{error}: set aside, and done again")
+            left += [dense, part]
       if left == waiting:
         wait(len(left), shared.workdir, signals)
       waiting = left

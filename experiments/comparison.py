@@ -108,7 +108,9 @@ def finished_parts(workdir: str | os.PathLike) -> dict[Part, dict[str, Any]]:
   for path in sorted(folder.iterdir()) if folder.exists() else []:
     results = run_directory.read_results(path)
     if results and results.get("finished") and "part" in results:
-      found[Part(**results["part"])] = results
+      part = Part(**results["part"])
+      if part.name == path.name:  # and not one that was set aside
+        found[part] = results
   return found
 
 

@@ -203,6 +203,7 @@ class Keeper:
   def due(self) -> bool:
     """Whether the training under way is to be saved now; the same in all processes."""
     fault_point("chunk")
+    self._signals.saves = True
     waited = is_writer() and time.monotonic() - self._last >= self._interval
     return agreed(waited or self._signals.noted is not None)
 
@@ -225,6 +226,7 @@ class Keeper:
 
   def begin(self, work: Work) -> None:
     """Saves a seed before something that is done again if it is interrupted."""
+    self._signals.saves = False
     self._save(work)
     self.pause()
 
@@ -246,6 +248,7 @@ class Keeper:
     """Takes the results of the seed under way; the next one is under way then."""
     self.seeds.append(entry)
     self.work = Work(self.work.seed + 1)
+    self._signals.saves = True
     self._save(self.work)
     self._series.wait()
 

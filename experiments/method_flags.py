@@ -16,6 +16,7 @@ FLAGS = flags.FLAGS
 VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}
 CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters")
 WITH_SCOPE = ("magnitude", "random", "filters")
+LANDSCAPES = ("last", "all", "none")
 GRADUAL = ("gmp", "gmp_soup", "dpf", "dpf_soup")
 # Their copies share one schedule.
 ONE_SCHEDULE = ("gmp_soup", "dpf_soup", "bimp_soup", "swamp")
@@ -67,9 +68,16 @@ flags.DEFINE_list(
   "ood",
   [],
   "Corruptions of the test images that every model is measured on: names, all, or none. "
-  "Prepared TFDS sets (cifar10_corrupted) come first, then our own on the device.",
+  "Prepared TFDS sets (cifar10_corrupted) come first, then our own on the device; streamed "
+  "data have the former alone.",
 )
 flags.DEFINE_list("ood_severities", ["1", "2", "3", "4", "5"], "Their severities, 1 to 5.")
+flags.DEFINE_string(
+  "landscape",
+  "last",
+  "Phases in which the validation loss between the copies (on lines, and on the plane "
+  "through three) goes into results.json: last, all, or none. Not where data are streamed.",
+)
 flags.DEFINE_boolean("train_metrics", False, "Measures every model on training data too.")
 flags.DEFINE_integer(
   "budget_epochs",
@@ -105,6 +113,7 @@ class MethodFlags(NamedTuple):
   stem: str | None
   ood: tuple[str, ...]
   ood_severities: tuple[int, ...]
+  landscape: str
   train_metrics: bool
   budget_epochs: int
   fixed_after: float
@@ -120,6 +129,7 @@ def read_method(s: Settings) -> MethodFlags:
   """
   values = {name: FLAGS[name].value for name in MethodFlags._fields}
   check_name("variable", values["vary"], VARIABLES)
+  check_name("landscape", values["landscape"], LANDSCAPES)
   for name, least in LEAST.items():
     if values[name] is not None and values[name] < least:
       raise ValueError(f"--{name} is {values[name]}: it must be at least {least}")
@@ -249,8 +259,6 @@ def _check_budget(s, method):
 
 def _check_ood(s, method):
   """The corruptions; whether they fit the images is seen with the data."""
-  if method.ood and s.stream:
-    raise ValueError("--ood corrupts images on the device: leave it out with --stream")
   severities = method.ood_severities
   if any(not 1 <= n <= 5 for n in severities) or len(set(severities)) < len(severities):
     raise ValueError(
@@ -269,6 +277,12 @@ def bimp_epochs(s: Settings, method: MethodFlags) -> tuple[int, int]:
   """Epochs of BIMP's dense training and of each of its cycles, within the budget."""
   cycle = int(method.budget_epochs * (1 - method.fixed_after) / s.phases)
   return method.budget_epochs - cycle * s.phases, cycle
+
+
+def landscape_phases(s: Settings, method: MethodFlags) -> range:
+  """The phases of --landscape."""
+  first = {"last": s.phases, "all": 1, "none": s.phases + 1}[method.landscape]
+  return range(first, s.phases + 1)
 
 
 def model_options(s: Settings, method: MethodFlags) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def run_part(
 
   Raises:
     Busy: another process is at it.
+    Damaged: the dense model that it begins with.
     FloatingPointError: all copies diverged.
     OSError: something cannot be read or written.
     Stopped: a signal asked for it.
@@ -116,13 +117,18 @@ def first_work(shared: Comparison, part: Part, describe: Describe) -> Work | Non
   What `describe` gives of it depends on the part's goal sparsity.
 
   Raises:
-    ValueError: that model is damaged.
+    Damaged: that model is; the part that made it is set aside.
   """
   if part.method == DENSE:
     return None
   folder = folder_of(shared.workdir, Part(DENSE, part.seed))
   metrics = run_directory.read_results(folder)["seeds"][0]["dense"]
-  model = Model(**checkpoint.restore(folder / MODEL, shared.task.shapes._asdict()))
+  try:
+    model = checkpoint.restore(folder / MODEL, shared.task.shapes._asdict())
+  except storage.Damaged:
+    storage.set_aside(folder)
+    raise
+  model = Model(**model)
   return Work(part.seed, dense=model, metrics=metrics | describe(fetch(model.params)))
 
 

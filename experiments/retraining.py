@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.criteria import pruning
-from experiments.method_flags import MethodFlags
+from experiments.method_flags import MethodFlags, landscape_phases
 from experiments.settings import Settings
 from experiments.task import Task
 from experiments.work import Work
@@ -254,6 +254,7 @@ def prune_and_retrain(
     goal_sparsity=settings.goal_sparsity if goal_sparsity is None else goal_sparsity,
     phases=settings.phases,
     greedy=settings.merge == "greedy",
+    landscapes=landscape_phases(settings, task.method) if method == "sms" else (),
     done=done,
     state=take_state(run),
     saving=saving(run),

@@ -1,6 +1,7 @@
 """The folder of one run: what is in it, and whose run it is."""
 
 import hashlib
+import json
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from experiments.hardware import Hardware, bfloat16
 from experiments.method_flags import MethodFlags
+from experiments.ood import prepared_digests
 from experiments.settings import Settings
 from jaxsms import checkpoint, storage
 from jaxsms.data import Dataset, StreamedDataset
@@ -21,6 +23,12 @@ FLAGS_FILE = "flags.txt"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
+# What is compared by its content, and how that is named where it differs.
+OTHER = {
+  "data": "other data",
+  "init": "other weights in --init",
+  "ood_data": "other data for --ood",
+}
 # Where a run finds its data, and how often the host looks, change none of its results.
 NOT_OF_THE_RUN = ("data_dir", "cache_dir", "chunk_steps")
 
@@ -50,6 +58,8 @@ def defining(
   values["precision"] = "bfloat16" if bfloat16(chosen.precision) else "float32"
   values["micro_batches"] = chosen.micro_batches
   values["data"] = fingerprint(dataset)
+  values["init"] = method.init and weights_digest(method.init)
+  values["ood_data"] = prepared_digests(settings, method)
   return storage.plain(values)
 
 
@@ -63,6 +73,18 @@ def fingerprint(dataset: Dataset | StreamedDataset) -> str:
     digest.update(f"{array.dtype} {array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8))
   return digest.hexdigest()
+
+
+def weights_digest(path: str | os.PathLike) -> str:
+  """Tells other weights under the same name: a digest of a model's leaves, or of a file."""
+  path = storage.as_path(path)
+  try:
+    if not path.is_dir():
+      return storage.content_digest(path)
+    leaves = checkpoint.read_manifest(path)["leaves"]
+  except (OSError, ValueError):
+    return "unreadable"  # whoever loads them says why
+  return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
 
 
 def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -116,8 +138,8 @@ def check_same(
   old = old if isinstance(old, dict) else {}
   names = [k for k in old.keys() | wanted.keys() if old.get(k) != wanted.get(k)]
   differing = [
-    "other data"
-    if name == "data"
+    OTHER[name]
+    if name in OTHER
     else f"--{name}={_text(old.get(name))} and not {_text(wanted.get(name))}"
     for name in sorted(names)
   ]

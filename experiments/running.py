@@ -43,12 +43,11 @@ class Job(NamedTuple):
     return {name: value for part in parts for name, value in part._asdict().items()}
 
 
-def read_job(argv: list[str], copies: int | None = None) -> Job:
+def read_job(argv: list[str]) -> Job:
   """Reads flags and data, and starts the devices.
 
   Args:
     argv: what was left on the command line, the program's name first.
-    copies: the largest number that trains at once; None for --ingredients.
 
   Raises:
     ValueError: a flag, or the data, are not as they should be.
@@ -66,9 +65,8 @@ def read_job(argv: list[str], copies: int | None = None) -> Job:
   chosen = settings.read_settings()
   method = method_flags.read_method(chosen)
   retention = keeping.read_retention()
-  copies = copies or chosen.ingredients
-  devices = hardware.read_hardware(chosen.model, copies)
-  hardware.start(devices, chosen.model, copies)
+  devices = hardware.read_hardware(chosen.model, chosen.ingredients)
+  hardware.start(devices, chosen.model, chosen.ingredients)
   dataset = load(chosen)
   return Job(settings.with_data(chosen, dataset), method, retention, devices, dataset)
 

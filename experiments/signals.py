@@ -22,6 +22,8 @@ class StopSignals:
   def __init__(self):
     """Nothing is noted, and nothing installed, before `with`."""
     self.noted: int | None = None
+    self.saves = True
+    """Whether what is under way will be saved; a method done in one go begins anew."""
     self._before = {}
 
   def __enter__(self):
@@ -36,10 +38,9 @@ class StopSignals:
     self.noted = number
     self._restore()
     name = signal.Signals(number).name
-    print(
-      f"{name}: saves at the next chunk of training and stops; again: stops at once",
-      file=sys.stderr,
-    )
+    what = "saves and stops" if self.saves else "stops, to begin this method anew,"
+    print(f"{name}: {what} at the next chunk of training; again: stops at once",
+          file=sys.stderr)  # fmt: skip
 
   def _restore(self):
     for number, handler in self._before.items():

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -108,6 +109,8 @@ def unpacked(
       *model,
     )
   trees = checkpoint.fill({name: like[name] for name in parts}, arrays, what)
+  if programs.mesh_of(copies) is None:  # bound to no device, as what training gives is:
+    trees = jax.tree.map(jnp.array, trees)  # else every program would be compiled again
   return Work(**{k: v for k, v in rest.items() if k != "parts"}, **trees)
 
 
@@ -117,7 +120,7 @@ def _on_devices(shapes, programs, copies):
 
   def leaf(x):
     if mesh is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      sharding = None
     elif programs.split_params:
       sharding = params_sharding(mesh, x.shape, stacked=False)
     else:

@@ -23,6 +23,14 @@ from jaxsms.geometry import (
   soup_geometry,
 )
 from jaxsms.ingredients import map_ingredients, pad_ingredients
+from jaxsms.landscape import (
+  Plane,
+  loss_on_plane,
+  model_on_plane,
+  plane_coordinates,
+  plane_grid,
+  plane_through,
+)
 from jaxsms.meshes import fit_mesh, make_mesh
 from jaxsms.metrics import (
   accuracy,
@@ -58,6 +66,7 @@ __version__ = "0.1.0"
 
 __all__ = [
   "Phase",
+  "Plane",
   "SparseSoup",
   "accuracy",
   "agreement",
@@ -75,16 +84,21 @@ __all__ = [
   "layer_sparsities",
   "loss_along_line",
   "loss_barrier",
+  "loss_on_plane",
   "magnitude_masks",
   "make_mesh",
   "map_ingredients",
   "masked",
   "masks_from_keys",
   "merge_phase",
+  "model_on_plane",
   "multiply_adds",
   "n_m_masks",
   "pad_ingredients",
   "phase_sparsity",
+  "plane_coordinates",
+  "plane_grid",
+  "plane_through",
   "prediction_ensemble",
   "pretrain_schedule",
   "prunable",

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, magnitude_masks, phase_sparsity
-from jaxsms.sms import Merge, Prune, finite_models, prune_phase
+from jaxsms.sms import Merge, Prune, healthy_copies, prune_phase
 from jaxsms.soups import uniform_soup
 from jaxsms.training.loop import Chunk, continue_training, train_copies
 from jaxsms.training.measurements import Describe, Model, Record, Splits
@@ -40,7 +39,8 @@ def imp_reprune(
 ) -> tuple[Model, list[Record]]:
   """IMP-RePrune: m runs of IMP, averaged and pruned again to their sparsity.
 
-  The runs never see the average: each goes on from itself, with its own masks.
+  The runs never see the average: each goes on from itself, with its own masks. One that
+  diverges is left out of this phase's average and of all that follow.
 
   Args:
     programs: made with `own_masks`.
@@ -64,20 +64,23 @@ def imp_reprune(
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
-    FloatingPointError: a run diverged.
+    FloatingPointError: all runs diverged.
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 3
   """
   models, masks, records = [dense] * copies, [None] * copies, []
+  healthy = list(range(copies))
   for phase in range(1, phases + 1):
     phase_key = jax.random.fold_in(key, phase)
     goal = phase_sparsity(goal_sparsity, phase, phases)
-    params, masks, pruned = zip(
-      *(prune_phase(x.params, m, goal, prune) for x, m in zip(models, masks, strict=True)),
-      strict=True,
-    )
-    plans = [plan({"phase": phase, **record}) for record in pruned]
+    pruned = {i: prune_phase(models[i].params, masks[i], goal, prune) for i in healthy}
+    # What diverged before stays as it is, and keeps its place among the copies.
+    first = pruned[healthy[0]]
+    params = [pruned[i][0] if i in pruned else models[i].params for i in range(copies)]
+    masks = [pruned.get(i, first)[1] for i in range(copies)]
+    sparsities = [pruned.get(i, first)[2] for i in range(copies)]
+    plans = [plan({"phase": phase, **record}) for record in sparsities]
     state = continue_training(
       programs,
       splits.train,
@@ -92,15 +95,12 @@ def imp_reprune(
       on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
     )
     candidates = Model(state.params, state.batch_stats)
-    if not np.all(fetch(finite_models(candidates))):
-      raise FloatingPointError(
-        f"one of {copies} runs of IMP diverged: lower the learning rate"
-      )
+    healthy = healthy_copies(candidates)
     average, merged = merge_candidates(
       programs, splits, phase_key, candidates, repruned(goal, prune), describe=describe
     )
-    record = {"phase": phase, "sparsity": pruned[0]["sparsity"], **merged}
-    models, masks = unstack(candidates), list(masks)
+    record = {"phase": phase, "sparsity": first[2]["sparsity"], **merged}
+    models = unstack(candidates)
     records.append(record)
     if on_phase is not None:
       on_phase(record)

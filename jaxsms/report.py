@@ -215,6 +215,13 @@ def notes(seeds: list[Results]) -> list[str]:
           f"{where}: {len(diverged)} of {len(phase['candidates'])} copies diverged and are "
           f"left out (from 0: {copies})."
         )
+      for name in METHODS:
+        if diverged := phase.get(name, {}).get("diverged"):
+          copies = ", ".join(map(str, diverged))
+          title = METHODS[name].format(m=len(phase["candidates"]))
+          found.append(
+            f"{where}, {title}: copies that diverged are left out (from 0: {copies})."
+          )
       if failed := phase.get("averaging_failed"):
         found.append(
           f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "

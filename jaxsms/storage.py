@@ -125,6 +125,26 @@ def set_aside(path: epath.Path) -> epath.Path:
   return path.rename(aside)
 
 
+def content_digest(path: str | os.PathLike) -> str:
+  """A digest of a file's bytes, or of the names and bytes of all files in a folder.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  path, digest = as_path(path), hashlib.sha256()
+  for file in _files(path):
+    digest.update(f"{file.relative_to(path)}\0".encode())
+    with file.open("rb") as reader:
+      digest.update(hashlib.file_digest(reader, "sha256").digest())
+  return digest.hexdigest()
+
+
+def _files(path):
+  if not path.is_dir():
+    return [path]
+  return [file for child in sorted(path.iterdir()) for file in _files(child)]
+
+
 def write_json(path: epath.Path, document: dict[str, Any]) -> None:
   """Writes a document with its format's version and a digest of it all."""
   document = plain({**document, "format": FORMAT})

@@ -32,10 +32,26 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """For tests whose programs run once or twice and take far longer to compile."""
+  """For tests whose programs run once or twice and take far longer to compile.
+
+  JAX takes a program that it has compiled already for the same function and shapes, however
+  it was compiled; another one of the same function, for other shardings say, would round
+  differently beside it. So nothing compiled one way is left for the other.
+  """
+  with quickly_compiled():
+    yield
+
+
+@contextlib.contextmanager
+def quickly_compiled():
+  """Compiles with few optimizations, and forgets all programs before and after."""
+  jax.clear_caches()
   jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,18 @@
-"""The main job inside the process of the tests."""
+"""The main job inside the process of the tests, or as a command, and what it leaves."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
 
 from experiments import hardware, keeping, method_flags, settings, sms
+from jaxsms import checkpoint, faults
 
+ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = (
   *settings.Settings._fields,
   *method_flags.MethodFlags._fields,
@@ -25,3 +36,48 @@ def run(*flags):
   except SystemExit as stop:
     return stop.code
   return 0
+
+
+SMALL = (
+  "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
+  "--batch_size=64", "--goal_sparsity=0.75", "--chunk_steps=8", "--save_minutes=0",
+  "--mesh=none", "--baselines=",
+)  # fmt: skip
+TWO = ("--seeds=2", "--baselines=imp")
+
+
+def results(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+def assert_same_run(workdir, other):
+  """Bit by bit the same, but for times and where it lies."""
+  a, b = results(workdir), results(other)
+  for name in ("seeds", "summary", "finished", "environment"):
+    assert a[name] == b[name], name
+  metrics = (workdir / "metrics.jsonl").read_bytes()
+  assert metrics == (other / "metrics.jsonl").read_bytes()
+  for seed in a["seeds"]:
+    soups = [
+      checkpoint.restore(w / "soup" / f"seed_{seed['seed']}") for w in (workdir, other)
+    ]
+    assert jax.tree.structure(soups[0]) == jax.tree.structure(soups[1])
+    for x, y in zip(*map(jax.tree.leaves, soups), strict=True):
+      np.testing.assert_array_equal(
+        np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)
+      )
+
+
+def start(workdir, *flags, fault=""):
+  command = [sys.executable, "-m", "experiments.sms", *SMALL, *flags]
+  return subprocess.Popen(
+    [*command, f"--workdir={workdir}"], cwd=ROOT, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    env={**os.environ, faults.VARIABLE: fault},
+  )  # fmt: skip
+
+
+def assert_no_traceback(process):
+  _, errors = process.communicate()
+  assert "Traceback" not in errors, errors
+  return errors

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsms import models, report, training
+from jaxsms.baselines import imp_reprune
 from jaxsms.sms import finite_models
 from jaxsms.training.failures import MARGIN, averaging_failure
 from jaxsms.training.phases import Model, Splits, best_candidate, run_phases
@@ -115,6 +116,44 @@ def test_a_loss_that_was_not_finite_once_ends_a_copy(dense):
   np.testing.assert_array_equal(finite_models(trained), [False, True, False])
 
 
+def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):
+  own = training.make_programs(
+    models.create("mlp", 3, hidden=(6,), dropout=0.0),
+    training.sgd,
+    training_images=lambda key, images: images / 255 - 0.5,
+    evaluation_images=lambda images: images / 255 - 0.5,
+    batch_size=4,
+    own_masks=True,
+  )
+
+  def reprune(first, later, copies=3):
+    varied = {
+      "seed": np.arange(copies, dtype=np.int32),
+      "weight_decay": np.zeros(copies, np.float32),
+      "steps": np.full(copies, 12, np.int32),
+    }
+
+    def plan(record):
+      rates = np.float32(first if record["phase"] == 1 else later)
+      return varied, np.tile(rates[:, None], (1, 12))
+
+    return imp_reprune(
+      own, SPLITS, jax.random.key(0), dense, plan, copies, goal_sparsity=0.5, phases=2,
+      chunk_steps=3,
+    )  # fmt: skip
+
+  model, records = reprune([1e38, 0.1, 0.1], [0.1, 0.1, 0.1])
+  assert [record["diverged"] for record in records] == [[0], [0]]
+  assert "copies [0] diverged" in caplog.text
+  _, expected = reprune([0.1, 0.1, 0.1], [0.1, 0.1, 0.1])
+  for record, whole in zip(records, expected, strict=True):
+    for i in (1, 2):  # each run is what it would be without the other
+      assert record["candidates"][i] == pytest.approx(whole["candidates"][i], rel=1e-4)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model))
+  with rejects("3 copies is not finite after step", FloatingPointError):
+    reprune([0.1, 0.1, 0.1], [1e38, 1e38, 1e38])
+
+
 def test_all_diverging_ends_with_one_sentence(programs, dense, rejects):
   done = []
   saving = training.Saving(lambda: False, None, done.append)
@@ -174,3 +213,7 @@ def test_a_failed_average_is_in_the_record_and_below_the_table(programs, dense):
   assert notes[0].startswith("Seed 7, phase 1: 1 of 3 copies diverged")
   assert "averaging failed" in notes[1]
   assert f"the loss rises by {failed['barrier']:.3g}" in notes[1]
+  phase = {"phase": 2, "candidates": [{}] * 3, "imp_reprune": {"diverged": [0, 2]}}
+  (note,) = report.notes([{"seed": 8, "phases": [phase]}])
+  assert note.startswith("Seed 8, phase 2, IMP-RePrune: ")
+  assert "left out (from 0: 0, 2)" in note

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_data import prepare
 from test_experiments import SMALL, parse, run
 
 from experiments import hardware, method_flags, methods, settings
@@ -249,6 +250,37 @@ def test_prepared_corruptions_come_before_our_own(monkeypatch):
   assert made("--ood=none") == ({}, {})
   prepared.clear()
   assert list(made("--ood=all")[0]) == data.corruptions_for(3)
+
+
+def test_streamed_corruptions_are_read_as_prepared(tmp_path):
+  images = {
+    name: [(np.full((6, 8, 3), 40 * i + 20 * j, np.uint8), j) for j in range(2)]
+    for i, name in enumerate(("fog_1", "fog_2", "snow_1"))
+  }
+  for name, pairs in images.items():
+    prepare(tmp_path, {"validation": pairs}, called="tiny_corrupted", config=name)
+  flags = ["--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=4"]
+  flags += ["--ood_severities=1,2"]
+  assert list(corrupted_test_data(*read(*flags, "--ood=all"), None, None)[0]) == ["fog"]
+  sets, sources = corrupted_test_data(*read(*flags, "--ood=fog"), None, None)
+  assert sources == {"fog": "tfds"}
+  for made, name in zip(sets["fog"], ("fog_1", "fog_2"), strict=True):
+    test = made()
+    assert test.size == 2
+    found = [test.source[i] for i in range(2)]
+    for image, label in found:
+      (wanted,) = {int(x[0, 0, 0]) for x, y in images[name] if y == label}
+      cropped = test.eval_transform(image)
+      assert cropped.shape == (4, 4, 3)
+      assert (cropped == wanted).all()
+
+
+def test_streamed_corruptions_that_are_not_prepared(tmp_path, rejects):
+  flags = ["--dataset=tiny", f"--data_dir={tmp_path}", "--stream"]
+  with rejects("--ood has fog: streamed images are not corrupted here, prepare tiny_corr"):
+    corrupted_test_data(*read(*flags, "--ood=fog"), None, None)
+  with rejects("TFDS has no tiny_corrupted prepared"):
+    corrupted_test_data(*read(*flags, "--ood=all"), None, None)
 
 
 def test_budgets_resample_the_schedule():

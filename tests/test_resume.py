@@ -1,47 +1,25 @@
-"""Runs that are killed, stopped, damaged, and go on: they end as undisturbed ones do."""
+"""Runs that are stopped or damaged, and go on: they end as undisturbed ones do."""
 
-import contextlib
 import errno
-import json
 import os
 import pathlib
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
-import hypothesis
-import jax
-import numpy as np
 import pytest
 import store
-from hypothesis import strategies as st
-from main_job import parse, run
+from main_job import SMALL, TWO, assert_same_run, parse, results, run
 
 from experiments import (
   hardware,
   keeping,
   lock,
-  method_flags,
-  run_directory,
   settings,
   tuning,
 )
-from jaxsms import checkpoint, data, faults, report, storage
+from jaxsms import checkpoint, report, storage
 
-ROOT = pathlib.Path(__file__).parent.parent
-SMALL = (
-  "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
-  "--batch_size=64", "--goal_sparsity=0.75", "--chunk_steps=8", "--save_minutes=0",
-  "--mesh=none", "--baselines=",
-)  # fmt: skip
-TWO = ("--seeds=2", "--baselines=imp")
-pytestmark = [
-  pytest.mark.usefixtures("quick_compilation", "quick_figures"),
-  pytest.mark.slow,
-]
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
 
 @pytest.fixture(scope="module")
@@ -52,116 +30,6 @@ def quick_figures():
       report, "accuracy_figure", lambda results, path: pathlib.Path(path).touch()
     )
     yield
-
-
-def results(workdir):
-  return json.loads((workdir / "results.json").read_text())
-
-
-def assert_same_run(workdir, other):
-  """Bit by bit the same, but for times and where it lies."""
-  a, b = results(workdir), results(other)
-  for name in ("seeds", "summary", "finished", "environment"):
-    assert a[name] == b[name], name
-  metrics = (workdir / "metrics.jsonl").read_bytes()
-  assert metrics == (other / "metrics.jsonl").read_bytes()
-  for seed in a["seeds"]:
-    soups = [
-      checkpoint.restore(w / "soup" / f"seed_{seed['seed']}") for w in (workdir, other)
-    ]
-    assert jax.tree.structure(soups[0]) == jax.tree.structure(soups[1])
-    for x, y in zip(*map(jax.tree.leaves, soups), strict=True):
-      np.testing.assert_array_equal(
-        np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)
-      )
-
-
-def start(workdir, *flags, fault=""):
-  command = [sys.executable, "-m", "experiments.sms", *SMALL, *flags]
-  return subprocess.Popen(
-    [*command, f"--workdir={workdir}"], cwd=ROOT, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    env={**os.environ, faults.VARIABLE: fault},
-  )  # fmt: skip
-
-
-def assert_no_traceback(process):
-  _, errors = process.communicate()
-  assert "Traceback" not in errors, errors
-  return errors
-
-
-# Each name is passed so many times after the place where the run was killed before.
-KILLS = (
-  "write run.json:1",
-  "save arrays:4",  # the arrays are there, what belongs to them is not
-  "save begins:7",
-  "merge:1",
-  "remove:2",
-  "write manifest.json:1",
-  "write results.json:1",
-)
-
-
-def test_killed_at_named_places_it_ends_as_if_undisturbed(tmp_path):
-  undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-  other = start(undisturbed)
-  for fault in KILLS:
-    process = start(killed, fault=fault)
-    assert_no_traceback(process)
-    assert process.returncode == -signal.SIGKILL, fault
-    # The last line may be torn: what was written after the last checkpoint is dropped.
-    with (
-      contextlib.suppress(FileNotFoundError),
-      open(killed / "metrics.jsonl", "rb+") as file,
-    ):
-      file.seek(0, os.SEEK_END)
-      file.write(b'{"seed": 0, "meth')
-  process = start(killed)
-  assert "resuming" in assert_no_traceback(process)
-  assert process.returncode == 0
-  assert_no_traceback(other)
-  assert other.returncode == 0
-  assert_same_run(killed, undisturbed)
-
-
-def killed_at_random(workdir, kills, rng, *flags):
-  """Kills a run so often, some seconds or chunks after each start, and lets it finish."""
-  hit = 0
-  for _ in range(10 * kills):
-    at_chunk = rng.random() < 0.5
-    fault = f"chunk:{rng.randint(1, 20)}" if at_chunk and hit < kills else ""
-    process = start(workdir, *flags, fault=fault)
-    if hit < kills and not at_chunk:
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(1.0, 8.0))
-      process.kill()
-    assert_no_traceback(process)
-    if process.returncode == 0:
-      if hit >= kills:
-        return hit
-      shutil.rmtree(workdir)  # too quick: begin anew, the kills so far count
-    else:
-      assert process.returncode == -signal.SIGKILL
-      hit += 1
-  raise AssertionError(f"only {hit} kills hit")
-
-
-@pytest.mark.slow
-def test_soak_twenty_random_kills(tmp_path):
-  flags = (
-    "--seeds=4",
-    "--baselines=imp,imp_mx",
-    "--epochs=4",
-    "--phases=3",
-    "--goal_sparsity=0.9",
-  )
-  seed = int(os.environ.get("JAXSMS_SOAK_SEED", time.time()))
-  print(f"JAXSMS_SOAK_SEED={seed}")
-  undisturbed = start(tmp_path / "undisturbed", *flags)
-  assert_no_traceback(undisturbed)
-  killed_at_random(tmp_path / "killed", 20, random.Random(seed), *flags)
-  assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +83,7 @@ METHODS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
   pause, paused = keeping.Keeper.pause, []
@@ -238,6 +107,7 @@ def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
     work = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
     assert work["method"] == method
     assert set(work["baselines"]) == kept
+    assert "stops, to begin this method anew, at the next" in capsys.readouterr().err
   assert run_until("nothing", workdir) == 0
   assert set(paused) == {"swamp"}
   assert_same_run(workdir, undisturbed)
@@ -253,7 +123,7 @@ def test_signals_save_and_end_with_their_status(number, tmp_path, monkeypatch, c
   assert stopped_at(monkeypatch, 3, workdir, number=number) == 128 + number
   assert signal.getsignal(number) is before
   errors = capsys.readouterr().err.splitlines()
-  assert "saves at the next chunk" in errors[0]
+  assert "saves and stops at the next chunk" in errors[0]
   assert errors[-1].startswith(
     f"stopped by {signal.Signals(number).name} (no seed finished"
   )
@@ -287,6 +157,7 @@ def test_other_flags_are_refused_and_named(copy, capsys):
   assert "--hidden=16 and not 16,8, --learning_rate=0.1 and not 0.2" in message
 
 
+@pytest.mark.slow
 def test_where_it_computes_and_finds_data_may_differ(copy, undisturbed, tmp_path):
   flags = ("--mesh=2x1", "--chunk_steps=9", "--save_minutes=5", f"--cache_dir={tmp_path}")
   assert again(copy, *flags) == 0
@@ -296,24 +167,6 @@ def test_where_it_computes_and_finds_data_may_differ(copy, undisturbed, tmp_path
       numbers = {k: v for k, v in y["soup"].items() if k != "layer_sparsities"}
       got = {k: x["soup"][k] for k in numbers}
       assert got == pytest.approx(numbers, rel=1e-2, abs=2e-2)  # rounding, through training
-
-
-def test_other_data_under_the_same_name_are_refused(rejects):
-  images, labels = np.zeros((40, 2, 2, 1), np.uint8), np.arange(40) % 3
-  one = data.Dataset("a.npz", images, labels, images, labels, 3, [0.0], [1.0], None)
-  parse("--dataset=folder/a.npz")
-  chosen, devices = settings.read_settings(), hardware.read_hardware("mlp", 2)
-  method = method_flags.read_method(chosen)
-  wanted = run_directory.defining(chosen, devices, method, one)
-  moved = chosen._replace(dataset="elsewhere/a.npz")
-  run_directory.check_same(
-    "run", {"defining": wanted}, run_directory.defining(moved, devices, method, one)
-  )
-  other = one._replace(test_labels=labels[::-1])
-  with rejects("holds another run, with other data"):
-    run_directory.check_same(
-      "run", {"defining": wanted}, run_directory.defining(chosen, devices, method, other)
-    )
 
 
 def truncate(folder):
@@ -332,7 +185,9 @@ def lose(folder):
   (folder / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lose])
+@pytest.mark.parametrize(
+  "damage", [flip, *(pytest.param(d, marks=pytest.mark.slow) for d in (truncate, lose))]
+)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
   damage, copy, undisturbed, capsys
 ):
@@ -346,6 +201,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
   assert_same_run(copy, undisturbed)
 
 
+@pytest.mark.slow
 def test_without_any_whole_checkpoint_finished_seeds_are_kept(copy, undisturbed, capsys):
   for folder in checkpoints(copy):
     lose(folder)
@@ -357,6 +213,7 @@ def test_without_any_whole_checkpoint_finished_seeds_are_kept(copy, undisturbed,
   assert results(copy)["seeds"] == results(undisturbed)["seeds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_a_lost_run_file_is_written_anew_from_a_checkpoint(
   damage, copy, undisturbed, capsys
@@ -373,6 +230,7 @@ def test_a_lost_run_file_is_written_anew_from_a_checkpoint(
   assert_same_run(copy, undisturbed)
 
 
+@pytest.mark.slow
 def test_damaged_results_of_a_finished_run_come_from_its_checkpoint(undisturbed, tmp_path):
   copy = pathlib.Path(shutil.copytree(undisturbed, tmp_path / "copy"))
   damaged = (copy / "results.json").read_bytes()[:-40]
@@ -414,6 +272,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):
   assert "cannot be written (Permission denied)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
   tmp_path, undisturbed, monkeypatch, capsys
 ):
@@ -435,6 +294,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
   assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_on_an_object_store(tmp_path, undisturbed, monkeypatch, capsys):
   monkeypatch.setattr(lock, "BEAT", 0.05)
   monkeypatch.setattr(lock, "WATCH", 0.5)
@@ -452,30 +312,3 @@ def test_a_resumed_run_keeps_the_convolution_that_it_measured():
   devices = hardware.read_hardware("resnet8", 2)
   found = tuning.measured(settings.read_settings(), devices, None, None, before="loop")
   assert found.convolution == "loop"
-
-
-JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-NAMES = st.sampled_from(["flags", "defining", "environment", "seeds", "finished", "format"])
-DOCUMENTS = st.dictionaries(NAMES, JSON | st.dictionaries(st.text(), JSON))
-
-
-@hypothesis.given(
-  st.sampled_from(["run.json", "results.json"]),
-  st.binary() | DOCUMENTS.map(json.dumps).map(str.encode) | DOCUMENTS,
-)
-def test_any_run_directory_is_read_or_refused(tmp_path_factory, name, content):
-  workdir = tmp_path_factory.mktemp("fuzz")
-  if isinstance(content, dict):
-    storage.write_json(storage.as_path(workdir / name), content)
-  else:
-    (workdir / name).write_bytes(content)
-  with contextlib.suppress(ValueError):
-    found = run_directory.read_run(workdir)
-    assert isinstance(found, dict)
-    with pytest.raises(ValueError, match="holds another run, with"):
-      run_directory.check_same(workdir, found, {"epochs": 1, "hidden": [1]})
-  with contextlib.suppress(ValueError):
-    assert isinstance(run_directory.read_results(workdir), dict | None)

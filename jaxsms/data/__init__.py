@@ -15,10 +15,18 @@ from jaxsms.data.corruptions import CORRUPTIONS, corrupt, corrupted, corruptions
 from jaxsms.data.crops import random_resized_crop, resize_centre_crop
 from jaxsms.data.evaluation import EvaluationBatch, evaluation_batches
 from jaxsms.data.examples import ArrayExamples
-from jaxsms.data.sources import Dataset, StreamedDataset, load, open_streamed
+from jaxsms.data.sources import (
+  Dataset,
+  StreamedDataset,
+  base_name,
+  load,
+  open_streamed,
+  open_streamed_test,
+)
 from jaxsms.data.splits import train_validation_split
 from jaxsms.data.streaming import Batches, Stream, stream
-from jaxsms.data.tfds_source import TfdsExamples, corrupted_sets, load_split
+from jaxsms.data.tfds_corrupted import corrupted_folders, corrupted_sets
+from jaxsms.data.tfds_source import TfdsExamples, load_split
 
 __all__ = [
   "AUGMENTATIONS",
@@ -30,8 +38,10 @@ __all__ = [
   "Stream",
   "StreamedDataset",
   "TfdsExamples",
+  "base_name",
   "corrupt",
   "corrupted",
+  "corrupted_folders",
   "corrupted_sets",
   "corruptions_for",
   "evaluation_batches",
@@ -40,6 +50,7 @@ __all__ = [
   "load_split",
   "normalize",
   "open_streamed",
+  "open_streamed_test",
   "random_resized_crop",
   "resize_centre_crop",
   "stream",

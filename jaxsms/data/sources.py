@@ -90,10 +90,10 @@ def open_streamed(name: str, data_dir: str | None = None) -> StreamedDataset:
     ValueError: see `jaxsms.data.TfdsExamples`, or there is no test split or no number of
       classes.
   """
-  from jaxsms.data.tfds_source import TfdsExamples, find_test_split
+  from jaxsms.data.tfds_source import TfdsExamples
 
   train = TfdsExamples(name, "train", data_dir)
-  test = TfdsExamples(name, find_test_split(name, data_dir), data_dir)
+  test = open_streamed_test(name, data_dir)
   if not train.num_classes:
     raise ValueError(f"data set {name!r} does not say how many classes it has")
   rgb = NORMALIZATION["imagenet2012"]
@@ -102,6 +102,24 @@ def open_streamed(name: str, data_dir: str | None = None) -> StreamedDataset:
   if len(mean) != channels:
     mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
   return StreamedDataset(name, train, test, train.num_classes, mean, std, "none")
+
+
+def open_streamed_test(name: str, data_dir: str | None = None) -> Examples:
+  """Opens the test images of a TFDS data set, such as "imagenet2012_corrupted/fog_1".
+
+  Args:
+    name: TFDS name.
+    data_dir: where TFDS prepared its data; None means TFDS's own default.
+
+  Returns:
+    Its split "test", or "validation" where that is missing.
+
+  Raises:
+    ValueError: see `jaxsms.data.TfdsExamples`, or there is neither.
+  """
+  from jaxsms.data.tfds_source import TfdsExamples, find_test_split
+
+  return TfdsExamples(name, find_test_split(name, data_dir), data_dir)
 
 
 def base_name(name: str) -> str:

@@ -26,6 +26,7 @@ def load_train_test(name, data_dir=None, cache_dir=None):
   with _tfds_errors(name):
     builder = _builder(name, data_dir)
     test = _find_test_split(builder, name)
+    _check_splits(builder, name, "train", test)
     arrays = [
       array for split in ("train", test) for array in _split(builder, split, cache_dir)
     ]
@@ -77,14 +78,17 @@ def find_test_split(name: str, data_dir: str | None = None) -> str:
 
 
 def _find_test_split(builder, name):
-  splits = list(builder.info.splits)
-  test = "test" if "test" in splits else "validation"
-  if not {"train", test} <= set(splits):
-    raise ValueError(
-      f"data set {name!r} has only the splits {', '.join(splits)}: give one with "
-      "train, and test or validation"
-    )
+  test = "test" if "test" in builder.info.splits else "validation"
+  _check_splits(builder, name, test)
   return test
+
+
+def _check_splits(builder, name, *needed):
+  if not set(needed) <= set(builder.info.splits):
+    raise ValueError(
+      f"data set {name!r} has only the splits {', '.join(builder.info.splits)}: give one "
+      "with train, and test or validation"
+    )
 
 
 class TfdsExamples:
@@ -146,33 +150,6 @@ class TfdsExamples:
   def __repr__(self) -> str:
     """The same in every process that reads the same data."""
     return f"TfdsExamples({self._name}, {self._split}, {len(self)} examples)"
-
-
-def corrupted_sets(name: str, data_dir: str | None = None) -> list[str]:
-  """Names the prepared corrupted versions of a data set, for `load_split`.
-
-  Args:
-    name: TFDS name of the clean data set, such as "cifar10".
-    data_dir: where TFDS prepared its data; None means TFDS's own default.
-
-  Returns:
-    Sorted names such as "cifar10_corrupted/brightness_1"; empty where none is prepared.
-
-  References:
-    https://www.tensorflow.org/datasets/catalog/cifar10_corrupted
-  """
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core.utils import file_utils
-
-  whole = re.match(r"\w*", name, re.ASCII)[0] + "_corrupted"
-  data_dir = os.path.expanduser(data_dir) if data_dir else None
-  return sorted(
-    {
-      f"{whole}/{info.parent.parent.name}"
-      for folder in file_utils.list_data_dirs(data_dir)
-      for info in (tfds.core.Path(folder) / whole).glob("*/*/dataset_info.json")
-    }
-  )
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 `METRICS`: what every model is measured by, functions of logits and labels by name.
 """
 
+from jaxsms.training.learning_rates import retrain_learning_rates
 from jaxsms.training.loop import (
   Chunk,
   Saving,
   continue_training,
   fetched,
-  retrain_learning_rates,
   train_chunks,
   train_copies,
 )

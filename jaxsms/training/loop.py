@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
-from jaxsms.schedules import retrain_schedule
 from jaxsms.sms import finite_models
 from jaxsms.training.memory import says_what_fits
 from jaxsms.training.programs import Programs
@@ -334,34 +333,3 @@ def _copies(m: int) -> str:
 def chunk_length(steps_per_epoch: int, most: int) -> int:
   """The length of the equal chunks of at most `most` steps that make up an epoch."""
   return -(-steps_per_epoch // -(-steps_per_epoch // most))
-
-
-def retrain_learning_rates(
-  name: str,
-  pretrain_lrs: np.ndarray,
-  steps: np.ndarray,
-  *,
-  initial_lr: np.ndarray | None = None,
-  **options,
-) -> np.ndarray:
-  """The learning rate of every step of every copy.
-
-  Args:
-    name: retraining schedule, see `jaxsms.retrain_schedule`.
-    pretrain_lrs: float [pretraining steps].
-    steps: int [m], steps of each copy.
-    initial_lr: float [m] for LLR, or None.
-    **options: further arguments of `jaxsms.retrain_schedule`, the same for all copies.
-
-  Returns:
-    float32 [m, max(steps)]; past its own steps a copy's entries mean nothing.
-  """
-  lrs = jnp.asarray(pretrain_lrs, jnp.float32)
-  at = jnp.arange(int(np.max(steps)))
-  rows = [
-    retrain_schedule(
-      name, lrs, int(n), initial_lr=None if initial_lr is None else initial_lr[i], **options
-    )(at)
-    for i, n in enumerate(steps)
-  ]
-  return np.asarray(jnp.stack(rows))

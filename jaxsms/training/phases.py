@@ -1,7 +1,7 @@
 """The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, healthy_copies, merge_phase, prune_phase
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training.failures import averaging_failure
+from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import Chunk, Saving, train_copies
 from jaxsms.training.measurements import (
   Describe,
@@ -84,6 +85,7 @@ def run_phases(
   merge: Merge = uniform_soup,
   greedy: bool = False,
   describe: Describe | None = None,
+  landscapes: Collection[int] = (),
   chunk_steps: int = 50,
   on_chunk: Callable[[int, Chunk], None] | None = None,
   on_phase: Callable[[Record], None] | None = None,
@@ -107,6 +109,7 @@ def run_phases(
     merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
     greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
     describe: gives what to record of one model's weights beside its metrics.
+    landscapes: phases in which the loss between the candidates is measured.
     chunk_steps: see `train_copies`.
     on_chunk: called with the phase and each chunk of training.
     on_phase: called with each phase's record.
@@ -117,7 +120,8 @@ def run_phases(
   Returns:
     The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, metrics
     of `pruned` (before retraining), `pruning_instability` (the share of the test accuracy
-    that pruning took), and that of `merge_candidates`.
+    that pruning took), and that of `merge_candidates`; where asked for and possible the
+    `landscape`, see `measure_landscape`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -137,6 +141,7 @@ def run_phases(
     ).scores[0]
     record["pruned"] = pruned
     record["pruning_instability"] = instability(before, pruned["test_accuracy"])
+    chosen, learning_rates = plan(record)
     candidates = Model(
       *train_copies(
         programs,
@@ -145,7 +150,8 @@ def run_phases(
         phase_key,
         params,
         model.batch_stats,
-        *plan(record),
+        chosen,
+        learning_rates,
         chunk_steps=chunk_steps,
         on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
         state=state,
@@ -157,6 +163,17 @@ def run_phases(
       programs, splits, phase_key, candidates, merge, greedy=greedy, describe=describe
     )
     record |= merged
+    if phase in landscapes:
+      found = measure_landscape(
+        programs,
+        splits,
+        phase_key,
+        candidates,
+        [i for i in range(len(merged["weights"])) if i not in merged["diverged"]],
+        model.params,
+        int(np.sum(chosen["steps"])) * programs.batch_size,
+      )
+      record |= {} if found is None else {"landscape": found}
     records.append(record)
     if on_phase is not None:
       on_phase(record)

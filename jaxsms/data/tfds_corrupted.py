@@ -1,0 +1,36 @@
+"""Corrupted versions of data sets that TensorFlow Datasets prepared."""
+
+import os
+import re
+
+
+def corrupted_sets(name: str, data_dir: str | None = None) -> list[str]:
+  """Names the prepared corrupted versions of a data set, for `load_split`.
+
+  Args:
+    name: TFDS name of the clean data set, such as "cifar10".
+    data_dir: where TFDS prepared its data; None means TFDS's own default.
+
+  Returns:
+    Sorted names such as "cifar10_corrupted/brightness_1"; empty where none is prepared.
+
+  References:
+    https://www.tensorflow.org/datasets/catalog/cifar10_corrupted
+  """
+  return sorted(corrupted_folders(name, data_dir))
+
+
+def corrupted_folders(
+  name: str, data_dir: str | None = None
+) -> dict[str, list[os.PathLike]]:
+  """The folders of each, of one version or of several, by the names above."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.utils import file_utils
+
+  whole = re.match(r"\w*", name, re.ASCII)[0] + "_corrupted"
+  data_dir = os.path.expanduser(data_dir) if data_dir else None
+  found: dict[str, list[os.PathLike]] = {}
+  for folder in file_utils.list_data_dirs(data_dir):
+    for info in (tfds.core.Path(folder) / whole).glob("*/*/dataset_info.json"):
+      found.setdefault(f"{whole}/{info.parent.parent.name}", []).append(info.parent)
+  return found

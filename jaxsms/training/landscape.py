@@ -1,0 +1,222 @@
+"""The validation loss between the candidates of a phase, while they are still there."""
+
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.geometry import loss_barrier
+from jaxsms.ingredients import take_ingredients
+from jaxsms.landscape import (
+  Plane,
+  affine_combination,
+  grid_points,
+  plane_coordinates,
+  plane_grid,
+  plane_through,
+  plane_weights,
+)
+from jaxsms.meshes import fetch
+from jaxsms.training.measurements import Model, Record, Splits
+from jaxsms.training.programs import Programs
+from jaxsms.training.state import Data
+from jaxsms.training.streamed import StreamedData
+from jaxsms.trees import PyTree, settled
+
+STREAM = 2**32 - 2  # of the phase's key: no seed uses it
+IMAGES = 500  # of the validation data
+BATCHES = 2  # of training images, for the batch statistics of each point
+LINE_POINTS = 11
+GRID_SIZES = (11, 9, 7, 5)
+SHARE = 0.05  # of the work of training that a landscape may take ...
+LEAST = 65_000  # ... but so many images it may see in any case
+PASSES = 3  # forward passes that a training step is worth
+
+
+def measure_landscape(
+  programs: Programs,
+  splits: Splits,
+  key: jax.Array,
+  candidates: Model,
+  healthy: list[int],
+  soup: PyTree,
+  trained_images: int,
+) -> Record | None:
+  """Loss and accuracy on the lines between candidates and on the plane through three.
+
+  Of the first three that are healthy, on evenly spaced validation images; for each point
+  the batch statistics are estimated anew from a few training batches. The points are
+  stacked in groups of m models, so that the programs of the copies serve.
+
+  Args:
+    programs: of the network.
+    splits: the data.
+    key: of the phase.
+    candidates: leaves [m, ...].
+    healthy: those that did not diverge.
+    soup: the parameters of what they were merged into, leaves [...].
+    trained_images: how many the copies of this phase saw together in training: where they
+      were few, the grid is coarser.
+
+  Returns:
+    `split`, `images` and `batch_norm_batches` that were used; `lines`: for each pair
+    (`between`) the `positions` from 0 to 1, `loss`, `accuracy` and the `barrier`, see
+    `jaxsms.loss_barrier`; and the `plane`: the copies it goes `through`, `x`, `y`, `loss`
+    and `accuracy` [y][x], the `points` of those copies and (projected) of the soup, the
+    soup's `distance_from_plane`, and the `unit`; None without three that span one. None
+    instead of all this with fewer than two healthy candidates or where data are streamed.
+
+  References:
+    Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+    Garipov et al., 2018, https://arxiv.org/abs/1802.10026
+  """
+  chosen = healthy[:3]
+  if len(chosen) < 2 or isinstance(splits.train, StreamedData):
+    return None
+  validation = evenly(splits.validation, IMAGES)
+  batches = training_batches(programs, splits.train, candidates.batch_stats)
+  models = take_ingredients(candidates.params, chosen)
+  m = len(jax.tree.leaves(candidates.params)[0])
+  key = jax.random.fold_in(key, STREAM)
+  blank = jax.tree.map(jnp.zeros_like, candidates.batch_stats)
+
+  def on_points(weights):
+    return losses_and_accuracies(
+      programs, validation, batches, key, models, blank, weights, m
+    )
+
+  each = validation.size + len(batches) * programs.batch_size
+  allowed = max(SHARE * PASSES * trained_images, LEAST)
+  return {
+    "split": "validation",
+    "images": validation.size,
+    "batch_norm_batches": len(batches),
+    "lines": lines_between(chosen, on_points),
+    "plane": plane_of(chosen, models, soup, on_points, grid_size(each, allowed)),
+  }
+
+
+def lines_between(chosen, on_points) -> list[Record]:
+  """A record for each pair of the chosen copies."""
+  positions = np.arange(LINE_POINTS) / (LINE_POINTS - 1)
+  ends = np.eye(len(chosen))
+  pairs = list(combinations(range(len(chosen)), 2))
+  weights = [np.outer(1 - positions, ends[i]) + np.outer(positions, ends[j])
+             for i, j in pairs]  # fmt: skip
+  losses, accuracies = on_points(np.concatenate(weights))
+  shape = (len(pairs), LINE_POINTS)
+  return [
+    {
+      "between": [chosen[i], chosen[j]],
+      "positions": positions.tolist(),
+      "loss": loss.tolist(),
+      "accuracy": accuracy.tolist(),
+      "barrier": float(loss_barrier(loss)),
+    }
+    for (i, j), loss, accuracy in zip(
+      pairs, losses.reshape(shape), accuracies.reshape(shape), strict=True
+    )
+  ]
+
+
+def plane_of(chosen, models, soup, on_points, size: int) -> Record | None:
+  """A record of the plane through three copies; None where there is none."""
+  if len(chosen) < 3:
+    return None
+  try:
+    plane = plane_through(models)
+  except ValueError:  # copies that are equal, as without any retraining, span no plane
+    return None
+  of_soup, distance = fetch(plane_coordinates(plane, soup))
+  coordinates = np.asarray(fetch(plane.coordinates))
+  x, y = plane_grid(np.concatenate([coordinates, of_soup[None]]), size)
+  weights = plane_weights(Plane(None, coordinates), grid_points(x, y))
+  losses, accuracies = on_points(np.asarray(weights))
+  points = {str(i): at.tolist() for i, at in zip(chosen, coordinates, strict=True)}
+  return {
+    "through": chosen,
+    "x": np.asarray(x).tolist(),
+    "y": np.asarray(y).tolist(),
+    "loss": losses.reshape(size, size).tolist(),
+    "accuracy": accuracies.reshape(size, size).tolist(),
+    "points": {**points, "soup": of_soup.tolist()},
+    "distance_from_plane": {"soup": float(distance)},
+    "unit": "L2 distance of the parameters",
+  }
+
+
+def grid_size(images_each: int, allowed: float) -> int:
+  """How fine the grid may be, if its points and those of the lines see so many images."""
+  lines = 3 * LINE_POINTS
+  fitting = [n for n in GRID_SIZES if (lines + n * n) * images_each <= allowed]
+  return fitting[0] if fitting else GRID_SIZES[-1]
+
+
+def losses_and_accuracies(
+  programs: Programs,
+  data: Data,
+  batches: list[jax.Array],
+  key: jax.Array,
+  models: PyTree,
+  blank: PyTree,
+  weights: np.ndarray,
+  m: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Those of affine combinations of models.
+
+  Args:
+    programs: of the network.
+    data: to evaluate on.
+    batches: of training images, for batch statistics.
+    key: for their augmentation and dropout.
+    models: parameters, leaves [k, ...].
+    blank: batch statistics of m models, all 0.
+    weights: float [points, k].
+    m: how many models to evaluate at once.
+
+  Returns:
+    Losses and accuracies, float [points] each.
+  """
+  groups = -(-len(weights) // m)
+  last = len(weights) - 1  # repeated, to fill up the last group
+  weights = np.float32(weights)[np.minimum(np.arange(groups * m), last)]
+  found = []
+  for group in weights.reshape(groups, m, -1):
+    params = settled(_combined(models, group))
+    statistics = blank
+    for number, images in enumerate(batches):
+      statistics = programs.batch_statistics(
+        key, np.int32(number), images, params, statistics
+      )
+    statistics = jax.tree.map(lambda x: x / len(batches), statistics)
+    metrics = programs.evaluate(
+      programs.predict(data.images, params, statistics), data.labels
+    )
+    found.append(fetch((metrics["loss"], metrics["accuracy"])))
+  losses, accuracies = zip(*found, strict=True)
+  return np.concatenate(losses)[: last + 1], np.concatenate(accuracies)[: last + 1]
+
+
+@jax.jit
+def _combined(models, weights):
+  return jax.vmap(affine_combination, in_axes=(None, 0))(models, weights)
+
+
+def evenly(data: Data, most: int) -> Data:
+  """Up to so many examples, spread evenly over the data."""
+  if data.size <= most:
+    return data
+  return take_ingredients(data, np.arange(most) * data.size // most)
+
+
+def training_batches(
+  programs: Programs, train: Data, batch_stats: PyTree
+) -> list[jax.Array]:
+  """Training images for batch statistics; none where a network has no statistics."""
+  if not jax.tree.leaves(batch_stats):
+    return []
+  size = programs.batch_size
+  count = min(BATCHES, train.size // size)
+  taken = np.arange(count * size) * train.size // (count * size)
+  return [take_ingredients(train.images, at) for at in taken.reshape(count, size)]

@@ -1,0 +1,37 @@
+"""The learning rates of all steps as an array: the program knows no schedule."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.schedules import retrain_schedule
+
+
+def retrain_learning_rates(
+  name: str,
+  pretrain_lrs: np.ndarray,
+  steps: np.ndarray,
+  *,
+  initial_lr: np.ndarray | None = None,
+  **options,
+) -> np.ndarray:
+  """The learning rate of every step of every copy.
+
+  Args:
+    name: retraining schedule, see `jaxsms.retrain_schedule`.
+    pretrain_lrs: float [pretraining steps].
+    steps: int [m], steps of each copy.
+    initial_lr: float [m] for LLR, or None.
+    **options: further arguments of `jaxsms.retrain_schedule`, the same for all copies.
+
+  Returns:
+    float32 [m, max(steps)]; past its own steps a copy's entries mean nothing.
+  """
+  lrs = jnp.asarray(pretrain_lrs, jnp.float32)
+  at = jnp.arange(int(np.max(steps)))
+  rows = [
+    retrain_schedule(
+      name, lrs, int(n), initial_lr=None if initial_lr is None else initial_lr[i], **options
+    )(at)
+    for i, n in enumerate(steps)
+  ]
+  return np.asarray(jnp.stack(rows))

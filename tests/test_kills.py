@@ -1,0 +1,180 @@
+"""Runs that are killed again and again end as undisturbed ones do."""
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from main_job import SMALL, assert_no_traceback, assert_same_run, run, start
+from test_data import prepare
+from test_processes import free_port
+
+from jaxsms import faults, report
+
+# Each name is passed so many times after the place where the run was killed before.
+KILLS = (
+  "write run.json:1",
+  "save arrays:4",  # the arrays are there, what belongs to them is not
+  "save begins:7",
+  "merge:1",
+  "remove:2",
+  "write manifest.json:1",
+  "write results.json:1",
+)
+
+
+def job(fault, said, *flags):
+  """The main job, as a process of its own that compiles quickly and draws nothing."""
+  os.environ[faults.VARIABLE] = fault
+  for stream in (1, 2):
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+  jax.config.update("jax_disable_most_optimizations", True)
+  report.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
+  sys.exit(run(*flags))
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+  """Starts it in a process that has imported everything; gives status and what it said."""
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["test_kills", "orbax.checkpoint", "sklearn.datasets"])
+  folder = tmp_path_factory.mktemp("said")
+
+  def launched(*flags, fault=""):
+    said = folder / str(len(list(folder.iterdir())))
+    process = context.Process(target=job, args=(fault, said, *flags))
+    process.start()
+    process.join(300)
+    text = said.read_text()
+    assert "Traceback" not in text, text
+    return process.exitcode, text
+
+  return launched
+
+
+def tear(workdir):
+  """Leaves half a line in metrics.jsonl, as a kill may: it is dropped."""
+  with (
+    contextlib.suppress(FileNotFoundError),
+    open(workdir / "metrics.jsonl", "rb+") as file,
+  ):
+    file.seek(0, os.SEEK_END)
+    file.write(b'{"seed": 0, "meth')
+
+
+def test_killed_at_named_places_and_at_random_it_ends_as_if_undisturbed(tmp_path, launch):
+  undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+  assert launch(*SMALL, f"--workdir={undisturbed}")[0] == 0
+  seed = time.time_ns()
+  rng = random.Random(seed)
+  kills = [*KILLS, f"chunk:{rng.randint(1, 2)}"]
+  kills.insert(rng.randint(1, 3), f"chunk:{rng.randint(1, 3)}")
+  for fault in kills:
+    status, said = launch(*SMALL, f"--workdir={killed}", fault=fault)
+    assert status == -signal.SIGKILL, (seed, kills, fault, said)
+    tear(killed)
+  status, said = launch(*SMALL, f"--workdir={killed}")
+  assert status == 0
+  assert said.startswith("resuming")
+  assert_same_run(killed, undisturbed)
+
+
+def killed_at_random(workdir, kills, rng, *flags):
+  """Kills a run so often, some seconds or chunks after each start, and lets it finish."""
+  hit = 0
+  for _ in range(10 * kills):
+    at_chunk = rng.random() < 0.5
+    fault = f"chunk:{rng.randint(1, 20)}" if at_chunk and hit < kills else ""
+    process = start(workdir, *flags, fault=fault)
+    if hit < kills and not at_chunk:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(1.0, 8.0))
+      process.kill()
+    assert_no_traceback(process)
+    if process.returncode == 0:
+      if hit >= kills:
+        return hit
+      shutil.rmtree(workdir)  # too quick: begin anew, the kills so far count
+    else:
+      assert process.returncode == -signal.SIGKILL
+      hit += 1
+  raise AssertionError(f"only {hit} kills hit")
+
+
+@pytest.mark.slow
+def test_soak_twenty_random_kills(tmp_path):
+  flags = (
+    "--seeds=4",
+    "--baselines=imp,imp_mx",
+    "--epochs=4",
+    "--phases=3",
+    "--goal_sparsity=0.9",
+  )
+  seed = int(os.environ.get("JAXSMS_SOAK_SEED", time.time()))
+  print(f"JAXSMS_SOAK_SEED={seed}")
+  undisturbed = start(tmp_path / "undisturbed", *flags)
+  assert_no_traceback(undisturbed)
+  killed_at_random(tmp_path / "killed", 20, random.Random(seed), *flags)
+  assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def finished(processes):
+  """Waits for all: their statuses."""
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert not any("Traceback" in errors for _, errors in outputs), outputs
+  return [process.returncode for process in processes]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_killed_and_resumed(tmp_path):
+  flags = ("--cpu_devices=2", "--mesh=2x2", "--ingredients=3", "--merge=greedy")
+
+  def two(workdir, fault=""):
+    at = (f"--coordinator=localhost:{free_port()}", "--processes=2")
+    return [start(workdir, *flags, *at, f"--process={i}", fault=fault) for i in range(2)]
+
+  assert finished(two(tmp_path / "undisturbed")) == [0, 0]
+  for fault in ("chunk:4", "save arrays:3", "merge:1", "chunk:2"):
+    first, second = two(tmp_path / "killed", fault)
+    first.communicate(timeout=300)
+    second.kill()  # it may wait for the first one for ever
+    second.communicate()
+    assert first.returncode == -signal.SIGKILL, fault
+    tear(tmp_path / "killed")
+  assert finished(two(tmp_path / "killed")) == [0, 0]
+  assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["none", "2x1"])
+def test_a_streamed_run_is_killed_and_resumed(mesh, tmp_path):
+  """In the midst of an epoch, so that the order of the examples goes on where it was."""
+  rng = np.random.default_rng(0)
+  pairs = [
+    (
+      rng.integers(0, 200, (*rng.integers(9, 20, 2), 3)).astype(np.uint8) + 50 * label,
+      label,
+    )
+    for label in rng.integers(0, 2, 60).tolist()
+  ]
+  prepare(tmp_path, {"train": pairs, "validation": pairs[:9]})
+  flags = (
+    "--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8",
+    "--model=mlp", "--batch_size=9", "--chunk_steps=2", "--cpu_devices=2",
+    f"--mesh={mesh}",
+  )  # fmt: skip
+  assert finished([start(tmp_path / "undisturbed", *flags)]) == [0]
+  for fault in ("chunk:2", "save arrays:2", "chunk:2", "merge:1", "chunk:2"):
+    assert finished([start(tmp_path / "killed", *flags, fault=fault)]) == [-signal.SIGKILL]
+    tear(tmp_path / "killed")
+  assert finished([start(tmp_path / "killed", *flags)]) == [0]
+  assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
