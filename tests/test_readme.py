@@ -58,7 +58,7 @@ FIRST = 4
 
 
 @pytest.fixture(scope="module")
-def names():
+def names(quick_compilation):
   """What the first snippets define, run one after another."""
   defined = {}
   for block in OWN_CODE[: FIRST - 1]:
