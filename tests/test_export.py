@@ -53,7 +53,7 @@ def masked_arrays(draw):
   shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5))
   size = int(np.prod(shape)) * dtype.itemsize
   data = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8)
-  array = (data % 2 if dtype == bool else data).view(dtype).reshape(shape).copy()
+  array = (data % 2 if dtype.kind == "b" else data).view(dtype).reshape(shape).copy()
   if draw(st.booleans()) and array.dtype.kind in "fV":
     array.reshape(-1)[:1] = -0.0
   mask = draw(st.just(np.ones(shape, bool)) | hnp.arrays(bool, shape))
