@@ -92,8 +92,8 @@ def check_masks(paths: Sequence[str], models: Sequence[Arrays]) -> None:
     most, number = max(differing, key=differing.get), sum(differing.values())
     total = sum(x.size for x in first.values())
     raise ValueError(
-      f"{path} and {paths[0]} do not share a mask ({number:,} of {total:,} weights are 0 in "
-      f"one of them alone, most in {most}) and the average of all would be "
+      f"{path} and {paths[0]} do not share a mask ({number:,} of {total:,} weights are 0 "
+      f"in one of them alone, most in {most}) and the average of all would be "
       f"{sparsity_of(*models):.2%} sparse: give --masks=prune to prune it to "
       f"{largest_sparsity(models):.2%}, or --masks=keep"
     )
