@@ -3,8 +3,8 @@
 import json
 import os
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import main_job
 import numpy as np
 import pytest
@@ -78,10 +78,15 @@ def test_torch_gives_pytorchs_network_the_same_logits(finished, tmp_path, ending
     arrays, metadata = read_with_metadata(out)
     assert metadata == {"format": "pt"}
     state = {name: torch.tensor(x) for name, x in arrays.items()}
-  layers = torch.nn.Sequential(
-    torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
-  )
-  layers.load_state_dict(dict(zip(layers.state_dict(), state.values(), strict=True)))
+  layers = torch.nn.Sequential()
+  for name, layer in (
+    ("flatten", torch.nn.Flatten()),
+    ("fc1", torch.nn.Linear(64, 16)),
+    ("relu", torch.nn.ReLU()),
+    ("fc2", torch.nn.Linear(16, 10)),
+  ):
+    layers.add_module(name, layer)
+  layers.load_state_dict(state)
   images = np.random.default_rng(0).standard_normal((5, 8, 8, 1), np.float32)
   theirs = layers(torch.tensor(images.transpose(0, 3, 1, 2))).detach().numpy()
   ours = module.apply({"params": soup["params"]}, images)
@@ -123,7 +128,7 @@ def test_nothing_is_overwritten_and_old_runs_are_refused(finished, tmp_path, cap
 
 
 def test_a_run_says_what_its_soup_takes(finished, tmp_path):
-  workdir, soup, _ = finished
+  workdir, _, _ = finished
   found = json.loads((workdir / "results.json").read_text())["inference"]
   assert found["device"] == jax.devices()[0].device_kind
   assert found["batch"] > 0 and found["image_shape"] == [8, 8, 1]
@@ -144,10 +149,18 @@ def test_a_run_says_what_its_soup_takes(finished, tmp_path):
       assert 0 < ms["min"] <= ms["median"] <= ms["max"]
 
 
+class Convolution(nn.Module):
+  """Nothing but one."""
+
+  @nn.compact
+  def __call__(self, images, train):
+    return nn.Conv(2, (1, 1))(images)
+
+
 def test_convolutions_stay_dense():
-  module = models.create("resnet8", 2, width=2)
-  variables = module.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
-  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), variables["params"])
-  found = measure_inference(module, (4, 4, 1), {**variables, "masks": masks})
+  params = {"Conv_0": {"kernel": np.ones((1, 1, 1, 2), "f4"), "bias": np.ones(2, "f4")}}
+  masks = jax.tree.map(lambda x: x != 0, params)
+  found = measure_inference(Convolution(), (4, 4, 1), {"params": params, "masks": masks})
   assert found["models"].keys() == {"dense", "soup", "soup, compact file"}
+  assert found["models"]["soup"]["bytes"] == 16
   assert found["sparsity"] == 0
