@@ -36,14 +36,14 @@ def inference(task: Task, workdir: str | os.PathLike, seed: int) -> dict[str, An
     seed: whose soup.
 
   Returns:
-    See `measure_inference`; None where that soup cannot be read.
+    See `measure_inference`; None where that soup cannot be read or used.
   """
   try:
     soup = checkpoint.restore(soup_folder(workdir, seed))
-  except ValueError as error:
+    return measure_inference(task.module, task.image_shape, soup)
+  except ValueError as error:  # what the run has found is no worse for it
     logging.warning("inference is not timed: %s", error)
     return None
-  return measure_inference(task.module, task.image_shape, soup)
 
 
 def measure_inference(

@@ -255,9 +255,20 @@ def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:
   return jax.tree.unflatten(
     structure,
     [
-      sparse.BCOO.fromdense(jnp.asarray(leaf)) if flag else leaf
+      _to_bcoo(np.asarray(leaf)) if flag else leaf
       for leaf, flag in zip(leaves, chosen, strict=True)
     ],
+  )
+
+
+def _to_bcoo(kernel):
+  """As `BCOO.fromdense` gives it, which compiles dozens of programs for each shape."""
+  indices = np.argwhere(kernel != 0).astype(np.int32)
+  return sparse.BCOO(
+    (jnp.asarray(kernel[kernel != 0]), jnp.asarray(indices)),
+    shape=kernel.shape,
+    indices_sorted=True,
+    unique_indices=True,
   )
 
 
@@ -282,7 +293,10 @@ def apply_bcoo(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
     if not isinstance(kernel, sparse.BCOO):
       return call(*inputs, **options)
     x, values, bias = promote_dtype(*inputs, kernel.data, bias, dtype=layer.dtype)
-    product = x @ sparse.BCOO((values, kernel.indices), shape=kernel.shape)
+    # Sorted and unique as before: that saves work in the product.
+    leaves = {"indices_sorted": kernel.indices_sorted, "shape": kernel.shape}
+    leaves["unique_indices"] = kernel.unique_indices
+    product = x @ sparse.BCOO((values, kernel.indices), **leaves)
     return product if bias is None else product + bias
 
   with nn.intercept_methods(dense):

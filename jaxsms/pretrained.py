@@ -220,8 +220,8 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
   whole = os.path.exists(os.path.join(path, checkpoint.MANIFEST))
   if not whole and checkpoint.is_unfinished(path):
     raise ValueError(
-      f"{path} holds no whole checkpoint: give a folder that jaxsms.checkpoint.save wrote, "
-      "such as RUN/soup/seed_0"
+      f"{path} cannot be read (it holds no whole checkpoint): give a folder that "
+      "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
     )
   tree = checkpoint.restore(path) if whole else checkpoint.restore_plain(path)
   if isinstance(tree, Mapping) and "params" in tree:

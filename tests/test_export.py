@@ -279,6 +279,9 @@ def test_dense_layers_as_sparse_matrices_give_the_same_products(mlp):
   layers = to_bcoo(params)
   kernel, dense = layers["Dense_0"]["kernel"], np.asarray(params["Dense_0"]["kernel"])
   assert isinstance(kernel, sparse.BCOO) and kernel.nse == np.count_nonzero(dense)
+  theirs = sparse.BCOO.fromdense(dense)
+  assert same_bits(kernel.indices, theirs.indices) and same_bits(kernel.data, theirs.data)
+  assert kernel.indices_sorted and kernel.unique_indices
   assert layers["Dense_0"]["bias"] is params["Dense_0"]["bias"]
   rows = images.reshape(5, -1)
   expected = np.asarray(rows, np.float64) @ dense

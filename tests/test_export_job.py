@@ -9,7 +9,7 @@ import main_job
 import numpy as np
 import pytest
 
-from experiments import export, settings
+from experiments import export, settings, soup
 from experiments.inference import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms.export import load_compact
@@ -125,6 +125,22 @@ def test_nothing_is_overwritten_and_old_runs_are_refused(finished, tmp_path, cap
   checkpoint.save(tmp_path / "old" / "soup" / "seed_0", soup)
   assert run(tmp_path / "old", "--format=torch", f"--out={tmp_path / 'a.pth'}") == 2
   assert "does not tell the flags" in capsys.readouterr().err
+
+
+def test_a_soup_of_checkpoints_scores_what_the_run_says(finished, tmp_path, capsys):
+  workdir, found, _ = finished
+  export.save_compact(tmp_path / "a.safetensors", {"params": found["params"]})
+  words = [workdir / "soup" / "seed_3", tmp_path / "a.safetensors", "--greedy"]
+  words += [f"--flagfile={workdir / 'flags.txt'}", f"--out={tmp_path / 'soup'}"]
+  main_job.parse()
+  for name in ("out", "masks", "sparsity", "weights"):
+    settings.FLAGS[name].unparse()
+  soup.main(settings.FLAGS(["soup", *map(str, words)]))
+  assert_same(checkpoint.restore(tmp_path / "soup")["params"], found["params"])
+  (entry,) = json.loads((workdir / "results.json").read_text())["seeds"]
+  score = entry["phases"][-1]["soup"]["test_accuracy"]
+  assert capsys.readouterr().out.count(f" {100 * score:.2f} ") == 3
+  settings.FLAGS["greedy"].unparse()
 
 
 def test_a_run_says_what_its_soup_takes(finished, tmp_path):
