@@ -19,6 +19,7 @@ from jaxsms.flops import multiply_adds
 from jaxsms.training import (
   Data,
   Programs,
+  TrainState,
   init_variables,
   make_programs,
   sgd,
@@ -192,7 +193,11 @@ class CompiledOnce:
 
 
 class Training:
-  """m copies in training, chunk after chunk, by the loop of the main job."""
+  """m copies in training, chunk after chunk, by the loop of the main job.
+
+  Attributes:
+    state: after the last chunk; the next one takes it.
+  """
 
   def __init__(self, task: Task, copies: int, chunk_steps: int):
     """`chunk_steps`: most steps of a chunk; see `chunk_length`."""
@@ -201,6 +206,7 @@ class Training:
     self.mesh = task.programs.mesh_of(copies)
     self.chunk_steps = chunk_length(task.steps_per_epoch, chunk_steps)
     self._chunks: Iterator | None = None
+    self.state: TrainState | None = None
 
   @property
   def steps_per_chunk(self) -> float:
@@ -217,12 +223,12 @@ class Training:
     if self._chunks is None:
       self._chunks = self._endless()
     for _ in range(chunks):
-      state, _ = next(self._chunks)
-    jax.block_until_ready(state)
+      self.state, _ = next(self._chunks)
+    jax.block_until_ready(self.state)
 
   def stop(self) -> None:
     """Frees the state; the next run begins anew with the same program."""
-    self._chunks = None
+    self._chunks = self.state = None
 
   def _endless(self):
     task, m = self.task, self.copies

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from experiments import comparison, keeping, methods, run_directory, running, settings
 from experiments.comparison import DENSE, Part, folder_of
 from experiments.environment import environment
+from experiments.inference import inference
 from experiments.progress import RunProgress
 from experiments.running import Job
 from experiments.signals import StopSignals
@@ -107,6 +108,8 @@ def run_part(
       "seconds": keeper.seconds(),
       "finished": True,
     }
+    if part.method == methods.SOUP:
+      results["inference"] = inference(task, folder, part.seed)
     run_directory.write_results(folder, results)
     keeper.forget()
 
@@ -146,6 +149,7 @@ def write(shared: Comparison) -> dict[str, Any]:
     "dense": {
       str(p.seed): r["seeds"][0]["dense"] for p, r in parts.items() if p.method == DENSE
     },
+    "inference": next((r["inference"] for r in parts.values() if "inference" in r), None),
     "seconds": math.fsum(r["seconds"] for r in parts.values()),
     "finished": set(shared.parts) <= set(parts),
   }

@@ -207,13 +207,18 @@ def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
   storage.write_json(path, results)
 
 
+def soup_folder(path: str | os.PathLike, seed: int) -> storage.epath.Path:
+  """Where the last soup of one seed lies."""
+  return storage.as_path(path) / "soup" / f"seed_{seed}"
+
+
 def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None:
   """Saves the last soup of one seed: `params`, `batch_stats` and `masks`.
 
   Raises:
     OSError: it cannot be written.
   """
-  save_model(storage.as_path(path) / "soup" / f"seed_{seed}", model)
+  save_model(soup_folder(path, seed), model)
 
 
 def save_model(path: storage.epath.Path, model: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from experiments import keeping, methods, run_directory, running, settings, tuning
 from experiments.environment import environment
+from experiments.inference import inference
 from experiments.progress import RunProgress, clock
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
@@ -85,6 +86,9 @@ def main(argv: list[str]) -> None:
       while len(keeper.seeds) < chosen.seeds:
         entry = methods.run_seed(chosen, task, keeper.work, observer, names)
         keeper.finish_seed(entry)
+        write_results()
+      if run_directory.is_writer():
+        results["inference"] = inference(task, workdir, keeper.seeds[-1]["seed"])
         write_results()
     if keeper.seeds:
       show(workdir, results)

@@ -118,7 +118,8 @@ __all__ = [
 ]
 
 _ROOMS = (
-  "baselines", "checkpoint", "data", "dynamic", "models", "pretrained", "report", "training"
+  "baselines", "checkpoint", "data", "dynamic", "export", "models", "pretrained", "report",
+  "training",
 )  # fmt: skip
 
 

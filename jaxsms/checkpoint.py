@@ -95,6 +95,41 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
   return tree if like is None else fill(like, found, f"checkpoint {path}")
 
 
+def restore_plain(path: str | os.PathLike) -> Any:
+  """Reads a tree that orbax alone wrote, without a manifest.
+
+  Args:
+    path: a folder of a `StandardCheckpointer` or `PyTreeCheckpointer`, or one step of a
+      `CheckpointManager`.
+
+  Returns:
+    Dicts and lists as they were saved, of NumPy arrays and numbers.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  import orbax.checkpoint as ocp
+
+  path = storage.as_path(path)
+  item = path / "default"  # what a CheckpointManager calls its only one
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)  # saved on whatever devices
+  try:
+    with (
+      storage.read_from(item if item.is_dir() else path) as folder,
+      _quiet(),
+      ocp.PyTreeCheckpointer() as checkpointer,
+    ):
+      tree = checkpointer.metadata(folder).item_metadata.tree
+      return checkpointer.restore(
+        folder, restore_args=jax.tree.map(lambda _: as_numpy, tree)
+      )
+  except Exception as error:  # orbax and TensorStore raise many kinds
+    raise ValueError(
+      f"{path} cannot be read ({first_sentence(error)}): give a folder that "
+      "jaxsms.checkpoint.save or an orbax StandardCheckpointer wrote"
+    ) from error
+
+
 def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
   """Arrays by name (see `jaxsms.safetensors.by_path`) as a tree.
 
@@ -206,16 +241,23 @@ def _orbax():
   """A checkpointer of this process alone, whose errors are raised and not logged."""
   import orbax.checkpoint as ocp
 
+  me = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+  with _quiet(), ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+    yield checkpointer
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps out what orbax would log, and other threads that use it."""
+
   def from_elsewhere(record):
     return "orbax" not in record.pathname
 
-  me = jax.process_index()
-  options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
   logger = logging.getLogger("absl")
   with _one_at_a_time:
     logger.addFilter(from_elsewhere)
     try:
-      with ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
-        yield checkpointer
+      yield
     finally:
       logger.removeFilter(from_elsewhere)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms import checkpoint
+from jaxsms import checkpoint, export
 from jaxsms.data.sources import read_npz
-from jaxsms.safetensors import by_path, check_fit, first_sentence, read_safetensors
+from jaxsms.safetensors import by_path, check_fit, first_sentence, read_with_metadata
 from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
 from jaxsms.trees import check_finite
 
@@ -21,6 +21,7 @@ from jaxsms.trees import check_finite
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # Put before every name by DataParallel, AveragedModel and torch.compile.
 _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+_COLLECTIONS = ("params", "batch_stats")
 _IGNORED = re.compile(r"(^|\.)num_batches_tracked$|^n_averaged$")
 
 
@@ -28,9 +29,9 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Reads the weights in a file by their names; unpickles nothing but plain tensors.
 
   Args:
-    path: a .safetensors or .npz file, or a PyTorch checkpoint (.pt, .pth, .bin, .pth.tar):
-      a state dict, or a dict with one under "state_dict", "model_state_dict", "model" or
-      "net".
+    path: a .safetensors file (a compact one is expanded) or .npz file, or a PyTorch
+      checkpoint (.pt, .pth, .bin, .pth.tar): a state dict, or a dict with one under
+      "state_dict", "model_state_dict", "model" or "net".
 
   Returns:
     The arrays by name, as the file has them; large ones are views of the file, which must
@@ -49,7 +50,10 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
   path = os.fspath(path)
   lower = path.lower()
   if lower.endswith(".safetensors"):
-    return read_safetensors(path)
+    arrays, metadata = read_with_metadata(path)
+    if metadata.get("format") == export.FORMAT:
+      arrays, _ = export.expand(path, arrays, metadata)
+    return arrays
   if lower.endswith(".npz"):
     return {name: _as_array(path, name, array) for name, array in read_npz(path).items()}
   if lower.endswith((".pt", ".pth", ".bin", ".pth.tar")):
@@ -176,9 +180,9 @@ def load_model(
   """Reads a trained model of one of the paper's networks from any of the formats.
 
   Args:
-    path: a folder that `jaxsms.checkpoint.save` wrote, with `params` and `batch_stats`; or
-      a file as `load_weights` reads it, under our names, as `save_safetensors` writes them,
-      or under PyTorch's, see `from_torch`.
+    path: a folder that `jaxsms.checkpoint.save` or orbax wrote, with `params` and
+      `batch_stats`; or a file as `load_weights` reads it, under our names, as
+      `save_safetensors` writes them, or under PyTorch's, see `from_torch`.
     module: what `jaxsms.models.create` made, with the options of those weights.
     image_shape: [height, width, channels] of one image.
 
@@ -190,25 +194,71 @@ def load_model(
       the network, or values are not finite.
     ImportError: a PyTorch checkpoint without PyTorch.
   """
+  return fit_model(load_arrays(path), module, image_shape, f"{path}")
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads a model from any of the formats, whatever network it is of.
+
+  Args:
+    path: a folder that `jaxsms.checkpoint.save` or orbax alone wrote, or a file as
+      `load_weights` reads it.
+
+  Returns:
+    The arrays by name. Where some lie under "params", what a training state has beside
+    them and "batch_stats" (its optimizer, its step, masks) is left out.
+
+  Raises:
+    ValueError: there is no such model, or it cannot be read.
+    ImportError: a PyTorch checkpoint without PyTorch.
+  """
+  if not os.path.isdir(path):
+    found = load_weights(path)
+    if any(name.startswith("params/") for name in found):
+      found = {k: v for k, v in found.items() if k.split("/")[0] in _COLLECTIONS}
+    return found
+  whole = os.path.exists(os.path.join(path, checkpoint.MANIFEST))
+  if not whole and checkpoint.is_unfinished(path):
+    raise ValueError(
+      f"{path} cannot be read (it holds no whole checkpoint): give a folder that "
+      "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
+    )
+  tree = checkpoint.restore(path) if whole else checkpoint.restore_plain(path)
+  if isinstance(tree, Mapping) and "params" in tree:
+    tree = {name: tree[name] for name in tree if name in _COLLECTIONS}
+  return {k: _as_array(path, k, v) for k, v in by_path(tree).items()}
+
+
+def fit_model(
+  found: dict[str, np.ndarray],
+  module: nn.Module,
+  image_shape: tuple[int, int, int],
+  what: str,
+) -> dict[str, Any]:
+  """Arrays by name, ours or PyTorch's, as the variables of a network.
+
+  Args:
+    found: see `load_arrays`; parameters alone may lie under their names without "params".
+    module: what `jaxsms.models.create` made, with the options of those weights.
+    image_shape: [height, width, channels] of one image.
+    what: where they come from, for the message.
+
+  Returns:
+    {"params": ..., "batch_stats": ...}, of NumPy arrays; no statistics give {}.
+
+  Raises:
+    ValueError: see `load_model`.
+  """
   template = jax.eval_shape(
     lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
   )
-  template = {k: template.get(k, {}) for k in ("params", "batch_stats")}
-  if os.path.isdir(path):
-    try:
-      found = by_path(checkpoint.restore(path))
-    except Exception as error:  # orbax raises a dozen kinds
-      raise ValueError(
-        f"{path} cannot be read ({first_sentence(error)}): give a folder that "
-        "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
-      ) from error
-  else:
-    found = load_weights(path)
+  template = {k: template.get(k, {}) for k in _COLLECTIONS}
+  if found.keys() == by_path(template["params"]).keys() and not template["batch_stats"]:
+    found = {f"params/{name}": array for name, array in found.items()}
   if any(name.startswith("params/") for name in found):
-    found = {k: v for k, v in found.items() if k.split("/")[0] in template}
     advice = "make the network with the options and the image shape of these weights"
     check_fit(
-      f"{path} does not fit {type(module).__name__}", by_path(template), found, advice
+      f"{what} does not fit {type(module).__name__}", by_path(template), found, advice
     )
     leaves, structure = jax.tree.flatten(template)
     arrays = [
@@ -218,7 +268,7 @@ def load_model(
     model = jax.tree.unflatten(structure, arrays)
   else:
     model = from_torch(found, module, image_shape)
-  check_finite(model, f"{path}")
+  check_finite(model, what)
   return model
 
 

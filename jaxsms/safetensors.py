@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,23 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
   References:
     https://github.com/huggingface/safetensors#format
   """
+  return read_with_metadata(path)[0]
+
+
+def read_with_metadata(
+  path: str | os.PathLike,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads all arrays of a safetensors file, and the text that lies beside them.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The arrays as `read_safetensors` gives them, and the metadata; {} where there is none.
+
+  Raises:
+    ValueError: see `read_safetensors`.
+  """
   path = os.fspath(path)
   if not os.path.isfile(path):
     raise ValueError(f"there is no file {path}: give a .safetensors file")
@@ -72,7 +90,8 @@ def _read(path):
   if not text.startswith("{"):
     raise ValueError("its header is no JSON object")
   header = json.loads(text, object_pairs_hook=_unique)
-  _check_metadata(header.pop("__metadata__", {}))
+  metadata = header.pop("__metadata__", {})
+  _check_metadata(metadata)
   entries = {name: _entry(name, entry) for name, entry in header.items()}
   covered = 0
   for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -81,7 +100,8 @@ def _read(path):
     covered = end
   if covered != len(data):
     raise ValueError(f"it holds {len(data)} bytes of data, but names {covered}")
-  return {name: _view(name, data, *entry) for name, entry in entries.items()}
+  arrays = {name: _view(name, data, *entry) for name, entry in entries.items()}
+  return arrays, metadata
 
 
 def _unique(pairs):
@@ -124,27 +144,29 @@ def _view(name, data, dtype, shape, begin, end):
   return values.view(dtype).reshape(shape)
 
 
-def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, jax.Array]) -> None:
+def write_safetensors(
+  path: str | os.PathLike,
+  arrays: Mapping[str, jax.Array],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
   """Writes arrays to a safetensors file; a killed write leaves none of that name.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.
     arrays: floating (not complex), integer or bool arrays, of JAX or NumPy, by name.
+    metadata: text to lie beside them, by name.
 
   Raises:
     ValueError: a name or dtype that the format does not have.
   """
   path = os.path.abspath(path)
+  check_dtypes(arrays)
   # Largest items first: then each array lies at a multiple of its item size.
   names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-  header, begin = {}, 0
+  header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+  begin = 0
   for name in names:
     dtype = arrays[name].dtype
-    if name == "__metadata__" or dtype.name not in _CODES:
-      raise ValueError(
-        f"{name!r} is {dtype.name}: a safetensors file takes {', '.join(_CODES)} under "
-        "any name but __metadata__"
-      )
     end = begin + math.prod(arrays[name].shape) * dtype.itemsize
     shape = list(arrays[name].shape)
     entry = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
@@ -164,6 +186,16 @@ def write_safetensors(path: str | os.PathLike, arrays: Mapping[str, jax.Array]) 
   finally:
     if os.path.exists(partial):
       os.remove(partial)
+
+
+def check_dtypes(arrays: Mapping[str, jax.Array]) -> None:
+  """Raises ValueError where a name or a dtype is none that the format has."""
+  for name, array in arrays.items():
+    if name == "__metadata__" or array.dtype.name not in _CODES:
+      raise ValueError(
+        f"{name!r} is {array.dtype.name}: a safetensors file takes {', '.join(_CODES)} "
+        "under any name but __metadata__"
+      )
 
 
 def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:

@@ -20,11 +20,13 @@ from test_processes import free_port
 
 from jaxsms import faults, report
 
+IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")
+SOME = ("save arrays:2", "merge:1", "remove:2")
 # Each name is passed so many times after the place where the run was killed before.
 KILLS = (
   "write run.json:1",
-  "save arrays:4",  # the arrays are there, what belongs to them is not
-  "save begins:7",
+  "save arrays:2",  # the arrays are there, what belongs to them is not
+  "save begins:3",
   "merge:1",
   "remove:2",
   "write manifest.json:1",
@@ -46,7 +48,7 @@ def job(fault, said, *flags):
 def launch(tmp_path_factory):
   """Starts it in a process that has imported everything; gives status and what it said."""
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["test_kills", "orbax.checkpoint", "sklearn.datasets"])
+  context.set_forkserver_preload(["experiments.sms", *IMPORTED])
   folder = tmp_path_factory.mktemp("said")
 
   def launched(*flags, fault=""):
@@ -71,13 +73,16 @@ def tear(workdir):
     file.write(b'{"seed": 0, "meth')
 
 
-def test_killed_at_named_places_and_at_random_it_ends_as_if_undisturbed(tmp_path, launch):
+@pytest.mark.parametrize("named", [SOME, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_named_places_and_at_random_it_ends_as_if_undisturbed(
+  named, tmp_path, launch
+):
   undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
   assert launch(*SMALL, f"--workdir={undisturbed}")[0] == 0
   seed = time.time_ns()
   rng = random.Random(seed)
-  kills = [*KILLS, f"chunk:{rng.randint(1, 2)}"]
-  kills.insert(rng.randint(1, 3), f"chunk:{rng.randint(1, 3)}")
+  kills = list(named)
+  kills.insert(rng.randint(0, 2), f"chunk:{rng.randint(1, 2)}")
   for fault in kills:
     status, said = launch(*SMALL, f"--workdir={killed}", fault=fault)
     assert status == -signal.SIGKILL, (seed, kills, fault, said)
@@ -155,8 +160,7 @@ def test_a_run_of_two_processes_is_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["none", "2x1"])
-def test_a_streamed_run_is_killed_and_resumed(mesh, tmp_path):
+def test_a_streamed_run_is_killed_and_resumed(tmp_path):
   """In the midst of an epoch, so that the order of the examples goes on where it was."""
   rng = np.random.default_rng(0)
   pairs = [
@@ -170,7 +174,7 @@ def test_a_streamed_run_is_killed_and_resumed(mesh, tmp_path):
   flags = (
     "--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8",
     "--model=mlp", "--batch_size=9", "--chunk_steps=2", "--cpu_devices=2",
-    f"--mesh={mesh}",
+    "--mesh=2x1",
   )  # fmt: skip
   assert finished([start(tmp_path / "undisturbed", *flags)]) == [0]
   for fault in ("chunk:2", "save arrays:2", "chunk:2", "merge:1", "chunk:2"):

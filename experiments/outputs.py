@@ -1,0 +1,84 @@
+"""The --out of the binaries that write a model: what it may be, and files made whole."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from absl import flags
+
+from jaxsms import storage
+
+flags.DEFINE_string("out", None, "What to write; it must not exist yet.")
+FLAGS = flags.FLAGS
+
+
+def check_out(endings: tuple[str, ...], example: str) -> str:
+  """The value of --out, once it is certain that it can be written.
+
+  Args:
+    endings: that it may have; "" among them means a folder, whose name has none.
+    example: of a value.
+
+  Raises:
+    ValueError: it is missing, exists, or ends otherwise.
+  """
+  out = FLAGS.out
+  if not out:
+    raise ValueError(f"--out is missing: say what to write, such as --out={example}")
+  ending = os.path.splitext(out.rstrip("/"))[1].lower()
+  if ending not in endings:
+    known = [e or "nothing (a folder)" for e in endings]
+    raise ValueError(
+      f"--out is {out}: it must end in {' or '.join(known)}, such as --out={example}"
+    )
+  if storage.as_path(out).exists():
+    raise ValueError(f"--out {out} exists already: choose another name, or remove it")
+  return out
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[str]:
+  """A name to write to; the file gets its own name when all of it is there."""
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  partial = f"{path}.{os.getpid()}.partial"
+  try:
+    yield partial
+    os.replace(partial, path)
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(partial)
+
+
+def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays to an .npz file, of the dtypes that NumPy itself has.
+
+  Raises:
+    ValueError: a dtype is another, such as bfloat16.
+  """
+  for name, array in arrays.items():
+    if array.dtype.kind == "V":
+      raise ValueError(
+        f"{name} is {array.dtype.name}, which .npz files do not have: let --out end in "
+        ".safetensors"
+      )
+  with whole_file(path) as partial, open(partial, "wb") as file:
+    np.savez(file, **arrays)
+
+
+def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays as PyTorch's state dict.
+
+  Raises:
+    ImportError: PyTorch is not installed.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{path} is written by PyTorch, which is not installed: run `pip install torch`, or "
+      "let --out end in .safetensors"
+    ) from error
+  state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+  with whole_file(path) as partial:
+    torch.save(state, partial)
