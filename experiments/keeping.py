@@ -17,6 +17,7 @@ from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
 from experiments.signals import Stopped, StopSignals
 from experiments.task import Task
+from experiments.tensorboard import Board, check_available
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
@@ -34,6 +35,12 @@ flags.DEFINE_integer(
   2,
   "How many checkpoints stay: where one is damaged, the next is used.",
 )
+flags.DEFINE_boolean(
+  "tensorboard",
+  False,
+  "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
+  "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
+)
 FLAGS = flags.FLAGS
 MEANS = ("loss", "accuracy")
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
@@ -44,21 +51,24 @@ class Retention(NamedTuple):
 
   save_minutes: float
   keep_checkpoints: int
+  tensorboard: bool
 
 
 def read_retention() -> Retention:
   """The parsed flags.
 
   Raises:
-    ValueError: one is out of range.
+    ValueError: one is out of range, or TensorBoard's files cannot be written.
   """
-  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints)
+  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints, FLAGS.tensorboard)
   if not 0 <= chosen.save_minutes < math.inf:
     raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number, 0 or above")
   if chosen.keep_checkpoints < 1:
     raise ValueError(
       f"--keep_checkpoints is {chosen.keep_checkpoints}: it must be at least 1"
     )
+  if chosen.tensorboard:
+    check_available(FLAGS.workdir)
   return chosen
 
 
@@ -92,6 +102,7 @@ class Keeper:
     self._series = Series(workdir / run_directory.CHECKPOINTS, retention.keep_checkpoints)
     self._lock = Lock(workdir)
     self._metrics: MetricsFile | None = None
+    self._tensorboard, self._board = retention.tensorboard, None
     self._begun = self._last = time.monotonic()
     self._fetching = 0.0
     self._resumed = False
@@ -134,7 +145,10 @@ class Keeper:
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
         self.seeds, self.work = finished, Work(settings.seed + len(finished))
       if is_writer():
-        self._metrics = MetricsFile(self._workdir / run_directory.METRICS_FILE, size)
+        metrics = self._workdir / run_directory.METRICS_FILE
+        self._metrics = MetricsFile(metrics, size)
+        if self._tensorboard:
+          self._board = Board(self._workdir, metrics.read_bytes())
     except OSError as error:
       self._lock.release()
       raise ValueError(
@@ -284,6 +298,8 @@ class Keeper:
     """Adds a line to the metrics of the run."""
     if self._metrics is not None:
       self._metrics.append(line)
+    if self._board is not None:
+      self._board.add(line)
 
   def seconds(self) -> float:
     """How long the run has taken so far, all its processes together."""
@@ -298,6 +314,8 @@ class Keeper:
       self._series.wait()
       if self._metrics is not None:
         self._metrics.close()
+      if self._board is not None:
+        self._board.close()
     finally:
       self._lock.release()
 
