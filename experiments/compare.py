@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from experiments import (
+from experiments import methods, (
   comparison,
   keeping,
   method_flags,
@@ -182,7 +182,8 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   for part in waiting:
     plan.update(planned(shared, part))
   signals, quiet = StopSignals(), not run_directory.is_writer()
-  with signals, RunProgress(plan, quiet=quiet) as progress:
+  model_steps = methods.model_steps(shared.task)
+  with signals, RunProgress(plan, quiet=quiet, model_steps=model_steps) as progress:
     while waiting:
       left = []
       for part in waiting:

@@ -22,7 +22,6 @@ from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
 from jaxsms.series import Found, Series
-from jaxsms.training import Chunk
 
 flags.DEFINE_float(
   "save_minutes",
@@ -79,7 +78,7 @@ class Keeper:
     seeds: the entries of the finished seeds.
     work: the seed under way.
     epoch: what the chunks of the epoch under way reported.
-    steps_left: by the number of copies that a step trains; counted down while they train.
+    steps_left: as `methods.planned_work` plans them; counted down while they are done.
   """
 
   def __init__(
@@ -125,7 +124,7 @@ class Keeper:
       settings: of the run.
       task: its network and data.
       flagfile: see `run_directory.begin`.
-      plan: steps of the whole run, by the number of copies that a step trains.
+      plan: of the whole run, see `methods.planned_work`.
       first: what its first seed begins with; None for nothing.
 
     Returns:
@@ -289,10 +288,9 @@ class Keeper:
       self._series.save(arrays, storage.plain(meta))
     self._last = time.monotonic()
 
-  def count(self, chunk: Chunk) -> None:
-    """Counts a chunk of training down."""
-    left = self.steps_left.get(chunk.copies, 0) - chunk.taken
-    self.steps_left[chunk.copies] = max(left, 0)
+  def count(self, copies: int, done: int) -> None:
+    """Counts down steps of so many copies, or models that were measured."""
+    self.steps_left[copies] = max(self.steps_left.get(copies, 0) - done, 0)
 
   def append_metrics(self, line: dict[str, Any]) -> None:
     """Adds a line to the metrics of the run."""

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     run = run or {"flags": run_flags, "defining": wanted, "environment": versions}
     signals = StopSignals()
     keeper = keeping.Keeper(workdir, run, job.retention, signals)
-    plan = methods.planned_steps(chosen, job.method, task.steps_per_epoch, names)
+    plan = methods.planned_work(chosen, job.method, task.steps_per_epoch, names)
     for sentence in keeper.open(chosen, task, settings.flagfile(run_flags), plan):
       keeping.say(sentence)
   except (ValueError, ImportError) as error:
@@ -78,7 +78,11 @@ def main(argv: list[str]) -> None:
   stopped, status = None, 0
   try:
     quiet = not run_directory.is_writer()
-    with keeper, signals, RunProgress(dict(keeper.steps_left), quiet=quiet) as progress:
+    shown = RunProgress(
+      dict(keeper.steps_left), quiet=quiet, model_steps=methods.model_steps(task)
+    )
+    with keeper, signals, shown as progress:
+      task = running.counted(task, progress, keeper)
       observer = running.make_observer(
         progress, keeper, workdir, chosen, task.steps_per_epoch
       )
