@@ -18,10 +18,11 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from experiments import methods, (
+from experiments import (
   comparison,
   keeping,
   method_flags,
+  methods,
   run_directory,
   running,
   settings,

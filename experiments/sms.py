@@ -1,7 +1,23 @@
 """Trains a dense model, makes a sparse soup of it, and compares that with IMP.
 
 python -m experiments.sms
-python -m experiments.sms --dataset=cifar10 --data_dir=... --model=resnet8
+python -m experiments.sms --dataset=cifar10 --data_dir=DIR --model=resnet20
+
+The flags by subject; below each in full, by name. Without any, a small network is trained
+on handwritten digits, in about a minute.
+
+The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps, tensorboard
+The data      dataset, data_dir, cache_dir, augmentation; stream, image_size
+The network   model, init; hidden, dropout, width, widening, stem
+Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
+              decay, step_epochs, milestones, momentum, weight_decay
+The soup      ingredients, phases, goal_sparsity, retrain_epochs, retrain_schedule,
+              merge; vary, values
+Pruning       criterion, scope, n_m_group
+Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs
+Measuring     ood, ood_severities, train_metrics, landscape
+Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, remat,
+              micro_batches, split_params; coordinator, processes, process
 """
 
 import os

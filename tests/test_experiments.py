@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from experiments import (
   pretraining_flags,
   run_directory,
   settings,
+  sms,
 )
 from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
 from experiments.task import make_task
@@ -345,7 +347,7 @@ def test_time_left_uses_each_programs_own_speed():
   assert clock(3723) == "1:02:03"
 
 
-def shown(epochs=4):
+def shown():
   return training.Chunk(
     copies=2, step=10, steps=40, taken=10, epoch=1,
     loss=np.array([0.5, 0.7]), accuracy=np.array([0.8, 0.9]),
@@ -413,3 +415,9 @@ def test_cifar10_with_a_residual_network(tmp_path):
   seed = json.loads((workdir / "results.json").read_text())["seeds"][0]
   assert seed["dense"]["test_accuracy"] > 0.3
   assert seed["phases"][0]["soup"]["test_accuracy"] > 0.3
+
+
+def test_help_names_every_flag_once_by_subject():
+  lines = sms.__doc__.split("in about a minute.")[1].splitlines()
+  named = [name for line in lines for name in re.findall(r"\w+", line[14:])]
+  assert sorted(named) == sorted(FLAGS)
