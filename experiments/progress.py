@@ -18,8 +18,9 @@ class TimeLeft:
   """Estimates the seconds left from the speed so far.
 
   Three things take time: steps, which have a speed of their own for each number of copies
-  (until so many have trained it counts m / k times that of the k copies seen); measuring
-  models; and compiling, about as long for each number of copies.
+  (until so many have trained it counts m / k times that of the k copies seen; the first
+  chunk, in which much is made ready, counts only until there is another); measuring models;
+  and compiling, about as long for each number of copies, once to train and once to measure.
   """
 
   def __init__(self, plan: dict[int, int], model_steps: float = 0.0):
@@ -33,7 +34,10 @@ class TimeLeft:
     self._left, self._model_steps = plan, model_steps
     self._seconds: dict[int, float] = {}
     self._done: dict[int, int] = {}
+    self._rough: dict[int, float] = {}  # seconds a step, from first chunks alone
     self._compiling = 0.0
+    self._trained = 0  # how many copies did so last
+    self._compiled: set[tuple[int, bool]] = set()  # for so many, to measure them or not
 
   def update(self, copies: int, count: int, seconds: float, compiling: float = 0.0) -> None:
     """Counts what was done since the last time.
@@ -47,24 +51,30 @@ class TimeLeft:
     self._left[copies] = max(self._left.get(copies, 0) - count, 0)
     compiling = min(compiling, seconds)
     self._compiling += compiling
+    measuring = copies == MEASURED
+    self._trained = self._trained if measuring else copies
+    self._compiled.add((self._trained, measuring))
+    if not measuring and copies not in self._rough:
+      self._rough[copies] = (seconds - compiling) / count
+      return
     self._seconds[copies] = self._seconds.get(copies, 0.0) + seconds - compiling
     self._done[copies] = self._done.get(copies, 0) + count
 
   def seconds(self) -> float | None:
     """Seconds left; None before any step was taken."""
-    speeds = {k: self._seconds[k] / n for k, n in self._done.items() if k != MEASURED}
+    measured = {k: self._seconds[k] / n for k, n in self._done.items()}
+    speeds = self._rough | {k: v for k, v in measured.items() if k != MEASURED}
     if not speeds:
       return None
     nearest = max(speeds)
     each = {
       k: speeds.get(k, speeds[nearest] * k / nearest) for k in self._left if k != MEASURED
     }
-    if self._done.get(MEASURED):
-      each[MEASURED] = self._seconds[MEASURED] / self._done[MEASURED]
-    else:
-      each[MEASURED] = self._model_steps * speeds.get(1, speeds[nearest] / nearest)
-    unseen = sum(n > 0 and k not in (MEASURED, *speeds) for k, n in self._left.items())
-    compiling = unseen * self._compiling / len(speeds)
+    in_use = [k for k in each if k in speeds or self._left[k]]
+    one_copy = speeds.get(1, speeds[nearest] / nearest)
+    each[MEASURED] = measured.get(MEASURED, self._model_steps * one_copy)
+    compiled = sum((k, measuring) in self._compiled for k in in_use for measuring in (0, 1))
+    compiling = self._compiling * (2 * len(in_use) - compiled) / max(compiled, 1)
     return compiling + sum(n * each[k] for k, n in self._left.items())
 
 

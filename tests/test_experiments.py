@@ -331,17 +331,23 @@ def test_schedules_count_epochs(flags, factors):
 def test_time_left_uses_each_programs_own_speed():
   left = TimeLeft({1: 100, 4: 100, MEASURED: 12}, model_steps=5)
   assert left.seconds() is None
-  # Four copies are unseen: four times as long a step, and they compile as long; a model is
-  # measured in the time of five steps.
-  left.update(1, 10, 41.0, compiling=40.0)
-  assert left.seconds() == pytest.approx(90 * 0.1 + 100 * 0.4 + 12 * 0.5 + 40)
-  left.update(MEASURED, 2, 6.0, compiling=2.0)
-  assert left.seconds() == pytest.approx(90 * 0.1 + 100 * 0.4 + 10 * 2 + 42)
+  # The first chunk is all there is to go by. Four copies are unseen: four times as long a
+  # step. A model is measured in the time of five steps. Of four times to compile, to train
+  # and to measure one copy and four, one is over.
+  left.update(1, 10, 45.0, compiling=40.0)
+  assert left.seconds() == pytest.approx(90 * 0.5 + 100 * 2 + 12 * 2.5 + 3 * 40)
+  left.update(1, 10, 1.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4 + 12 * 0.5 + 3 * 40)
+  left.update(MEASURED, 2, 26.0, compiling=20.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4 + 10 * 3 + 2 * 30)
   left.update(4, 10, 32.0, compiling=30.0)
-  assert left.seconds() == pytest.approx(90 * 0.1 + 90 * 0.2 + 10 * 2)
-  left.update(1, 90, 9.0)
+  left.update(4, 10, 3.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.3 + 10 * 3 + 30)
+  left.update(MEASURED, 5, 25.0, compiling=10.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.3 + 5 * 3)
+  left.update(1, 80, 9.0)
   left.update(4, 95, 18.0)  # more than was planned
-  left.update(MEASURED, 10, 20.0)
+  left.update(MEASURED, 5, 20.0)
   assert left.seconds() == 0
   assert clock(61.2) == "1:01"
   assert clock(3723) == "1:02:03"
