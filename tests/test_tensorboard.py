@@ -141,6 +141,8 @@ def test_a_run_that_goes_on_has_nothing_twice_and_nothing_that_was_lost(tmp_path
   }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_writes_what_its_metrics_say(tmp_path):
   assert run(*SMALL, "--tensorboard", f"--workdir={tmp_path / 'run'}") == 0
   found = read_events(tmp_path / "run" / "tensorboard")
