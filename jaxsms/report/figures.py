@@ -23,6 +23,14 @@ PERCENT = {
   "ood_accuracy": "Accuracy on corrupted data in percent",
   "test_expected_calibration_error": "Calibration error in percent",
 }
+# Methods whose colour another one has already are dashed.
+SECOND = [
+  name
+  for i, (name, (ink, _)) in enumerate(STYLES.items())
+  if ink in [other for other, _ in list(STYLES.values())[:i]]
+]
+# What must be seen in any case.
+NEAR = ("soup", "mean_candidate", "best_candidate", "prediction_ensemble", "imp", "imp_mx")
 
 
 def accuracy_figure(results: Results, path: str | os.PathLike) -> None:
@@ -49,9 +57,9 @@ def over_sparsity(case: Case, metric: str) -> Any:
   positions, labels = sparsity_axis(rows)
   with canvas(case.setting, 4.2) as (figure, axes):
     dots = _dots(axes, case, metric, rows, positions)
-    heights = method_lines(axes, positions, rows, case.m)
+    drawn = method_lines(axes, positions, rows, case.m)
     _dense_line(axes, rows)
-    _limits(axes, heights + dots)
+    _limits(axes, drawn, dots, case.m)
     ticks(axes, positions, labels)
     axes.set_xlabel("Sparsity of the prunable weights")
     axes.set_ylabel(PERCENT[metric])
@@ -80,9 +88,9 @@ def over_cases(
   positions = np.arange(len(cases), dtype=float)
   with canvas(title, 4.2) as (figure, axes):
     m = cases[0].m if len({case.m for case in cases}) == 1 else None
-    heights = method_lines(axes, positions, rows, m)
+    drawn = method_lines(axes, positions, rows, m)
     _dense_line(axes, rows)
-    _limits(axes, heights)
+    _limits(axes, drawn, [], m)
     axes.set_xticks(positions, [f"{value(case):g}" for case in cases])
     axes.set_xlabel(label)
     axes.set_ylabel(PERCENT[metric])
@@ -93,7 +101,7 @@ def over_cases(
 def soups_of(cases: Sequence[Case], metric: str) -> Any:
   """The soups of several runs over sparsity, and IMP beside them as dashes."""
   with canvas("Soups (lines) and IMP (dashes)", 4.2) as (figure, axes):
-    heights, ticks_at = [], {}
+    drawn, ticks_at = {"soup": []}, {}
     for number, case in enumerate(cases):
       rows = summarize(case.seeds, metric)
       for name, style in (("soup", "-"), ("imp", "--")):
@@ -116,8 +124,8 @@ def soups_of(cases: Sequence[Case], metric: str) -> Any:
           _band(axes, x, y, shown, name, colour(number))
         for at, row in zip(x, shown, strict=True):
           ticks_at[at] = f"{100 * row['sparsity']:.1f} %"
-        heights += list(y)
-    _limits(axes, heights)
+        drawn["soup"] += list(y)
+    _limits(axes, drawn, [], None)
     at = sorted(ticks_at)
     ticks(axes, np.array(at), [ticks_at[x] for x in at])
     axes.set_xlabel("Sparsity of the prunable weights")
@@ -155,7 +163,7 @@ def ticks(axes: Any, positions: np.ndarray, labels: Sequence[str]) -> None:
 
 def method_lines(
   axes: Any, positions: np.ndarray, rows: Sequence[Results], m: int | None
-) -> list[float]:
+) -> dict[str, list[float]]:
   """A line for each method, with the 95 % interval of its mean as a band.
 
   Args:
@@ -165,9 +173,9 @@ def method_lines(
     m: number of copies; None where it is not one.
 
   Returns:
-    All means, in percent.
+    By method its means, in percent.
   """
-  heights: list[float] = []
+  drawn = {}
   names = [name for name in METHODS if any(name in row for row in rows)]
   spread = 0.01 * (np.ptp(positions) or 1)
   for number, name in enumerate(names):
@@ -181,14 +189,19 @@ def method_lines(
       y,
       color=ink,
       marker=marker,
+      linestyle="--" if name in SECOND else "-",
       linewidth=2.4 if soup else 1.3,
       markersize=6.5 if soup else 5,
       zorder=4 if soup else 3,
-      label=method_title(name, m) if m else METHODS[name].format(m="m"),
+      label=_title(name, m),
     )
     _band(axes, x, y, [rows[i] for i in shown], name, ink)
-    heights += list(y)
-  return heights
+    drawn[name] = list(y)
+  return drawn
+
+
+def _title(name, m):
+  return METHODS[name].format(m="m") if m is None else method_title(name, m)
 
 
 def _band(axes, x, y, rows, name, ink):
@@ -226,10 +239,34 @@ def _dense_line(axes, rows):
     axes.axhline(100 * known[-1], color=MIDDLE, linestyle=":", label="Dense", zorder=1)
 
 
-def _limits(axes, heights):
-  """Bands of few seeds may be wide: they do not decide what is seen."""
-  if not heights:
+def _limits(axes, drawn, dots, m):
+  """Decides what is seen.
+
+  Bands of few seeds may be wide and have no say. Methods that are far off would squeeze all
+  others: they leave the figure, and are named with their last value where they do.
+  """
+  near = [y for name, ys in drawn.items() if name in NEAR for y in ys] + dots
+  near = near or [y for ys in drawn.values() for y in ys]
+  if not near:
     return
-  low, high = min(heights), max(heights)
-  room = 0.25 * (high - low) or 0.5
+  low, high = min(near), max(near)
+  most = 1.5 * max(high - low, 0.5)
+  gone = {}
+  for name, ys in drawn.items():
+    if min(ys) < low - most or max(ys) > high + most:
+      gone[name] = ys[-1]
+    else:
+      low, high = min(low, *ys), max(high, *ys)
+  room = 0.2 * (high - low) or 0.5
   axes.set_ylim(max(low - room, 0), min(high + room, 101) if high <= 100 else high + room)
+  below = {name: y for name, y in gone.items() if y < low}
+  for side, found, at, sign in (
+    ("bottom", below, 0.02, "\N{DOWNWARDS ARROW}"),
+    ("top", {k: y for k, y in gone.items() if k not in below}, 0.98, "\N{UPWARDS ARROW}"),
+  ):
+    text = ", ".join(f"{_title(name, m)} {y:.2f}" for name, y in found.items())
+    if text:
+      axes.text(
+        0.02, at, f"{sign} {text}", transform=axes.transAxes, fontsize=8, va=side, zorder=5,
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+      )  # fmt: skip

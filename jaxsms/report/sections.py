@@ -39,7 +39,6 @@ def document(
   parts = (
     results_section(cases),
     accuracy_section(cases),
-    robustness_section(cases),
     curves_section(cases),
     layers_section(cases),
     geometry_section(cases),
@@ -131,7 +130,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
       yield Picture(
         f"{name}-soups",
         figures.soups_of(shown, metric),
-        f"{what}: soups as lines, IMP as dashes. {BAND}",
+        f"{what}: soups as lines, IMP as dashes.",
         f"Lines of {what.lower()} over sparsity for the soups of {len(shown)} runs.",
       )
   for case in shown[:CASES_DRAWN]:
@@ -145,7 +144,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
     yield Picture(
       name + suffix(cases, case),
       figures.over_sparsity(case, metric),
-      f"{what}{title} over sparsity. {BAND if len(case.seeds) > 1 else ''}".strip(),
+      f"{what}{title} over sparsity.",
       f"{what} over sparsity, a line for each method. At {100 * last['sparsity']:.2f} %: "
       f"{tell}.",
     )
@@ -176,7 +175,7 @@ def _grids(cases, metric, name, what):
             "Goal sparsity in percent",
             f"m = {m}, after the last phase",
           ),
-          f"{what} with {m} copies over the goal sparsity. {BAND}",
+          f"{what} with {m} copies over the goal sparsity.",
           f"{what} over the goal sparsity, a line for each method, with {m} copies.",
         )
   if len(copies) > 1:
@@ -192,30 +191,34 @@ def _grids(cases, metric, name, what):
             "Number of copies m",
             f"{100 * goal:g} % sparsity, after the last phase",
           ),
-          f"{what} at {100 * goal:g} % sparsity over the number of copies. {BAND}",
+          f"{what} at {100 * goal:g} % sparsity over the number of copies.",
           f"{what} over the number of copies, a line for each method, at "
           f"{100 * goal:g} % sparsity.",
         )
 
 
 def accuracy_section(cases: Sequence[Case]) -> Section:
-  """Accuracy on test data."""
-  return Section("Accuracy", list(metric_pictures(cases, "test_accuracy", "accuracy")))
-
-
-def robustness_section(cases: Sequence[Case]) -> Section:
-  """Accuracy out of distribution, and calibration."""
-  ood = list(metric_pictures(cases, "ood_accuracy", "ood"))
-  ece = list(metric_pictures(cases, ECE, "calibration"))
-  blocks: list = [*ood, *ece]
+  """Accuracy on test data and out of distribution, and calibration."""
+  section = Section("Accuracy and calibration", [])
+  blocks = section.blocks
+  blocks.extend(metric_pictures(cases, "test_accuracy", "accuracy"))
+  if ood := list(metric_pictures(cases, "ood_accuracy", "ood")):
+    blocks.extend(ood)
+  if ece := list(metric_pictures(cases, ECE, "calibration")):
+    blocks.extend(ece)
+  said = []
+  if any(
+    "half_width" in r["soup"] and r["soup"]["half_width"]
+    for c in cases
+    for r in phases_of(c)
+  ):
+    said.append(BAND)
   if ood:
-    blocks.insert(
-      0,
-      "Out of distribution: the mean over corruptions of the test images and over their "
-      "severities.",
+    said.append(
+      "Corrupted data: the mean over corruptions of the test images and their severities."
     )
   if ece:
-    blocks.append(
-      "Calibration: the expected calibration error on test data, 15 bins; less is better."
-    )
-  return Section("Out of distribution and calibration" if ood else "Calibration", blocks)
+    said.append("Calibration error: of test data, in 15 bins; less is better.")
+  if said:
+    blocks.insert(0, " ".join(said))
+  return section

@@ -1,6 +1,6 @@
 """Figures of how copies train, which weights go, and where the models lie."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,12 @@ PHASES_SHOWN = 12
 def curves(case: Case, name: str) -> Any:
   """What each copy does from epoch to epoch, dense training and the phases in a row.
 
-  The first seed's copies have a colour each, those of the others are grey.
+  The first seed's copies have a colour each, those of the others are grey. Dense training
+  is squeezed where it is longer than half of all phases together.
   """
   lines = [line for line in case.epochs if line["method"] in ("dense", "sms")]
-  starts = starts_of_phases(lines)
+  starts, last = starts_of_phases(lines)
+  place = squeezed(starts, last)
   first = lines[0]["seed"]
   groups: dict[tuple[int, int], list] = {}
   for line in lines:
@@ -40,7 +42,7 @@ def curves(case: Case, name: str) -> Any:
   with canvas(case.setting) as (figure, axes):
     labelled = set()
     for (seed, phase), group in groups.items():
-      x = [starts[phase] + line["epoch"] for line in group]
+      x = place([starts[phase] + line["epoch"] for line in group])
       y = scale * np.array([line[name] for line in group], float)
       mine = seed == first
       for copy in range(y.shape[1] if mine or name != "learning_rate" else 0):
@@ -55,38 +57,55 @@ def curves(case: Case, name: str) -> Any:
           label=label if mine and label not in labelled else None,
         )
         labelled.add(label)
-    last = max(starts[phase] + line["epoch"] for line in lines for phase in [line["phase"]])
-    _name_phases(axes, starts, last)
-    axes.set_xlim(0, last * 1.01)
+    _name_phases(axes, starts, last, place)
     axes.set_xlabel("Epoch")
     axes.set_ylabel(CURVES[name])
     legend(figure, 4)
   return figure
 
 
-def starts_of_phases(lines: Sequence[dict]) -> dict[int, int]:
-  """How many epochs there were before each phase; dense training is phase 0."""
+def starts_of_phases(lines: Sequence[dict]) -> tuple[dict[int, int], int]:
+  """How many epochs there were before each phase (dense training is 0), and in all."""
   longest: dict[int, int] = {}
   for line in lines:
     longest[line["phase"]] = max(longest.get(line["phase"], 0), line["epoch"])
   starts, total = {}, 0
   for phase in sorted(longest):
     starts[phase], total = total, total + longest[phase]
-  return starts
+  return starts, total
 
 
-def _name_phases(axes, starts, last):
+def squeezed(starts: dict[int, int], last: int) -> Callable[[Any], np.ndarray]:
+  """Where epochs are drawn: dense training takes a third of the width at most."""
+  dense = starts.get(1, 0) if 0 in starts else 0
+  width = min(dense, (last - dense) / 2) or dense
+  return lambda epochs: np.interp(
+    epochs, [0, dense, last], [0, width, width + last - dense]
+  )
+
+
+def _name_phases(axes, starts, last, place):
   ends = [*list(starts.values())[1:], last]
+  right = float(place(last))
+  axes.set_xlim(0, right * 1.01)
   for (phase, start), end in zip(starts.items(), ends, strict=True):
     if start:
-      axes.axvline(start, color=FAINT, linewidth=0.8, zorder=0)
+      axes.axvline(place(start), color=FAINT, linewidth=0.8, zorder=0)
     name = "dense" if phase == 0 else str(phase)
-    if end - start >= 0.04 * last:
-      at = ((start + end) / 2, 0.995)
+    if place(end) - place(start) >= 0.04 * right:
+      at = ((place(start) + place(end)) / 2, 0.995)
       axes.annotate(
         name, at, xycoords=("data", "axes fraction"), ha="center", va="top",
         fontsize=8, color=MIDDLE,
       )  # fmt: skip
+  marks = sorted(
+    {0, last, *starts.values(), *([starts.get(1, 0) // 2] if 0 in starts else [])}
+  )
+  shown = [last]
+  for mark in reversed(marks):
+    if place(shown[-1]) - place(mark) >= 0.09 * right:
+      shown.append(mark)
+  axes.set_xticks(place(shown), [str(mark) for mark in shown])
 
 
 def layers(case: Case) -> Any:
@@ -149,7 +168,7 @@ def _shades(n):
   import matplotlib
 
   ramp = matplotlib.colormaps["viridis"]
-  return [matplotlib.colors.to_hex(ramp(x)) for x in np.linspace(0.9, 0.2, n)]
+  return [matplotlib.colors.to_hex(ramp(x)) for x in np.linspace(0.9, 0.3, n)]
 
 
 GEOMETRY = {
