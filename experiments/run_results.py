@@ -34,8 +34,8 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
   path = storage.as_path(path)
   if not path.exists():
     raise ValueError(f"there is no {path}: give the --workdir of a run or a comparison")
-  run = run_directory.read_run(path) or {}
   results = run_directory.read_results(path, "cells") or run_directory.read_results(path)
+  run = {} if results else run_directory.read_run(path) or {}
   if not run and results is None:
     raise ValueError(
       f"{path} holds no run that can be read: give the --workdir of a run or a comparison"

@@ -172,7 +172,7 @@ def _block_markdown(block):
 
 def _table_markdown(table):
   align = ["---" if i in table.left else "---:" for i in range(len(table.header))]
-  lines = [list(table.header), align]
+  lines = [[_plain(name) for name in table.header], align]
   for group in table.rows:
     for row in group:
       cells = [_plain(text) for text in row]
