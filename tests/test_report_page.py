@@ -307,6 +307,7 @@ def test_a_comparison(tmp_path):
   assert {"accuracy-m2.svg", "accuracy-m3.png", "accuracy-goal80.svg"} <= drawn
   assert {"accuracy-4.png", "plane-2.svg", "geometry-angle.svg"} <= drawn
   assert "plane-1.svg" not in drawn  # two copies span no plane
+  assert page.read_text().count("paired by seed.</p>") == 1
   command = re.search(r"<pre>(.*?)</pre>", page.read_text())[1]
   assert command.startswith("python -m experiments.compare ")
   for word in ("--sparsities=0.8,0.9", "--copies=2,3", "--baselines=imp", "--seeds=2"):

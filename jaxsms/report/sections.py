@@ -11,6 +11,7 @@ from jaxsms.report.summary import sentences
 from jaxsms.report.tables import accuracy, gain, notes
 from jaxsms.report.training_sections import (
   CASES_DRAWN,
+  cut,
   curves_section,
   geometry_section,
   landscape_section,
@@ -29,13 +30,16 @@ def document(
 ) -> Document:
   """The whole report of one run, of several beside each other, or of a comparison."""
   several = len(cases) > 1
-  summary, warnings = [], []
+  summary, warnings, shared = [], [], []
   for case in cases:
-    text = " ".join(sentences(case))
+    *told, how = sentences(case)
+    text = " ".join(told if several and told else [*told, how])
     summary.append(f"{case.title}: {text}" if several else text)
+    shared += [how] if several and told and how not in shared else []
     prefix = f"{case.title}. " if several else ""
     warnings += [f"{prefix}Not finished: {case.unfinished}."] if case.unfinished else []
     warnings += [prefix + note for note in notes(case.seeds)]
+  summary += shared
   parts = (
     results_section(cases),
     accuracy_section(cases),
@@ -133,6 +137,8 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
         f"{what}: soups as lines, IMP as dashes.",
         f"Lines of {what.lower()} over sparsity for the soups of {len(shown)} runs.",
       )
+  if metric != "test_accuracy" and len(shown) > 1 and _is_grid(shown):
+    return
   for case in shown[:CASES_DRAWN]:
     last = summarize(case.seeds, metric)[-1]
     tell = ", ".join(
@@ -202,6 +208,7 @@ def accuracy_section(cases: Sequence[Case]) -> Section:
   section = Section("Accuracy and calibration", [])
   blocks = section.blocks
   blocks.extend(metric_pictures(cases, "test_accuracy", "accuracy"))
+  blocks.extend(cut([case for case in cases if phases_of(case)], "Accuracies by phase"))
   if ood := list(metric_pictures(cases, "ood_accuracy", "ood")):
     blocks.extend(ood)
   if ece := list(metric_pictures(cases, ECE, "calibration")):

@@ -11,6 +11,7 @@ AGAINST = {
   "imp_mx": "{title}, which trains as many steps as all {m} together",
   "dense": "the dense network",
 }
+ONE_SEED = "One seed gives no interval, so differences may be chance."
 
 
 def sentences(case: Case) -> list[str]:
@@ -18,6 +19,9 @@ def sentences(case: Case) -> list[str]:
 
   Differences are paired by seed. Where an interval holds 0, or one seed gives none, that is
   said.
+
+  Returns:
+    Sentences; the last is on how they are to be read, where any is compared.
   """
   rows = [row for row in summarize(case.seeds) if "soup" in row]
   if not rows:
@@ -37,11 +41,8 @@ def sentences(case: Case) -> list[str]:
   found = [f"{text}."]
   if _failed(case, row["phase"]):
     found.append("With some seed averaging failed: the soup is not to be trusted.")
-  if n > 1:
-    found.append("In brackets: 95 % intervals of the differences, paired by seed.")
-  else:
-    found.append("One seed gives no interval, so these differences may be chance.")
-  return found
+  how = "In brackets: 95 % intervals of the differences, paired by seed."
+  return [*found, how if n > 1 else ONE_SEED]
 
 
 def _failed(case, number):

@@ -15,7 +15,8 @@ def suffix(cases: Sequence[Case], case: Case) -> str:
   return "" if len(cases) == 1 else f"-{list(cases).index(case) + 1}"
 
 
-def _each(cases: Sequence[Case], what: str) -> Iterator[str]:
+def cut(cases: Sequence[Case], what: str) -> Iterator[str]:
+  """Says so where not every case is drawn."""
   if len(cases) > CASES_DRAWN:
     yield f"{what} of the first {CASES_DRAWN} of {len(cases)} are drawn."
 
@@ -43,7 +44,7 @@ def curves_section(cases: Sequence[Case]) -> Section:
           f"{what} of all copies by epoch, phase after phase.",
         )
       )
-  section.blocks.extend(_each(shown, "Curves"))
+  section.blocks.extend(cut(shown, "Curves"))
   return section
 
 
@@ -128,7 +129,7 @@ def landscape_section(cases: Sequence[Case]) -> Section:
           f"Contours of the loss on the plane through candidates {through}, with the soup.",
         )
       )
-  section.blocks.extend(_each([case for case, _ in found], "Planes and lines"))
+  section.blocks.extend(cut([case for case, _ in found], "Planes and lines"))
   return section
 
 
