@@ -11,8 +11,8 @@ from jaxsms.report.summary import sentences
 from jaxsms.report.tables import accuracy, gain, notes
 from jaxsms.report.training_sections import (
   CASES_DRAWN,
-  cut,
   curves_section,
+  cut,
   geometry_section,
   landscape_section,
   layers_section,
