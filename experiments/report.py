@@ -31,7 +31,8 @@ def write_report(
     Path of the page.
 
   Raises:
-    ValueError: there is nothing to report, or it cannot be written.
+    ValueError: there is nothing to report.
+    OSError: it cannot be written.
   """
   if not run_dirs:
     raise ValueError("no directory is given: give the --workdir of a run or a comparison")
@@ -45,14 +46,10 @@ def write_report(
   origins = [origin for _, origin in found]
   cases = _told_apart(cases)
   document = report.document(*headings(cases, origins), cases, origins)
-  try:
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for name, data in report.files(document).items():
-      storage.write_bytes(out / name, data)
-  except OSError as error:
-    raise ValueError(
-      f"{out} cannot be written ({error.strerror or error}): give another folder with --out"
-    ) from error
+  written = report.files(document)
+  (out / "figures").mkdir(parents=True, exist_ok=True)
+  for name, data in written.items():
+    storage.write_bytes(out / name, data)
   return out / "report.html"
 
 
@@ -101,6 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(write_report(chosen.run_dir, chosen.out))
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    where = chosen.out or chosen.run_dir[0]
+    print(
+      f"error: {where} cannot be written ({error.strerror or error}): give another folder "
+      "with --out",
+      file=sys.stderr,
+    )
     return 2
   return 0
 

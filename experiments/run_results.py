@@ -134,6 +134,8 @@ def comparison_cases(
       ):  # fmt: skip
         folder = comparison.folder_of(path, part)
         epochs += read_metrics(folder / run_directory.METRICS_FILE)[0]
+    first = comparison.Part(SOUP, cell["seeds"][0]["seed"], goal, m)
+    of_first = run_directory.read_results(comparison.folder_of(path, first)) or {}
     n = len(cell["seeds"])
     missing = f"{n} of {most} seeds are" if n < most else ""
     title = f"{100 * goal:g} %, m = {m}"
@@ -143,7 +145,7 @@ def comparison_cases(
         {**known, "goal_sparsity": goal, "ingredients": m},
         cell["seeds"],
         epochs,
-        cell.get("inference"),
+        of_first.get("inference"),
         missing,
       )
     )

@@ -332,6 +332,9 @@ def test_bad_directories(tmp_path, rejects, capsys):
     write_report([tmp_path / "new"])
   assert binary.main([str(tmp_path / "missing")]) == 2
   assert capsys.readouterr().err.count("\n") == 1
+  fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0, phases=0)])
+  assert binary.main([str(tmp_path / "run"), f"--out={tmp_path / 'file'}"]) == 2
+  assert "cannot be written" in capsys.readouterr().err
 
 
 def test_tables_in_both_languages():
