@@ -33,6 +33,7 @@ from experiments import keeping, methods, run_directory, running, settings, tuni
 from experiments.environment import environment
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
+from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
 from jaxsms import report, storage
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:
-  """Draws the figures, and prints the table and where the rest lies."""
+  """Draws the figures, writes the report, and prints the table and where the rest lies."""
   if not run_directory.is_writer():
     return
   with tempfile.TemporaryDirectory() as folder:
@@ -140,13 +141,14 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
       name = f"accuracy.{ending}"
       report.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
+  write_report([workdir])
   console = Console()
   tables = report.rows(results["summary"], results["flags"]["ingredients"])
   console.print(report.console_table(tables, report.caption(results)))
   for note in report.notes(results["seeds"]):
     console.print(note, style="bold red", highlight=False, soft_wrap=True)
   console.print(
-    f"Took {clock(results['seconds'])}. Results, soup, metrics and figure: {workdir}",
+    f"Took {clock(results['seconds'])}. Results, soup, metrics and report: {workdir}",
     highlight=False,
     soft_wrap=True,
   )

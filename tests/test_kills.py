@@ -18,6 +18,7 @@ from main_job import SMALL, assert_no_traceback, assert_same_run, run, start
 from test_data import prepare
 from test_processes import free_port
 
+from experiments import sms
 from jaxsms import faults, report
 
 IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")
@@ -41,6 +42,7 @@ def job(fault, said, *flags):
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   jax.config.update("jax_disable_most_optimizations", True)
   report.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
+  sms.write_report = lambda paths: None
   sys.exit(run(*flags))
 
 
