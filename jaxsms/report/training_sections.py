@@ -99,11 +99,13 @@ def landscape_section(cases: Sequence[Case]) -> Section:
     highest = max(line["barrier"] or 0 for line in record["lines"])
     on = f"On {record['images']} {record['split']} images; {where}."
     for name in ("loss", "accuracy") if len(cases) == 1 else ("loss",):
-      tell = (
-        f"Above the straight line between its ends it rises by at most {highest:.3g}."
-        if name == "loss"
-        else ""
-      )
+      tell = ""
+      if name == "loss" and highest > 0:
+        tell = (
+          f"Above the straight line between its ends it rises by at most {highest:.3g}."
+        )
+      elif name == "loss":
+        tell = "None rises above the straight line between its ends."
       section.blocks.append(
         Picture(
           f"lines-{name}{end}",
