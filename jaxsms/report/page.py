@@ -44,6 +44,8 @@ figcaption { font-size: .87rem; max-width: 32rem; overflow-wrap: anywhere; }
 pre { padding: .75rem; border: 1px solid var(--faint); white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: .87rem; }
 summary { cursor: pointer; }
+@media screen and (max-width: 40rem) { table { font-size: .8rem; }
+  th, td { padding-right: .5rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   table { font-size: 8.5pt; } .figures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
