@@ -33,6 +33,7 @@ from experiments.environment import environment
 from experiments.lock import Busy
 from experiments.part_runs import Comparison, planned, run_part, write
 from experiments.progress import RunProgress, clock
+from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
 from jaxsms import report, storage
@@ -232,10 +233,11 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
 
 
 def show(shared: Comparison, results: dict[str, Any]) -> None:
-  """Prints the table of the last phases, and where the rest lies."""
+  """Writes the report, prints the table of the last phases, and where the rest lies."""
   cells = results["cells"]
   if not cells:
     return
+  write_report([shared.workdir])
   header = comparison.HEADER
   if comparison.has_ood(cells):
     header += comparison.OOD_HEADER
@@ -248,8 +250,8 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     for note in report.notes(cell["seeds"]):
       console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
   console.print(
-    f"Took {clock(results['seconds'])}, all parts together. Results, parts and their "
-    f"soups: {shared.workdir}",
+    f"Took {clock(results['seconds'])}, all parts together. Results, report, parts "
+    f"and their soups: {shared.workdir}",
     highlight=False,
     soft_wrap=True,
   )
