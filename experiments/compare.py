@@ -22,6 +22,7 @@ from experiments import (
   comparison,
   keeping,
   method_flags,
+  methods,
   run_directory,
   running,
   settings,
@@ -32,6 +33,7 @@ from experiments.environment import environment
 from experiments.lock import Busy
 from experiments.part_runs import Comparison, planned, run_part, write
 from experiments.progress import RunProgress, clock
+from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
 from jaxsms import report, storage
@@ -182,7 +184,8 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   for part in waiting:
     plan.update(planned(shared, part))
   signals, quiet = StopSignals(), not run_directory.is_writer()
-  with signals, RunProgress(plan, quiet=quiet) as progress:
+  model_steps = methods.model_steps(shared.task)
+  with signals, RunProgress(plan, quiet=quiet, model_steps=model_steps) as progress:
     while waiting:
       left = []
       for part in waiting:
@@ -230,10 +233,11 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
 
 
 def show(shared: Comparison, results: dict[str, Any]) -> None:
-  """Prints the table of the last phases, and where the rest lies."""
+  """Writes the report, prints the table of the last phases, and where the rest lies."""
   cells = results["cells"]
   if not cells:
     return
+  write_report([shared.workdir])
   header = comparison.HEADER
   if comparison.has_ood(cells):
     header += comparison.OOD_HEADER
@@ -246,8 +250,8 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     for note in report.notes(cell["seeds"]):
       console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
   console.print(
-    f"Took {clock(results['seconds'])}, all parts together. Results, parts and their "
-    f"soups: {shared.workdir}",
+    f"Took {clock(results['seconds'])}, all parts together. Results, report, parts "
+    f"and their soups: {shared.workdir}",
     highlight=False,
     soft_wrap=True,
   )

@@ -89,7 +89,9 @@ def define_flags(to: flags.FlagValues = FLAGS) -> None:
   flags.DEFINE_integer(
     "processes", None, "How many processes there are, with --coordinator.", flag_values=to
   )
-  flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=to)
+  flags.DEFINE_integer(
+    "process", None, "Which of the --processes this one is, from 0.", flag_values=to
+  )
 
 
 define_flags()

@@ -1,6 +1,7 @@
 """Keeps a run: saves it while it goes on, and takes it up again after a break."""
 
 import math
+import operator
 import sys
 import time
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
 from experiments.signals import Stopped, StopSignals
 from experiments.task import Task
+from experiments.tensorboard import Board, check_available
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
+from jaxsms.safetensors import first_sentence
 from jaxsms.series import Found, Series
-from jaxsms.training import Chunk
 
 flags.DEFINE_float(
   "save_minutes",
@@ -34,6 +36,12 @@ flags.DEFINE_integer(
   2,
   "How many checkpoints stay: where one is damaged, the next is used.",
 )
+flags.DEFINE_boolean(
+  "tensorboard",
+  False,
+  "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
+  "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
+)
 FLAGS = flags.FLAGS
 MEANS = ("loss", "accuracy")
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
@@ -44,21 +52,24 @@ class Retention(NamedTuple):
 
   save_minutes: float
   keep_checkpoints: int
+  tensorboard: bool
 
 
 def read_retention() -> Retention:
   """The parsed flags.
 
   Raises:
-    ValueError: one is out of range.
+    ValueError: one is out of range, or TensorBoard's files cannot be written.
   """
-  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints)
+  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints, FLAGS.tensorboard)
   if not 0 <= chosen.save_minutes < math.inf:
     raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number, 0 or above")
   if chosen.keep_checkpoints < 1:
     raise ValueError(
       f"--keep_checkpoints is {chosen.keep_checkpoints}: it must be at least 1"
     )
+  if chosen.tensorboard:
+    check_available(FLAGS.workdir)
   return chosen
 
 
@@ -69,7 +80,7 @@ class Keeper:
     seeds: the entries of the finished seeds.
     work: the seed under way.
     epoch: what the chunks of the epoch under way reported.
-    steps_left: by the number of copies that a step trains; counted down while they train.
+    steps_left: as `methods.planned_work` plans them; counted down while they are done.
   """
 
   def __init__(
@@ -92,6 +103,7 @@ class Keeper:
     self._series = Series(workdir / run_directory.CHECKPOINTS, retention.keep_checkpoints)
     self._lock = Lock(workdir)
     self._metrics: MetricsFile | None = None
+    self._tensorboard, self._board = retention.tensorboard, None
     self._begun = self._last = time.monotonic()
     self._fetching = 0.0
     self._resumed = False
@@ -114,7 +126,7 @@ class Keeper:
       settings: of the run.
       task: its network and data.
       flagfile: see `run_directory.begin`.
-      plan: steps of the whole run, by the number of copies that a step trains.
+      plan: of the whole run, see `methods.planned_work`.
       first: what its first seed begins with; None for nothing.
 
     Returns:
@@ -134,7 +146,10 @@ class Keeper:
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
         self.seeds, self.work = finished, Work(settings.seed + len(finished))
       if is_writer():
-        self._metrics = MetricsFile(self._workdir / run_directory.METRICS_FILE, size)
+        metrics = self._workdir / run_directory.METRICS_FILE
+        self._metrics = MetricsFile(metrics, size)
+        if self._tensorboard:
+          self._board = Board(self._workdir, metrics.read_bytes())
     except OSError as error:
       self._lock.release()
       raise ValueError(
@@ -180,7 +195,10 @@ class Keeper:
     return found
 
   def _take_up(self, found, settings, task):
-    """Takes what a checkpoint holds; gives the size that the metrics had."""
+    """Takes what a checkpoint holds; gives the size that the metrics had.
+
+    Its digests are right: where it makes no sense, something else wrote it.
+    """
     meta, what = found.meta, f"checkpoint {found.number} of {self._workdir}"
     try:
       self.seeds = list(meta["seeds"])
@@ -193,11 +211,13 @@ class Keeper:
       self.work = unpacked(
         found.arrays, meta["work"], task.shapes, task.programs, settings.ingredients, what
       )
-      return meta["metrics_bytes"]
-    except (KeyError, TypeError, AttributeError) as error:
+      return operator.index(meta["metrics_bytes"])
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+      if str(error).startswith(what):
+        raise
       raise ValueError(
-        f"{what} lacks {error}: another version of jaxsms wrote it, choose another "
-        "--workdir"
+        f"{what} cannot be used ({first_sentence(error)}): another version of jaxsms "
+        "wrote it, choose another --workdir"
       ) from error
 
   def due(self) -> bool:
@@ -275,15 +295,16 @@ class Keeper:
       self._series.save(arrays, storage.plain(meta))
     self._last = time.monotonic()
 
-  def count(self, chunk: Chunk) -> None:
-    """Counts a chunk of training down."""
-    left = self.steps_left.get(chunk.copies, 0) - chunk.taken
-    self.steps_left[chunk.copies] = max(left, 0)
+  def count(self, copies: int, done: int) -> None:
+    """Counts down steps of so many copies, or models that were measured."""
+    self.steps_left[copies] = max(self.steps_left.get(copies, 0) - done, 0)
 
   def append_metrics(self, line: dict[str, Any]) -> None:
     """Adds a line to the metrics of the run."""
     if self._metrics is not None:
       self._metrics.append(line)
+    if self._board is not None:
+      self._board.add(line)
 
   def seconds(self) -> float:
     """How long the run has taken so far, all its processes together."""
@@ -298,6 +319,8 @@ class Keeper:
       self._series.wait()
       if self._metrics is not None:
         self._metrics.close()
+      if self._board is not None:
+        self._board.close()
     finally:
       self._lock.release()
 

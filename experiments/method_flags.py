@@ -38,7 +38,7 @@ flags.DEFINE_string(
   "same seed, weight_decay, epochs (of each phase) or learning_rate (the first of LLR).",
 )
 flags.DEFINE_list(
-  "values", None, "Its values, one for each copy. Default: the seeds 0 to m - 1."
+  "values", None, "Values of --vary, one for each copy. Default: the seeds 0 to m - 1."
 )
 flags.DEFINE_string(
   "criterion",
@@ -47,7 +47,7 @@ flags.DEFINE_string(
   "other shares for each layer), n_m (n of every m inputs stay), filters (whole outputs of "
   "all layers but the classifier; the share counts filters).",
 )
-flags.DEFINE_integer("n_m_group", 4, "m of --criterion=n_m.")
+flags.DEFINE_integer("n_m_group", 4, "m of --criterion=n_m; n follows from the sparsity.")
 flags.DEFINE_string(
   "init",
   None,
@@ -56,13 +56,22 @@ flags.DEFINE_string(
   "learning rates that --epochs and the like would have given.",
 )
 flags.DEFINE_integer(
-  "width", None, "Channels of the first stage of a residual network or VGG; of the ViT."
+  "width",
+  None,
+  "Channels of the first stage of a residual network or VGG; of the ViT its width. "
+  "Default: the network's own.",
 )
 flags.DEFINE_integer(
-  "widening", None, "Factor of the widths of a wide residual network.", 1
+  "widening",
+  None,
+  "Factor of the widths of a wide residual network. Default: that in its name.",
+  1,
 )
 flags.DEFINE_string(
-  "stem", None, "First layers of resnet18 and resnet50: cifar or imagenet."
+  "stem",
+  None,
+  "First layers of resnet18 and resnet50: cifar (3x3, for small images) or imagenet (7x7 "
+  "and pooling). Default: cifar for resnet18, imagenet for resnet50.",
 )
 flags.DEFINE_list(
   "ood",
@@ -71,7 +80,9 @@ flags.DEFINE_list(
   "Prepared TFDS sets (cifar10_corrupted) come first, then our own on the device; streamed "
   "data have the former alone.",
 )
-flags.DEFINE_list("ood_severities", ["1", "2", "3", "4", "5"], "Their severities, 1 to 5.")
+flags.DEFINE_list(
+  "ood_severities", ["1", "2", "3", "4", "5"], "Severities of --ood, 1 to 5."
+)
 flags.DEFINE_string(
   "landscape",
   "last",
@@ -82,18 +93,20 @@ flags.DEFINE_boolean("train_metrics", False, "Measures every model on training d
 flags.DEFINE_integer(
   "budget_epochs",
   None,
-  "Epochs of gmp, dpf, bimp, and of each round of swamp. Default: --epochs.",
+  "Epochs of the baselines gmp, dpf and bimp, and of each round of swamp. Default: "
+  "--epochs.",
 )
 flags.DEFINE_float(
   "fixed_after",
   0.5,
-  "Share of that budget after which the masks of gmp and dpf are fixed (the copies of "
+  "Share of --budget_epochs after which the masks of gmp and dpf are fixed (the copies of "
   "their soups branch there), and after which bimp begins to prune.",
 )
 flags.DEFINE_integer(
   "mask_steps",
   None,
-  "Most steps between two masks of gmp and dpf. Default: 100 and 16, as published.",
+  "Most steps between two masks of gmp and dpf. Default: 100 for gmp and 16 for dpf, as "
+  "published.",
 )
 flags.DEFINE_integer(
   "rewind_epochs", 2, "Epochs of training that swamp's rounds rewind to."

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import jax
 
 from experiments.baselines import BASELINES, ByPhase, longest
-from experiments.method_flags import MethodFlags
+from experiments.method_flags import GRADUAL, MethodFlags
+from experiments.progress import MEASURED
 from experiments.retraining import Observer, Run, first_model, in_one_go, prune_and_retrain
 from experiments.settings import Settings
 from experiments.task import Task
 from experiments.work import Work
 from jaxsms.training.measurements import Record
 
+STATISTICS = 0.2  # share of the training images that batch statistics come from
+PASSES = 3  # forward passes that a training step is worth
 SOUP = "sms"  # the method's name among those of a run
 
 
@@ -42,6 +45,36 @@ def planned_steps(
     for copies, epochs in plan.items():
       total[copies] = total.get(copies, 0) + epochs
   return {m: round(settings.seeds * steps_per_epoch * n) for m, n in total.items()}
+
+
+def planned_work(
+  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
+) -> dict[int, int]:
+  """Those steps, and under `MEASURED` how many models are measured."""
+  models = 1
+  for name in names:
+    copies = settings.ingredients
+    if name != SOUP:
+      copies = max(BASELINES[name].epochs(settings, method))
+    models += _models(copies, 1 if name in GRADUAL else settings.phases)
+  steps = planned_steps(settings, method, steps_per_epoch, names)
+  return {**steps, MEASURED: settings.seeds * models}
+
+
+def _models(copies, phases):
+  """How many are measured in so many phases: pruned, candidates and, of several, a soup."""
+  return phases * (2 if copies == 1 else copies + 2)
+
+
+def model_steps(task: Task) -> float:
+  """Steps of one copy that measuring one model is worth, roughly: by images it sees."""
+  splits = task.splits
+  images = sum(getattr(splits, name).size for name in (
+    "validation", "test", *splits.also_measured))  # fmt: skip
+  images += splits.test.size * sum(map(len, splits.corrupted.values()))
+  if jax.tree.leaves(task.shapes.batch_stats):
+    images += STATISTICS * splits.train.size
+  return images / task.programs.batch_size / PASSES
 
 
 def run_seed(

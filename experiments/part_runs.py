@@ -9,7 +9,7 @@ from experiments import comparison, keeping, methods, run_directory, running, se
 from experiments.comparison import DENSE, Part, folder_of
 from experiments.environment import environment
 from experiments.inference import inference
-from experiments.progress import RunProgress
+from experiments.progress import MEASURED, RunProgress
 from experiments.running import Job
 from experiments.signals import StopSignals
 from experiments.task import Task
@@ -42,11 +42,13 @@ class Comparison(NamedTuple):
 
 
 def planned(shared: Comparison, part: Part) -> dict[int, int]:
-  """Training steps of a part, by the number of copies that a step trains."""
+  """What a part has to do, see `methods.planned_work`."""
   chosen = part.settings(shared.job.settings)
-  steps = methods.planned_steps(
+  steps = methods.planned_work(
     chosen, shared.job.method, shared.task.steps_per_epoch, part.methods
   )
+  if part.method != DENSE:
+    steps[MEASURED] -= chosen.seeds
   if part.method != DENSE and shared.job.method.init is None:
     steps[1] -= chosen.epochs * shared.task.steps_per_epoch
   return steps
@@ -88,6 +90,7 @@ def run_part(
     first_work(shared, part, task.describe),
   ):
     keeping.say(sentence)
+  task = running.counted(task, progress, keeper)
   with keeper:
     plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "

@@ -12,16 +12,22 @@ from jaxsms.schedules import DECAY_ARGUMENTS, PRETRAIN_SCHEDULES, pretrain_sched
 DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}
 
 flags.DEFINE_string(
-  "pretrain_schedule", "Linear", f"One of {', '.join(PRETRAIN_SCHEDULES)}."
+  "pretrain_schedule",
+  "Linear",
+  "Learning rate of dense training, from --learning_rate on: "
+  f"{', '.join(PRETRAIN_SCHEDULES)}.",
 )
 flags.DEFINE_float("warmup_epochs", 0.0, "Linear warmup of dense training, in epochs.")
-flags.DEFINE_float("end_lr", 0.0, "Where Linear and Cosine end.")
+flags.DEFINE_float(
+  "end_lr", 0.0, "Learning rate at which Linear and Cosine dense training ends."
+)
 flags.DEFINE_float(
   "decay",
   None,
-  "Factor in (0, 1] of StepLR and MultiStepLR, and of ExponentialLR in every iteration.",
+  "What StepLR and MultiStepLR multiply the learning rate by, and ExponentialLR in every "
+  "step; in (0, 1].",
 )
-flags.DEFINE_integer("step_epochs", None, "Epochs between two decays of StepLR.")
+flags.DEFINE_integer("step_epochs", None, "Epochs from one --decay of StepLR to the next.")
 flags.DEFINE_list(
   "milestones", None, "Epochs at which MultiStepLR decays, such as 60,80; warmup included."
 )

@@ -177,8 +177,8 @@ def begin(path: str | os.PathLike, run: dict[str, Any], flagfile: str) -> None:
     storage.write_bytes(path / FLAGS_FILE, flagfile.encode())
 
 
-def read_results(path: str | os.PathLike) -> dict[str, Any] | None:
-  """results.json; None where there is none that is whole.
+def read_results(path: str | os.PathLike, holds: str = "seeds") -> dict[str, Any] | None:
+  """results.json; None where there is none that is whole and holds a list of that name.
 
   Raises:
     ValueError: it is of another version.
@@ -187,7 +187,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any] | None:
     results = storage.read_json(storage.as_path(path) / RESULTS_FILE)
   except (storage.Damaged, OSError):
     return None
-  return results if isinstance(results.get("seeds"), list) else None
+  return results if isinstance(results.get(holds), list) else None
 
 
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ from absl import logging
 from experiments import hardware, keeping, method_flags, pretraining_flags, settings
 from experiments.hardware import Hardware
 from experiments.method_flags import MethodFlags
-from experiments.progress import RunProgress
+from experiments.progress import MEASURED, RunProgress
 from experiments.retraining import Observer
 from experiments.run_directory import save_soup
 from experiments.settings import Settings
-from experiments.task import load
+from experiments.task import Task, load
 from jaxsms import report, storage
 from jaxsms.data import Dataset, StreamedDataset
 
@@ -71,6 +71,21 @@ def read_job(argv: list[str]) -> Job:
   return Job(settings.with_data(chosen, dataset), method, retention, devices, dataset)
 
 
+def counted(task: Task, progress: RunProgress, keeper: keeping.Keeper) -> Task:
+  """The same task: whenever a model of it was measured, both are told.
+
+  Describing it is the last thing that is done to a model that is measured.
+  """
+
+  def described(params):
+    record = task.describe(params)
+    progress.measured()
+    keeper.count(MEASURED, 1)
+    return record
+
+  return task._replace(describe=described)
+
+
 def make_observer(
   progress: RunProgress,
   keeper: keeping.Keeper,
@@ -99,7 +114,7 @@ def make_observer(
     title = f"{prefix}seed {keeper.work.seed}  {titles[method]}"
     title += f" phase {phase}/{chosen.phases}" if phase else ""
     progress.chunk(title, epochs, chunk)
-    keeper.count(chunk)
+    keeper.count(chunk.copies, chunk.taken)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
@@ -121,6 +136,7 @@ def make_observer(
         values.clear()
 
   def on_phase(method, record):
+    progress.phase()
     line = {"seed": keeper.work.seed, "method": method, "phase": record.get("phase", 0)}
     keeper.append_metrics({**line, "evaluation": record})
 

@@ -80,7 +80,9 @@ flags.DEFINE_float(
   0.0,
   0.99,
 )
-flags.DEFINE_integer("ingredients", 5, "m: copies retrained and averaged in each phase.")
+flags.DEFINE_integer(
+  "ingredients", 5, "m: how many copies are retrained and averaged in each phase."
+)
 flags.DEFINE_integer(
   "phases", None, "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3."
 )
@@ -122,9 +124,9 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "augmentation",
   None,
-  "Of training images: none, crop_flip (padded by 4 pixels), crop_flip_rotate (up to 15 "
-  "degrees), noise (Gaussian), shift_noise (by a pixel). Default: set by the data set, "
-  "noise for digits.",
+  "How training images are augmented: none, crop_flip (padded by 4 pixels), "
+  "crop_flip_rotate (up to 15 degrees), noise (Gaussian), shift_noise (by a pixel). "
+  "Default: set by the data set, noise for digits.",
 )
 flags.DEFINE_string(
   "merge",
@@ -142,11 +144,11 @@ flags.DEFINE_integer("image_size", 224, "Height and width of streamed images.")
 flags.DEFINE_list(
   "baselines",
   ["imp", "imp_mx"],
-  "Compared at the same sparsities: imp (one copy, the same epochs), imp_mx (one copy, m "
-  "times the epochs), imp_reprune (m runs of imp, averaged and pruned again), dense_soup "
-  "(nothing pruned), swamp (rewinding, averages over copies and time); at the goal alone, "
-  "trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies; "
-  "all for all of these, an empty list for none.",
+  "What the soup is compared with. At the same sparsities: imp (one copy, the same "
+  "epochs), imp_mx (one copy, m times the epochs), imp_reprune (m runs of imp, averaged "
+  "and pruned again), dense_soup (nothing pruned), swamp (rewinding, averages over copies "
+  "and time); at the goal alone, trained from scratch: gmp, dpf, bimp, and gmp_soup, "
+  "dpf_soup, bimp_soup of m copies. all for all of these, --baselines= for none.",
 )
 flags.DEFINE_integer(
   "chunk_steps",

@@ -1,7 +1,23 @@
 """Trains a dense model, makes a sparse soup of it, and compares that with IMP.
 
 python -m experiments.sms
-python -m experiments.sms --dataset=cifar10 --data_dir=... --model=resnet8
+python -m experiments.sms --dataset=cifar10 --data_dir=DIR --model=resnet20
+
+The flags by subject; below each in full, by name. Without any, a small network is trained
+on handwritten digits, in about a minute.
+
+The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps, tensorboard
+The data      dataset, data_dir, cache_dir, augmentation; stream, image_size
+The network   model, init; hidden, dropout, width, widening, stem
+Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
+              decay, step_epochs, milestones, momentum, weight_decay
+The soup      ingredients, phases, goal_sparsity, retrain_epochs, retrain_schedule,
+              merge; vary, values
+Pruning       criterion, scope, n_m_group
+Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs
+Measuring     ood, ood_severities, train_metrics, landscape
+Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, remat,
+              micro_batches, split_params; coordinator, processes, process
 """
 
 import os
@@ -17,6 +33,7 @@ from experiments import keeping, methods, run_directory, running, settings, tuni
 from experiments.environment import environment
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
+from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
 from jaxsms import report, storage
@@ -54,7 +71,7 @@ def main(argv: list[str]) -> None:
     run = run or {"flags": run_flags, "defining": wanted, "environment": versions}
     signals = StopSignals()
     keeper = keeping.Keeper(workdir, run, job.retention, signals)
-    plan = methods.planned_steps(chosen, job.method, task.steps_per_epoch, names)
+    plan = methods.planned_work(chosen, job.method, task.steps_per_epoch, names)
     for sentence in keeper.open(chosen, task, settings.flagfile(run_flags), plan):
       keeping.say(sentence)
   except (ValueError, ImportError) as error:
@@ -78,7 +95,11 @@ def main(argv: list[str]) -> None:
   stopped, status = None, 0
   try:
     quiet = not run_directory.is_writer()
-    with keeper, signals, RunProgress(dict(keeper.steps_left), quiet=quiet) as progress:
+    shown = RunProgress(
+      dict(keeper.steps_left), quiet=quiet, model_steps=methods.model_steps(task)
+    )
+    with keeper, signals, shown as progress:
+      task = running.counted(task, progress, keeper)
       observer = running.make_observer(
         progress, keeper, workdir, chosen, task.steps_per_epoch
       )
@@ -112,7 +133,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:
-  """Draws the figures, and prints the table and where the rest lies."""
+  """Draws the figures, writes the report, and prints the table and where the rest lies."""
   if not run_directory.is_writer():
     return
   with tempfile.TemporaryDirectory() as folder:
@@ -120,13 +141,14 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
       name = f"accuracy.{ending}"
       report.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
+  write_report([workdir])
   console = Console()
   tables = report.rows(results["summary"], results["flags"]["ingredients"])
   console.print(report.console_table(tables, report.caption(results)))
   for note in report.notes(results["seeds"]):
     console.print(note, style="bold red", highlight=False, soft_wrap=True)
   console.print(
-    f"Took {clock(results['seconds'])}. Results, soup, metrics and figure: {workdir}",
+    f"Took {clock(results['seconds'])}. Results, soup, metrics and report: {workdir}",
     highlight=False,
     soft_wrap=True,
   )

@@ -52,7 +52,8 @@ class Work:
     """Where it is, in words."""
     where = [f"seed {self.seed}", self.method or "dense"]
     if self.method is not None:
-      where.append(f"{len(self.phases.get(self.method, []))} phases finished")
+      done = len(self.phases.get(self.method, []))
+      where.append(f"{done} phase{'' if done == 1 else 's'} finished")
     elif self.dense is not None:
       where.append("finished")
     if self.state is not None:

@@ -13,6 +13,7 @@ from test_experiments import ROOT, SMALL, run
 
 from experiments import compare, comparison, method_flags, part_runs, settings
 from experiments.comparison import Part
+from experiments.report import write_report
 from jaxsms import report
 
 PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.txt"))
@@ -39,7 +40,10 @@ def read(workdir):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(quick_compilation):
-  pass
+  """Drawing takes longer than the runs."""
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(compare, "write_report", lambda paths: None)
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,14 @@ def finished(tmp_path_factory):
   baselines = "--baselines=imp,imp_mx,dense_soup"
   assert compare_with(*GRID, baselines, f"--workdir={workdir}") == 0
   return workdir
+
+
+def test_its_report(finished, tmp_path):
+  page = write_report([finished], tmp_path).read_text()
+  drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+  assert {"accuracy-m2.svg", "curves-loss-1.svg", "curves-loss-2.png"} <= drawn
+  assert "50 %, m = 2: At 50.00 % sparsity the soup of 2 has" in page
+  assert "Size and time of an inference" in page
 
 
 def test_parts_share_what_does_not_depend_on_copies_or_sparsity():

@@ -1,10 +1,13 @@
 """The main job: what it leaves behind, what it prints, what it refuses."""
 
+import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -19,8 +22,9 @@ from experiments import (
   pretraining_flags,
   run_directory,
   settings,
+  sms,
 )
-from experiments.progress import RunProgress, TimeLeft, clock
+from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
 from experiments.task import make_task
 from jaxsms import checkpoint, data, prunable, training
 
@@ -325,18 +329,55 @@ def test_schedules_count_epochs(flags, factors):
 
 
 def test_time_left_uses_each_programs_own_speed():
-  left = TimeLeft({1: 100, 4: 100})
+  left = TimeLeft({1: 100, 4: 100, MEASURED: 12}, model_steps=5)
   assert left.seconds() is None
-  left.update(1, 10, 50.0, first=True)  # compiles: all there is to go by for now
-  assert left.seconds() == pytest.approx(90 * 5 + 100 * 5 * 4)
-  left.update(1, 10, 1.0, first=False)  # 0.1 s a step; four copies: 0.4 s until measured
-  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4)
-  left.update(4, 10, 9.0, first=True)
-  left.update(4, 10, 2.0, first=False)
-  left.update(4, 10, 9.0, first=True)  # an evaluation came before it
-  assert left.seconds() == pytest.approx(80 * 0.1 + 70 * 0.2)
+  # The first chunk is all there is to go by. Four copies are unseen: four times as long a
+  # step. A model is measured in the time of five steps. Of four times to compile, to train
+  # and to measure one copy and four, one is over.
+  left.update(1, 10, 45.0, compiling=40.0)
+  assert left.seconds() == pytest.approx(90 * 0.5 + 100 * 2 + 12 * 2.5 + 3 * 40)
+  left.update(1, 10, 1.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4 + 12 * 0.5 + 3 * 40)
+  left.update(MEASURED, 2, 26.0, compiling=20.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 100 * 0.4 + 10 * 3 + 2 * 30)
+  left.update(4, 10, 32.0, compiling=30.0)
+  left.update(4, 10, 3.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.3 + 10 * 3 + 30)
+  left.update(MEASURED, 5, 25.0, compiling=10.0)
+  assert left.seconds() == pytest.approx(80 * 0.1 + 80 * 0.3 + 5 * 3)
+  left.update(1, 80, 9.0)
+  left.update(4, 95, 18.0)  # more than was planned
+  left.update(MEASURED, 5, 20.0)
+  assert left.seconds() == 0
   assert clock(61.2) == "1:01"
   assert clock(3723) == "1:02:03"
+
+
+def shown():
+  return training.Chunk(
+    copies=2, step=10, steps=40, taken=10, epoch=1,
+    loss=np.array([0.5, 0.7]), accuracy=np.array([0.8, 0.9]),
+    learning_rate=np.array([0.1, 0.1]),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("dumb", [False, True])
+def test_without_a_terminal_there_are_plain_lines(monkeypatch, dumb):
+  """One when a training ends and one a minute, and no control characters."""
+  monkeypatch.setenv("TERM", "dumb" if dumb else "xterm-256color")
+  now = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  file = io.StringIO()
+  with RunProgress({2: 40}, Console(file=file, force_terminal=dumb)) as progress:
+    for seconds, step in ((10, 10), (61, 20), (70, 30), (80, 40)):
+      now[0] = seconds
+      progress.chunk("SMS", 4, shown()._replace(step=step, epoch=step // 10))
+  lines = file.getvalue().splitlines()
+  assert [line.split("  ")[:2] for line in lines] == [
+    ["SMS", "epoch 2/4"], ["SMS", "epoch 4/4"],
+  ]  # fmt: skip
+  assert lines[0].endswith("1:42 left")  # 51 s for the last 10 of 40 steps
+  assert file.getvalue().replace("\n", "").isprintable()
 
 
 def test_the_bar_shows_phase_epoch_loss_accuracy_and_time_left():
@@ -380,3 +421,9 @@ def test_cifar10_with_a_residual_network(tmp_path):
   seed = json.loads((workdir / "results.json").read_text())["seeds"][0]
   assert seed["dense"]["test_accuracy"] > 0.3
   assert seed["phases"][0]["soup"]["test_accuracy"] > 0.3
+
+
+def test_help_names_every_flag_once_by_subject():
+  lines = sms.__doc__.split("in about a minute.")[1].splitlines()
+  named = [name for line in lines for name in re.findall(r"\w+", line[14:])]
+  assert sorted(named) == sorted(FLAGS)

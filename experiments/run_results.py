@@ -1,0 +1,179 @@
+"""What a directory holds of a run or a comparison, finished or under way."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import comparison, run_directory
+from experiments.methods import SOUP
+from jaxsms import storage
+from jaxsms.report import Case, Origin, flag_text
+
+# Their model of the goal sparsity is that of their last phase alone.
+LAST_ALONE = ("bimp", "bimp_soup")
+
+
+def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], Origin]:
+  """What a report is made of.
+
+  Args:
+    path: the --workdir of a run or a comparison.
+    with_name: whether the titles of a comparison's cases hold its name.
+
+  Returns:
+    One case for a run, whatever is finished of it; for a comparison one for each goal
+    sparsity and number of copies.
+
+  Raises:
+    ValueError: there is nothing to report.
+  """
+  path = storage.as_path(path)
+  if not path.exists():
+    raise ValueError(f"there is no {path}: give the --workdir of a run or a comparison")
+  results = run_directory.read_results(path, "cells") or run_directory.read_results(path)
+  run = {} if results else run_directory.read_run(path) or {}
+  if not run and results is None:
+    raise ValueError(
+      f"{path} holds no run that can be read: give the --workdir of a run or a comparison"
+    )
+  results = results or {"seeds": []}
+  known = {**run.get("flags", {}), **results.get("flags", {})}
+  if not {"model", "dataset", "ingredients"} <= known.keys():
+    raise ValueError(
+      f"{path} does not say with what flags it ran: another version wrote it"
+    )
+  if "cells" in results:
+    cases = comparison_cases(path, results, known, with_name)
+    command = comparison_command(known, results)
+  else:
+    cases = [run_case(path, results, known)]
+    command = command_of("experiments.sms", known)
+  if not any(case.seeds for case in cases):
+    raise ValueError(f"{path}: nothing is finished yet, not even a dense training")
+  if not any(seed["phases"] for case in cases for seed in case.seeds) and (
+    "part" in results or "cells" in results
+  ):
+    raise ValueError(f"{path}: no soup is finished in it yet")
+  return cases, Origin(
+    path.name,
+    command,
+    results.get("seconds"),
+    results.get("environment") or run.get("environment", {}),
+    {k: v for k, v in known.items() if k != "workdir"},
+    results.get("ood_sources", {}),
+  )
+
+
+def run_case(path: storage.epath.Path, results: dict[str, Any], known: dict) -> Case:
+  """A run: its finished seeds, and what the metrics say of others."""
+  epochs, evaluations = read_metrics(path / run_directory.METRICS_FILE)
+  finished = results["seeds"]
+  ours = {seed["seed"] for seed in finished}
+  others = under_way([e for e in evaluations if e["seed"] not in ours], known["phases"])
+  missing = ""
+  wanted = known.get("seeds", len(finished))
+  if len(finished) < wanted:
+    missing = f"{len(finished)} of {wanted} seeds are"
+    for seed in others:
+      done = len(seed["phases"])
+      missing += f", and {done} of {known['phases']} phases of seed {seed['seed']}"
+  return Case(
+    path.name, known, finished + others, epochs, results.get("inference"), missing
+  )
+
+
+def under_way(evaluations: Sequence[dict], phases: int) -> list[dict[str, Any]]:
+  """Seeds that are not in results.json yet, as entries of it, from lines of the metrics."""
+  seeds: dict[int, dict[str, Any]] = {}
+  for line in evaluations:
+    seed, method, number, record = (
+      line[k] for k in ("seed", "method", "phase", "evaluation")
+    )
+    if method == "dense":
+      seeds[seed] = {"seed": seed, "dense": record, "phases": {}}
+    elif seed in seeds:
+      found = seeds[seed]["phases"]
+      if method == SOUP:
+        found[number] = dict(record)
+      elif number in found and (number == phases or method not in LAST_ALONE):
+        found[number][method] = record["soup"]
+  return [{**seed, "phases": list(seed["phases"].values())} for seed in seeds.values()]
+
+
+def read_metrics(path: storage.epath.Path) -> tuple[list[dict], list[dict]]:
+  """Lines of epochs and of evaluations; one that is being written is left out."""
+  epochs, evaluations = [], []
+  if not path.exists():
+    return epochs, evaluations
+  for text in path.read_bytes().splitlines():
+    try:
+      line = json.loads(text)
+      line["seed"], line["method"], line["phase"]
+    except (ValueError, TypeError, KeyError):
+      continue
+    (evaluations if "evaluation" in line else epochs).append(line)
+  return epochs, evaluations
+
+
+def comparison_cases(
+  path: storage.epath.Path, results: dict[str, Any], known: dict, with_name: bool
+) -> list[Case]:
+  """The cells of a comparison, the curves of their soups from their own runs."""
+  cases = []
+  most = max((len(cell["seeds"]) for cell in results["cells"]), default=0)
+  for cell in results["cells"]:
+    goal, m = cell["goal_sparsity"], cell["ingredients"]
+    epochs = []
+    for seed in (entry["seed"] for entry in cell["seeds"]):
+      for part in (
+        comparison.Part(comparison.DENSE, seed), comparison.Part(SOUP, seed, goal, m)
+      ):  # fmt: skip
+        folder = comparison.folder_of(path, part)
+        epochs += read_metrics(folder / run_directory.METRICS_FILE)[0]
+    first = comparison.Part(SOUP, cell["seeds"][0]["seed"], goal, m)
+    of_first = run_directory.read_results(comparison.folder_of(path, first)) or {}
+    n = len(cell["seeds"])
+    missing = f"{n} of {most} seeds are" if n < most else ""
+    title = f"{100 * goal:g} %, m = {m}"
+    cases.append(
+      Case(
+        f"{path.name}, {title}" if with_name else title,
+        {**known, "goal_sparsity": goal, "ingredients": m},
+        cell["seeds"],
+        epochs,
+        of_first.get("inference"),
+        missing,
+      )
+    )
+  return cases
+
+
+def comparison_command(known: dict[str, Any], results: dict[str, Any]) -> str:
+  """Repeats a comparison."""
+  cells = results["cells"]
+  seeds = [entry["seed"] for cell in cells for entry in cell["seeds"]] or [0]
+  grid = {
+    "sparsities": sorted({cell["goal_sparsity"] for cell in cells}),
+    "copies": sorted({cell["ingredients"] for cell in cells}),
+    "baselines": [name for name in results.get("methods", ()) if name != SOUP],
+    "seed": min(seeds),
+    "seeds": max(seeds) - min(seeds) + 1,
+  }
+  shared = {k: v for k, v in known.items() if k not in comparison.GROWS}
+  return command_of("experiments.compare", shared | grid)
+
+
+def command_of(module: str, known: dict[str, Any]) -> str:
+  """A command with every flag that is not at its default, in a new --workdir."""
+  words = ["python", "-m", module]
+  for name, value in known.items():
+    if value is None or name == "workdir":
+      continue
+    default = flags.FLAGS[name].default if name in flags.FLAGS else None
+    if flag_text(value) != flag_text(default):
+      words.append(f"--{name}={flag_text(value)}")
+  return " ".join(map(shlex.quote, words)) + " --workdir=DIR"

@@ -1,0 +1,69 @@
+"""What a report is about: a run, or a cell of a comparison."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxsms.report.statistics import Results, dataset_title
+
+
+class Case(NamedTuple):
+  """Results that belong together.
+
+  Attributes:
+    title: tells it from the others.
+    flags: of the run; `goal_sparsity` and `ingredients` are those of the case.
+    seeds: entries as in results.json; the last may be of a seed under way.
+    epochs: lines of metrics.jsonl with the loss of each copy.
+    inference: sizes and times dense and sparse, where they were measured.
+    unfinished: what is missing yet, a sentence without its end; empty for nothing.
+  """
+
+  title: str
+  flags: Results
+  seeds: list[Results]
+  epochs: Sequence[Results] = ()
+  inference: Results | None = None
+  unfinished: str = ""
+
+  @property
+  def m(self) -> int:
+    """Number of copies."""
+    return self.flags["ingredients"]
+
+  def soups(self, key: str) -> dict[int, list]:
+    """What the soup's phases hold under a key, by phase, over the seeds that have it."""
+    found: dict[int, list] = {}
+    for seed in self.seeds:
+      for phase in seed["phases"]:
+        if phase.get(key) is not None:
+          found.setdefault(phase["phase"], []).append(phase[key])
+    return found
+
+  @property
+  def setting(self) -> str:
+    """Network, data, copies and seeds in a few words."""
+    n = len(self.seeds)
+    return (
+      f"{self.flags['model']} on {dataset_title(self.flags['dataset'])}, m = {self.m}, "
+      + (f"{n} seeds" if n != 1 else "one seed")
+    )
+
+
+class Origin(NamedTuple):
+  """How results were made.
+
+  Attributes:
+    title: of the run or comparison.
+    command: repeats it.
+    seconds: how long it took; None while it goes on.
+    environment: versions and device.
+    flags: all of them.
+    ood_sources: where each corruption comes from.
+  """
+
+  title: str
+  command: str
+  seconds: float | None
+  environment: Results
+  flags: Results
+  ood_sources: Results

@@ -1,0 +1,145 @@
+"""Sections on what an inference costs, and how results were made."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsms.report.cases import Case, Origin
+from jaxsms.report.document import Code, Folded, Section, Table
+from jaxsms.report.statistics import estimate
+
+
+def inference_section(cases: Sequence[Case]) -> Section:
+  """Sizes and times."""
+  section = Section("Size and time of an inference", [])
+  groups = []
+  for case in cases:
+    if not case.inference:
+      continue
+    found = case.inference
+    models = found.get("models") or {
+      k: v for k, v in found.items() if isinstance(v, dict) and "bytes" in v
+    }
+    dense = models.get("dense", {})
+    lines = [
+      [
+        "",
+        name,
+        f"{model['bytes'] / 1000:,.1f}",
+        _ratio(dense.get("bytes"), model["bytes"]),
+        _spread(model.get("milliseconds")),
+        _ratio(_median(dense.get("milliseconds")), _median(model.get("milliseconds"))),
+      ]
+      for name, model in models.items()
+    ]
+    lines[0][0] = f"{case.title}, {found['device']}, batch of {found['batch']}"
+    groups.append(lines)
+  if groups:
+    header = ["Measured", "Model", "kB", "times smaller", "ms a batch", "times as fast"]
+    section.blocks.append(Table(header, groups, (0, 1)))
+    section.blocks.append("Milliseconds: median over rounds, and the least and greatest.")
+  return section
+
+
+def _median(value):
+  return value.get("median") if isinstance(value, dict) else value
+
+
+def _spread(value):
+  if value is None:
+    return ""
+  if isinstance(value, dict):
+    return f"{value['median']:.3g} [{value['min']:.3g}, {value['max']:.3g}]"
+  return f"{value:.3g}"
+
+
+def _ratio(dense, value):
+  return f"{dense / value:.2f}" if dense and value else ""
+
+
+COSTS = (
+  ("nonzero_parameters", "Parameters left", "{:,.0f}"),
+  ("sparse_multiply_adds", "Multiply-adds left", "{:,.0f}"),
+  ("theoretical_speedup", "Theoretical speed-up", "{:.2f}"),
+)
+
+
+def cost_section(cases: Sequence[Case]) -> Section:
+  """Arithmetic of an inference."""
+  section = Section("Cost of an inference", [])
+  groups = []
+  for case in cases:
+    dense = [s["dense"] for s in case.seeds if "multiply_adds" in s["dense"]]
+    if not dense:
+      continue
+    models = [("Dense", 0.0, dense)]
+    soups = case.soups("soup")
+    for number in soups if len(cases) == 1 else list(soups)[-1:]:
+      share = float(np.mean([soup["sparsity"] for soup in soups[number]]))
+      models.append((f"Soup of phase {number}", share, soups[number]))
+    lines = [
+      ["", name, f"{100 * share:.2f} %"]
+      + [style.format(estimate([r[key] for r in records]).mean) for key, _, style in COSTS]
+      for name, share, records in models
+    ]
+    lines[0][0] = case.title
+    groups.append(lines)
+  if groups:
+    header = ["Run", "Model", "Sparsity", *(title for _, title, _ in COSTS)]
+    if len(cases) == 1:
+      header, groups = header[1:], [[line[1:] for line in lines] for lines in groups]
+    section.blocks.append(Table(header, groups, (0, 1) if len(cases) > 1 else (0,)))
+    section.blocks.append(
+      "Of one image, mean over seeds. Theoretical speed-up: multiply-adds of the dense "
+      "network over those that are left; what a device gains is another matter."
+    )
+  return section
+
+
+def origin_section(origins: Sequence[Origin]) -> Section:
+  """How it was made, and how to make it again."""
+  section = Section("How this was made", [])
+  for origin in origins:
+    about = origin.environment
+    device = f"{about.get('devices', '?')} x {about.get('device', '?')}"
+    versions = ", ".join(
+      f"{name} {about[name]}"
+      for name in ("jaxsms", "jax", "flax", "optax", "orbax", "python")
+      if name in about
+    )
+    took = f" Took {duration(origin.seconds)}." if origin.seconds is not None else ""
+    name = f"{origin.title}: " if len(origins) > 1 else ""
+    sources = sorted(set(map(str, (origin.ood_sources or {}).values())))
+    ood = f" Corruptions from {', '.join(sources)}." if sources else ""
+    section.blocks.extend(
+      [
+        f"{name}{versions}; {device} ({about.get('platform', '?')}).{took}{ood} "
+        "This command repeats it:",
+        Code(origin.command),
+        Folded(
+          "All flags" + (f" of {origin.title}" if len(origins) > 1 else ""),
+          Table(
+            ("Flag", "Value"),
+            [[[key, flag_text(value)] for key, value in sorted(origin.flags.items())]],
+            (0, 1),
+          ),
+        ),
+      ]
+    )
+  return section
+
+
+def flag_text(value: object) -> str:
+  """As it would be typed."""
+  if isinstance(value, (list, tuple)):
+    return ",".join(map(str, value))
+  return "" if value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+  """Such as 1 h 5 min."""
+  seconds = round(seconds)
+  hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
+  if hours:
+    return f"{hours} h {minutes} min"
+  return f"{minutes} min {rest} s" if minutes else f"{rest} s"

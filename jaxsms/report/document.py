@@ -1,0 +1,88 @@
+"""A document as data, whatever it is written in."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+  """Cells of text.
+
+  Attributes:
+    header: names of the columns.
+    rows: a group of rows each, set off from the next.
+    left: columns with words, by index; all others hold numbers.
+    strong: what a row to stand out has among its cells.
+  """
+
+  header: Sequence[str]
+  rows: Sequence[Sequence[Sequence[str]]]
+  left: Sequence[int] = (0,)
+  strong: str | None = None
+
+
+class Picture(NamedTuple):
+  """A figure.
+
+  Attributes:
+    name: of its files.
+    figure: a matplotlib figure.
+    caption: what it shows and how it was made.
+    alt: what one would see.
+  """
+
+  name: str
+  figure: Any
+  caption: str
+  alt: str
+
+
+class Code(NamedTuple):
+  """Something to type.
+
+  Attributes:
+    text: as it is.
+  """
+
+  text: str
+
+
+class Folded(NamedTuple):
+  """A table that is looked up, not read.
+
+  Attributes:
+    title: of it.
+    table: itself.
+  """
+
+  title: str
+  table: Table
+
+
+class Section(NamedTuple):
+  """A heading and what is under it.
+
+  Attributes:
+    title: the heading.
+    blocks: sentences (str), tables, pictures, code.
+  """
+
+  title: str
+  blocks: list[str | Table | Picture | Code | Folded]
+
+
+class Document(NamedTuple):
+  """All of it.
+
+  Attributes:
+    title: the heading.
+    subtitle: below it.
+    summary: paragraphs.
+    warnings: a sentence each.
+    sections: in their order.
+  """
+
+  title: str
+  subtitle: str
+  summary: list[str]
+  warnings: list[str]
+  sections: list[Section]

@@ -1,0 +1,231 @@
+"""The sections of a report; those without data are left out."""
+
+from collections.abc import Iterator, Sequence
+
+from jaxsms.report import figures
+from jaxsms.report.cases import Case, Origin
+from jaxsms.report.cost_sections import cost_section, inference_section, origin_section
+from jaxsms.report.document import Document, Folded, Picture, Section, Table
+from jaxsms.report.statistics import METHODS, Results, method_title, summarize
+from jaxsms.report.summary import sentences
+from jaxsms.report.tables import accuracy, gain, notes
+from jaxsms.report.training_sections import (
+  CASES_DRAWN,
+  curves_section,
+  cut,
+  geometry_section,
+  landscape_section,
+  layers_section,
+  suffix,
+)
+
+BAND = (
+  "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."
+)
+ECE = "test_expected_calibration_error"
+
+
+def document(
+  title: str, subtitle: str, cases: Sequence[Case], origins: Sequence[Origin]
+) -> Document:
+  """The whole report of one run, of several beside each other, or of a comparison."""
+  several = len(cases) > 1
+  summary, warnings, shared = [], [], []
+  for case in cases:
+    *told, how = sentences(case)
+    text = " ".join(told if several and told else [*told, how])
+    summary.append(f"{case.title}: {text}" if several else text)
+    shared += [how] if several and told and how not in shared else []
+    prefix = f"{case.title}. " if several else ""
+    warnings += [f"{prefix}Not finished: {case.unfinished}."] if case.unfinished else []
+    warnings += [prefix + note for note in notes(case.seeds)]
+  summary += shared
+  parts = (
+    results_section(cases),
+    accuracy_section(cases),
+    curves_section(cases),
+    layers_section(cases),
+    geometry_section(cases),
+    landscape_section(cases),
+    inference_section(cases),
+    cost_section(cases),
+    origin_section(origins),
+  )
+  return Document(title, subtitle, summary, warnings, [p for p in parts if p.blocks])
+
+
+def phases_of(case: Case) -> list[Results]:
+  """The phases' summaries that have a soup."""
+  return [row for row in summarize(case.seeds) if "soup" in row]
+
+
+def results_section(cases: Sequence[Case]) -> Section:
+  """The table."""
+  shown = [case for case in cases if phases_of(case)]
+  section = Section("Results", [])
+  if not shown:
+    return section
+  section.blocks.append(
+    "Mean ± standard deviation over seeds, in percent. Soup minus it: the mean difference "
+    "between soup and model, paired by seed, in points, with its 95 % interval "
+    "(Student t); clear of 0 where both ends have the same sign."
+  )
+  if len(cases) == 1:
+    section.blocks.append(table(shown[0], phases_of(shown[0]), False))
+    return section
+  groups = [table(case, phases_of(case)[-1:], True, cases) for case in shown]
+  header = groups[0].header
+  section.blocks.append(
+    Table(header, [rows for found in groups for rows in found.rows], (0, 2), "Sparse soup")
+  )
+  for case in shown:
+    section.blocks.append(Folded(case.title, table(case, phases_of(case), False)))
+  return section
+
+
+def table(
+  case: Case, rows: list[Results], of_several: bool, cases: Sequence[Case] | None = None
+) -> Table:
+  """Accuracies, gains and calibration of all methods.
+
+  Args:
+    case: whose.
+    rows: of its summary, the phases to show.
+    of_several: whether its name stands in front.
+    cases: all that share the table; None for this one.
+  """
+  together = cases or [case]
+  ood = {r["phase"]: r for r in summarize(case.seeds, "ood_accuracy")}
+  ece = {r["phase"]: r for r in summarize(case.seeds, ECE)}
+  header = ["Run" if of_several else "Phase", "Sparsity", "Model"]
+  header += ["Test accuracy", "Soup minus it"]
+  has_ood = any(figures.measured(c, "ood_accuracy") for c in together)
+  has_ece = any(figures.measured(c, ECE) for c in together)
+  header += ["OOD accuracy", "Soup minus it"] if has_ood else []
+  header += ["ECE"] if has_ece else []
+  groups = []
+  for row in rows:
+    lines = []
+    for name in (*METHODS, "dense"):
+      if name not in row:
+        continue
+      n = row[name].get("seeds")
+      of = "" if n is None else " (1 seed)" if n == 1 else f" ({n} seeds)"
+      line = ["", "", method_title(name, case.m) + of, accuracy(row[name]), gain(row[name])]
+      if has_ood:
+        entry = ood[row["phase"]].get(name)
+        line += [accuracy(entry), gain(entry)]
+      if has_ece:
+        line.append(accuracy(ece[row["phase"]].get(name)))
+      lines.append(line)
+    first = case.title if of_several else str(row["phase"])
+    lines[0][:2] = first, f"{100 * row['sparsity']:.2f} %"
+    groups.append(lines)
+  return Table(header, groups, (0, 2) if of_several else (2,), "Sparse soup")
+
+
+def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[Picture]:
+  """A metric of all methods, and of several cases beside each other."""
+  shown = [case for case in cases if phases_of(case) and figures.measured(case, metric)]
+  what = figures.PERCENT[metric].removesuffix(" in percent")
+  if len(shown) > 1:
+    yield from _grids(shown, metric, name, what)
+    if not _is_grid(shown):
+      yield Picture(
+        f"{name}-soups",
+        figures.soups_of(shown, metric),
+        f"{what}: soups as lines, IMP as dashes.",
+        f"Lines of {what.lower()} over sparsity for the soups of {len(shown)} runs.",
+      )
+  if metric != "test_accuracy" and len(shown) > 1 and _is_grid(shown):
+    return
+  for case in shown[:CASES_DRAWN]:
+    last = summarize(case.seeds, metric)[-1]
+    tell = ", ".join(
+      f"{method_title(key, case.m)} {100 * last[key]['mean']:.2f}"
+      for key in (*METHODS, "dense")
+      if key in last
+    )
+    title = f" of {case.title}" if len(cases) > 1 else ""
+    yield Picture(
+      name + suffix(cases, case),
+      figures.over_sparsity(case, metric),
+      f"{what}{title} over sparsity.",
+      f"{what} over sparsity, a line for each method. At {100 * last['sparsity']:.2f} %: "
+      f"{tell}.",
+    )
+
+
+def _is_grid(cases):
+  keys = [(case.flags["goal_sparsity"], case.m) for case in cases]
+  same = {(case.flags["model"], case.flags["dataset"]) for case in cases}
+  return len(set(keys)) == len(keys) and len(same) == 1
+
+
+def _grids(cases, metric, name, what):
+  """Over goal sparsities for each number of copies; else over numbers of copies."""
+  if not _is_grid(cases):
+    return
+  goals = sorted({case.flags["goal_sparsity"] for case in cases})
+  copies = sorted({case.m for case in cases})
+  if len(goals) > 1:
+    for m in copies:
+      same = [case for case in cases if case.m == m]
+      if len(same) > 1:
+        yield Picture(
+          f"{name}-m{m}",
+          figures.over_cases(
+            same,
+            metric,
+            lambda case: 100 * case.flags["goal_sparsity"],
+            "Goal sparsity in percent",
+            f"m = {m}, after the last phase",
+          ),
+          f"{what} with {m} copies over the goal sparsity.",
+          f"{what} over the goal sparsity, a line for each method, with {m} copies.",
+        )
+  if len(copies) > 1:
+    for goal in goals:
+      same = [case for case in cases if case.flags["goal_sparsity"] == goal]
+      if len(same) > 1:
+        yield Picture(
+          f"{name}-goal{100 * goal:g}".replace(".", "_"),
+          figures.over_cases(
+            same,
+            metric,
+            lambda case: case.m,
+            "Number of copies m",
+            f"{100 * goal:g} % sparsity, after the last phase",
+          ),
+          f"{what} at {100 * goal:g} % sparsity over the number of copies.",
+          f"{what} over the number of copies, a line for each method, at "
+          f"{100 * goal:g} % sparsity.",
+        )
+
+
+def accuracy_section(cases: Sequence[Case]) -> Section:
+  """Accuracy on test data and out of distribution, and calibration."""
+  section = Section("Accuracy and calibration", [])
+  blocks = section.blocks
+  blocks.extend(metric_pictures(cases, "test_accuracy", "accuracy"))
+  blocks.extend(cut([case for case in cases if phases_of(case)], "Accuracies by phase"))
+  if ood := list(metric_pictures(cases, "ood_accuracy", "ood")):
+    blocks.extend(ood)
+  if ece := list(metric_pictures(cases, ECE, "calibration")):
+    blocks.extend(ece)
+  said = []
+  if any(
+    "half_width" in r["soup"] and r["soup"]["half_width"]
+    for c in cases
+    for r in phases_of(c)
+  ):
+    said.append(BAND)
+  if ood:
+    said.append(
+      "Corrupted data: the mean over corruptions of the test images and their severities."
+    )
+  if ece:
+    said.append("Calibration error: of test data, in 15 bins; less is better.")
+  if said:
+    blocks.insert(0, " ".join(said))
+  return section

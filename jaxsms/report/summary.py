@@ -1,0 +1,71 @@
+"""What a run shows, in plain words."""
+
+from jaxsms.report.cases import Case
+from jaxsms.report.statistics import Results, method_title, summarize
+from jaxsms.report.tables import ends, signed
+
+# What the soup is held against in words, and what that cost; the rest is in the table.
+AGAINST = {
+  "mean_candidate": "the mean of its candidates",
+  "imp": "IMP, which trains as many steps as one copy",
+  "imp_mx": "{title}, which trains as many steps as all {m} together",
+  "dense": "the dense network",
+}
+ONE_SEED = "One seed gives no interval, so differences may be chance."
+
+
+def sentences(case: Case) -> list[str]:
+  """What the last phase says of the soup beside what it is compared with.
+
+  Differences are paired by seed. Where an interval holds 0, or one seed gives none, that is
+  said.
+
+  Returns:
+    Sentences; the last is on how they are to be read, where any is compared.
+  """
+  rows = [row for row in summarize(case.seeds) if "soup" in row]
+  if not rows:
+    if not case.seeds:
+      return ["Nothing is finished yet."]
+    dense = 100 * case.seeds[0]["dense"]["test_accuracy"]
+    return [f"No phase is finished yet; the dense network has {dense:.2f} % test accuracy."]
+  row = rows[-1]
+  n = row["soup"].get("seeds", len(case.seeds))
+  text = (
+    f"At {100 * row['sparsity']:.2f} % sparsity the soup of {case.m} has "
+    f"{100 * row['soup']['mean']:.2f} % test accuracy"
+    + (f", the mean of {n} seeds" if n > 1 else " with one seed")
+  )
+  if compared := [_compared(name, row[name], case.m) for name in AGAINST if name in row]:
+    text += ": " + "; ".join(compared)
+  found = [f"{text}."]
+  if _failed(case, row["phase"]):
+    found.append("With some seed averaging failed: the soup is not to be trusted.")
+  how = "In brackets: 95 % intervals of the differences, paired by seed."
+  return [*found, how if n > 1 else ONE_SEED]
+
+
+def _failed(case, number):
+  return any(
+    phase.get("averaging_failed")
+    for seed in case.seeds
+    for phase in seed["phases"]
+    if phase["phase"] == number
+  )
+
+
+def _compared(name: str, entry: Results, m: int) -> str:
+  what = AGAINST[name].format(title=method_title(name, m), m=m)
+  found = entry["soup_minus"]
+  points = f"{abs(100 * found['mean']):.2f}"
+  if points == "0.00":
+    text = f"the same to two decimals as {what}"
+  else:
+    text = f"{points} points {'above' if found['mean'] > 0 else 'below'} {what}"
+  if found["half_width"] is None:
+    return text
+  low, high = ends(found)
+  text += f" [{signed(low)}, {signed(high)}]"
+  if "seeds" in entry:
+    text += f", over {entry['seeds']} seeds"
+  return f"{text}, which may be chance" if low <= 0 <= high else text

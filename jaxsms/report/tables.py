@@ -1,0 +1,139 @@
+"""A run's results as tables and sentences."""
+
+import math
+
+from jaxsms.report.statistics import (
+  METHODS,
+  Results,
+  dataset_title,
+  estimate,
+  method_title,
+)
+
+HEADER = ("Phase", "Sparsity", "Model", "Test accuracy", "Soup minus it")
+
+
+def rows(summary: list[Results], m: int) -> list[list[list[str]]]:
+  """A run's tables as text, one for each phase.
+
+  Args:
+    summary: what `summarize` gives, of an accuracy.
+    m: number of copies.
+
+  Returns:
+    For each phase its rows, a method each, with the cells that `HEADER` names: accuracies
+    in percent (with standard deviations), and the soup's paired gain over the method (with
+    the ends of its 95 % interval).
+  """
+  tables = []
+  for row in summary:
+    lines = []
+    for name in METHODS:
+      if name in row:
+        lines.append(["", "", method_title(name, m), accuracy(row[name]), gain(row[name])])
+    lines[0][:2] = str(row["phase"]), f"{100 * row['sparsity']:.2f} %"
+    tables.append(lines)
+  return tables
+
+
+def accuracy(entry: Results | None) -> str:
+  """A method's entry of a summary in percent, with its standard deviation."""
+  if entry is None:
+    return ""
+  text = f"{100 * entry['mean']:.2f}"
+  return text if entry["std"] is None else f"{text} ± {100 * entry['std']:.2f}"
+
+
+def gain(entry: Results | None) -> str:
+  """The soup's paired gain over a method in points, with its 95 % interval."""
+  found = (entry or {}).get("soup_minus")
+  if not found:
+    return ""
+  text = signed(found["mean"])
+  if found["half_width"] is None:
+    return text
+  return f"{text} [{', '.join(map(signed, ends(found)))}]"
+
+
+def ends(found: Results) -> tuple[float, float]:
+  """The ends of an interval."""
+  return found["mean"] - found["half_width"], found["mean"] + found["half_width"]
+
+
+def signed(difference: float) -> str:
+  """A difference of shares in points; no difference has a sign of its own, as in +0.00."""
+  return f"{100 * difference + 0.0:+.2f}".replace("-0.00", "+0.00")
+
+
+def caption(results: Results) -> str:
+  """What a table of this run says, in one sentence or two."""
+  flags, seeds = results["flags"], results["seeds"]
+  dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
+  spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
+  text = (
+    f"Test accuracy in percent of {flags['model']} on {dataset_title(flags['dataset'])}, "
+    f"m = {flags['ingredients']}, dense {100 * dense.mean:.2f}{spread}"
+  )
+  if len(seeds) == 1:
+    return text + f", seed {seeds[0]['seed']}."
+  return text + (
+    f", {len(seeds)} seeds: mean ± standard deviation, and the paired difference between "
+    "soup and model with its 95 % interval."
+  )
+
+
+def notes(seeds: list[Results]) -> list[str]:
+  """A sentence for everything in these entries of `results.json` that went wrong."""
+  found = []
+  for seed in seeds:
+    for phase in seed["phases"]:
+      where = f"Seed {seed['seed']}, phase {phase['phase']}"
+      if diverged := phase.get("diverged"):
+        copies = ", ".join(map(str, diverged))
+        found.append(
+          f"{where}: {len(diverged)} of {len(phase['candidates'])} copies diverged and are "
+          f"left out (from 0: {copies})."
+        )
+      for name in METHODS:
+        if diverged := (phase.get(name) or {}).get("diverged"):
+          copies = ", ".join(map(str, diverged))
+          title = method_title(name, len(phase["candidates"]))
+          found.append(
+            f"{where}, {title}: copies that diverged are left out (from 0: {copies})."
+          )
+      if failed := phase.get("averaging_failed"):
+        found.append(
+          f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "
+          f"data, its worst candidate {_of(failed, 'worst_candidate')} %; between copies "
+          f"{' and '.join(map(str, failed['copies']))} the loss rises by "
+          f"{failed['barrier']:.3g}."
+        )
+  return found
+
+
+def _of(failed: Results, name: str) -> str:
+  return f"{100 * failed[f'{name}_validation_accuracy']:.2f}"
+
+
+def markdown_table(tables: list[list[list[str]]]) -> str:
+  """What `rows` gives, in Markdown."""
+  lines = [list(HEADER), ["---:", "---:", "---", "---:", "---:"]]
+  lines += [line for table in tables for line in table]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def console_table(
+  tables: list[list[list[str]]], title: str, header: tuple[str, ...] = HEADER
+):
+  """What `rows` gives, to be printed on a `rich.console.Console`."""
+  from rich import box
+  from rich.table import Table
+
+  table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+  for name in header:
+    table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
+  for lines in tables:
+    for line in lines:
+      soup = line[2] == METHODS["soup"]
+      table.add_row(*line, style="bold" if soup else None, end_section=line is lines[-1])
+  return table
