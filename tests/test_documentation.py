@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -44,7 +45,7 @@ def callables():
     module = importlib.import_module(module_name)
     for name in public_names(module):
       thing = getattr(module, name)
-      if not callable(thing):
+      if not callable(thing) or isinstance(thing, types.GenericAlias):
         continue
       yield f"{module_name}.{name}", thing
       if inspect.isclass(thing):
