@@ -147,7 +147,7 @@ SMALL = {
 SMALLER = {
   "--dataset=": " --width=4 --baselines=",
   "imagenet2012": " --image_size=32 --ingredients=2",
-  "--ood=all": " --ood=brightness --ood_severities=1 --width=64",
+  "--ood=all": " --ood=brightness --ood_severities=1 --ingredients=2",
   "swamp": " --epochs=4 --ingredients=2",
   "bimp": " --epochs=8 --ingredients=2",
 }
@@ -186,12 +186,10 @@ def data(tmp_path_factory):
 def save_torch_weights(path):
   """Of a ResNet-18, in PyTorch's format and names."""
   torch = pytest.importorskip("torch")
-  module = jaxsms.models.create("resnet18", 5)
+  module = jaxsms.models.create("resnet18", 5, width=4)
   image = np.zeros((1, 32, 32, 3), np.float32)
-  variables = module.init(jax.random.key(0), image)
-  weights = jaxsms.pretrained.to_torch(
-    module, variables["params"], variables["batch_stats"]
-  )
+  variables = jax.jit(module.init)(jax.random.key(0), image)
+  weights = jaxsms.pretrained.to_torch(variables, module, (32, 32, 3))
   torch.save({name: torch.from_numpy(np.array(x)) for name, x in weights.items()}, path)
 
 
@@ -214,7 +212,6 @@ def test_command(command, data, tmp_path):
   name, flags = modules(command).groups()
   small = SMALL[name] + "".join(more for part, more in SMALLER.items() if part in flags)
   if "resnet18.pth" in flags:
-    small = small.replace("--width=4", "").replace("--width=64", "")
     save_torch_weights(data / "resnet18.pth")
   if name in ("experiments.sms", "experiments.compare"):
     small += f" --workdir={tmp_path / 'run'} --cache_dir={tmp_path / 'cache'}"
