@@ -33,6 +33,7 @@ class Settings(NamedTuple):
 
   model: str
   ingredients: int
+  batch_size: int | None
   rounds: int
   folder: str | None
   save_minutes: float
@@ -63,6 +64,13 @@ def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
   names = ", ".join(models.MODELS)
   flags.DEFINE_string("model", "mlp", f"Network: {names}.", flag_values=to)
   flags.DEFINE_integer("ingredients", 5, "Copies that are trained at once.", flag_values=to)
+  flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "Examples of one copy in a step; a save costs the same whatever it is. Default: 20 for "
+    "the mlp, else 128.",
+    flag_values=to,
+  )
   flags.DEFINE_integer(
     "rounds", 5, "Pairs of rounds, with and without a save.", flag_values=to
   )
@@ -98,9 +106,10 @@ def read_settings(given: flags.FlagValues) -> Settings:
   """
   chosen = Settings(*(given[name].value for name in Settings._fields))
   check_name("model", chosen.model, models.MODELS)
-  for name in ("ingredients", "rounds"):
-    if getattr(chosen, name) < 1:
-      raise ValueError(f"--{name} is {getattr(chosen, name)}: it must be at least 1")
+  for name in ("ingredients", "rounds", "batch_size"):
+    value = getattr(chosen, name)
+    if value is not None and value < 1:
+      raise ValueError(f"--{name} is {value}: it must be at least 1")
   if not 0 < chosen.save_minutes < math.inf:
     raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number above 0")
   if chosen.folder is not None and not os.access(chosen.folder, os.W_OK):
@@ -116,17 +125,17 @@ def make_training(chosen: Settings, devices: hardware.Hardware) -> bench_jax.Tra
   options = hardware.network_options(devices, chosen.model)
   if chosen.model == "mlp":
     options |= {"hidden": (256, 256), "dropout": 0.0}
-  m = chosen.ingredients
+  m, batch_size = chosen.ingredients, chosen.batch_size or like["batch_size"]
   task = bench_jax.make_task(
     models.create(chosen.model, bench_jax.NUM_CLASSES, **options),
     like["image"],
-    examples=min(like["examples"], 5000),
-    batch_size=like["batch_size"],
+    examples=max(batch_size, min(like["examples"], 5000)),
+    batch_size=batch_size,
     augmentation=like["augmentation"],
     at_once=lambda parameters: hardware.copies_at_once(
       devices, chosen.model, m * parameters
     ),
-    mesh_of=hardware.mesh_of(devices, chosen.model, like["batch_size"]),
+    mesh_of=hardware.mesh_of(devices, chosen.model, batch_size),
     micro_batches=devices.micro_batches,
   )
   return bench_jax.Training(task, m, chunk_steps=1 if chosen.model != "mlp" else 50)

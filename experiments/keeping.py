@@ -1,6 +1,7 @@
 """Keeps a run: saves it while it goes on, and takes it up again after a break."""
 
 import math
+import operator
 import sys
 import time
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from experiments.tensorboard import Board, check_available
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
+from jaxsms.safetensors import first_sentence
 from jaxsms.series import Found, Series
 
 flags.DEFINE_float(
@@ -193,7 +195,10 @@ class Keeper:
     return found
 
   def _take_up(self, found, settings, task):
-    """Takes what a checkpoint holds; gives the size that the metrics had."""
+    """Takes what a checkpoint holds; gives the size that the metrics had.
+
+    Its digests are right: where it makes no sense, something else wrote it.
+    """
     meta, what = found.meta, f"checkpoint {found.number} of {self._workdir}"
     try:
       self.seeds = list(meta["seeds"])
@@ -206,11 +211,11 @@ class Keeper:
       self.work = unpacked(
         found.arrays, meta["work"], task.shapes, task.programs, settings.ingredients, what
       )
-      return meta["metrics_bytes"]
-    except (KeyError, TypeError, AttributeError) as error:
+      return operator.index(meta["metrics_bytes"])
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
       raise ValueError(
-        f"{what} lacks {error}: another version of jaxsms wrote it, choose another "
-        "--workdir"
+        f"{what} cannot be used ({first_sentence(error)}): another version of jaxsms "
+        "wrote it, choose another --workdir"
       ) from error
 
   def due(self) -> bool:

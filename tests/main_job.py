@@ -68,12 +68,13 @@ def assert_same_run(workdir, other):
       )
 
 
-def start(workdir, *flags, fault=""):
+def start(workdir, *flags, fault="", **environment):
+  """The main job as a command, on its way."""
   command = [sys.executable, "-m", "experiments.sms", *SMALL, *flags]
   return subprocess.Popen(
     [*command, f"--workdir={workdir}"], cwd=ROOT, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    env={**os.environ, faults.VARIABLE: fault},
+    env={**os.environ, faults.VARIABLE: fault, **environment},
   )  # fmt: skip
 
 

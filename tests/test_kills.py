@@ -134,9 +134,12 @@ def test_soak_twenty_random_kills(tmp_path):
   assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # programs that run a few times
+
+
 def finished(processes):
   """Waits for all: their statuses."""
-  outputs = [process.communicate(timeout=300) for process in processes]
+  outputs = [process.communicate(timeout=900) for process in processes]
   assert not any("Traceback" in errors for _, errors in outputs), outputs
   return [process.returncode for process in processes]
 
@@ -147,12 +150,14 @@ def test_a_run_of_two_processes_is_killed_and_resumed(tmp_path):
 
   def two(workdir, fault=""):
     at = (f"--coordinator=localhost:{free_port()}", "--processes=2")
-    return [start(workdir, *flags, *at, f"--process={i}", fault=fault) for i in range(2)]
+    return [
+      start(workdir, *flags, *at, f"--process={i}", fault=fault, **QUICK) for i in range(2)
+    ]
 
   assert finished(two(tmp_path / "undisturbed")) == [0, 0]
-  for fault in ("chunk:4", "save arrays:3", "merge:1", "chunk:2"):
+  for fault in ("save arrays:3", "chunk:2"):
     first, second = two(tmp_path / "killed", fault)
-    first.communicate(timeout=300)
+    first.communicate(timeout=900)
     second.kill()  # it may wait for the first one for ever
     second.communicate()
     assert first.returncode == -signal.SIGKILL, fault
@@ -178,9 +183,10 @@ def test_a_streamed_run_is_killed_and_resumed(tmp_path):
     "--model=mlp", "--batch_size=9", "--chunk_steps=2", "--cpu_devices=2",
     "--mesh=2x1",
   )  # fmt: skip
-  assert finished([start(tmp_path / "undisturbed", *flags)]) == [0]
-  for fault in ("chunk:2", "save arrays:2", "chunk:2", "merge:1", "chunk:2"):
-    assert finished([start(tmp_path / "killed", *flags, fault=fault)]) == [-signal.SIGKILL]
+  assert finished([start(tmp_path / "undisturbed", *flags, **QUICK)]) == [0]
+  for fault in ("save arrays:2", "chunk:2", "merge:1"):
+    process = start(tmp_path / "killed", *flags, fault=fault, **QUICK)
+    assert finished([process]) == [-signal.SIGKILL], fault
     tear(tmp_path / "killed")
-  assert finished([start(tmp_path / "killed", *flags)]) == [0]
+  assert finished([start(tmp_path / "killed", *flags, **QUICK)]) == [0]
   assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")

@@ -1,0 +1,64 @@
+"""What saving costs: that it is measured, and what is refused."""
+
+import pytest
+from absl import flags
+
+from experiments import bench_saving, hardware, keeping
+from experiments.bench_statistics import spread
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def parse(*given):
+  values = flags.FlagValues()
+  bench_saving.define_flags(values)
+  hardware.define_flags(values)
+  values(["bench_saving", *given])
+  return values
+
+
+def test_a_measurement(monkeypatch):
+  monkeypatch.setattr(bench_saving, "ROUND_SECONDS", 0.01)
+  values = parse("--ingredients=2", "--rounds=2", "--mesh=none")
+  chosen = bench_saving.read_settings(values)
+  devices = hardware.read_hardware("mlp", 2, values)
+  cost = bench_saving.measure(bench_saving.make_training(chosen, devices), 2, None)
+  parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+  # Two float32 models, the masks, and of both copies parameters and momentum.
+  arrays = parameters * (2 * 4 + 1 + 2 * 2 * 4)
+  assert cost.megabytes == pytest.approx(arrays / 1e6, rel=1e-3)
+  assert len(cost.cpu.rounds) == len(cost.held_up.rounds) == 2
+  assert cost.blocked.min > 0
+  assert cost.training.min > 0
+
+
+def test_shares_are_of_the_interval_and_of_all_cores(monkeypatch):
+  monkeypatch.setattr(bench_saving, "cores", lambda: 4)
+  chosen = bench_saving.read_settings(parse("--save_minutes=2"))
+  some = {name: spread([1.0]) for name in ("training", "blocked")}
+  cost = bench_saving.Cost(
+    1.0, 1, held_up=spread([0.6, 1.2, 2.4]), cpu=spread([4.8]), **some
+  )
+  last = bench_saving.text(chosen, cost).splitlines()[-1]
+  assert last == ("saved every 120 s: 1 [0.5, 2] % of the time, 1 [1, 1] % of the cores")
+
+
+def test_the_interval_is_that_of_the_main_job():
+  default = parse()["save_minutes"].default
+  assert default == keeping.FLAGS["save_minutes"].default
+
+
+@pytest.mark.parametrize(
+  ("flag", "words"),
+  [
+    ("--model=resnet9", "unknown model"),
+    ("--ingredients=0", "--ingredients is 0"),
+    ("--rounds=0", "--rounds is 0"),
+    ("--batch_size=0", "--batch_size is 0"),
+    ("--save_minutes=0", "--save_minutes is 0"),
+    ("--folder=/no/such", "/no/such cannot be written"),
+  ],
+)
+def test_bad_flags(flag, words, rejects):
+  with rejects(words):
+    bench_saving.read_settings(parse(flag))

@@ -1,0 +1,104 @@
+"""What a run takes up from its checkpoints, and hands over where it ends."""
+
+import types
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from experiments import keeping, methods
+from experiments.retraining import Observer, Run
+from experiments.signals import StopSignals
+from experiments.work import Work, packed, unpacked
+from jaxsms import storage, training
+from jaxsms.series import Found
+from jaxsms.training.phases import Model
+
+PROGRAMS = types.SimpleNamespace(
+  mesh_of=lambda copies: None, split_params=False, optimizer=training.sgd
+)
+
+
+def trained():
+  """A seed in the midst of its second phase, with two copies."""
+  model = Model({"w": jnp.arange(3.0)}, {"mean": jnp.ones(2)})
+  state = training.start(*model, training.sgd(0.0, 0.0), 2)
+  masks = {"w": jnp.array([True, False, True])}
+  return Work(4, model, {"loss": 1.0}, "sms", {"sms": []}, {}, model, masks, state)
+
+
+def unpack(arrays, rest):
+  shapes = jax.eval_shape(lambda: trained().dense)
+  return unpacked(arrays, rest, shapes, PROGRAMS, 2, "checkpoint 1")
+
+
+def test_what_is_restored_is_bound_to_no_device_as_what_was_trained(assert_trees_equal):
+  """Else the programs that were compiled for the one would not do for the other."""
+  work = trained()
+  again = unpack(*packed(work))
+  for name in ("dense", "model", "masks", "state"):
+    before, after = getattr(work, name), getattr(again, name)
+    assert_trees_equal(before, after)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+      assert x.committed == y.committed
+      assert x.sharding == y.sharding
+  assert (again.seed, again.method, again.phases) == (4, "sms", {"sms": []})
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@hypothesis.given(st.data())
+def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, data):
+  arrays, rest = packed(trained())
+  meta = {
+    "seeds": [],
+    "epoch": {"taken": [8], "loss": [[1.0, None]], "accuracy": [[0.5, 0.5]]},
+    "steps_left": {"2": 5},
+    "work": rest,
+    "seconds": 3.0,
+    "metrics_bytes": 0,
+  }
+  of = data.draw(st.sampled_from([meta, meta["work"], meta["epoch"]]))
+  changed = data.draw(st.sampled_from(sorted(of)))
+  if data.draw(st.booleans()):
+    del of[changed]
+  else:
+    of[changed] = data.draw(JSON)
+  for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=1)):
+    arrays[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=2)))
+  keeper = keeping.Keeper(
+    tmp_path_factory.getbasetemp(), {}, keeping.Retention(5, 2), StopSignals()
+  )
+  task = types.SimpleNamespace(
+    shapes=jax.eval_shape(lambda: trained().dense), programs=PROGRAMS
+  )
+  settings = types.SimpleNamespace(ingredients=2)
+  try:
+    keeper._take_up(Found(1, arrays, storage.plain(meta), []), settings, task)
+  except ValueError as error:
+    assert "checkpoint 1 of" in str(error)
+    assert "\n" not in str(error)
+
+
+def test_the_last_good_soup_is_handed_over_where_all_copies_diverge(monkeypatch):
+  """After a phase that went well."""
+
+  def diverges(run, *_):
+    run.work.model, run.work.masks = Model("params", "statistics"), "masks"
+    raise FloatingPointError("the loss of each of 2 copies is not finite")
+
+  monkeypatch.setattr(methods, "prune_and_retrain", diverges)
+  given = []
+  observer = Observer(None, None, given.append)
+  settings = types.SimpleNamespace(retrain_epochs=1, ingredients=2)
+  task = types.SimpleNamespace(steps_per_epoch=1)
+  with pytest.raises(FloatingPointError):
+    methods.make_soup(Run(settings, task, None, observer, Work(0)))
+  assert given == [{"params": "params", "batch_stats": "statistics", "masks": "masks"}]
