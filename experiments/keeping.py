@@ -212,7 +212,9 @@ class Keeper:
         found.arrays, meta["work"], task.shapes, task.programs, settings.ingredients, what
       )
       return operator.index(meta["metrics_bytes"])
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+      if str(error).startswith(what):
+        raise
       raise ValueError(
         f"{what} cannot be used ({first_sentence(error)}): another version of jaxsms "
         "wrote it, choose another --workdir"
