@@ -1,10 +1,10 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
-Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
-Training: `masked` around any optax optimizer, `retrain_schedule`.
-Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
-The loop: `sparse_model_soup`, and its parts `prune_phase`, `retrain_phase`, `merge_phase`.
-Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
+- Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
+- Training: `masked` around any optax optimizer, `retrain_schedule`.
+- Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
+- The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
+- Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
 """
 
 import importlib

@@ -108,7 +108,18 @@ def imp_reprune(
 
 
 def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
-  """The mean of models whose masks differ, pruned again to a sparsity."""
+  """The mean of models whose masks differ, pruned again to a sparsity.
+
+  Args:
+    sparsity: share of the prunable weights that are removed afterwards, in [0, 1).
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+
+  Returns:
+    A merge of candidates, leaves [m, ...], into one model.
+
+  References:
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (IMP-RePrune)
+  """
 
   def merge(candidates: Model) -> Model:
     soup = uniform_soup(candidates)
@@ -217,7 +228,12 @@ class TimeAverage:
     self.count = 0
 
   def add(self, state: TrainState, chunk: Chunk) -> None:
-    """Takes the state after a chunk, where it is at the end of an epoch or of all."""
+    """Takes the state after a chunk, where it is at the end of an epoch or of all.
+
+    Args:
+      state: of the training, parameters [m, ...].
+      chunk: the steps that led to it.
+    """
     ends = chunk.step % self._steps_per_epoch == 0 or chunk.step == chunk.steps
     if chunk.step <= self._after or not ends:
       return

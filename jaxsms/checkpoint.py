@@ -158,7 +158,13 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
-  """What lies beside the arrays: `meta`, and `leaves` by name.
+  """Reads what lies beside the arrays of a checkpoint.
+
+  Args:
+    path: a folder that `save` wrote.
+
+  Returns:
+    `meta`, as it was saved, and `leaves`: shape, dtype and SHA-256 of each by its name.
 
   Raises:
     Damaged: a ValueError; it is not what was saved.
@@ -180,13 +186,24 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_unfinished(path: str | os.PathLike) -> bool:
-  """Whether a folder is what a killed save or removal left."""
+  """Whether a folder is what a killed save or removal left.
+
+  Args:
+    path: an existing folder.
+
+  Returns:
+    True where it is empty or marked as unfinished.
+  """
   path = storage.as_path(path)
   return (path / UNFINISHED).exists() or not any(path.iterdir())
 
 
 def remove(path: str | os.PathLike) -> None:
-  """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged."""
+  """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged.
+
+  Args:
+    path: a folder that `save` wrote.
+  """
   path = storage.as_path(path)
   (path / UNFINISHED).write_bytes(b"")
   for child in path.iterdir():

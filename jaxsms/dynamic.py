@@ -172,7 +172,15 @@ def prune_during_training(
 
 
 def removed_share(params: PyTree, masks: PyTree) -> float:
-  """The share of the prunable weights that masks remove."""
+  """The share of the prunable weights that masks remove.
+
+  Args:
+    params: one model.
+    masks: tree of bool arrays with the structure of `params`, True where kept.
+
+  Returns:
+    The share, in [0, 1].
+  """
   flags = prunable_flags(params)
   chosen = [x for x, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
   return 1 - sum(int(x.sum()) for x in chosen) / sum(x.size for x in chosen)

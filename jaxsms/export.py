@@ -207,6 +207,12 @@ def _digest(parts, leaves):
 def nested(arrays: Mapping[str, Any]) -> Any:
   """Leaves under names such as "params/a/kernel" as dicts in dicts.
 
+  Args:
+    arrays: leaves by name.
+
+  Returns:
+    Nested dicts.
+
   Raises:
     ValueError: a name is that of a leaf and of a dict.
   """

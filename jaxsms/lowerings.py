@@ -23,7 +23,15 @@ _GROUP = 16  # images in one step, for a CPU's second-level cache of 2 MB
 
 
 class Geometry(NamedTuple):
-  """What fixes a convolution apart from its operands."""
+  """What fixes a convolution apart from its operands.
+
+  Attributes:
+    strides: along height and width.
+    padding: low and high, in pixels, along height and width.
+    image: height and width of the images.
+    kernel: height and width of the kernel.
+    precision: of the products, as `jax.lax.conv_general_dilated` takes it.
+  """
 
   strides: tuple[int, int]
   padding: tuple[tuple[int, int], tuple[int, int]]
@@ -32,6 +40,7 @@ class Geometry(NamedTuple):
   precision: Any
 
   def output_size(self, axis: int) -> int:
+    """How many outputs there are along height (0) or width (1)."""
     padded = self.image[axis] + sum(self.padding[axis])
     return (padded - self.kernel[axis]) // self.strides[axis] + 1
 

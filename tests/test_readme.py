@@ -1,31 +1,48 @@
-"""README's snippets run as written, and its commands are those that are tested."""
+"""README runs as written: every snippet, every command, every message, every link."""
 
+import ast
+import json
+import os
 import pathlib
 import re
+import shlex
+import socket
+import subprocess
+import sys
 
 import jax
+import main_job
 import numpy as np
 import pytest
 
 import jaxsms
-from experiments import settings
-from jaxsms import prunable
+from experiments import baselines, settings
+from jaxsms import prunable, report
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(
+  r"^```(\w*)\n(.*?)^```$|^(## [^\n]*)$", README, re.DOTALL | re.MULTILINE
+)
 
 
 def blocks(language):
-  return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+  return [text for kind, text, _ in BLOCKS if kind == language]
 
 
-@pytest.fixture(scope="module")
-def names():
-  """What README's Python blocks define, run one after another."""
-  defined = {}
-  for block in blocks("python"):
-    exec(compile(block, "README.md", "exec"), defined)
-  return defined
+def snippets():
+  """What is run of each Python block, or of both sides of a diff, by section."""
+  sections = [[]]
+  for kind, text, heading in BLOCKS:
+    if heading:
+      sections.append([])
+    elif kind == "python":
+      sections[-1].append(text)
+    elif kind == "diff":
+      for added in ("+", "-"):  # before, then after
+        lines = [line[1:] for line in text.splitlines() if line[:1] != added]
+        sections[-1].append("\n".join(lines))
+  return [section for section in sections if section]
 
 
 def share_removed(params):
@@ -34,32 +51,272 @@ def share_removed(params):
   return np.mean(weights == 0)
 
 
-def test_snippets_give_a_sparse_soup_that_works(names):
-  n = 64 * 128 + 128 * 10
-  assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * n) / n)
-  assert share_removed(names["average"]) == pytest.approx(round(0.9 * n) / n)
-  assert names["accuracy"] > 0.85
+N = 64 * 128 + 128 * 10
+OWN_CODE = snippets()[0]
+# Data, the loop before and after, and the first soup: what a new user tries.
+FIRST = 4
 
 
-def test_main_job_commands_use_flags_that_exist():
-  commands = re.findall(r"-m experiments\.sms(.*)", README)
-  assert len(commands) >= 3
-  for flag in re.findall(r"--(\w+)", " ".join(commands)):
+@pytest.fixture(scope="module")
+def names(quick_compilation):
+  """What the first snippets define, run one after another."""
+  defined = {}
+  for block in OWN_CODE[: FIRST - 1]:
+    exec(compile(block, "README.md", "exec"), defined)
+  defined["fine_tuned"] = defined["params"]
+  exec(compile(OWN_CODE[FIRST - 1], "README.md", "exec"), defined)
+  return defined
+
+
+def test_one_line_prunes_in_a_loop_that_was_there(names):
+  (diff,) = blocks("diff")
+  assert [line[:1] for line in diff.splitlines() if line.strip()].count("+") == 1
+  assert not re.search(r"^-", diff, re.MULTILINE)
+  assert share_removed(names["fine_tuned"]) == pytest.approx(round(0.9 * N) / N)
+  assert names["accuracy"](names["fine_tuned"]) > 0.8
+
+
+def test_the_first_soup_is_sparse_and_works(names):
+  assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * N) / N)
+  assert names["accuracy"](names["soup"].params) > 0.85
+
+
+@pytest.mark.slow
+def test_all_other_snippets(names, tmp_path, monkeypatch):
+  assert len(snippets()) == 1, "a section of its own needs a test"
+  for block in OWN_CODE[FIRST:]:
+    exec(compile(block, "README.md", "exec"), names)
+  assert sum(len(section) for section in snippets()) == len(blocks("python")) + 2
+  assert share_removed(names["average"]) == pytest.approx(round(0.9 * N) / N)
+  for soup in ("nnx_soup", "eqx_soup", "haiku_soup"):
+    assert share_removed(names[soup].params) == pytest.approx(round(0.75 * N) / N), soup
+  assert share_removed(names["own"].params) == pytest.approx(round(0.8 * N) / N)
+  weighted, mean = names["weighted_soup"](names["candidates"]), names["average"]
+  assert share_removed(weighted) == share_removed(mean)
+  leaves = zip(jax.tree.leaves(weighted), jax.tree.leaves(mean), strict=True)
+  assert any(np.any(a != b) for a, b in leaves)
+
+  # The baseline of one's own, with its name and title where README says.
+  monkeypatch.setattr(settings, "BASELINES", (*settings.BASELINES, "one_shot"))
+  monkeypatch.setitem(report.METHODS, "one_shot", "One shot")
+  monkeypatch.setitem(report.STYLES, "one_shot", ("#000000", "o"))
+  flags = ("--epochs=3", "--retrain_epochs=1", "--phases=2", "--ingredients=2")
+  workdir = f"--workdir={tmp_path / 'own'}"
+  assert main_job.run(*flags, "--baselines=one_shot", "--hidden=32", workdir) == 0
+  (seed,) = json.loads((tmp_path / "own" / "results.json").read_text())["seeds"]
+  last = seed["phases"][-1]
+  assert last["one_shot"]["sparsity"] == pytest.approx(last["sparsity"])
+  assert last["one_shot"]["test_accuracy"] > 0.5
+  del baselines.BASELINES["one_shot"]
+
+
+# Commands: each is run by a test below, or named here with the reason why not.
+
+NOT_RUN = {
+  "python3 -m venv .venv": "a new environment; .ci/run makes one",
+  ".venv/bin/pip install -e '.[experiments]'": "downloads; .ci/run installs the extra test",
+  ".venv/bin/pip install -e '.[docs]'": "downloads; a part of the extra test",
+  ".venv/bin/pip install -e '.[test]'": "downloads; .ci/run runs it",
+  ".venv/bin/pytest": "this is inside of it; .ci/run runs it",
+  ".venv/bin/python -m pdoc": "tests/test_documentation.py runs it",
+}
+
+
+def commands():
+  """All commands in README's bash blocks, without their comments, one by one."""
+  text = "\n".join(blocks("bash")).replace("\\\n", " ")
+  lines = [line.split("  # ")[0].strip() for line in text.splitlines()]
+  return [part for line in lines if line for part in line.split(" && ")]
+
+
+def modules(command):
+  return re.search(r"python -m (experiments\.\w+)(.*)", command)
+
+
+RUNNABLE = [c for c in commands() if not any(c.startswith(known) for known in NOT_RUN)]
+SMALL = {
+  "experiments.sms": (
+    "--epochs=4 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=16 --cpu_devices=1"
+  ),
+  "experiments.compare": (
+    "--epochs=2 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=64 --baselines=imp"
+  ),
+  "experiments.bench": "--copies=1,2 --steps=2 --rounds=1 --batch_size=4 --width=4",
+}
+# What makes single commands small, by a part of them.
+SMALLER = {
+  "--dataset=": " --width=4 --baselines=",
+  "imagenet2012": " --image_size=32 --ingredients=2",
+  "--ood=all": " --ood=brightness --ood_severities=1 --width=64",
+  "swamp": " --epochs=4 --ingredients=2",
+  "bimp": " --epochs=8 --ingredients=2",
+}
+
+
+def test_no_command_is_left_out():
+  assert len(RUNNABLE) >= 10
+  for known in NOT_RUN:
+    assert any(command.startswith(known) for command in commands()), known
+  for command in RUNNABLE:
+    assert modules(command), command
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A folder with prepared sets called as README's, an .npz and weights, all tiny."""
+  from test_data import prepare
+
+  folder = tmp_path_factory.mktemp("data")
+  images = np.random.default_rng(0).integers(0, 256, (120, 32, 32, 3), np.uint8)
+  labels = np.arange(120) % 5
+  pairs = list(zip(images, labels.tolist(), strict=True))
+  splits = {"train": pairs[:80], "test": pairs[80:]}
+  for name in ("cifar10", "imagenet2012"):
+    prepare(folder, splits, called=name)
+  np.savez(
+    folder / "arrays.npz",
+    train_images=images[:80],
+    train_labels=labels[:80],
+    test_images=images[80:],
+    test_labels=labels[80:],
+  )
+  return folder
+
+
+def save_torch_weights(path):
+  """Of a ResNet-18, in PyTorch's format and names."""
+  torch = pytest.importorskip("torch")
+  module = jaxsms.models.create("resnet18", 5)
+  image = np.zeros((1, 32, 32, 3), np.float32)
+  variables = module.init(jax.random.key(0), image)
+  weights = jaxsms.pretrained.to_torch(
+    module, variables["params"], variables["batch_stats"]
+  )
+  torch.save({name: torch.from_numpy(np.array(x)) for name, x in weights.items()}, path)
+
+
+def run(command):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile longer than they run
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_command(command, data, tmp_path):
+  name, flags = modules(command).groups()
+  small = SMALL[name] + "".join(more for part, more in SMALLER.items() if part in flags)
+  if "resnet18.pth" in flags:
+    small = small.replace("--width=4", "").replace("--width=64", "")
+    save_torch_weights(data / "resnet18.pth")
+  if name in ("experiments.sms", "experiments.compare"):
+    small += f" --workdir={tmp_path / 'run'} --cache_dir={tmp_path / 'cache'}"
+  if "--ingredients=3" in flags:
+    small = small.replace("--ingredients=2", "")
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    port = server.getsockname()[1]
+  places = {
+    "DIR": data, "RUN": tmp_path / "run", "HOST:1234": f"localhost:{port}",
+    "arrays.npz": data / "arrays.npz", "=resnet18.pth": f"={data / 'resnet18.pth'}",
+  }  # fmt: skip
+  for word, place in places.items():
+    flags = flags.replace(word, str(place))
+  command = [sys.executable, "-m", name, *shlex.split(flags), *shlex.split(small)]
+  processes = [run(command)]
+  if "--process=0" in flags:
+    processes.append(run([*command, "--process=1"]))
+  for process in processes:
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert output or process is not processes[0]
+  if name != "experiments.bench":
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_commands_use_flags_that_exist():
+  given = [modules(command).groups() for command in RUNNABLE]
+  flags = " ".join(flags for name, flags in given if name != "experiments.bench")
+  for flag in re.findall(r"--(\w+)", flags):
     assert flag in settings.FLAGS, flag
 
 
+def test_flags_named_in_the_text_exist():
+  named = set(re.findall(r"`--([a-z_]+)", README))
+  assert len(named) > 20
+  assert {flag for flag in named if flag not in settings.FLAGS} <= {"helpshort", "flagfile"}
+
+
 def test_ci_calls_readmes_test_command():
-  assert "bin/pytest" in "".join(blocks("bash"))
   script = (ROOT / ".ci" / "run").read_text()
   pattern = re.search(r"grep -E '(.*)' README.md", script).group(1)
-  commands = [line for line in README.splitlines() if re.search(pattern, line)]
-  assert len(commands) == 1
-  assert commands[0] in blocks("bash")[-1]
+  lines = [line for line in README.splitlines() if re.search(pattern, line)]
+  assert len(lines) == 1
+  assert lines[0] in blocks("bash")[-1]
   assert 'eval "$test_command"' in script
 
 
+# What the text says.
+
+
 def test_every_name_that_readme_shows_is_there():
-  for name in re.findall(r"\bjaxsms\.([\w.]+\w)", README):
+  text = README.replace("jaxsms/", "")
+  for name in re.findall(r"\bjaxsms\.([\w.]+\w)", text):
     found = jaxsms
     for part in name.split("."):
       found = getattr(found, part)
+  table = README.split("### What there is")[1].split("## ")[0]
+  for name in re.findall(r"`([a-z_]+_[a-z_]+)`", table.split("| networks")[0]):
+    assert hasattr(jaxsms, name), name
+
+
+def source_messages():
+  """The strings of the sources as patterns: what is filled in may be anything."""
+  for folder in ("jaxsms", "experiments"):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+          parts = [
+            re.escape(part.value) if isinstance(part, ast.Constant) else ".+?"
+            for part in node.values
+          ]
+          yield "".join(parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+          yield re.escape(node.value)
+
+
+# Of JAX itself.
+FOREIGN = ("An NVIDIA GPU may be present on this machine",)
+
+
+def test_messages_are_those_that_the_code_prints():
+  section = README.split("## Troubleshooting")[1].split("\n## ")[0]
+  found = re.findall(r"^(?:- |  )(?:``(.+?) ``|`([^`]{40,})`)", section, re.MULTILINE)
+  items = [quoted or plain for quoted, plain in found]
+  assert len(items) >= 14
+  patterns = [re.compile(pattern) for pattern in source_messages() if len(pattern) > 30]
+  for item in items:
+    message = item.removeprefix("error: ")
+    known = any(pattern.fullmatch(message) for pattern in patterns)
+    assert known or message.startswith(FOREIGN), message
+
+
+def test_links_lead_somewhere():
+  links = re.findall(r"\]\(([^)]+)\)", README)
+  headings = {
+    re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+    for line in README.splitlines()
+    if line.startswith("#")
+  }
+  for link in links:
+    if link.startswith("#"):
+      assert link[1:] in headings, link
+    elif not link.startswith("https://"):
+      assert (ROOT / link).exists(), link

@@ -1,4 +1,9 @@
-"""Data sets, resident or streamed, the validation split, augmentation, corruptions."""
+"""Data sets, resident or streamed, the validation split, augmentation, corruptions.
+
+`AUGMENTATIONS`: functions of (key, images, mean, std) that give training images, by name.
+`CORRUPTIONS`: functions of (key, image, constants), and the constants of severities 1 to 5,
+by name.
+"""
 
 from jaxsms.data.augmentation import (
   AUGMENTATIONS,

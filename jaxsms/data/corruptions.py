@@ -78,7 +78,13 @@ def corrupted(
 
 
 def corruptions_for(channels: int) -> list[str]:
-  """Names the corruptions that apply to images of 1 (gray) or 3 (colour) channels.
+  """Names the corruptions that apply to images of so many channels.
+
+  Args:
+    channels: 1 (gray) or 3 (colour).
+
+  Returns:
+    Names, keys of `CORRUPTIONS`: all but saturate for gray images.
 
   Raises:
     ValueError: `channels` is neither.

@@ -123,7 +123,14 @@ def open_streamed_test(name: str, data_dir: str | None = None) -> Examples:
 
 
 def base_name(name: str) -> str:
-  """The first part of TFDS's name/config:version."""
+  """The first part of TFDS's name/config:version.
+
+  Args:
+    name: of a data set, such as "imagenet_resized/32x32:0.1.0".
+
+  Returns:
+    The name alone, such as "imagenet_resized".
+  """
   return name.split("/")[0].split(":")[0]
 
 

@@ -23,7 +23,15 @@ def corrupted_sets(name: str, data_dir: str | None = None) -> list[str]:
 def corrupted_folders(
   name: str, data_dir: str | None = None
 ) -> dict[str, list[os.PathLike]]:
-  """The folders of each, of one version or of several, by the names above."""
+  """The folders of each, of one version or of several, by the names above.
+
+  Args:
+    name: of the clean data set, such as "cifar10".
+    data_dir: where TFDS prepared its data; None means TFDS's own default.
+
+  Returns:
+    Folders by names such as "cifar10_corrupted/fog_3".
+  """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.utils import file_utils
 

@@ -43,6 +43,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "resnet50": _resnet50,
   "vit_tiny": ViT,
 }
+"""What `create` makes, by name: functions of `num_classes` and a network's options."""
 
 _SIZES = ("width", "widening", "patch_size", "depth", "heads")
 

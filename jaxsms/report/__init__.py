@@ -1,4 +1,10 @@
-"""Tables, figures and reports of results."""
+"""Tables, figures and reports of results.
+
+`METHODS`: the titles of methods by their keys in results.json, in the order of tables.
+`STYLES`: their colours and markers.
+`HEADER`: the columns of a run's table.
+`Results`: what a results.json, or a part of it, is read as.
+"""
 
 from jaxsms.report.cases import Case, Origin
 from jaxsms.report.cost_sections import duration, flag_text

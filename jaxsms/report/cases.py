@@ -31,7 +31,14 @@ class Case(NamedTuple):
     return self.flags["ingredients"]
 
   def soups(self, key: str) -> dict[int, list]:
-    """What the soup's phases hold under a key, by phase, over the seeds that have it."""
+    """What the soup's phases hold under a key, by phase, over the seeds that have it.
+
+    Args:
+      key: of a phase's record, such as "geometry".
+
+    Returns:
+      For each phase, from 1, a list over the seeds.
+    """
     found: dict[int, list] = {}
     for seed in self.seeds:
       for phase in seed["phases"]:

@@ -130,14 +130,28 @@ def origin_section(origins: Sequence[Origin]) -> Section:
 
 
 def flag_text(value: object) -> str:
-  """As it would be typed."""
+  """As it would be typed.
+
+  Args:
+    value: of a flag.
+
+  Returns:
+    Text, empty for None.
+  """
   if isinstance(value, (list, tuple)):
     return ",".join(map(str, value))
   return "" if value is None else str(value)
 
 
 def duration(seconds: float) -> str:
-  """Such as 1 h 5 min."""
+  """Such as 1 h 5 min.
+
+  Args:
+    seconds: 0 or more.
+
+  Returns:
+    Text.
+  """
   seconds = round(seconds)
   hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
   if hours:

@@ -192,7 +192,14 @@ def _plain(text):
 
 
 def files(document: Document) -> dict[str, bytes]:
-  """Everything to write, by path: the page, the Markdown, and each figure twice."""
+  """Everything to write, by path: the page, the Markdown, and each figure twice.
+
+  Args:
+    document: as `document` gives it.
+
+  Returns:
+    The bytes of each file by its path in the folder of the report.
+  """
   found, drawn = {}, {}
   for section in document.sections:
     for block in section.blocks:

@@ -28,7 +28,17 @@ ECE = "test_expected_calibration_error"
 def document(
   title: str, subtitle: str, cases: Sequence[Case], origins: Sequence[Origin]
 ) -> Document:
-  """The whole report of one run, of several beside each other, or of a comparison."""
+  """The whole report of one run, of several beside each other, or of a comparison.
+
+  Args:
+    title: of the report.
+    subtitle: one line below it.
+    cases: what it shows, at least one.
+    origins: where each of them comes from.
+
+  Returns:
+    The document, to be written by `files`.
+  """
   several = len(cases) > 1
   summary, warnings, shared = [], [], []
   for case in cases:

@@ -34,6 +34,11 @@ class Estimate(NamedTuple):
   """Over seeds: mean, standard deviation (n - 1) and half of the mean's 95 % interval.
 
   With one seed the latter two are NaN.
+
+  Attributes:
+    mean: of the values.
+    std: their standard deviation, n - 1 in the denominator.
+    half_width: half of the 95 % interval of the mean.
   """
 
   mean: float
@@ -42,7 +47,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-  """Mean, standard deviation, and half the 95 % interval of the mean (Student t)."""
+  """Mean, standard deviation, and half the 95 % interval of the mean (Student t).
+
+  Args:
+    values: one for each seed, at least one.
+
+  Returns:
+    The estimate, in the unit of the values.
+  """
   x = np.asarray(values, np.float64)
   if len(x) < 2:
     return Estimate(float(x.mean()), math.nan, math.nan)
@@ -109,10 +121,25 @@ def _plain(value: Estimate) -> Results:
 
 
 def method_title(name: str, m: int) -> str:
-  """How a method is called in tables and figures."""
+  """How a method is called in tables and figures.
+
+  Args:
+    name: its key in results.json, such as "imp_mx".
+    m: number of copies.
+
+  Returns:
+    The title, such as "IMP 5x".
+  """
   return "Dense" if name == "dense" else METHODS[name].format(m=m)
 
 
 def dataset_title(name: str) -> str:
-  """How a data set is called: a file by its name, without its folders."""
+  """How a data set is called: a file by its name, without its folders.
+
+  Args:
+    name: what --dataset was given.
+
+  Returns:
+    The title.
+  """
   return os.path.basename(name) if name.endswith(".npz") else name

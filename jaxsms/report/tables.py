@@ -1,6 +1,7 @@
 """A run's results as tables and sentences."""
 
 import math
+from typing import Any
 
 from jaxsms.report.statistics import (
   METHODS,
@@ -66,7 +67,14 @@ def signed(difference: float) -> str:
 
 
 def caption(results: Results) -> str:
-  """What a table of this run says, in one sentence or two."""
+  """What a table of this run says, in one sentence or two.
+
+  Args:
+    results: a run's results.json, with at least one seed.
+
+  Returns:
+    The text of a caption.
+  """
   flags, seeds = results["flags"], results["seeds"]
   dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
   spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
@@ -83,7 +91,14 @@ def caption(results: Results) -> str:
 
 
 def notes(seeds: list[Results]) -> list[str]:
-  """A sentence for everything in these entries of `results.json` that went wrong."""
+  """A sentence for everything in these entries of `results.json` that went wrong.
+
+  Args:
+    seeds: the entries.
+
+  Returns:
+    The sentences, none where all is well.
+  """
   found = []
   for seed in seeds:
     for phase in seed["phases"]:
@@ -116,7 +131,14 @@ def _of(failed: Results, name: str) -> str:
 
 
 def markdown_table(tables: list[list[list[str]]]) -> str:
-  """What `rows` gives, in Markdown."""
+  """What `rows` gives, in Markdown.
+
+  Args:
+    tables: rows of cells, a list for each phase.
+
+  Returns:
+    The text of one table.
+  """
   lines = [list(HEADER), ["---:", "---:", "---", "---:", "---:"]]
   lines += [line for table in tables for line in table]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -124,8 +146,17 @@ def markdown_table(tables: list[list[list[str]]]) -> str:
 
 def console_table(
   tables: list[list[list[str]]], title: str, header: tuple[str, ...] = HEADER
-):
-  """What `rows` gives, to be printed on a `rich.console.Console`."""
+) -> Any:
+  """What `rows` gives, to be printed on a `rich.console.Console`.
+
+  Args:
+    tables: rows of cells, a list for each phase.
+    title: printed above it.
+    header: the names of the columns.
+
+  Returns:
+    A `rich.table.Table`.
+  """
   from rich import box
   from rich.table import Table
 

@@ -1,4 +1,7 @@
-"""Training of m copies at once: state and step, jitted programs, the host's loop."""
+"""Training of m copies at once: state and step, jitted programs, the host's loop.
+
+`METRICS`: what every model is measured by, functions of logits and labels by name.
+"""
 
 from jaxsms.training.learning_rates import retrain_learning_rates
 from jaxsms.training.loop import (

@@ -74,7 +74,16 @@ def sgd(
 def init_variables(
   module: nn.Module, key: jax.Array, image_shape: tuple[int, ...]
 ) -> tuple[PyTree, PyTree]:
-  """Fresh parameters and batch statistics of a network for images [h, w, c]."""
+  """Fresh parameters and batch statistics of a network.
+
+  Args:
+    module: called as `module.apply(variables, images, train=False)`.
+    key: typed key.
+    image_shape: height, width and channels of an image.
+
+  Returns:
+    Two trees, parameters and batch statistics; the latter empty where there are none.
+  """
   variables = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
   return variables["params"], variables.get("batch_stats", {})
 
