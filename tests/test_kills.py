@@ -84,7 +84,7 @@ def test_killed_at_named_places_and_at_random_it_ends_as_if_undisturbed(
   seed = time.time_ns()
   rng = random.Random(seed)
   kills = list(named)
-  kills.insert(rng.randint(0, 2), f"chunk:{rng.randint(1, 2)}")
+  kills.insert(rng.randint(1, 2), f"chunk:{rng.randint(1, 2)}")
   for fault in kills:
     status, said = launch(*SMALL, f"--workdir={killed}", fault=fault)
     assert status == -signal.SIGKILL, (seed, kills, fault, said)

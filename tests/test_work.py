@@ -74,7 +74,7 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
   for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=1)):
     arrays[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=2)))
   keeper = keeping.Keeper(
-    tmp_path_factory.getbasetemp(), {}, keeping.Retention(5, 2), StopSignals()
+    tmp_path_factory.getbasetemp(), {}, keeping.Retention(5, 2, False), StopSignals()
   )
   task = types.SimpleNamespace(
     shapes=jax.eval_shape(lambda: trained().dense), programs=PROGRAMS
