@@ -10,7 +10,6 @@ one DIR, on one machine or many, each process takes parts that no other one work
 """
 
 import collections
-import os
 import sys
 import time
 from typing import Any
@@ -61,18 +60,21 @@ def main(argv: list[str]) -> None:
   stopped, status, failed = None, 0, {}
   try:
     failed = work_through(shared)
-  except (MemoryError, OSError) as error:
+  except (ValueError, MemoryError, OSError) as error:
     stopped, status = f"error: {error}", 1
   except Stopped as error:
     stopped, status = str(error), error.status
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130
   if run_directory.is_writer():
-    show(shared, write(shared))
+    try:
+      show(shared, write(shared, failed))
+    except (ValueError, OSError) as error:  # such as a full disk
+      stopped, status = stopped or f"error: {error}", status or 1
   for part, reason in failed.items():
     print(f"error: {part.name} failed: {reason}", file=sys.stderr)
   if stopped:
-    done = sum(is_finished(shared.workdir, part) for part in shared.parts)
+    done = len(comparison.finished_parts(shared.workdir).keys() & set(shared.parts))
     print(
       f"{stopped} ({done} of {len(shared.parts)} parts finished; the same flags with "
       f"--workdir={shared.workdir} go on from what is saved)",
@@ -103,13 +105,10 @@ def prepare(argv: list[str]) -> Comparison:
       cell = base._replace(goal_sparsity=goal, ingredients=m)
       settings.check(cell)
       method_flags.check(cell, job.method)
-  workdir = storage.as_path(
-    settings.FLAGS.workdir or os.path.join("runs", time.strftime("compare-%Y%m%d-%H%M%S"))
-  )
+  workdir = running.workdir("compare-")
   defining = run_directory.defining(base, job.hardware, job.method, job.dataset)
-  common = {k: v for k, v in defining.items() if k not in comparison.GROWS}
-  common["kind"] = "comparison"
-  run = run_directory.read_run(workdir)
+  common = comparison.common_of(defining)
+  run = comparison.read_run(workdir)
   if run:
     run_directory.check_same(workdir, run, common)
   before = run["flags"].get("convolution") if run else None
@@ -200,7 +199,8 @@ def work_through(shared: Comparison) -> dict[Part, str]:
         else:
           try:
             run_part(shared, part, progress, plan, signals)
-            write(shared)
+            if run_directory.is_writer():
+              write(shared, failed)
           except Busy:
             left.append(part)
           except FloatingPointError as error:
@@ -233,11 +233,10 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
 
 
 def show(shared: Comparison, results: dict[str, Any]) -> None:
-  """Writes the report, prints the table of the last phases, and where the rest lies."""
+  """Prints the table of the last phases, writes the report, and says where all lies."""
   cells = results["cells"]
   if not cells:
     return
-  write_report([shared.workdir])
   header = comparison.HEADER
   if comparison.has_ood(cells):
     header += comparison.OOD_HEADER
@@ -249,6 +248,7 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
     for note in report.notes(cell["seeds"]):
       console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
+  write_report([shared.workdir])
   console.print(
     f"Took {clock(results['seconds'])}, all parts together. Results, report, parts "
     f"and their soups: {shared.workdir}",

@@ -1,5 +1,7 @@
 """A comparison: its parts, a method with a seed each, and what they add up to."""
 
+import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -14,8 +16,6 @@ DENSE = "dense"
 # What these do depends on no number of copies, or on no sparsity: done once for all.
 ONE_COPY = (DENSE, "imp", "gmp", "dpf", "bimp")
 NOT_PRUNED = (DENSE, "dense_soup")
-# What a soup's own run measures.
-OF_THE_SOUP = ("soup", "mean_candidate", "best_candidate", "prediction_ensemble")
 PARTS = "parts"
 # What a comparison can have more of later.
 GROWS = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
@@ -39,7 +39,7 @@ class Part(NamedTuple):
   @property
   def name(self) -> str:
     """Of its folder."""
-    goal = [] if self.goal_sparsity is None else [f"{self.goal_sparsity:g}"]
+    goal = [] if self.goal_sparsity is None else [repr(self.goal_sparsity)]
     copies = [] if self.ingredients is None else [f"m{self.ingredients}"]
     return "-".join([self.method, *goal, *copies, f"seed{self.seed}"])
 
@@ -95,10 +95,31 @@ def folder_of(workdir: storage.epath.Path, part: Part) -> storage.epath.Path:
   return workdir / PARTS / part.name
 
 
+def read_run(workdir: storage.epath.Path) -> dict[str, Any] | None:
+  """What a folder says about its comparison; where that is lost, what a part says.
+
+  Raises:
+    ValueError: see `run_directory.read_run`.
+  """
+  try:
+    return run_directory.read_run(workdir)
+  except ValueError:
+    for folder in (workdir / PARTS).iterdir() if (workdir / PARTS).exists() else []:
+      with contextlib.suppress(ValueError):
+        if run := run_directory.read_run(folder):
+          return run | {"defining": common_of(run["defining"])}
+    raise
+
+
+def common_of(defining: dict[str, Any]) -> dict[str, Any]:
+  """What all parts of a comparison have in common, of what defines one of them."""
+  common = {name: value for name, value in defining.items() if name not in GROWS}
+  return {**common, "kind": "comparison"}
+
+
 def is_finished(workdir: storage.epath.Path, part: Part) -> bool:
   """Whether its results are there; all processes learn so."""
-  results = run_directory.read_results(folder_of(workdir, part))
-  return run_directory.agreed(bool(results and results.get("finished")))
+  return run_directory.agreed(_finished(folder_of(workdir, part)) is not None)
 
 
 def finished_parts(workdir: str | os.PathLike) -> dict[Part, dict[str, Any]]:
@@ -106,12 +127,27 @@ def finished_parts(workdir: str | os.PathLike) -> dict[Part, dict[str, Any]]:
   folder = storage.as_path(workdir) / PARTS
   found = {}
   for path in sorted(folder.iterdir()) if folder.exists() else []:
-    results = run_directory.read_results(path)
-    if results and results.get("finished") and "part" in results:
+    results = _finished(path)
+    if results is not None and "part" in results:
       part = Part(**results["part"])
       if part.name == path.name:  # and not one that was set aside
         found[part] = results
   return found
+
+
+def _finished(folder):
+  """The results of a finished run; None where it is not, or they are damaged."""
+  try:
+    stat = (folder / run_directory.RESULTS_FILE).stat()
+  except OSError:
+    return None
+  return _read_finished(folder, stat.mtime, stat.length)
+
+
+@functools.lru_cache(None)
+def _read_finished(folder, mtime, length):
+  results = run_directory.read_results(folder)
+  return results if results and results.get("finished") else None
 
 
 def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,7 +159,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     For each goal sparsity and number of copies with a soup: `goal_sparsity`,
     `ingredients`, `seeds` (as in the results of a run, each phase of the soup with the
-    metrics of every method) and `summary`, see `summarized`.
+    metrics of every method) and `summary`, see `jaxsms.report.summarize`.
   """
   cells: dict[tuple[float, int], dict[int, dict]] = {}
   for part, results in parts.items():
@@ -145,7 +181,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   for goal, m in sorted(cells):
     seeds = [cells[goal, m][seed] for seed in sorted(cells[goal, m])]
     cell = {"goal_sparsity": goal, "ingredients": m, "seeds": seeds}
-    found.append(cell | {"summary": summarized(seeds)})
+    found.append(cell | {"summary": report.summarize(seeds)})
   return found
 
 
@@ -154,44 +190,6 @@ def _add(entry, method, other):
   for phase in entry["phases"]:
     if phase["phase"] in by_phase:
       phase[method] = by_phase[phase["phase"]][method]
-
-
-def summarized(
-  seeds: list[dict[str, Any]], metric: str = "test_accuracy"
-) -> list[dict[str, Any]]:
-  """Statistics over seeds, phase by phase, of each method over the seeds that have it.
-
-  Args:
-    seeds: as in the results of a run; methods may be missing from some.
-    metric: which one.
-
-  Returns:
-    As `jaxsms.report.summarize` gives; where a method is missing from some seeds, its entry
-    says how many it is of: `seeds`.
-  """
-  whole = report.summarize([_with_only(entry, OF_THE_SOUP) for entry in seeds], metric)
-  names = [name for name in report.METHODS if name not in OF_THE_SOUP]
-  for name in names:
-    having = [e for e in seeds if any(name in phase for phase in e["phases"])]
-    if not having:
-      continue
-    rows = report.summarize([_with_only(entry, ("soup", name)) for entry in having], metric)
-    for row, target in zip(rows, whole, strict=True):
-      if name in row:
-        target[name] = row[name]
-        if len(having) < len(seeds):
-          target[name]["seeds"] = len(having)
-  return whole
-
-
-def _with_only(entry, names):
-  """An entry whose phases hold no other methods."""
-  others = set(report.METHODS) - set(names)
-  phases = [
-    {key: value for key, value in phase.items() if key not in others}
-    for phase in entry["phases"]
-  ]
-  return {**entry, "phases": phases}
 
 
 HEADER = ("Sparsity", "m", "Model", "Test accuracy", "Soup minus it")
@@ -212,7 +210,7 @@ def table(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
     names = [name for name in report.METHODS if name in summary[-1]]
     rows[0][:2] = f"{100 * summary[-1]['sparsity']:.2f} %", str(m)
     if has_ood(cells):
-      ood = report.rows(summarized(cell["seeds"], "ood_accuracy")[-1:], m)[0]
+      ood = report.rows(report.summarize(cell["seeds"], "ood_accuracy")[-1:], m)[0]
       rows = [row + other[3:] for row, other in zip(rows, ood, strict=True)]
     for row, name in zip(rows, names, strict=True):
       if n := summary[-1][name].get("seeds"):

@@ -41,7 +41,7 @@ def inference(task: Task, workdir: str | os.PathLike, seed: int) -> dict[str, An
   try:
     soup = checkpoint.restore(soup_folder(workdir, seed))
     return measure_inference(task.module, task.image_shape, soup)
-  except ValueError as error:  # what the run has found is no worse for it
+  except (ValueError, OSError, RuntimeError) as error:  # the run is no worse for it
     logging.warning("inference is not timed: %s", error)
     return None
 

@@ -4,6 +4,7 @@ import math
 import operator
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from experiments import run_directory
-from experiments.lock import Lock
+from experiments.lock import Busy, Lock
 from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
@@ -44,6 +45,8 @@ flags.DEFINE_boolean(
 )
 FLAGS = flags.FLAGS
 MEANS = ("loss", "accuracy")
+# Why the first process cannot take a directory; told to the others by number.
+PROBLEMS = (type(None), Busy, OSError, ValueError)
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
 
 
@@ -118,7 +121,7 @@ class Keeper:
     task: Task,
     flagfile: str,
     plan: dict[int, int],
-    first: Work | None = None,
+    first: Callable[[], Work | None] = lambda: None,
   ) -> list[str]:
     """Takes the directory, and what an earlier process left there.
 
@@ -127,7 +130,8 @@ class Keeper:
       task: its network and data.
       flagfile: see `run_directory.begin`.
       plan: of the whole run, see `methods.planned_work`.
-      first: what its first seed begins with; None for nothing.
+      first: gives what its first seed begins with, None for nothing; called where there is
+        no checkpoint, in a directory that is locked and not changed yet.
 
     Returns:
       Sentences for the user: what was damaged, and where the run goes on.
@@ -140,8 +144,10 @@ class Keeper:
       found = self._find(flagfile)
       said = [f"warning: {sentence}" for sentence in found.damaged]
       self.steps_left = dict(plan)
-      self.work = first or Work(settings.seed)
-      size = self._take_up(found, settings, task) if found.number else 0
+      if found.number:
+        size = self._take_up(found, settings, task)
+      else:
+        self.work, size = first() or Work(settings.seed), 0
       finished = (run_directory.read_results(self._workdir) or {}).get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
         self.seeds, self.work = finished, Work(settings.seed + len(finished))
@@ -184,10 +190,13 @@ class Keeper:
       except (OSError, ValueError) as error:
         problem = error
     if jax.process_count() > 1:
-      state = np.array([problem is not None, found.number or 0], np.int32)
-      failed, number = map(int, multihost_utils.broadcast_one_to_all(state))
-      if failed and problem is None:
-        problem = ValueError("the first process cannot use the run directory: see there")
+      kind = next((i for i, k in enumerate(PROBLEMS) if isinstance(problem, k)), 0)
+      state = np.array([kind, found.number or 0], np.int32)
+      kind, number = map(int, multihost_utils.broadcast_one_to_all(state))
+      if kind and problem is None:
+        problem = PROBLEMS[kind](
+          "the first process cannot use the run directory: see there"
+        )
       elif number and not is_writer():
         found = Found(number, *self._series.read(number), [])
     if problem is not None:
@@ -273,9 +282,12 @@ class Keeper:
     self._series.wait()
 
   def forget(self) -> None:
-    """Removes the checkpoints of a run that is finished and written down."""
+    """Removes the models of a run that is finished and written down.
+
+    Its newest checkpoint stays: after the last seed it holds figures alone.
+    """
     if is_writer():
-      self._series.clear()
+      self._series.keep_newest()
 
   def _save(self, work):
     started = time.monotonic()

@@ -6,10 +6,12 @@ import math
 from typing import Any, NamedTuple
 
 from experiments import comparison, keeping, methods, run_directory, running, settings
-from experiments.comparison import DENSE, Part, folder_of
+from experiments.comparison import DENSE, Part, folder_of, is_finished
 from experiments.environment import environment
 from experiments.inference import inference
+from experiments.lock import Busy, Lock
 from experiments.progress import MEASURED, RunProgress
+from experiments.run_directory import agreed, is_writer
 from experiments.running import Job
 from experiments.signals import StopSignals
 from experiments.task import Task
@@ -19,6 +21,10 @@ from jaxsms.meshes import fetch
 from jaxsms.training.measurements import Describe, Model
 
 MODEL = "model"  # in the folder of a dense part
+
+
+class Finished(ValueError):
+  """There is nothing left to do in a part."""
 
 
 class Comparison(NamedTuple):
@@ -79,16 +85,17 @@ def run_part(
   own = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
   wanted = {**shared.defining, **{name: getattr(chosen, name) for name in own}}
   run = {**shared.run, "flags": run_flags, "defining": storage.plain(wanted)}
-  run_directory.check_same(folder, run_directory.read_run(folder) or run, run["defining"])
+  before = run_directory.read_run(folder)
+  if before:
+    run_directory.check_same(folder, before, run["defining"])
   steps = planned(shared, part)
   keeper = keeping.Keeper(folder, run, shared.job.retention, signals)
-  for sentence in keeper.open(
-    chosen,
-    task,
-    settings.flagfile(run_flags),
-    steps,
-    first_work(shared, part, task.describe),
-  ):
+  first = functools.partial(first_work, shared, part, task.describe)
+  try:
+    said = keeper.open(chosen, task, settings.flagfile(run_flags), steps, first)
+  except Finished:
+    return
+  for sentence in said:
     keeping.say(sentence)
   task = running.counted(task, progress, keeper)
   with keeper:
@@ -111,9 +118,10 @@ def run_part(
       "seconds": keeper.seconds(),
       "finished": True,
     }
-    if part.method == methods.SOUP:
-      results["inference"] = inference(task, folder, part.seed)
     run_directory.write_results(folder, results)
+    if part.method == methods.SOUP and part.seed == shared.parts[0].seed and is_writer():
+      results["inference"] = inference(task, folder, part.seed)
+      run_directory.write_results(folder, results)
     keeper.forget()
 
 
@@ -123,23 +131,51 @@ def first_work(shared: Comparison, part: Part, describe: Describe) -> Work | Non
   What `describe` gives of it depends on the part's goal sparsity.
 
   Raises:
+    Finished: the part is, by now.
     Damaged: that model is; the part that made it is set aside.
   """
+  if is_finished(shared.workdir, part):
+    raise Finished("another process has finished it by now")
   if part.method == DENSE:
     return None
   folder = folder_of(shared.workdir, Part(DENSE, part.seed))
-  metrics = run_directory.read_results(folder)["seeds"][0]["dense"]
+  model, problem = None, None
   try:
+    metrics = run_directory.read_results(folder)["seeds"][0]["dense"]
     model = checkpoint.restore(folder / MODEL, shared.task.shapes._asdict())
-  except storage.Damaged:
-    storage.set_aside(folder)
-    raise
+  except (ValueError, TypeError) as error:
+    problem = error
+  if agreed(problem is not None):
+    if is_writer():
+      set_aside(folder, shared.task.shapes._asdict())
+    agreed(True)  # the others wait
+    raise storage.Damaged(f"the dense model in {folder} is damaged or gone")
   model = Model(**model)
   return Work(part.seed, dense=model, metrics=metrics | describe(fetch(model.params)))
 
 
-def write(shared: Comparison) -> dict[str, Any]:
-  """Adds up what is finished, into results.json; gives its content."""
+def set_aside(folder: storage.epath.Path, like: dict[str, Any]) -> None:
+  """Gives the folder of a damaged dense model another name, unless it is in use."""
+  lock = Lock(folder)
+  try:
+    lock.acquire()
+  except Busy:  # another process makes it anew
+    return
+  try:
+    checkpoint.restore(folder / MODEL, like)
+  except ValueError:
+    storage.set_aside(folder)
+  finally:
+    lock.release()
+
+
+def write(shared: Comparison, failed: dict[Part, str]) -> dict[str, Any]:
+  """Adds up what is finished, into results.json; gives its content.
+
+  Args:
+    shared: the comparison.
+    failed: why parts failed.
+  """
   parts = comparison.finished_parts(shared.workdir)
   cells = comparison.cells_of(parts)
   results = {
@@ -154,6 +190,7 @@ def write(shared: Comparison) -> dict[str, Any]:
     },
     "inference": next((r["inference"] for r in parts.values() if "inference" in r), None),
     "seconds": math.fsum(r["seconds"] for r in parts.values()),
+    "failed": {part.name: reason for part, reason in failed.items()},
     "finished": set(shared.parts) <= set(parts),
   }
   if run_directory.is_writer():

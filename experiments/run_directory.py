@@ -136,6 +136,9 @@ def check_same(
   """
   old = run.get("defining")
   old = old if isinstance(old, dict) else {}
+  if old.get("kind") != wanted.get("kind"):
+    what = old.get("kind") or "run of experiments.sms"
+    raise ValueError(f"{path} holds a {what}: choose another --workdir")
   names = [k for k in old.keys() | wanted.keys() if old.get(k) != wanted.get(k)]
   differing = [
     OTHER[name]

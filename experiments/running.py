@@ -1,8 +1,11 @@
 """What the binaries that train share: their flags and data, and what they show and keep."""
 
 import importlib.util
+import os
+import time
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -84,6 +87,21 @@ def counted(task: Task, progress: RunProgress, keeper: keeping.Keeper) -> Task:
     return record
 
   return task._replace(describe=described)
+
+
+def workdir(prefix: str = "") -> storage.epath.Path:
+  """--workdir, or a new folder in runs/ named by date and time.
+
+  Raises:
+    ValueError: several processes have to agree on one.
+  """
+  if settings.FLAGS.workdir:
+    return storage.as_path(settings.FLAGS.workdir)
+  if jax.process_count() > 1:
+    raise ValueError(
+      "--workdir is missing: the processes of a run share one, give a folder that all see"
+    )
+  return storage.as_path(os.path.join("runs", time.strftime(f"{prefix}%Y%m%d-%H%M%S")))
 
 
 def make_observer(

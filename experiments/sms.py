@@ -20,11 +20,11 @@ Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, re
               micro_batches, split_params; coordinator, processes, process
 """
 
+import contextlib
 import os
 import pathlib
 import sys
 import tempfile
-import time
 
 from absl import app, flags
 from rich.console import Console
@@ -47,9 +47,7 @@ def main(argv: list[str]) -> None:
   try:
     job = running.read_job(argv)
     chosen = job.settings
-    workdir = storage.as_path(
-      settings.FLAGS.workdir or os.path.join("runs", time.strftime("%Y%m%d-%H%M%S"))
-    )
+    workdir = running.workdir()
     wanted = run_directory.defining(chosen, job.hardware, job.method, job.dataset)
     run = run_directory.read_run(workdir)
     if run:
@@ -57,7 +55,8 @@ def main(argv: list[str]) -> None:
       finished = run_directory.read_results(workdir)
       if finished and finished.get("finished"):
         keeping.say(f"{workdir} holds this run, finished: nothing is left to do")
-        show(workdir, finished)
+        with contextlib.suppress(OSError):  # a folder that is read-only by now
+          show(workdir, finished)
         return
     measured_before = run["flags"].get("convolution") if run else None
     devices = tuning.measured(
@@ -121,7 +120,8 @@ def main(argv: list[str]) -> None:
     stopped, status = "interrupted", 130
   if stopped:
     if results.get("summary"):
-      show(workdir, results)
+      with contextlib.suppress(OSError):  # such as a full disk
+        show(workdir, results)
     done = len(keeper.seeds)
     what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
     print(
@@ -133,20 +133,20 @@ def main(argv: list[str]) -> None:
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:
-  """Draws the figures, writes the report, and prints the table and where the rest lies."""
+  """Prints the table, draws figures and report, and says where the rest lies."""
   if not run_directory.is_writer():
     return
+  console = Console()
+  tables = report.rows(results["summary"], results["flags"]["ingredients"])
+  console.print(report.console_table(tables, report.caption(results)))
+  for note in report.notes(results["seeds"]):
+    console.print(note, style="bold red", highlight=False, soft_wrap=True)
   with tempfile.TemporaryDirectory() as folder:
     for ending in ("png", "svg"):
       name = f"accuracy.{ending}"
       report.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
   write_report([workdir])
-  console = Console()
-  tables = report.rows(results["summary"], results["flags"]["ingredients"])
-  console.print(report.console_table(tables, report.caption(results)))
-  for note in report.notes(results["seeds"]):
-    console.print(note, style="bold red", highlight=False, soft_wrap=True)
   console.print(
     f"Took {clock(results['seconds'])}. Results, soup, metrics and report: {workdir}",
     highlight=False,

@@ -97,14 +97,14 @@ class Series:
     if running is not None:
       running.result()
 
-  def clear(self) -> None:
-    """Removes all checkpoints, once what they were for is done.
+  def keep_newest(self) -> None:
+    """Removes all checkpoints but the newest one.
 
     Raises:
       OSError: the last save failed, or they cannot be removed.
     """
     self.wait()
-    for folder in self._folders():
+    for folder in self._folders()[:-1]:
       checkpoint.remove(folder)
 
   def _save(self, arrays, meta):

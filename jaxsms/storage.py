@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     fault_point(f"write {path.name}")
     path.write_bytes(data)
     return
-  partial = f"{path}.partial"
+  partial = f"{path}.{secrets.token_hex(4)}.partial"  # others may write it too
   try:
     with open(partial, "wb") as file:
       file.write(data)
