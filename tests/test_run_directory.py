@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import numpy as np
@@ -99,3 +100,13 @@ def test_any_run_directory_is_read_or_refused(tmp_path_factory, name, content):
       run_directory.check_same(workdir, found, {"epochs": 1, "hidden": [1]})
   with contextlib.suppress(ValueError):
     assert isinstance(run_directory.read_results(workdir), dict | None)
+
+
+def test_several_writers_of_one_file_leave_a_whole_one(tmp_path):
+  path = storage.as_path(tmp_path / "results.json")
+  documents = [{"writer": i, "values": list(range(500))} for i in range(4)]
+  with ThreadPoolExecutor(4) as pool:  # map raises what they raise
+    list(pool.map(lambda i: storage.write_json(path, documents[i % 4]), range(80)))
+  found = storage.read_json(path)
+  assert {name: found[name] for name in ("writer", "values")} in documents
+  assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
