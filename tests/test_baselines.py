@@ -189,6 +189,7 @@ def test_a_soup_branches_where_the_masks_are_fixed(programs, dense, dynamic):
                 - alone.params["Dense_0"]["kernel"]).max() > 1e-4  # fmt: skip
 
 
+@pytest.mark.slow
 def test_masks_made_anew_on_a_mesh(programs, dense):
   mesh = make_mesh(2, devices=jax.devices()[:2])
   rates = np.full(15, 0.1)

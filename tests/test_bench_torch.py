@@ -1,5 +1,7 @@
 """The benchmark's peer in PyTorch does the same work."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -117,11 +119,9 @@ def test_steps_of_pytorch_are_ours(name):
 def test_pytorch_has_the_same_resnet18():
   module, shape = models.create("resnet18", 10, width=2), (16, 16, 3)
   params, batch_stats, masks, images, _ = made(module, shape, copies=1, steps=1)
-  logits, _ = module.apply(
-    {"params": params, "batch_stats": batch_stats},
-    images[0, 0],
-    train=True,
-    mutable=["batch_stats"],
+  apply = functools.partial(module.apply, train=True, mutable=["batch_stats"])
+  logits, _ = jax.jit(apply)(
+    {"params": params, "batch_stats": batch_stats}, images[0, 0]
   )
   recipe = recipe_of(module, shape, params, batch_stats, masks)
   for vmapped in (False, True):

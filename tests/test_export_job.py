@@ -24,6 +24,7 @@ def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "run"
   flags = ("--hidden=16", "--epochs=1", "--retrain_epochs=1", "--phases=1", "--seed=3")
   flags += ("--ingredients=2", "--batch_size=64", "--goal_sparsity=0.9", "--baselines=")
+  flags += ("--mesh=none",)
   assert main_job.run(*flags, f"--workdir={workdir}") == 0
   soup = checkpoint.restore(workdir / "soup" / "seed_3")
   return workdir, soup, models.create("mlp", 10, hidden=(16,), dropout=0.0)

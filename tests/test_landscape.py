@@ -272,6 +272,7 @@ def test_the_plane_and_where_the_models_are_on_it(measured):
   assert plane["accuracy"][row][column] == pytest.approx(expected[1])
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(measured, dense):
   mesh = make_mesh(2, 2, devices=jax.devices()[:4])
   found = phase(make_programs(augmentation="none", mesh=mesh), dense)

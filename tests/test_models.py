@@ -9,6 +9,9 @@ from jaxsms import models, prunable
 from jaxsms.models.resnet_cifar import pad_shortcut
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
 def shapes(name, image_shape, **options):
   module = models.create(name, 10, **options)
   return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
@@ -34,14 +37,15 @@ def test_counts(name, image_shape, parameters, prunable_weights):
 
 def test_initialisation_is_pytorchs():
   module = models.create("mlp", 10, hidden=(300,), dropout=0.0)
-  params = module.init(jax.random.key(0), jnp.zeros((1, 20, 20, 1)))["params"]
+  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 20, 20, 1)))["params"]
   for name, fan_in in (("Dense_0", 400), ("Dense_1", 300)):
     for leaf in params[name].values():
       bound = 1 / np.sqrt(fan_in)
       assert np.abs(leaf).max() <= bound
       if leaf.size > 1000:  # uniform: standard deviation bound / sqrt(3)
         assert np.std(leaf) == pytest.approx(bound / np.sqrt(3), rel=0.02)
-  params = models.create("resnet8", 10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  init = jax.jit(models.create("resnet8", 10).init)
+  params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
   stem = np.asarray(params["params"]["Conv_0"]["kernel"])
   assert 0.95 / np.sqrt(27) < np.abs(stem).max() <= 1 / np.sqrt(27)
 
@@ -91,7 +95,7 @@ def test_logits_equal_pytorchs():
   module = models.create("resnet8", 7)
   key = jax.random.key(3)
   images = np.asarray(jax.random.normal(key, (4, 12, 12, 3)))
-  variables = module.init(key, images)
+  variables = jax.jit(module.init)(key, images)
   # Statistics that are not those of a fresh network.
   variables["batch_stats"] = jax.tree.map(
     lambda x: x + jnp.linspace(0.1, 0.5, x.size), variables["batch_stats"]

@@ -41,6 +41,7 @@ def results(workdir):
   return json.loads((workdir / "results.json").read_text())["seeds"]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
   alone = start(f"--workdir={tmp_path / 'alone'}", "--mesh=none")
   assert alone.wait(200) == 0, alone.stderr.read()

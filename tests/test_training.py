@@ -14,6 +14,8 @@ from jaxsms.training.loop import chunk_length
 from jaxsms.training.phases import Model, Splits, best_candidate, one_model, run_phases
 from jaxsms.training.step import ORDER, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MEAN, STD = (0.5,), (0.25,)
 BATCH = 4
 
@@ -203,12 +205,12 @@ def test_next_epoch_has_another_order(plain_programs, dense):
   assert np.abs(losses[:3] - losses[3:]).max() > 1e-4
 
 
-def test_training_on_a_mesh_equals_training_without(data, dense, programs):
+@pytest.mark.parametrize("shape", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2)])
+def test_training_on_a_mesh_equals_training_without(data, dense, programs, shape):
   lrs, chosen = np.full((3, 6), 0.1), ingredients([0, 1, 2], 6)
   expected = train(programs, data, dense, chosen, lrs)
-  for shape in ((2, 1), (2, 2)):
-    sharded = make_programs(mesh=make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]))
-    assert_close(train(sharded, data, dense, chosen, lrs), expected)
+  sharded = make_programs(mesh=make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]))
+  assert_close(train(sharded, data, dense, chosen, lrs), expected)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6])
@@ -225,14 +227,14 @@ def test_a_kept_state_goes_on_as_if_there_had_been_no_break(programs, data, dens
   assert_close((state.params, state.batch_stats), whole, 0)
 
 
-def test_masks_of_each_copys_own(data, dense):
+def test_masks_of_each_copys_own(programs, data, dense):
   masks = [half_masks(dense.params), all_true(dense.params)]
   start = jax.tree.map(lambda x, m: jnp.where(m, x, 0), dense.params, masks[0])
   model, lrs, chosen = Model(start, dense[1]), np.full((2, 6), 0.1), ingredients([3, 3], 6)
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *masks)
   mesh = make_mesh(4, devices=jax.devices()[:4])
   expected = [
-    copy_of(train(make_programs(), data, model, ingredients([3], 6), lrs[:1], m), 0)
+    copy_of(train(programs, data, model, ingredients([3], 6), lrs[:1], m), 0)
     for m in masks
   ]
   for on in (None, mesh):
@@ -241,6 +243,7 @@ def test_masks_of_each_copys_own(data, dense):
       assert_close(copy_of(both, i), expected[i])
 
 
+@pytest.mark.slow
 def test_phases_on_a_mesh_equal_phases_without(data):
   module = models.create("mlp", 3, hidden=(5,), dropout=0.0)
   dense = Model(*training.init_variables(module, jax.random.key(0), (4, 4, 1)))
