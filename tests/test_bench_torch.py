@@ -120,9 +120,7 @@ def test_pytorch_has_the_same_resnet18():
   module, shape = models.create("resnet18", 10, width=2), (16, 16, 3)
   params, batch_stats, masks, images, _ = made(module, shape, copies=1, steps=1)
   apply = functools.partial(module.apply, train=True, mutable=["batch_stats"])
-  logits, _ = jax.jit(apply)(
-    {"params": params, "batch_stats": batch_stats}, images[0, 0]
-  )
+  logits, _ = jax.jit(apply)({"params": params, "batch_stats": batch_stats}, images[0, 0])
   recipe = recipe_of(module, shape, params, batch_stats, masks)
   for vmapped in (False, True):
     alone = Alone(make_network(module, shape, vmapped), recipe, channels_last=True)

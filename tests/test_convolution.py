@@ -13,6 +13,8 @@ from jax import lax
 from jaxsms import convolution, lowerings
 from jaxsms.convolution import conv_general_dilated
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 ONE_PAD = ((1, 1), (1, 1))
 
@@ -387,7 +389,7 @@ def test_a_shared_kernel_gives_one_convolution_and_no_loop():
 
 
 @pytest.mark.parametrize("lowering", ["loop", "grouped", "unrolled", "native"])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("strides", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_every_lowering_gives_the_same(lowering, strides):
   x, w = normal(0, 3, 2, 6, 6, 4), normal(1, 3, 3, 3, 4, 5)
   conv = functools.partial(conv_general_dilated, lowering=lowering)

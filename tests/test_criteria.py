@@ -19,6 +19,8 @@ from jaxsms import (
   stack,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SPARSITIES = st.floats(0, 1, exclude_max=True)
 # Many equal magnitudes, and zeros; shapes stay the same so that programs do.
 WEIGHTS = arrays(np.float32, 48, elements=st.integers(-6, 6).map(float))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from jaxsms import data
 from jaxsms.data import sources, tfds_source
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CIFAR_DIR = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
 needs_cifar = pytest.mark.skipif(
   not (CIFAR_DIR / "cifar10").is_dir(), reason=f"no prepared cifar10 in {CIFAR_DIR}"

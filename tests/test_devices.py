@@ -1,7 +1,6 @@
 """Copies over devices: whatever the mesh, the groups and the parts of a batch, the same."""
 
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -35,7 +34,9 @@ from jaxsms.training import memory
 from jaxsms.training.phases import Model, Splits, run_phases
 from jaxsms.training.state import start
 
-COLLECTIVE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-permute")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Small(nn.Module):
@@ -73,13 +74,16 @@ def alone(small, examples):
 CHOSEN = (ingredients([0, 1, 2], [7, 7, 4]), np.full((3, 7), 0.1))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize(
+  "shape",
+  [(8, 1), (2, 2), *map(slow, [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4)])],
+)
 def test_copies_on_any_mesh_equal_those_on_one_device(shape, alone, small, examples):
   mesh = make_mesh(*shape, devices=devices(np.prod(shape)))
   assert_close(train(make_programs(Small(), mesh=mesh), examples, small, *CHOSEN), alone)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("at_once", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("mesh", [None, (2, 1)])
 def test_groups_of_copies_equal_all_at_once(at_once, mesh, alone, small, examples):
   mesh = mesh and make_mesh(*mesh, devices=devices(2))
@@ -101,7 +105,9 @@ def phases_on(n, greedy):
   return model, records
 
 
-@pytest.mark.parametrize("n, greedy", [(2, False), (4, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+  "n, greedy", [(8, False), slow(2, False), slow(4, False), slow(8, True)]
+)
 def test_phases_on_any_number_of_devices_equal(n, greedy):
   model, records = phases_on(n, greedy)
   on_one, records_on_one = phases_on(1, greedy)
@@ -111,48 +117,12 @@ def test_phases_on_any_number_of_devices_equal(n, greedy):
     assert record["soup"] == pytest.approx(other["soup"], abs=1e-4)
 
 
-def compiled_step(mesh, small, examples, m, **options):
-  programs = make_programs(Small(), mesh=mesh, **options)
-  state = start(*small, programs.optimizer(0.0, 0.0), m)
-  return programs.train.lower(
-    examples, all_true(small.params), jax.random.key(0), state,
-    ingredients(range(m), 5), np.full((m, 5), 0.1, np.float32),
-  ).compile()  # fmt: skip
-
-
-def test_the_training_step_of_one_copy_on_each_device_has_no_collective(small, examples):
-  text = compiled_step(make_mesh(8), small, examples, 8).as_text()
-  assert not COLLECTIVE.search(text)
-
-
-def test_a_batch_that_is_split_is_summed_over_its_devices(small, examples):
-  text = compiled_step(make_mesh(4, 2), small, examples, 4).as_text()
-  assert {match[1] for match in COLLECTIVE.finditer(text)} == {"reduce"}
-  whole = compiled_step(make_mesh(4, 1, devices(4)), small, examples, 4)
-  flops = [whole.cost_analysis()["flops"], compiled_flops(4, 2, small, examples)]
-  assert flops[1] < 0.75 * flops[0]  # of one device: it does its part alone
-
-
-def compiled_flops(copies, parts, small, examples):
-  compiled = compiled_step(make_mesh(copies, parts), small, examples, copies)
-  return compiled.cost_analysis()["flops"]
-
-
-def test_merging_sums_where_the_copies_are():
-  mesh = make_mesh(8)
-  like = {"kernel": jnp.ones((8, 64, 64))}
-  spread = jax.device_put(like, params_sharding(mesh, (8, 64, 64), stacked=True))
-  text = jax.jit(uniform_soup).lower(spread).compile().as_text()
-  assert {match[1] for match in COLLECTIVE.finditer(text)} == {"reduce"}
-  soup, _ = merge_phase(spread)
-  np.testing.assert_array_equal(soup["kernel"], 1)
-
-
 # Parts of a batch, and parameters in parts.
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-@pytest.mark.parametrize("mesh", [None, (1, 2)])
+@pytest.mark.parametrize(
+  "micro_batches, mesh", [(4, (1, 2)), slow(2, (1, 2)), slow(4, None), slow(2, None)]
+)
 def test_micro_batches_equal_the_batch_without_normalization(micro_batches, mesh):
   mlp = models.create("mlp", 3, hidden=(5,), dropout=0.0)
   dense = Model(*training.init_variables(mlp, jax.random.key(0), (4, 4, 1)))
@@ -170,7 +140,7 @@ def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
   state = jax.tree.map(lambda x: x[0], start(*small, sgd, 1))
   images = jnp.asarray(examples.images[:4], jnp.float32) / 255
   labels = examples.labels[:4]
-  new, metrics = training.step.train_step(
+  new, metrics = jax.jit(training.step.train_step, static_argnums=(0, 1, 7))(
     Small(), sgd, jax.random.key(0), state, all_true(small.params), images, labels, 2
   )
   stats, gradients, losses = small.batch_stats, [], []
@@ -183,7 +153,8 @@ def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
       log_p = jax.nn.log_softmax(logits)
       return -log_p[jnp.arange(2), labels[part]].mean(), updated["batch_stats"]
 
-    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(small.params)
+    gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, stats), gradient = gradient_of(small.params)
     losses.append(value)
     gradients.append(gradient)
   expected = jax.tree.map(lambda p, a, b: p - 0.1 * (a + b) / 2, small.params, *gradients)
@@ -214,22 +185,6 @@ def test_parameters_in_parts_equal_whole_ones_and_take_less_memory():
   assert shapes == {(16, 128)}
 
 
-def test_pruning_parameters_in_parts_gathers_no_weights():
-  mesh = make_mesh(1, 8)
-  params = {"a": {"kernel": jnp.zeros((64, 512))}, "b": {"kernel": jnp.zeros((512, 64))}}
-  parts = jax.tree.map(
-    lambda x: jax.device_put(x, params_sharding(mesh, x.shape, stacked=False)), params
-  )
-  program = jax.jit(lambda p: magnitude_masks(p, 0.5))
-  text = program.lower(parts).compile().as_text()
-  largest = max(
-    (int(np.prod([int(n) for n in dims.split(",") if n]))
-     for dims in re.findall(r"\w+\[([\d,]*)\][^=]* all-gather", text)),
-    default=0,
-  )  # fmt: skip
-  assert largest < 1000, text
-
-
 # What does not fit.
 
 
@@ -255,39 +210,6 @@ def test_batches_that_do_not_split(small, examples, rejects):
   programs = make_programs(Small(), micro_batches=2, mesh=make_mesh(1, 4))
   with rejects("a batch of 4 in 2 micro-batches does not split over 4 devices"):
     train(programs, examples, small, *CHOSEN)
-
-
-def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
-  programs = make_programs(Small())
-  state = start(*small, programs.optimizer(0.0, 0.0), 3)
-  arguments = (examples, all_true(small.params), jax.random.key(0), state)
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-  shared, of_state, work = memory.bytes_of_copies(programs, *like, 5)
-  # Independent: what a program of four copies takes.
-  four = compiled_step(None, small, examples, 4).memory_analysis()
-  needed = (
-    four.argument_size_in_bytes + four.temp_size_in_bytes
-    + four.output_size_in_bytes - four.alias_size_in_bytes
-  )  # fmt: skip
-  assert shared + 4 * (of_state + work) == pytest.approx(needed, rel=0.1)
-
-  class Full:
-    def memory_stats(self):
-      return {"bytes_limit": shared + 3 * of_state + 2 * work}
-
-  def fails(*arguments):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-  fails.on = programs.train.on
-  monkeypatch.setattr(jax, "local_devices", lambda: [Full()])
-  with pytest.raises(MemoryError, match="with 3 copies: about 2 of them fit at once"):
-    train(programs._replace(train=fails), examples, small, *CHOSEN)
-  monkeypatch.setattr(Full, "memory_stats", lambda self: {"bytes_limit": shared})
-  with pytest.raises(MemoryError, match="not even one of them fits"):
-    train(programs._replace(train=fails), examples, small, *CHOSEN)
-  monkeypatch.setattr(Full, "memory_stats", lambda self: None)
-  with pytest.raises(MemoryError, match="train fewer of them at once"):
-    train(programs._replace(train=fails), examples, small, *CHOSEN)
 
 
 # Streamed data behind the same loop.
@@ -337,19 +259,3 @@ def test_streamed_phases_score_like_resident_ones(small, examples):
   # Before any batch statistics are estimated, from whichever batches.
   assert found[0]["pruned"] == pytest.approx(found[1]["pruned"], abs=1e-6)
   assert 0 <= found[1]["soup"]["test_accuracy"] <= 1
-
-
-# The program lowers for platforms that are not there.
-
-
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_training_step_lowers_for_every_platform(platform, small, examples):
-  programs = make_programs(Small())
-  state = start(*small, programs.optimizer(0.0, 0.0), 3)
-  exported = jax.export.export(programs.train.on(None, 3), platforms=[platform])(
-    examples, all_true(small.params), jax.random.key(0), state,
-    ingredients([0, 1, 2], 5), np.full((3, 5), 0.1, np.float32),
-  )  # fmt: skip
-  text = exported.mlir_module()
-  groups = set(re.findall(r"(?:batch|feature)_group_count = (\d+)", text))
-  assert groups == ({"1"} if platform == "cpu" else {"1", "3"})

@@ -45,11 +45,19 @@ def read(*flags):
   return chosen, method_flags.read_method(chosen)
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory):
-  """All baselines, in two phases."""
+# One that goes from phase to phase, one of copies of their own masks, one from scratch.
+SAMPLE = ("imp", "imp_reprune", "gmp_soup")
+
+
+@pytest.fixture(
+  scope="module",
+  params=[SAMPLE, pytest.param(settings.BASELINES, marks=pytest.mark.slow)],
+  ids=["sample", "all"],
+)
+def everything(request, tmp_path_factory):
+  """Baselines of every kind, in two phases."""
   workdir = tmp_path_factory.mktemp("runs") / "all"
-  flags = [f"--baselines={','.join(settings.BASELINES)}", "--budget_epochs=4"]
+  flags = [f"--baselines={','.join(request.param)}", "--budget_epochs=4"]
   flags += ["--mask_steps=5", "--rewind_epochs=1", f"--workdir={workdir}"]
   assert run(*FAST, "--phases=2", *flags) == 0
   return workdir
@@ -63,7 +71,9 @@ def test_there_is_a_function_and_a_title_for_each_name():
 
 def test_every_baseline_is_measured_at_its_sparsity(everything):
   first, last = results(everything)["phases"]
-  for name in BASELINES:
+  chosen, _ = read(f"--flagfile={everything / 'flags.txt'}")
+  assert set(chosen.baselines) == set(last) & set(BASELINES)
+  for name in chosen.baselines:
     assert (name in first) == (name not in FROM_SCRATCH)
     for phase in (first, last):
       if name in phase:

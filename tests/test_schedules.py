@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from jaxsms import pretrain_schedule, retrain_schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # A pretraining with 4 steps of warmup, then from 0.2 to not quite 0, and not monotone.
 LRS = np.concatenate(
   [np.linspace(0, 0.15, 4), 0.2 * np.cos(np.linspace(0, 1.5, 17)), [0.05, 0.04]]

@@ -25,6 +25,8 @@ from jaxsms import (
   unstack,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 M, GOAL, PHASES = 3, 0.9, 3
 PRUNABLE = 6 * 8 + 8 * 3
 RNG = np.random.default_rng(0)

@@ -234,8 +234,7 @@ def test_masks_of_each_copys_own(programs, data, dense):
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *masks)
   mesh = make_mesh(4, devices=jax.devices()[:4])
   expected = [
-    copy_of(train(programs, data, model, ingredients([3], 6), lrs[:1], m), 0)
-    for m in masks
+    copy_of(train(programs, data, model, ingredients([3], 6), lrs[:1], m), 0) for m in masks
   ]
   for on in (None, mesh):
     both = train(make_programs(own_masks=True, mesh=on), data, model, chosen, lrs, stacked)

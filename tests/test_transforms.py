@@ -10,6 +10,8 @@ from hypothesis import strategies
 
 from jaxsms import magnitude_masks, masked, stack, unstack
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(0)
 INPUTS = jnp.asarray(RNG.standard_normal((16, 6)), jnp.float32)
 TARGETS = jnp.asarray(RNG.standard_normal((16, 3)), jnp.float32)
