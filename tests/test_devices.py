@@ -26,11 +26,8 @@ from jaxsms import (
   merge_phase,
   models,
   training,
-  uniform_soup,
 )
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.meshes import params_sharding
-from jaxsms.training import memory
 from jaxsms.training.phases import Model, Splits, run_phases
 from jaxsms.training.state import start
 

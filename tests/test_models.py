@@ -8,7 +8,6 @@ import pytest
 from jaxsms import models, prunable
 from jaxsms.models.resnet_cifar import pad_shortcut
 
-
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
