@@ -54,6 +54,16 @@ def quickly_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_figures():
+  """Drawing takes longer than the runs."""
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    touch = lambda results, path: pathlib.Path(path).touch()  # noqa: E731
+    monkeypatch.setattr("jaxsms.report.accuracy_figure", touch)
+    monkeypatch.setattr("experiments.sms.write_report", lambda paths: None)
+    yield
+
+
 @pytest.fixture(scope="session")
 def rejects():
   """`with rejects("words"):` a ValueError of one sentence that holds those words."""

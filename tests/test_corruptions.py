@@ -60,6 +60,13 @@ def nearly(got, want, levels=0.51):
 
 three_severities = pytest.mark.parametrize("severity", [1, 3, 5])
 all_names = pytest.mark.parametrize("name", data.CORRUPTIONS)
+# One of each kind: noise, blur, weather, digital.
+QUICK = {"impulse_noise", "motion_blur", "fog", "saturate", "jpeg_compression"}
+
+
+def sample_of(names):
+  """All of them, most of them slow."""
+  return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 # All of them
@@ -79,7 +86,7 @@ def test_shape_dtype_and_draws(name):
   assert drawn == (name not in deterministic)
 
 
-@all_names
+@pytest.mark.parametrize("name", sample_of(data.CORRUPTIONS))
 def test_the_same_in_batches_and_mapped_over_keys(name):
   """Gray and no square where that applies."""
   channels = 3 if name == "saturate" else 1
@@ -101,7 +108,9 @@ def test_an_image_depends_on_its_place_only():
     np.testing.assert_array_equal(got, want[:n])
 
 
-@pytest.mark.parametrize("name", [n for n in data.CORRUPTIONS if n not in UNORDERED])
+@pytest.mark.parametrize(
+  "name", sample_of(n for n in data.CORRUPTIONS if n not in UNORDERED)
+)
 def test_distance_grows_with_severity(name):
   distances = [
     np.square(corrupted_photos(name, severity)[:4] - photos()[:4].astype(float)).mean()

@@ -28,7 +28,7 @@ from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
 from experiments.task import make_task
 from jaxsms import checkpoint, data, prunable, training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "tfds"

@@ -15,7 +15,7 @@ from jaxsms import checkpoint, models, pretrained
 from jaxsms.export import load_compact
 from jaxsms.safetensors import by_path, load_safetensors, read_with_metadata
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
 
 @pytest.fixture(scope="module")

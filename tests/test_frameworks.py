@@ -237,6 +237,15 @@ def test_masks_of_each_framework(model, assert_trees_equal):
   assert float(sparsity(pruned)) == pytest.approx(removed / sizes)
 
 
+@pytest.mark.parametrize(
+  "model",
+  [
+    "nnx",
+    "equinox",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("linen", "haiku")),
+  ],
+  indirect=True,
+)
 def test_a_soup_of_each_framework(model):
   optimizer = optax.sgd(0.01, momentum=0.9)
   trained = jax.tree.map(

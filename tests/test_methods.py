@@ -31,7 +31,7 @@ FROM_SCRATCH = {"gmp", "gmp_soup", "dpf", "dpf_soup", "bimp", "bimp_soup"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(quick_compilation):
+def quick(quick_compilation, quick_figures):
   pass
 
 

@@ -42,6 +42,14 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 every_convolutional = pytest.mark.parametrize("name", CONVOLUTIONAL)
 
 
+def some_convolutional(*quick):
+  """All of them: the others are slow."""
+  return [
+    name if name in quick else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONVOLUTIONAL
+  ]
+
+
 @functools.cache
 def shapes(name):
   return jax.eval_shape(NETWORKS[name]().init, KEY, IMAGES)
@@ -169,7 +177,7 @@ def random_images():
   return np.random.default_rng(1).standard_normal(IMAGES.shape).astype(np.float32)
 
 
-@every_convolutional
+@pytest.mark.parametrize("name", some_convolutional("resnet8", "vit"))
 def test_remat_changes_neither_losses_nor_statistics_nor_gradients(
   name, assert_trees_equal
 ):
@@ -243,6 +251,7 @@ def test_remat_keeps_less_for_the_gradient(name):
   assert again - given < 0.6 * (kept - given)
 
 
+@pytest.mark.slow
 def test_remat_lowers_peak_memory():
   images = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.float32)
 

@@ -17,20 +17,9 @@ from experiments import (
   settings,
   tuning,
 )
-from jaxsms import checkpoint, report, storage
+from jaxsms import checkpoint, storage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
-
-
-@pytest.fixture(scope="module")
-def quick_figures():
-  """Drawing takes longer than the runs."""
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(
-      report, "accuracy_figure", lambda results, path: pathlib.Path(path).touch()
-    )
-    monkeypatch.setattr("experiments.sms.write_report", lambda paths: None)
-    yield
 
 
 @pytest.fixture(scope="module")
