@@ -133,7 +133,7 @@ def test_batches_that_groups_of_images_do_not_divide(batch, group, monkeypatch):
   assert_close(got, jax.jit(jax.vmap(gradients(native)))(x, w))
 
 
-@pytest.mark.parametrize("width", [7, 8])
+@pytest.mark.parametrize("width", [7, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("channels, features", [(3, 16), (8, 8), (16, 24)])
 def test_few_and_many_channels(width, channels, features):
   x, w = normal(0, 2, 3, 5, width, channels), normal(1, 2, 3, 3, channels, features)
@@ -145,7 +145,7 @@ AXES = [(0, 0), (0, None), (None, 0)]
 
 
 @pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("strides", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_vmap_of_grad_and_grad_of_vmap_equal_one_at_a_time(axes, strides):
   conv = functools.partial(convolve, strides=strides, padding=ONE_PAD)
   x, w = normal(0, 3, 2, 6, 5, 2), normal(1, 3, 3, 3, 2, 4)
@@ -169,7 +169,14 @@ def test_vmap_of_grad_and_grad_of_vmap_equal_one_at_a_time(axes, strides):
   assert_close(list(grad_vmap), summed)
 
 
-@pytest.mark.parametrize("outer, inner", list(itertools.product(AXES, AXES)))
+@pytest.mark.parametrize(
+  "outer, inner",
+  [
+    # Quickly where one operand after the other is mapped.
+    pytest.param(*pair, marks=pytest.mark.slow if pair[0] == pair[1] else ())
+    for pair in itertools.product(AXES, AXES)
+  ],
+)
 def test_nested_vmap(outer, inner):
   x, w = normal(0, 2, 3, 2, 5, 4, 2), normal(1, 2, 3, 3, 3, 2, 2)
   index = [

@@ -6,10 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_ingredients
 from test_devices import CHOSEN, Small, devices
 from test_training import all_true, ingredients, make_data, make_programs, train
 
-from jaxsms import magnitude_masks, make_mesh, merge_phase, training, uniform_soup
+from jaxsms import (
+  magnitude_masks,
+  make_mesh,
+  map_ingredients,
+  merge_phase,
+  training,
+  uniform_soup,
+)
 from jaxsms.meshes import params_sharding
 from jaxsms.training import memory
 from jaxsms.training.phases import Model
@@ -49,6 +57,24 @@ def test_a_batch_that_is_split_is_summed_over_its_devices(small, examples):
   whole = compiled_step(make_mesh(4, 1, devices(4)), small, examples, 4)
   # Of one device: it does its part alone.
   assert parts.cost_analysis()["flops"] < 0.75 * whole.cost_analysis()["flops"]
+
+
+def compiled_map(mesh, m):
+  key, params, masks, _ = test_ingredients.make_work()
+  ingredients = {"seed": jnp.arange(m), "lr": jnp.full(m, 0.1)}
+  program = jax.jit(map_ingredients(test_ingredients.train, test_ingredients.SHARED, mesh))
+  return program.lower(key, params, masks, ingredients).compile()
+
+
+def test_one_copy_per_device_needs_no_collective():
+  program = compiled_map(make_mesh(8), 8)
+  assert not COLLECTIVE.search(program.as_text())
+  shardings = jax.tree.leaves(program.output_shardings)
+  assert all(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)
+
+
+def test_some_copies_per_device_need_no_collective():
+  assert not COLLECTIVE.search(compiled_map(make_mesh(4), 8).as_text())
 
 
 def test_merging_sums_where_the_copies_are():

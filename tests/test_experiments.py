@@ -275,7 +275,9 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(methods, "run_seed", interrupted)
   workdir = tmp_path / "run"
-  assert run(*SMALL, "--seeds=3", "--baselines=", f"--workdir={workdir}") == 130
+  assert (
+    run(*SMALL, "--mesh=none", "--seeds=3", "--baselines=", f"--workdir={workdir}") == 130
+  )
   assert "interrupted (1 of 3 seeds finished" in capsys.readouterr().err
   assert len(json.loads((workdir / "results.json").read_text())["seeds"]) == 1
   assert (workdir / "accuracy.png").exists()

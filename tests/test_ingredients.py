@@ -1,5 +1,3 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +5,8 @@ import pytest
 
 from jaxsms import make_mesh, map_ingredients, pad_ingredients, stack
 from jaxsms.ingredients import repeat_model, take_ingredients
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 M = 5
 MESHES = [(2, 1), (4, 1), (8, 1), (4, 2)]
@@ -29,8 +29,7 @@ def train(key, params, masks, ingredient):
   return jax.lax.scan(step, params, jax.random.split(key, 4))
 
 
-@pytest.fixture(scope="module")
-def work():
+def make_work():
   """Arguments of `train`: those for one model, and the ingredients of M copies."""
   rng = np.random.default_rng(1)
   params = {"kernel": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)}
@@ -38,6 +37,11 @@ def work():
   masks = jax.tree.map(lambda x: jnp.asarray(rng.random(x.shape) > 0.4), params)
   ingredients = {"seed": jnp.arange(M), "lr": jnp.linspace(0.1, 0.5, M)}
   return jax.random.key(3), params, masks, ingredients
+
+
+@pytest.fixture(scope="module")
+def work():
+  return make_work()
 
 
 @pytest.fixture(scope="module")
@@ -100,29 +104,6 @@ def test_keys_integers_and_numpy_arrays(mesh, assert_trees_equal):
   # One in_axes for all, and results that do not depend on the copy.
   constant = map_ingredients(lambda key: jnp.ones(2), 0, mesh)(keys)
   np.testing.assert_array_equal(constant, np.ones((3, 2)))
-
-
-COLLECTIVE = re.compile(
-  r"all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter"
-)
-
-
-def compiled(mesh, m, work):
-  key, params, masks, _ = work
-  ingredients = {"seed": jnp.arange(m), "lr": jnp.full(m, 0.1)}
-  program = jax.jit(map_ingredients(train, SHARED, mesh))
-  return program.lower(key, params, masks, ingredients).compile()
-
-
-def test_one_copy_per_device_needs_no_collective(work):
-  program = compiled(make_mesh(8), 8, work)
-  assert not COLLECTIVE.search(program.as_text())
-  shardings = jax.tree.leaves(program.output_shardings)
-  assert all(len(s.device_set) == 8 and not s.is_fully_replicated for s in shardings)
-
-
-def test_some_copies_per_device_need_no_collective(work):
-  assert not COLLECTIVE.search(compiled(make_mesh(4), 8, work).as_text())
 
 
 def test_gradient_through_the_map(work):

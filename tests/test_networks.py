@@ -100,7 +100,13 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in ("basic", "bottleneck") else ())
+    for name in SMALL
+  ],
+)
 def test_two_copies_take_a_training_step_and_are_recalibrated(name):
   module, images = SMALL[name], images_of(2, 4, 12, 12, 3)
   variables = shapes(module, images_of(4, 12, 12, 3))

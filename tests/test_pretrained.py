@@ -319,7 +319,7 @@ FULL = {
 
 
 # Same tables as the others, only more blocks.
-SLOW = ("resnet20", "resnet56", "wide_resnet22_10", "wide_resnet28_10")
+SLOW = ("resnet20", "resnet50", "resnet56", "wide_resnet22_10", "wide_resnet28_10")
 
 
 @pytest.mark.parametrize(
