@@ -52,12 +52,13 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
   else:
     cases = [run_case(path, results, known)]
     command = command_of("experiments.sms", known)
-  if not any(case.seeds for case in cases):
-    raise ValueError(f"{path}: nothing is finished yet, not even a dense training")
-  if not any(seed["phases"] for case in cases for seed in case.seeds) and (
-    "part" in results or "cells" in results
-  ):
-    raise ValueError(f"{path}: no soup is finished in it yet")
+  if not any(seed["phases"] for case in cases for seed in case.seeds):
+    if "part" in results or "cells" in results:
+      raise ValueError(f"{path}: no soup is finished in it yet")
+    if not any(case.seeds for case in cases):
+      raise ValueError(
+        f"{path}: nothing is finished yet, neither a dense training nor a phase"
+      )
   return cases, Origin(
     path.name,
     command,
@@ -87,20 +88,29 @@ def run_case(path: storage.epath.Path, results: dict[str, Any], known: dict) -> 
 
 
 def under_way(evaluations: Sequence[dict], phases: int) -> list[dict[str, Any]]:
-  """Seeds that are not in results.json yet, as entries of it, from lines of the metrics."""
+  """Seeds that are not in results.json yet, as entries of it, from lines of the metrics.
+
+  In the own run of a comparison's part dense training has no line, and a baseline's phases
+  no soup.
+
+  Args:
+    evaluations: lines of them.
+    phases: how many the run has.
+  """
   seeds: dict[int, dict[str, Any]] = {}
   for line in evaluations:
     seed, method, number, record = (
       line[k] for k in ("seed", "method", "phase", "evaluation")
     )
+    entry = seeds.setdefault(seed, {"seed": seed, "dense": {}, "phases": {}})
     if method == "dense":
-      seeds[seed] = {"seed": seed, "dense": record, "phases": {}}
-    elif seed in seeds:
-      found = seeds[seed]["phases"]
-      if method == SOUP:
-        found[number] = dict(record)
-      elif number in found and (number == phases or method not in LAST_ALONE):
-        found[number][method] = record["soup"]
+      entry["dense"] = record
+    elif method == SOUP:
+      entry["phases"][number] = dict(record)
+    elif number == phases or method not in LAST_ALONE:
+      model = record["soup"]
+      blank = {"phase": number, "sparsity": model["sparsity"]}
+      entry["phases"].setdefault(number, blank)[method] = model
   return [{**seed, "phases": list(seed["phases"].values())} for seed in seeds.values()]
 
 

@@ -12,7 +12,8 @@ class Case(NamedTuple):
   Attributes:
     title: tells it from the others.
     flags: of the run; `goal_sparsity` and `ingredients` are those of the case.
-    seeds: entries as in results.json; the last may be of a seed under way.
+    seeds: entries as in results.json; the last may be of a seed under way. Where dense
+      training was not its own, `dense` may be empty.
     epochs: lines of metrics.jsonl with the loss of each copy.
     inference: sizes and times dense and sparse, where they were measured.
     unfinished: what is missing yet, a sentence without its end; empty for nothing.

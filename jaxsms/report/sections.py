@@ -23,6 +23,8 @@ BAND = (
   "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."
 )
 ECE = "test_expected_calibration_error"
+# What cases of one grid may differ in; anything else makes them other experiments.
+VARIED = ("goal_sparsity", "ingredients", "seed", "seeds", "baselines", "workdir")
 
 
 def document(
@@ -139,16 +141,17 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
   shown = [case for case in cases if phases_of(case) and figures.measured(case, metric)]
   what = figures.PERCENT[metric].removesuffix(" in percent")
   if len(shown) > 1:
-    yield from _grids(shown, metric, name, what)
-    if not _is_grid(shown):
+    grids = list(_grids(shown, metric, name, what))
+    yield from grids
+    if grids and metric != "test_accuracy":
+      return
+    if not grids:
       yield Picture(
         f"{name}-soups",
         figures.soups_of(shown, metric),
         f"{what}: soups as lines, IMP as dashes.",
         f"Lines of {what.lower()} over sparsity for the soups of {len(shown)} runs.",
       )
-  if metric != "test_accuracy" and len(shown) > 1 and _is_grid(shown):
-    return
   for case in shown[:CASES_DRAWN]:
     last = summarize(case.seeds, metric)[-1]
     tell = ", ".join(
@@ -167,15 +170,25 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
 
 
 def _is_grid(cases):
-  keys = [(case.flags["goal_sparsity"], case.m) for case in cases]
-  same = {(case.flags["model"], case.flags["dataset"]) for case in cases}
-  return len(set(keys)) == len(keys) and len(same) == 1
+  keys = {(case.flags["goal_sparsity"], case.m) for case in cases}
+  same = [{k: v for k, v in case.flags.items() if k not in VARIED} for case in cases]
+  return len(keys) == len(cases) and all(flags == same[0] for flags in same)
+
+
+def _at_goal(case):
+  """Whether some seed's last phase is done: those before it are short of the goal."""
+  return any(
+    "soup" in phase and phase["phase"] >= case.flags["phases"]
+    for seed in case.seeds
+    for phase in seed["phases"]
+  )
 
 
 def _grids(cases, metric, name, what):
   """Over goal sparsities for each number of copies; else over numbers of copies."""
   if not _is_grid(cases):
     return
+  cases = [case for case in cases if _at_goal(case)]
   goals = sorted({case.flags["goal_sparsity"] for case in cases})
   copies = sorted({case.m for case in cases})
   if len(goals) > 1:

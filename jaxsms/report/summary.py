@@ -1,7 +1,7 @@
 """What a run shows, in plain words."""
 
 from jaxsms.report.cases import Case
-from jaxsms.report.statistics import Results, method_title, summarize
+from jaxsms.report.statistics import METHODS, Results, method_title, summarize
 from jaxsms.report.tables import ends, signed
 
 # What the soup is held against in words, and what that cost; the rest is in the table.
@@ -27,8 +27,7 @@ def sentences(case: Case) -> list[str]:
   if not rows:
     if not case.seeds:
       return ["Nothing is finished yet."]
-    dense = 100 * case.seeds[0]["dense"]["test_accuracy"]
-    return [f"No phase is finished yet; the dense network has {dense:.2f} % test accuracy."]
+    return [_without_soup(case)]
   row = rows[-1]
   n = row["soup"].get("seeds", len(case.seeds))
   text = (
@@ -43,6 +42,25 @@ def sentences(case: Case) -> list[str]:
     found.append("With some seed averaging failed: the soup is not to be trusted.")
   how = "In brackets: 95 % intervals of the differences, paired by seed."
   return [*found, how if n > 1 else ONE_SEED]
+
+
+def _without_soup(case):
+  """Of a run before its first phase ends, or of a baseline's own run."""
+  dense = case.seeds[0]["dense"].get("test_accuracy")
+  has = "" if dense is None else f"the dense network has {100 * dense:.2f} % test accuracy"
+  known = summarize(case.seeds)
+  if not known:
+    return "No phase is finished yet" + (f"; {has}." if has else ".")
+  told = [
+    f"{method_title(name, case.m)} has {100 * known[-1][name]['mean']:.2f} % test accuracy"
+    for name in METHODS
+    if name in known[-1]
+  ]
+  return (
+    f"There is no soup in it. At {100 * known[-1]['sparsity']:.2f} % sparsity "
+    + "; ".join([*told, has] if has else told)
+    + "."
+  )
 
 
 def _failed(case, number):

@@ -112,7 +112,7 @@ def notes(seeds: list[Results]) -> list[str]:
       for name in METHODS:
         if diverged := (phase.get(name) or {}).get("diverged"):
           copies = ", ".join(map(str, diverged))
-          title = method_title(name, len(phase["candidates"]))
+          title = method_title(name, len(phase.get("candidates", ())))
           found.append(
             f"{where}, {title}: copies that diverged are left out (from 0: {copies})."
           )

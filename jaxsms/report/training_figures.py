@@ -25,13 +25,19 @@ ON_COLOUR = "#010101"  # ink on a coloured ground, which is no darker on a dark 
 PHASES_SHOWN = 12
 
 
+def curve_lines(case: Case) -> list[dict]:
+  """Epochs of dense training and of the soup; of a baseline alone its own."""
+  ours = [line for line in case.epochs if line["method"] in ("dense", "sms")]
+  return ours or list(case.epochs)
+
+
 def curves(case: Case, name: str) -> Any:
   """What each copy does from epoch to epoch, dense training and the phases in a row.
 
   The first seed's copies have a colour each, those of the others are grey. Dense training
   is squeezed where it is longer than half of all phases together.
   """
-  lines = [line for line in case.epochs if line["method"] in ("dense", "sms")]
+  lines = curve_lines(case)
   starts, last = starts_of_phases(lines)
   place = squeezed(starts, last)
   first = lines[0]["seed"]
@@ -46,11 +52,11 @@ def curves(case: Case, name: str) -> Any:
       y = scale * np.array([line[name] for line in group], float)
       mine = seed == first
       for copy in range(y.shape[1] if mine or name != "learning_rate" else 0):
-        label = "dense" if phase == 0 else f"copy {copy}"
+        label = "dense" if phase == 0 and y.shape[1] == 1 else f"copy {copy}"
         axes.plot(
           x,
           y[:, copy],
-          color=(MIDDLE if phase == 0 else colour(copy)) if mine else FAINT,
+          color=(MIDDLE if label == "dense" else colour(copy)) if mine else FAINT,
           linewidth=1.3 if mine else 0.8,
           marker="." if len(x) < 4 and mine else None,
           zorder=3 if mine else 1,

@@ -1,0 +1,97 @@
+"""Reports of runs that are not alike, not whole, or not finite."""
+
+import fake_runs
+import pytest
+
+from experiments.report import write_report
+
+
+def drawn(page):
+  return {path.stem for path in (page.parent / "figures").iterdir()}
+
+
+def written(page):
+  """The report's words, on one line."""
+  return " ".join((page.parent / "report.md").read_text().split())
+
+
+def small_run(path, goal, phases_done=2, lines=(), **flags):
+  seeds = [fake_runs.entry(0, methods=(), ood=False, goal=goal)]
+  seeds[0]["phases"] = seeds[0]["phases"][:phases_done]
+  flags = fake_runs.run_flags(seeds=1, goal=goal) | flags
+  return fake_runs.write_run(path, seeds, lines, flags, finished=phases_done == 2)
+
+
+@pytest.mark.parametrize(
+  "other, joined",
+  [({}, True), ({"seed": 3, "baselines": []}, True), ({"epochs": 7}, False),
+   ({"phases": 3}, False), ({"width": 2}, False)],
+)  # fmt: skip
+def test_only_runs_alike_share_a_line(tmp_path, other, joined):
+  a = small_run(tmp_path / "a", 0.8, epochs=5)
+  b = small_run(tmp_path / "b", 0.9, **({"epochs": 5} | other))
+  found = drawn(write_report([a, b], tmp_path / "out"))
+  assert ("accuracy-m3" in found) == joined
+  assert ("accuracy-soups" in found) != joined
+
+
+def test_a_run_before_its_goal_is_not_drawn_at_it(tmp_path):
+  paths = [small_run(tmp_path / name, goal) for name, goal in (("a", 0.7), ("b", 0.8))]
+  paths.append(small_run(tmp_path / "c", 0.9, phases_done=1))
+  found = drawn(write_report(paths[1:], tmp_path / "two"))
+  assert "accuracy-m3" not in found
+  assert "accuracy-soups" in found
+  from jaxsms.report import figures
+
+  shown = []
+  with pytest.MonkeyPatch.context() as patch:
+    whole = figures.over_cases
+    patch.setattr(figures, "over_cases", lambda c, *a: shown.append(c) or whole(c, *a))
+    write_report(paths, tmp_path / "three")
+  assert [[case.title for case in cases] for cases in shown] == [["a", "b"]] * 2
+
+
+def part(path, method, entries, lines):
+  """The own run of a part of a comparison; under way without entries."""
+  flags = fake_runs.run_flags(seeds=1, baselines=[] if method == "sms" else [method])
+  return fake_runs.write_run(path, entries, lines, flags, **{"part": {"method": method}})
+
+
+def lines_of(entry, method):
+  """Of a part: no dense training."""
+  lines = [
+    {**line, "method": method} for line in fake_runs.epochs_of(0) if line["method"] == "sms"
+  ]
+  found = fake_runs.evaluations_of(entry)
+  return lines + [line for line in found if line["method"] == method]
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_baselines_own_run(tmp_path, under_way):
+  entry = fake_runs.entry(0)
+  lines = lines_of(entry, "imp")
+  last = entry["phases"][-1]["imp"]["test_accuracy"]
+  for phase in entry["phases"]:
+    for name in set(phase) - {"phase", "sparsity", "imp"}:
+      del phase[name]
+  page = write_report([part(tmp_path, "imp", [] if under_way else [entry], lines)])
+  text = written(page)
+  assert "There is no soup in it. At 90.00 % sparsity IMP has " in text
+  assert f"IMP has {100 * last:.2f} % test accuracy" in text
+  assert "No phase is finished" not in text
+  assert "curves-loss" in drawn(page)
+  assert ("the dense network has" in text) != under_way
+  assert (
+    "Not finished: 0 of 1 seeds are, and 2 of 2 phases of seed 0." in text
+  ) == under_way
+
+
+def test_a_soups_own_run_under_way_has_no_dense_line(tmp_path, rejects):
+  entry = fake_runs.entry(0, methods=())
+  lines = lines_of(entry, "sms")
+  text = written(write_report([part(tmp_path / "run", "sms", [], lines[:-1])]))
+  soup = 100 * entry["phases"][0]["soup"]["test_accuracy"]
+  assert f"the soup of 3 has {soup:.2f} % test accuracy" in text
+  assert "and 1 of 2 phases of seed 0" in text
+  with rejects("nothing is finished yet"):
+    write_report([part(tmp_path / "new", "sms", [], lines[:2])])
