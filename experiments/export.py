@@ -5,7 +5,6 @@ python -m experiments.export RUN --format=torch --out=soup.pth
 Without --seed it takes the first seed that the run has a soup of.
 """
 
-import os
 import sys
 from typing import Any
 
@@ -65,8 +64,9 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
   dense = sum(x.nbytes for name in VARIABLES for x in jax.tree.leaves(soup[name]))
   share = float(sparsity(soup["params"]))
+  size = storage.as_path(out).stat().length
   print(
-    f"{out}: {os.path.getsize(out):,} bytes; the arrays have {dense:,}, and {share:.2%} of "
+    f"{out}: {size:,} bytes; the arrays have {dense:,}, and {share:.2%} of "
     "the weights are 0"
   )
 

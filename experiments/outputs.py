@@ -1,13 +1,13 @@
-"""The --out of the binaries that write a model: what it may be, and files made whole."""
+"""The --out of the binaries that write a model: what it may be, and its formats."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 
 from jaxsms import storage
+from jaxsms.files import whole_file
 
 flags.DEFINE_string("out", None, "What to write; it must not exist yet.")
 FLAGS = flags.FLAGS
@@ -19,6 +19,9 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
   Args:
     endings: that it may have; "" among them means a folder, whose name has none.
     example: of a value.
+
+  Returns:
+    An absolute path, or an address in an object store.
 
   Raises:
     ValueError: it is missing, exists, or ends otherwise.
@@ -32,22 +35,10 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
     raise ValueError(
       f"--out is {out}: it must end in {' or '.join(known)}, such as --out={example}"
     )
-  if storage.as_path(out).exists():
+  path = storage.as_path(out)
+  if path.exists():
     raise ValueError(f"--out {out} exists already: choose another name, or remove it")
-  return out
-
-
-@contextlib.contextmanager
-def whole_file(path: str) -> Iterator[str]:
-  """A name to write to; the file gets its own name when all of it is there."""
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  partial = f"{path}.{os.getpid()}.partial"
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
+  return str(path)
 
 
 def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -7,7 +7,6 @@ files. With --dataset, models are evaluated, and batch statistics estimated anew
 data and network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives them.
 """
 
-import os
 import sys
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from experiments.soup_checks import (
 )
 from experiments.soup_table import show
 from experiments.task import Task, load, make_task
-from jaxsms import checkpoint, pretrained
+from jaxsms import checkpoint, pretrained, storage
 from jaxsms.export import nested
 from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity
@@ -119,7 +118,7 @@ def read_choice(paths: list[str]) -> Choice:
       "written --name=value"
     )
   for path in paths:
-    if "://" not in path and not os.path.exists(path):
+    if not storage.as_path(path).exists():
       raise ValueError(f"there is no {path}: give folders or files of checkpoints")
   out = outputs.check_out(("", ".safetensors", ".npz"), "soup.safetensors")
   if FLAGS.masks is not None:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms import checkpoint, export
+from jaxsms import checkpoint, export, storage
 from jaxsms.data.sources import read_npz
+from jaxsms.files import on_disk
 from jaxsms.safetensors import by_path, check_fit, first_sentence, read_with_metadata
 from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
 from jaxsms.trees import check_finite
@@ -31,7 +32,8 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
   Args:
     path: a .safetensors file (a compact one is expanded) or .npz file, or a PyTorch
       checkpoint (.pt, .pth, .bin, .pth.tar): a state dict, or a dict with one under
-      "state_dict", "model_state_dict", "model" or "net".
+      "state_dict", "model_state_dict", "model" or "net". It may lie in an object store
+      (gs://...), from which it is copied.
 
   Returns:
     The arrays by name, as the file has them; large ones are views of the file, which must
@@ -47,7 +49,9 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     https://github.com/huggingface/safetensors#format
     https://nvd.nist.gov/vuln/detail/CVE-2025-32434 (PyTorch before 2.6)
   """
-  path = os.fspath(path)
+  if storage.is_remote(storage.as_path(path)):
+    return _load_remote(storage.as_path(path))
+  path = os.path.expanduser(path)
   lower = path.lower()
   if lower.endswith(".safetensors"):
     arrays, metadata = read_with_metadata(path)
@@ -62,6 +66,20 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     f"weights are read from .safetensors, .npz, .pt, .pth, .bin or .pth.tar files, and "
     f"{path} is none of them: give one of these"
   )
+
+
+def _load_remote(path):
+  try:
+    with on_disk(path) as local:
+      try:
+        return load_weights(local)
+      except (ValueError, ImportError) as error:
+        raise type(error)(str(error).replace(local, str(path))) from error
+  except OSError as error:
+    raise ValueError(
+      f"there is no file {path} that can be read ({first_sentence(error)}): give a "
+      ".safetensors, .npz or PyTorch file, or a folder with a checkpoint"
+    ) from error
 
 
 def _load_pytorch(path):
@@ -212,12 +230,13 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     ValueError: there is no such model, or it cannot be read.
     ImportError: a PyTorch checkpoint without PyTorch.
   """
-  if not os.path.isdir(path):
+  folder = storage.as_path(path)
+  if not folder.is_dir():
     found = load_weights(path)
     if any(name.startswith("params/") for name in found):
       found = {k: v for k, v in found.items() if k.split("/")[0] in _COLLECTIONS}
     return found
-  whole = os.path.exists(os.path.join(path, checkpoint.MANIFEST))
+  whole = (folder / checkpoint.MANIFEST).exists()
   if not whole and checkpoint.is_unfinished(path):
     raise ValueError(
       f"{path} cannot be read (it holds no whole checkpoint): give a folder that "

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms import storage
+from jaxsms.files import on_disk, whole_file
 from jaxsms.trees import PyTree, is_array, path_string
 
 _MAX_HEADER = 100_000_000  # bytes, as the format's own library allows
@@ -66,11 +68,12 @@ def read_with_metadata(
   Raises:
     ValueError: see `read_safetensors`.
   """
-  path = os.fspath(path)
-  if not os.path.isfile(path):
+  file = storage.as_path(path)
+  if not file.is_file():
     raise ValueError(f"there is no file {path}: give a .safetensors file")
   try:
-    return _read(path)
+    with on_disk(file) as local:
+      return _read(local)
   except (OSError, ValueError, OverflowError, RecursionError) as error:
     raise ValueError(
       f"{path} cannot be read ({first_sentence(error)}): give a whole .safetensors file"
@@ -159,7 +162,6 @@ def write_safetensors(
   Raises:
     ValueError: a name or dtype that the format does not have.
   """
-  path = os.path.abspath(path)
   check_dtypes(arrays)
   # Largest items first: then each array lies at a multiple of its item size.
   names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
@@ -173,19 +175,12 @@ def write_safetensors(
     header[name], begin = entry, end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  partial = f"{path}.{os.getpid()}.partial"
-  try:
-    with open(partial, "wb") as file:
-      file.write(len(text).to_bytes(8, "little") + text)
-      for name in names:
-        array = np.asarray(arrays[name])
-        array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-        file.write(array.reshape(-1).view(np.uint8))
-    os.replace(partial, path)
-  finally:
-    if os.path.exists(partial):
-      os.remove(partial)
+  with whole_file(path) as partial, open(partial, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+      array = np.asarray(arrays[name])
+      array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+      file.write(array.reshape(-1).view(np.uint8))
 
 
 def check_dtypes(arrays: Mapping[str, jax.Array]) -> None:

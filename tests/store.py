@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import types
 
 from etils import epath
 
@@ -30,6 +31,12 @@ class StorePath(pathlib.PurePosixPath):
 
   def is_dir(self):
     return self._real().is_dir()
+
+  def is_file(self):
+    return self._real().is_file()
+
+  def stat(self):
+    return types.SimpleNamespace(length=self._real().stat().st_size)  # as epath calls it
 
   def iterdir(self):
     return iter([self / name for name in os.listdir(self)])

@@ -1,10 +1,12 @@
 """The main job in two processes on one machine: the same numbers, one run directory."""
 
+import functools
 import json
 import pathlib
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,6 +39,18 @@ def start_two(*flags):
   return [start(*common, f"--process={i}") for i in range(2)]
 
 
+def finish(process, seconds=200):
+  """Exit status, output and errors; both pipes are read, so that none fills up."""
+  output, errors = process.communicate(timeout=seconds)
+  return process.returncode, output, errors
+
+
+def finish_all(processes, seconds=200):
+  """The same of each, all read at once: none waits for another one's reader."""
+  with ThreadPoolExecutor(len(processes)) as pool:
+    return list(pool.map(functools.partial(finish, seconds=seconds), processes))
+
+
 def results(workdir):
   return json.loads((workdir / "results.json").read_text())["seeds"]
 
@@ -44,12 +58,13 @@ def results(workdir):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
   alone = start(f"--workdir={tmp_path / 'alone'}", "--mesh=none")
-  assert alone.wait(200) == 0, alone.stderr.read()
+  status, _, errors = finish(alone)
+  assert status == 0, errors
   two = start_two(f"--workdir={tmp_path / 'two'}", "--cpu_devices=2", "--mesh=2x2")
-  assert [process.wait(200) for process in two] == [0, 0], two[0].stderr.read()
-  outputs = [process.stdout.read() for process in two]
+  statuses, outputs, errors = zip(*finish_all(two), strict=True)
+  assert statuses == (0, 0), errors[0]
   assert ["Sparse soup" in output for output in outputs] == [True, False]
-  assert "SMS phase 1/1" not in two[1].stderr.read()
+  assert "SMS phase 1/1" not in errors[1]
   (got,), (wanted,) = results(tmp_path / "two"), results(tmp_path / "alone")
   pairs = [(got["dense"], wanted["dense"])]
   pairs += [(got["phases"][0][k], wanted["phases"][0][k]) for k in ("soup", "pruned")]
@@ -69,8 +84,8 @@ def test_what_processes_cannot_share(tmp_path):
     (("--mesh=1x1",), "leaves some of the 4 devices out"),
   ):
     two = start_two(*flags, "--cpu_devices=2", f"--workdir={tmp_path / 'no'}")
-    assert [process.wait(100) for process in two] == [2, 2]
-    assert all(words in process.stderr.read() for process in two)
+    for status, _, errors in finish_all(two, 100):
+      assert status == 2 and words in errors
 
 
 @pytest.mark.slow
@@ -90,7 +105,8 @@ def test_a_streamed_data_set_through_the_main_job(tmp_path):
     "--model=mlp", "--batch_size=9", "--cpu_devices=2", "--mesh=2x1",
     f"--workdir={tmp_path / 'run'}",
   )  # fmt: skip
-  assert job.wait(200) == 0, job.stderr.read()
+  status, _, errors = finish(job)
+  assert status == 0, errors
   (seed,) = results(tmp_path / "run")
   assert len(seed["phases"][0]["candidates"]) == 3
   assert 0 <= seed["phases"][0]["soup"]["test_accuracy"] <= 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
@@ -61,16 +62,24 @@ def test_other_weights_to_start_from_are_refused(dataset, tmp_path, rejects):
 
 
 def test_other_corrupted_data_are_refused(dataset, tmp_path, rejects):
-  def prepared(folder, seed):
+  def prepared(folder, number):
     for config in ("fog_2", "snow_2"):  # the second one is not asked for
-      examples = {"test": pairs(3, 4, 4, 3, seed=seed if config == "fog_2" else 9)}
+      examples = {"test": pairs(number if config == "fog_2" else 3, 4, 4, 3)}
       prepare(tmp_path / folder, examples, called="cifar10_corrupted", config=config)
+    return named(folder)
+
+  def named(folder):
     flags = ("--dataset=cifar10", f"--data_dir={tmp_path / folder}", "--ood_severities=2")
     return [defining(dataset, *flags, f"--ood={name}") for name in ("fog", "snow")]
 
-  (first, snow), (other, same_snow) = prepared("one", 0), prepared("two", 1)
+  (first, snow), (other, same_snow) = prepared("one", 3), prepared("two", 4)
   assert_refused(rejects, first, other, "other data for --ood")
-  assert snow.keys() == same_snow.keys()
+  assert snow == same_snow
+  shutil.copytree(tmp_path / "one", tmp_path / "copy", copy_function=shutil.copyfile)
+  assert named("copy") == [first, snow]  # whatever the times of its files
+  (shard,) = (tmp_path / "copy").glob("*/fog_2/*/*array_record*")
+  shard.write_bytes(shard.read_bytes()[:-1])
+  assert_refused(rejects, first, named("copy")[0], "other data for --ood")
   assert list(first["ood_data"]) == ["fog_2"]
   assert list(snow["ood_data"]) == ["snow_2"]
 

@@ -3,11 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import store
 
 from experiments import hardware, method_flags, settings, soup
 from jaxsms import checkpoint, data, models, pretrained
@@ -100,6 +102,23 @@ def test_uniform_soup_of_every_format_is_numpys_mean(folder, tmp_path, capsys):
   to_soup = np.linalg.norm(flat[0] - np.mean(flat, axis=0))
   assert f"{to_soup:.4g}" in shown
   assert "Batch statistics" not in shown
+
+
+def test_soups_in_an_object_store_and_in_the_home_folder(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  address, home = store.bucket("soups", tmp_path / "bucket"), tmp_path / "home"
+  shutil.copytree(folder / "one", tmp_path / "bucket" / "one")
+  paths = [f"{address}/one", folder / "four.npz"]
+  for name in ("a", "a.safetensors", "deep/a.npz"):
+    assert run(*paths, f"--out={address}/{name}") == 0
+    assert run(*paths, f"--out=~/{name}") == 0
+    assert run(*paths, f"--out=~/{name}") == 2  # it exists
+    for found in (tmp_path / "bucket" / name, home / name, f"{address}/{name}"):
+      assert_close(pretrained.load_arrays(found), mean(make(0), make(3)))
+  assert os.listdir(".") == []
+  assert run(f"{address}/none", *paths, f"--out={address}/b") == 2
 
 
 def test_weights(folder, tmp_path):

@@ -1,0 +1,55 @@
+"""Single files on disks and object stores, for what knows disks alone."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from jaxsms import storage
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+  """A name on a disk to write to; the file gets its own name when all of it is there.
+
+  Args:
+    path: the file, on a disk or (gs://...) an object store; its folder is made where it is
+      missing, and an older file replaced.
+  """
+  path = storage.as_path(path)
+  if storage.is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      local = os.path.join(folder, path.name)
+      yield local
+      with open(local, "rb") as file:
+        storage.write_bytes(path, file.read())
+    return
+  os.makedirs(path.parent, exist_ok=True)
+  partial = f"{path}.{os.getpid()}.partial"
+  try:
+    yield partial
+    os.replace(partial, path)
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(partial)
+
+
+@contextlib.contextmanager
+def on_disk(path: str | os.PathLike) -> Iterator[str]:
+  """The name of a file on a disk: itself, or a copy for as long as it is read.
+
+  What is mapped of the copy stays readable: its bytes go when nobody has them open.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  path = storage.as_path(path)
+  if not storage.is_remote(path):
+    yield os.fspath(path)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = os.path.join(folder, path.name)
+    with path.open("rb") as reader, open(local, "wb") as writer:
+      shutil.copyfileobj(reader, writer)
+    yield local

@@ -1,0 +1,117 @@
+"""Every binary on a run that lies in an object store: the same as on a disk."""
+
+import json
+import os
+
+import main_job
+import numpy as np
+import pytest
+import store
+
+from experiments import compare, export, lock, report, settings
+from jaxsms import checkpoint, pretrained
+from jaxsms.safetensors import by_path
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+SMALL = (
+  "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=1", "--ingredients=2",
+  "--batch_size=64", "--goal_sparsity=0.75", "--baselines=imp", "--mesh=none",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_beside_it(tmp_path_factory, monkeypatch):
+  """No folder called "fake:" or so may appear."""
+  here = tmp_path_factory.mktemp("here")
+  monkeypatch.chdir(here)
+  monkeypatch.setattr(lock, "BEAT", 0.05)
+  monkeypatch.setattr(lock, "WATCH", 0.5)
+  yield
+  assert os.listdir(here) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The address of a bucket that holds a run, and its folder."""
+  folder = tmp_path_factory.mktemp("store") / "bucket"
+  address = store.bucket("jobs", folder)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "WATCH", 0.5)
+    assert main_job.run(*SMALL, f"--workdir={address}/run") == 0
+  return address, folder
+
+
+def run(main, *words):
+  """Runs a binary of absl: exit status."""
+  main_job.parse()
+  for name in ("out", "format", "sparsities", "copies"):
+    settings.FLAGS[name].unparse()
+  try:
+    main(settings.FLAGS(["job", *words]))
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+def assert_same(a, b):
+  a, b = by_path(a), by_path(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  ["--out=OUT/a.safetensors", "--format=safetensors --out=OUT/b.safetensors",
+   "--format=torch --out=OUT/c.safetensors", "--format=torch --out=OUT/deep/d.pth"],
+)  # fmt: skip
+def test_exports(finished, capsys, flags):
+  if ".pth" in flags:
+    pytest.importorskip("torch")
+  address, folder = finished
+  assert run(export.main, f"{address}/run", *flags.replace("OUT", address).split()) == 0
+  out = flags.rpartition("OUT/")[2]
+  size = (folder / out).stat().st_size
+  assert f"{address}/{out}: {size:,} bytes" in capsys.readouterr().out
+  soup = checkpoint.restore(folder / "run" / "soup" / "seed_0")
+  network = export.network(folder / "run")
+  model = pretrained.load_model(f"{address}/{out}", *network)
+  assert_same(model["params"], soup["params"])
+
+
+def test_reports(finished, tmp_path, capsys):
+  address, folder = finished
+  assert report.main([f"{address}/run"]) == 0
+  assert report.main([f"{address}/run", f"--out={tmp_path}"]) == 0
+  assert capsys.readouterr().out.split()[0] == f"{address}/run/report.html"
+  names = {path.name for path in (folder / "run" / "figures").iterdir()}
+  assert names and names == {path.name for path in (tmp_path / "figures").iterdir()}
+  page = (folder / "run" / "report.html").read_bytes()
+  assert page == (tmp_path / "report.html").read_bytes()
+
+
+def test_a_run_begins_with_the_soup_of_another(finished, capsys):
+  address, folder = finished
+  init = f"--init={address}/run/soup/seed_0"
+  assert main_job.run(*SMALL, init, f"--workdir={address}/next") == 0
+  assert main_job.run(*SMALL, init, f"--workdir={address}/next") == 0  # the same weights
+  (seed,) = main_job.results(folder / "next")["seeds"]
+  (before,) = main_job.results(folder / "run")["seeds"]
+  begun_with = before["phases"][0]["soup"]["test_accuracy"]
+  assert seed["dense"]["test_accuracy"] == pytest.approx(begun_with, abs=1e-6)
+  none = f"--init={address}/run/soup/seed_9"
+  assert main_job.run(*SMALL, none, f"--workdir={address}/no") == 2
+  assert "seed_9" in capsys.readouterr().err
+
+
+def test_a_comparison(finished):
+  address, folder = finished
+  flags = (*SMALL, "--sparsities=0.75", "--copies=2", "--seeds=1")
+  assert run(compare.main, *flags, f"--workdir={address}/grid") == 0
+  found = json.loads((folder / "grid" / "results.json").read_text())
+  (cell,), (alone,) = found["cells"], main_job.results(folder / "run")["seeds"]
+  for name in ("soup", "imp"):
+    accuracy = cell["seeds"][0]["phases"][0][name]["test_accuracy"]
+    assert accuracy == alone["phases"][0][name]["test_accuracy"]
+  assert (folder / "grid" / "report.html").exists()
