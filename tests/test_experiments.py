@@ -130,6 +130,7 @@ def test_figures_are_there(finished):
   assert "<svg" in (workdir / "accuracy.svg").read_text()
 
 
+@pytest.mark.slow
 def test_flags_repeat_the_run(finished, tmp_path):
   workdir, _ = finished
   again = tmp_path / "again"
