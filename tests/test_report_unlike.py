@@ -95,3 +95,25 @@ def test_a_soups_own_run_under_way_has_no_dense_line(tmp_path, rejects):
   assert "and 1 of 2 phases of seed 0" in text
   with rejects("nothing is finished yet"):
     write_report([part(tmp_path / "new", "sms", [], lines[:2])])
+
+
+@pytest.mark.parametrize("plane", [0.5, None])
+def test_landscapes_that_are_not_finite(tmp_path, plane):
+  entry = fake_runs.entry(0)
+  record = entry["phases"][-1]["landscape"]
+  record["lines"][1] |= {"barrier": None, "loss": [0.3, None, 0.2]}
+  record["plane"]["loss"] = [[None] * 7 for _ in range(7)]
+  record["plane"]["loss"][0][0] = plane
+  page = write_report([fake_runs.write_run(tmp_path, [entry])])
+  assert "The loss is not finite on one of them." in written(page)
+  assert "rises" not in written(page)
+  assert ("plane" in drawn(page)) == (plane is not None)
+
+
+def test_steps_are_not_compared_where_epochs_vary(tmp_path):
+  for vary, said in (("epochs", 0), ("seed", 2)):
+    entry = fake_runs.entry(0, methods=("imp", "imp_mx"))
+    flags = fake_runs.run_flags(vary=vary)
+    text = written(write_report([fake_runs.write_run(tmp_path / vary, [entry], (), flags)]))
+    assert text.count("which trains as many steps as") == said
+    assert "IMP 3x" in text.split("##")[0]
