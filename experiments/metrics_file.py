@@ -2,9 +2,23 @@
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from jaxsms import storage
+
+
+def read_lines(data: bytes) -> Iterator[dict[str, Any]]:
+  """Lines of epochs and of evaluations; what is damaged or half written is left out."""
+  for text in data.splitlines():
+    try:
+      line = json.loads(text)
+      line["seed"], line["method"], line["phase"]
+      if "evaluation" not in line:
+        line["epoch"], line["loss"], line["accuracy"], line["learning_rate"]
+    except (ValueError, TypeError, KeyError):
+      continue
+    yield line
 
 
 class MetricsFile:

@@ -1,6 +1,5 @@
 """What a directory holds of a run or a comparison, finished or under way."""
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from absl import flags
 
 from experiments import comparison, run_directory
 from experiments.methods import SOUP
+from experiments.metrics_file import read_lines
 from jaxsms import storage
 from jaxsms.report import Case, Origin, flag_text
 
@@ -66,6 +66,8 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     results.get("environment") or run.get("environment", {}),
     {k: v for k, v in known.items() if k != "workdir"},
     results.get("ood_sources", {}),
+    comparison_warnings(results) if "cells" in results else [],
+    "cells" in results and not fills_grid(results),
   )
 
 
@@ -119,12 +121,7 @@ def read_metrics(path: storage.epath.Path) -> tuple[list[dict], list[dict]]:
   epochs, evaluations = [], []
   if not path.exists():
     return epochs, evaluations
-  for text in path.read_bytes().splitlines():
-    try:
-      line = json.loads(text)
-      line["seed"], line["method"], line["phase"]
-    except (ValueError, TypeError, KeyError):
-      continue
+  for line in read_lines(path.read_bytes()):
     (evaluations if "evaluation" in line else epochs).append(line)
   return epochs, evaluations
 
@@ -162,19 +159,45 @@ def comparison_cases(
   return cases
 
 
-def comparison_command(known: dict[str, Any], results: dict[str, Any]) -> str:
-  """Repeats a comparison."""
+def comparison_warnings(results: dict[str, Any]) -> list[str]:
+  """What is missing from a comparison, a sentence each."""
+  found = []
+  if not results.get("finished", True):
+    found.append("Not finished: some parts of the comparison are missing.")
+  for name, reason in (results.get("failed") or {}).items():
+    found.append(f"{name} failed: {str(reason).rstrip('.')}.")
+  return found
+
+
+def grid_of(results: dict[str, Any]) -> dict[str, Any]:
+  """Flags of the smallest grid that holds all cells of a comparison."""
   cells = results["cells"]
   seeds = [entry["seed"] for cell in cells for entry in cell["seeds"]] or [0]
-  grid = {
+  return {
     "sparsities": sorted({cell["goal_sparsity"] for cell in cells}),
     "copies": sorted({cell["ingredients"] for cell in cells}),
     "baselines": [name for name in results.get("methods", ()) if name != SOUP],
     "seed": min(seeds),
     "seeds": max(seeds) - min(seeds) + 1,
   }
+
+
+def fills_grid(results: dict[str, Any]) -> bool:
+  """Whether that grid has every method with every seed, and nothing is left to do."""
+  grid = grid_of(results)
+  entries = [entry for cell in results["cells"] for entry in cell["seeds"]]
+  size = len(grid["sparsities"]) * len(grid["copies"]) * grid["seeds"]
+  return len(entries) == size and all(
+    any(name in phase for phase in entry["phases"])
+    for entry in entries
+    for name in grid["baselines"]
+  )
+
+
+def comparison_command(known: dict[str, Any], results: dict[str, Any]) -> str:
+  """Repeats a comparison."""
   shared = {k: v for k, v in known.items() if k not in comparison.GROWS}
-  return command_of("experiments.compare", shared | grid)
+  return command_of("experiments.compare", shared | grid_of(results))
 
 
 def command_of(module: str, known: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ Folders are runs to TensorBoard, which draws equal names of several runs in one 
 WORKDIR/tensorboard/seed_0/sms/copy_0, .../copy_1, .../soup, .../dense and so on.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.metrics_file import read_lines
 from jaxsms import storage
 
 FOLDER = "tensorboard"
@@ -64,8 +64,8 @@ class Board:
     self._writers: dict[str, Any] = {}  # of the method under way
     self._method: str | None = None
     self._epochs = 0  # of it
-    for line in metrics.splitlines():
-      self.add(json.loads(line))
+    for line in read_lines(metrics):
+      self.add(line)
 
   def add(self, line: Line) -> None:
     """Adds a line of metrics.jsonl: an epoch, or the evaluation of a phase."""

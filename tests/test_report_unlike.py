@@ -1,9 +1,14 @@
 """Reports of runs that are not alike, not whole, or not finite."""
 
+import json
+
 import fake_runs
 import pytest
 
+from experiments import run_results
+from experiments.metrics_file import read_lines
 from experiments.report import write_report
+from jaxsms import storage
 
 
 def drawn(page):
@@ -95,3 +100,65 @@ def test_a_soups_own_run_under_way_has_no_dense_line(tmp_path, rejects):
   assert "and 1 of 2 phases of seed 0" in text
   with rejects("nothing is finished yet"):
     write_report([part(tmp_path / "new", "sms", [], lines[:2])])
+
+
+@pytest.mark.parametrize("plane", [0.5, None])
+def test_landscapes_that_are_not_finite(tmp_path, plane):
+  entry = fake_runs.entry(0)
+  record = entry["phases"][-1]["landscape"]
+  record["lines"][1] |= {"barrier": None, "loss": [0.3, None, 0.2]}
+  record["plane"]["loss"] = [[None] * 7 for _ in range(7)]
+  record["plane"]["loss"][0][0] = plane
+  page = write_report([fake_runs.write_run(tmp_path, [entry])])
+  assert "The loss is not finite on one of them." in written(page)
+  assert "rises" not in written(page)
+  assert ("plane" in drawn(page)) == (plane is not None)
+
+
+def test_steps_are_not_compared_where_epochs_vary(tmp_path):
+  for vary, said in (("epochs", 0), ("seed", 2)):
+    entry = fake_runs.entry(0, methods=("imp", "imp_mx"))
+    flags = fake_runs.run_flags(vary=vary)
+    text = written(write_report([fake_runs.write_run(tmp_path / vary, [entry], (), flags)]))
+    assert text.count("which trains as many steps as") == said
+    assert "IMP 3x" in text.split("##")[0]
+
+
+def test_a_comparison_that_is_not_whole(tmp_path):
+  path = fake_runs.write_comparison(tmp_path, (0.8,), (2,))
+  text = written(write_report([path]))
+  assert "This command repeats it:" in text
+  assert "Not finished" not in text
+  results = json.loads((path / "results.json").read_text())
+  results.pop("digest", None)
+  results["finished"] = False
+  results["failed"] = {"imp-0.8-seed1": "all copies diverged."}
+  del results["cells"][0]["seeds"][1]["phases"][-1]["imp"]
+  del results["cells"][0]["seeds"][1]["phases"][0]["imp"]
+  storage.write_json(storage.as_path(path / "results.json"), results)
+  text = written(write_report([path]))
+  assert "Not finished: some parts of the comparison are missing." in text
+  assert "seed1 failed: all copies diverged." in text
+  assert "This command repeats it and fills the grid:" in text
+
+
+@pytest.mark.parametrize(
+  "cells, whole",
+  [({(0.8, 2): (0, 1), (0.9, 2): (0, 1)}, True), ({(0.8, 2): (0, 2)}, False),
+   ({(0.8, 2): (0,), (0.9, 3): (0,)}, False), ({(0.8, 2): (0, 1), (0.9, 2): (0,)}, False)],
+)  # fmt: skip
+def test_a_grid_is_filled(cells, whole):
+  found = [
+    {"goal_sparsity": goal, "ingredients": m,
+     "seeds": [{"seed": seed, "phases": []} for seed in seeds]}
+    for (goal, m), seeds in cells.items()
+  ]  # fmt: skip
+  assert run_results.fills_grid({"cells": found, "methods": ["sms"]}) == whole
+
+
+def test_damaged_lines_of_the_metrics_are_left_out():
+  good = [fake_runs.epochs_of(0)[0], fake_runs.evaluations_of(fake_runs.entry(0))[0]]
+  bad = [b'{"seed": 0, "method": "sm', b"\x00\xff", b"3", b"",
+         b'{"seed": 0, "method": "sms", "phase": 1}']  # fmt: skip
+  first, second = (json.dumps(line).encode() for line in good)
+  assert list(read_lines(b"\n".join([first, *bad, second]))) == good

@@ -67,6 +67,8 @@ class Origin(NamedTuple):
     environment: versions and device.
     flags: all of them.
     ood_sources: where each corruption comes from.
+    warnings: what is missing of it or failed, a sentence each.
+    grows: whether the command also fills the gaps of a grid.
   """
 
   title: str
@@ -75,3 +77,5 @@ class Origin(NamedTuple):
   environment: Results
   flags: Results
   ood_sources: Results
+  warnings: Sequence[str] = ()
+  grows: bool = False

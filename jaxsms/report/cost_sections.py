@@ -114,7 +114,7 @@ def origin_section(origins: Sequence[Origin]) -> Section:
     section.blocks.extend(
       [
         f"{name}{versions}; {device} ({about.get('platform', '?')}).{took}{ood} "
-        "This command repeats it:",
+        f"This command repeats it{' and fills the grid' if origin.grows else ''}:",
         Code(origin.command),
         Folded(
           "All flags" + (f" of {origin.title}" if len(origins) > 1 else ""),

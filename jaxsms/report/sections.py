@@ -43,6 +43,9 @@ def document(
   """
   several = len(cases) > 1
   summary, warnings, shared = [], [], []
+  for origin in origins:
+    prefix = f"{origin.title}. " if len(origins) > 1 else ""
+    warnings += [prefix + sentence for sentence in origin.warnings]
   for case in cases:
     *told, how = sentences(case)
     text = " ".join(told if several and told else [*told, how])

@@ -4,12 +4,17 @@ from jaxsms.report.cases import Case
 from jaxsms.report.statistics import METHODS, Results, method_title, summarize
 from jaxsms.report.tables import ends, signed
 
-# What the soup is held against in words, and what that cost; the rest is in the table.
+# What the soup is held against in words; the rest is in the table.
 AGAINST = {
   "mean_candidate": "the mean of its candidates",
-  "imp": "IMP, which trains as many steps as one copy",
-  "imp_mx": "{title}, which trains as many steps as all {m} together",
+  "imp": "IMP",
+  "imp_mx": "{title}",
   "dense": "the dense network",
+}
+# What that cost, where all copies train equally long.
+COST = {
+  "imp": ", which trains as many steps as one copy",
+  "imp_mx": ", which trains as many steps as all {m} together",
 }
 ONE_SEED = "One seed gives no interval, so differences may be chance."
 
@@ -35,7 +40,15 @@ def sentences(case: Case) -> list[str]:
     f"{100 * row['soup']['mean']:.2f} % test accuracy"
     + (f", the mean of {n} seeds" if n > 1 else " with one seed")
   )
-  if compared := [_compared(name, row[name], case.m) for name in AGAINST if name in row]:
+  cost = {} if case.flags.get("vary") == "epochs" else COST
+  if compared := [
+    _compared(
+      row[name],
+      (what + cost.get(name, "")).format(title=method_title(name, case.m), m=case.m),
+    )
+    for name, what in AGAINST.items()
+    if name in row
+  ]:
     text += ": " + "; ".join(compared)
   found = [f"{text}."]
   if _failed(case, row["phase"]):
@@ -72,8 +85,7 @@ def _failed(case, number):
   )
 
 
-def _compared(name: str, entry: Results, m: int) -> str:
-  what = AGAINST[name].format(title=method_title(name, m), m=m)
+def _compared(entry: Results, what: str) -> str:
   found = entry["soup_minus"]
   points = f"{abs(100 * found['mean']):.2f}"
   if points == "0.00":

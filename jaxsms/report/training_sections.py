@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from jaxsms.report import training_figures
 from jaxsms.report.cases import Case
 from jaxsms.report.document import Picture, Section
@@ -96,16 +98,9 @@ def landscape_section(cases: Sequence[Case]) -> Section:
     where = f"seed {seed}, phase {phase}"
     title = f"{case.title}, {where}" if len(cases) > 1 else where.capitalize()
     end = suffix(cases, case)
-    highest = max(line["barrier"] or 0 for line in record["lines"])
     on = f"On {record['images']} {record['split']} images; {where}."
     for name in ("loss", "accuracy") if len(cases) == 1 else ("loss",):
-      tell = ""
-      if name == "loss" and highest > 0:
-        tell = (
-          f"Above the straight line between its ends it rises by at most {highest:.3g}."
-        )
-      elif name == "loss":
-        tell = "None rises above the straight line between its ends."
+      tell = _barriers(record) if name == "loss" else ""
       section.blocks.append(
         Picture(
           f"lines-{name}{end}",
@@ -115,7 +110,7 @@ def landscape_section(cases: Sequence[Case]) -> Section:
           f"{name.capitalize()} between pairs of candidates. {tell}",
         )
       )
-    if record.get("plane"):
+    if record.get("plane") and np.isfinite(np.array(record["plane"]["loss"], float)).any():
       distance = (record["plane"].get("distance_from_plane") or {}).get("soup")
       beside = (
         f" The soup is {distance:.3g} away from this plane and drawn where it is nearest."
@@ -133,6 +128,18 @@ def landscape_section(cases: Sequence[Case]) -> Section:
       )
   section.blocks.extend(cut([case for case, _ in found], "Planes and lines"))
   return section
+
+
+def _barriers(record):
+  """How far the loss rises between copies, in a sentence."""
+  barriers = np.array([line["barrier"] for line in record["lines"]], float)
+  if not np.isfinite(barriers).all():
+    return "The loss is not finite on one of them."
+  if barriers.max() > 0:
+    return (
+      f"Above the straight line between its ends it rises by at most {barriers.max():.3g}."
+    )
+  return "None rises above the straight line between its ends."
 
 
 def last_landscape(case: Case) -> tuple[int, int, Results] | None:
