@@ -7,6 +7,9 @@ Each method with each seed is a run of its own in DIR/parts; dense training is s
 is there already is not done again: the same command goes on after a break, and one with
 more methods, sparsities, copies or seeds adds to what there is. Started several times on
 one DIR, on one machine or many, each process takes parts that no other one works on.
+
+What is compared: sparsities, copies, baselines, seed, seeds. All other flags mean what they
+mean in `python -m experiments.sms --helpshort`, where they are listed by subject.
 """
 
 import collections
@@ -56,7 +59,8 @@ def main(argv: list[str]) -> None:
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  started = time.monotonic()
+  started, before = time.monotonic(), comparison.finished_parts(shared.workdir)
+  before = before.keys() & set(shared.parts)
   stopped, status, failed = None, 0, {}
   try:
     failed = work_through(shared)
@@ -81,9 +85,9 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
   elif not failed:
-    seconds = time.monotonic() - started
     keeping.say(
-      f"All {len(shared.parts)} parts finished; this time it took {clock(seconds)}."
+      f"All {len(shared.parts)} parts finished, {len(before)} of them before; this time it "
+      f"took {clock(time.monotonic() - started)}."
     )
   sys.exit(status or bool(failed))
 

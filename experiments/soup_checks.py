@@ -46,7 +46,8 @@ def check_models(paths: Sequence[str], models: Sequence[Arrays]) -> None:
       f"{path} is another network than {paths[0]}",
       models[0],
       model,
-      "give checkpoints of one network",
+      "give checkpoints of one network, and --model or --flagfile=RUN/flags.txt where one "
+      "has PyTorch's names",
     )
     for name, array in model.items():
       if array.dtype != models[0][name].dtype:

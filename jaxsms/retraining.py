@@ -45,7 +45,7 @@ def retrain_phase(
   leaves = jax.tree.leaves(ingredients)
   if not leaves or any(np.shape(leaf)[:1] in ((), (0,)) for leaf in leaves):
     raise ValueError(
-      "there are no ingredients: give arrays with leading axis m, at least 1, such as "
+      "there are no ingredients with a leading axis: give arrays [m, ...], such as "
       '{"seed": jnp.arange(5)}'
     )
   ingredients = jax.tree.map(jnp.asarray, ingredients)

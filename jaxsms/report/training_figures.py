@@ -19,7 +19,7 @@ from jaxsms.report.drawing import (
 CURVES = {
   "loss": "Training loss",
   "accuracy": "Training accuracy in percent",
-  "learning_rate": "Learning rate",
+  "learning_rate": "Learning rate at the end of an epoch",
 }
 ON_COLOUR = "#010101"  # ink on a coloured ground, which is no darker on a dark page
 PHASES_SHOWN = 12
