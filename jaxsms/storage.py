@@ -23,8 +23,18 @@ class Damaged(ValueError):
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-  """An absolute path of the kind that its prefix names, such as gs://."""
-  path = epath.Path(path).expanduser()
+  """An absolute path of the kind that its prefix names, such as gs://.
+
+  Raises:
+    ValueError: nothing here knows that prefix.
+  """
+  try:
+    path = epath.Path(path).expanduser()
+  except KeyError as error:  # of etils
+    raise ValueError(
+      f"{os.fspath(path)} is in no store that is known here: give a local path, or one of "
+      "gs:// or s3://"
+    ) from error
   return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 

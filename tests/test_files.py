@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import store
 
-from jaxsms import checkpoint, export, pretrained
+from jaxsms import checkpoint, export, pretrained, storage
 from jaxsms.files import on_disk, whole_file
 from jaxsms.safetensors import load_safetensors, read_safetensors, save_safetensors
 
@@ -19,6 +19,11 @@ def bucket(tmp_path, monkeypatch):
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
   return store.bucket("files", tmp_path / "bucket")
+
+
+def test_stores_that_nobody_knows_are_refused(rejects):
+  with rejects("http://host/run is in no store that is known here"):
+    storage.as_path("http://host/run")
 
 
 def test_safetensors_go_to_the_store_and_not_to_a_folder_of_its_name(bucket, tmp_path):
