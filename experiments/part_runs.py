@@ -82,8 +82,8 @@ def run_part(
   )
   folder = folder_of(shared.workdir, part)
   run_flags = shared.job._replace(settings=chosen).flags()
-  own = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
-  wanted = {**shared.defining, **{name: getattr(chosen, name) for name in own}}
+  own = {name: getattr(chosen, name) for name in comparison.GROWS}
+  wanted = {**shared.defining, **own}
   run = {**shared.run, "flags": run_flags, "defining": storage.plain(wanted)}
   before = run_directory.read_run(folder)
   if before:

@@ -29,13 +29,18 @@ def parse(*flags):
   return settings.FLAGS(["sms", *flags])
 
 
-def run(*flags):
-  """Runs it: exit status (0 if it returned)."""
+def exit_status(main, argv):
+  """Of a binary's main function: 0 if it returned."""
   try:
-    sms.main(parse(*flags))
+    main(argv)
   except SystemExit as stop:
     return stop.code
   return 0
+
+
+def run(*flags):
+  """Runs the main job: exit status."""
+  return exit_status(sms.main, parse(*flags))
 
 
 SMALL = (

@@ -451,6 +451,18 @@ def test_every_flipped_header_byte_is_refused_or_right(good_npz):
 # TFDS
 
 
+def pairs_of_several_sizes():
+  """60 colour images of two classes, which differ in their brightness."""
+  rng = np.random.default_rng(0)
+  return [
+    (
+      rng.integers(0, 200, (*rng.integers(9, 20, 2), 3)).astype(np.uint8) + 50 * label,
+      label,
+    )
+    for label in rng.integers(0, 2, 60).tolist()
+  ]
+
+
 def prepare(
   data_dir, splits, shape=(None, None, 3), called="tiny", config=None, **features
 ):

@@ -35,11 +35,7 @@ def run(*words):
   main_job.parse()
   for name in ("out", "format"):
     settings.FLAGS[name].unparse()
-  try:
-    export.main(settings.FLAGS(["export", *map(str, words)]))
-  except SystemExit as stop:
-    return stop.code
-  return 0
+  return main_job.exit_status(export.main, settings.FLAGS(["export", *map(str, words)]))
 
 
 def assert_same(a, b):

@@ -12,10 +12,9 @@ import sys
 import time
 
 import jax
-import numpy as np
 import pytest
 from main_job import SMALL, assert_no_traceback, assert_same_run, run, start
-from test_data import prepare
+from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
 from experiments import sms
@@ -169,14 +168,7 @@ def test_a_run_of_two_processes_is_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 def test_a_streamed_run_is_killed_and_resumed(tmp_path):
   """In the midst of an epoch, so that the order of the examples goes on where it was."""
-  rng = np.random.default_rng(0)
-  pairs = [
-    (
-      rng.integers(0, 200, (*rng.integers(9, 20, 2), 3)).astype(np.uint8) + 50 * label,
-      label,
-    )
-    for label in rng.integers(0, 2, 60).tolist()
-  ]
+  pairs = pairs_of_several_sizes()
   prepare(tmp_path, {"train": pairs, "validation": pairs[:9]})
   flags = (
     "--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8",

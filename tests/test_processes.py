@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from test_data import prepare
+from test_data import pairs_of_several_sizes, prepare
 
 from jaxsms import checkpoint
 
@@ -91,14 +91,7 @@ def test_what_processes_cannot_share(tmp_path):
 @pytest.mark.slow
 def test_a_streamed_data_set_through_the_main_job(tmp_path):
   """Images of several sizes, that never are on the device together."""
-  rng = np.random.default_rng(0)
-  pairs = [
-    (
-      rng.integers(0, 200, (*rng.integers(9, 20, 2), 3)).astype(np.uint8) + 50 * label,
-      label,
-    )
-    for label in rng.integers(0, 2, 60).tolist()
-  ]
+  pairs = pairs_of_several_sizes()
   prepare(tmp_path, {"train": pairs, "validation": pairs[:9]})
   job = start(
     "--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8",

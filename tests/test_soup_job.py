@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import main_job
 import numpy as np
 import pytest
 import store
@@ -29,11 +30,7 @@ def run(*words):
       settings.FLAGS[name].unparse()
   for name in OWN:
     settings.FLAGS[name].unparse()
-  try:
-    soup.main(settings.FLAGS(["soup", *map(str, words)]))
-  except SystemExit as stop:
-    return stop.code
-  return 0
+  return main_job.exit_status(soup.main, settings.FLAGS(["soup", *map(str, words)]))
 
 
 def make(seed, mask_seed=0, kept=0.3):

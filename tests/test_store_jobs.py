@@ -4,13 +4,12 @@ import json
 import os
 
 import main_job
-import numpy as np
 import pytest
 import store
+from test_export_job import assert_same
 
 from experiments import compare, export, lock, report, settings
 from jaxsms import checkpoint, pretrained
-from jaxsms.safetensors import by_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 SMALL = (
@@ -47,18 +46,7 @@ def run(main, *words):
   main_job.parse()
   for name in ("out", "format", "sparsities", "copies"):
     settings.FLAGS[name].unparse()
-  try:
-    main(settings.FLAGS(["job", *words]))
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
-def assert_same(a, b):
-  a, b = by_path(a), by_path(b)
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], strict=True)
+  return main_job.exit_status(main, settings.FLAGS(["job", *words]))
 
 
 @pytest.mark.parametrize(

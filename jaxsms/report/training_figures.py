@@ -132,10 +132,7 @@ def layers(case: Case) -> Any:
         [100 * found[number][name] for name in names], y, "o", color=shade,
         label=f"phase {number}" if few else None,
       )  # fmt: skip
-    axes.set_yticks(y, names, fontsize=9 if len(names) <= 12 else 7)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlim(-2, 102)
-    axes.set_xlabel("Removed weights of the layer in percent")
+    _label_layers(axes, y, names)
     legend(figure, 4)
   return figure
 
@@ -157,12 +154,16 @@ def layers_of(cases: Sequence[Case]) -> Any:
         [100 * found[names[i]] for i in at], y[at], MARKERS[number % len(MARKERS)],
         color=colour(number), label=case.title,
       )  # fmt: skip
-    axes.set_yticks(y, names, fontsize=9 if len(names) <= 12 else 7)
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    axes.set_xlim(-2, 102)
-    axes.set_xlabel("Removed weights of the layer in percent")
+    _label_layers(axes, y, names)
     legend(figure, 1)
   return figure
+
+
+def _label_layers(axes, y, names):
+  axes.set_yticks(y, names, fontsize=9 if len(names) <= 12 else 7)
+  axes.set_ylim(-0.6, len(names) - 0.4)
+  axes.set_xlim(-2, 102)
+  axes.set_xlabel("Removed weights of the layer in percent")
 
 
 def _mean_layers(records):
