@@ -1,66 +1,74 @@
-"""What Sparse Model Soups are compared with beside IMP, from the same parts.
+"""What Sparse Model Soups are compared with beside IMP, on the same loop.
 
-IMP is `run_phases` with one copy, the dense soup is it with goal sparsity 0, and BIMP is it
+IMP is the loop with one copy, the dense soup is it with goal sparsity 0, and BIMP is it
 after a shorter dense training. Pruning during training: `jaxsms.dynamic`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.pruning import apply_masks, magnitude_masks, phase_sparsity
-from jaxsms.sms import Merge, Prune, healthy_copies, prune_phase
+from jaxsms.pruning import apply_masks, magnitude_masks
+from jaxsms.sms import Merge, Prune, healthy_copies, prune_phase, soup_phases
 from jaxsms.soups import uniform_soup
-from jaxsms.training.loop import Chunk, continue_training, train_copies
-from jaxsms.training.measurements import Describe, Model, Record, Splits
-from jaxsms.training.phases import Plan, merge_candidates
-from jaxsms.training.programs import Programs
+from jaxsms.training.engine import Engine, Model, Plan, Record
+from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.phases import Merging, merge_candidates
 from jaxsms.training.state import TrainState, start_each
 from jaxsms.trees import PyTree, stack, unstack
 
 
+class Runs(NamedTuple):
+  """Where the m runs of IMP-RePrune are.
+
+  Attributes:
+    models: of each run, `Model`s with leaves [...].
+    masks: of each run; None before the first phase.
+    healthy: indices of the runs that have not diverged.
+    pruning: of each run, the record of its last pruning.
+    average: of the runs, pruned again; what the method gives.
+    sparsity: that the runs were pruned to last.
+  """
+
+  models: list[Model]
+  masks: list[PyTree | None]
+  healthy: list[int]
+  pruning: list[Record]
+  average: Model
+  sparsity: float = 0.0
+
+
 def imp_reprune(
-  programs: Programs,
-  splits: Splits,
+  engine: Engine,
   key: jax.Array,
   dense: Model,
   plan: Plan,
+  sparsities: Mapping[int, float],
   copies: int,
   *,
-  goal_sparsity: float,
-  phases: int,
   prune: Prune = magnitude_masks,
-  describe: Describe | None = None,
-  chunk_steps: int = 50,
-  on_chunk: Callable[[int, Chunk], None] | None = None,
-  on_phase: Callable[[Record], None] | None = None,
-) -> tuple[Model, list[Record]]:
+) -> Iterator[Any]:
   """IMP-RePrune: m runs of IMP, averaged and pruned again to their sparsity.
 
   The runs never see the average: each goes on from itself, with its own masks. One that
   diverges is left out of this phase's average and of all that follow.
 
   Args:
-    programs: made with `own_masks`.
-    splits: training, validation and test data.
-    key: each phase gets `fold_in(key, phase)`, as in `run_phases`.
+    engine: its programs made with `own_masks`.
+    key: each phase gets `fold_in(key, phase)`, as in `training_phases`.
     dense: the trained model that all runs start from.
-    plan: see `run_phases`; asked once for each copy, with that copy's pruning record.
+    plan: see `training_phases`; asked once for each copy, with that copy's pruning record.
+    sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
     copies: m.
-    goal_sparsity: sparsity after the last phase, in [0, 1).
-    phases: number of cycles, at least 1.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
-    describe: see `run_phases`.
-    chunk_steps: see `train_copies`.
-    on_chunk: called with the phase and each chunk of training.
-    on_phase: called with each phase's record.
 
-  Returns:
-    The last average, and a record per phase: `phase`, `sparsity` and what
-    `merge_candidates` gives, the runs as candidates and their average pruned again as
-    `soup`.
+  Yields:
+    Chunks of training, and after each phase a `jaxsms.Phase`. Its params are `Runs`. Its
+    record holds `phase`, `sparsity` and what `merge_candidates` gives, the runs as
+    candidates and their average pruned again as `soup`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -69,42 +77,49 @@ def imp_reprune(
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 3
   """
-  models, masks, records = [dense] * copies, [None] * copies, []
-  healthy = list(range(copies))
-  for phase in range(1, phases + 1):
-    phase_key = jax.random.fold_in(key, phase)
-    goal = phase_sparsity(goal_sparsity, phase, phases)
-    pruned = {i: prune_phase(models[i].params, masks[i], goal, prune) for i in healthy}
+
+  def prune_each(runs, masks, sparsity):
+    pruned = {
+      i: prune_phase(runs.models[i].params, runs.masks[i], sparsity, prune)
+      for i in runs.healthy
+    }
     # What diverged before stays as it is, and keeps its place among the copies.
-    first = pruned[healthy[0]]
-    params = [pruned[i][0] if i in pruned else models[i].params for i in range(copies)]
-    masks = [pruned.get(i, first)[1] for i in range(copies)]
-    sparsities = [pruned.get(i, first)[2] for i in range(copies)]
-    plans = [plan({"phase": phase, **record}) for record in sparsities]
-    state = continue_training(
-      programs,
-      splits.train,
+    first = pruned[runs.healthy[0]]
+    everyone = range(copies)
+    models = [
+      m._replace(params=pruned[i][0]) if i in pruned else m
+      for i, m in enumerate(runs.models)
+    ]
+    masks = [pruned.get(i, first)[1] for i in everyone]
+    records = [pruned.get(i, first)[2] for i in everyone]
+    runs = runs._replace(models=models, masks=masks, pruning=records, sparsity=sparsity)
+    return runs, masks, {"sparsity": first[2]["sparsity"]}
+
+  def retrain_each(key, runs, masks, record):
+    plans = [plan({**record, **pruning}) for pruning in runs.pruning]
+    models = stack(runs.models)
+    optimizer = engine.programs.optimizer(0.0, 0.0)
+    end = yield from train_copies(
+      engine,
       stack(masks),
-      phase_key,
-      start_each(
-        stack(params), stack([x.batch_stats for x in models]), programs.optimizer(0.0, 0.0)
-      ),
+      key,
+      start_each(*models, optimizer),
       plans[0][0],
       np.stack([rates[i] for i, (_, rates) in enumerate(plans)]),
-      chunk_steps=chunk_steps,
-      on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
+      phase=record["phase"],
     )
-    candidates = Model(state.params, state.batch_stats)
-    healthy = healthy_copies(candidates)
-    average, merged = merge_candidates(
-      programs, splits, phase_key, candidates, repruned(goal, prune), describe=describe
-    )
-    record = {"phase": phase, "sparsity": first[2]["sparsity"], **merged}
-    models = unstack(candidates)
-    records.append(record)
-    if on_phase is not None:
-      on_phase(record)
-  return average, records
+    return runs._replace(models=unstack(Model(end.params, end.batch_stats))), {}
+
+  def average(key, runs):
+    candidates, reprune = stack(runs.models), repruned(runs.sparsity, prune)
+    merging = Merging(lambda engine, key: reprune)
+    soup, record = merge_candidates(engine, key, candidates, merging)
+    return runs._replace(healthy=healthy_copies(candidates), average=soup), record
+
+  start = Runs([dense] * copies, [None] * copies, list(range(copies)), [], dense)
+  return soup_phases(
+    key, start, sparsities, prune=prune_each, retrain=retrain_each, merge=average
+  )
 
 
 def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
@@ -115,7 +130,7 @@ def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
     prune: `prune(params, sparsity, masks=masks)` giving masks.
 
   Returns:
-    A merge of candidates, leaves [m, ...], into one model.
+    A merge of candidates, `Model` leaves [m, ...], into one model.
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (IMP-RePrune)
@@ -129,46 +144,34 @@ def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
 
 
 def swamp(
-  programs: Programs,
-  splits: Splits,
+  engine: Engine,
   key: jax.Array,
   ticket: Model,
   plan: Plan,
+  sparsities: Mapping[int, float],
   *,
   average_after: int,
-  goal_sparsity: float,
-  phases: int,
   prune: Prune = magnitude_masks,
-  describe: Describe | None = None,
-  chunk_steps: int = 50,
-  on_chunk: Callable[[int, Chunk], None] | None = None,
-  on_phase: Callable[[Record], None] | None = None,
-) -> tuple[Model, list[Record]]:
+) -> Iterator[Any]:
   """SWAMP: IMP with rewinding, each round the average over several particles and over time.
 
   All particles of a round start from the same ticket, a checkpoint of early training,
   within the masks of the average of the round before; the first round is dense.
 
   Args:
-    programs: of the network.
-    splits: training, validation and test data.
+    engine: the network and its data.
     key: round t gets `fold_in(key, t)`, the dense one counting 0.
     ticket: the checkpoint that every round rewinds to.
-    plan: ingredients and learning rates of a round's particles, see `run_phases`.
+    plan: ingredients and learning rates of a round's particles, see `training_phases`.
+    sparsities: of the rounds after the dense one, see `jaxsms.sms.phase_sparsities`.
     average_after: steps of a round after which the parameters at the end of each epoch, and
       at the very end, enter a particle's average over time.
-    goal_sparsity: sparsity after the last round, in [0, 1).
-    phases: rounds after the dense one.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
-    describe: see `run_phases`.
-    chunk_steps: see `train_copies`.
-    on_chunk: called with the round and each chunk of training.
-    on_phase: called with each round's record.
 
-  Returns:
-    The last average, and a record per round after the dense one: that of
-    `jaxsms.prune_phase` and of `merge_candidates`, the particles' averages over time as
-    candidates.
+  Yields:
+    Chunks of training, and after each round, the dense one too, a `jaxsms.Phase`. Its
+    record holds that of `jaxsms.prune_phase` and of `merge_candidates`, the particles'
+    averages over time as candidates.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
@@ -179,38 +182,34 @@ def swamp(
     Izmailov et al., 2018, https://arxiv.org/abs/1803.05407 (averages over time)
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671 (rewinding)
   """
-  masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), ticket.params)
-  steps_per_epoch = splits.train.size // programs.batch_size
-  model, records = ticket, []
-  for phase in range(phases + 1):
-    phase_key = jax.random.fold_in(key, phase)
-    record = {"phase": phase}
-    if phase:
-      goal = phase_sparsity(goal_sparsity, phase, phases)
-      _, masks, pruned = prune_phase(model.params, masks, goal, prune)
-      record |= pruned
-    average = TimeAverage(average_after, steps_per_epoch)
-    _, batch_stats = train_copies(
-      programs,
-      splits.train,
+
+  def rewind(model, masks, sparsity):
+    if masks is None:  # the dense round
+      everything = jax.tree.map(lambda x: jnp.ones(x.shape, bool), ticket.params)
+      return ticket, everything, {}
+    _, masks, record = prune_phase(model.params, masks, sparsity, prune)
+    return ticket._replace(params=apply_masks(ticket.params, masks)), masks, record
+
+  def retrain(key, model, masks, record):
+    chosen, learning_rates = plan(record)
+    average = TimeAverage(average_after, engine.steps_per_epoch)
+    end = yield from train_copies(
+      engine,
       masks,
-      phase_key,
-      apply_masks(ticket.params, masks),
-      ticket.batch_stats,
-      *plan(record),
-      chunk_steps=chunk_steps,
-      on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
+      key,
+      engine.start(model, len(chosen["steps"])),
+      chosen,
+      learning_rates,
+      phase=record["phase"],
       on_state=average.add,
     )
-    candidates = Model(average.params, batch_stats)
-    model, merged = merge_candidates(
-      programs, splits, phase_key, candidates, describe=describe
-    )
-    if phase:
-      records.append(record | merged)
-      if on_phase is not None:
-        on_phase(records[-1])
-  return model, records
+    return Model(average.params, end.batch_stats), {}
+
+  def merge(key, candidates):
+    return merge_candidates(engine, key, candidates)
+
+  rounds = {0: 0.0, **sparsities}
+  return soup_phases(key, ticket, rounds, prune=rewind, retrain=retrain, merge=merge)
 
 
 class TimeAverage:

@@ -1,6 +1,7 @@
 """Pruning during training: GMP and DPF, alone and as soups."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,12 +9,11 @@ import numpy as np
 from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
-from jaxsms.sms import Prune, finite_models
-from jaxsms.training.loop import Chunk, Remask, continue_training
-from jaxsms.training.measurements import Describe, Model, Record, Splits
+from jaxsms.sms import Phase, Prune, finite_models
+from jaxsms.training.engine import Engine, Model
+from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import start
 from jaxsms.trees import PyTree, model_at, number_of_models
 
 
@@ -83,8 +83,7 @@ def gradual_masks(
 
 
 def prune_during_training(
-  programs: Programs,
-  splits: Splits,
+  engine: Engine,
   key: jax.Array,
   fresh: Model,
   ingredients: dict[str, np.ndarray],
@@ -95,10 +94,8 @@ def prune_during_training(
   mask_steps: int,
   feedback_programs: Programs | None = None,
   prune: Prune = magnitude_masks,
-  describe: Describe | None = None,
-  chunk_steps: int = 50,
-  on_chunk: Callable[[Chunk], None] | None = None,
-) -> tuple[Model, PyTree, Record]:
+  phase: int = 1,
+) -> Iterator[Any]:
   """GMP or DPF: one training from scratch, pruned on the way; as a soup from m copies.
 
   One model trains while its masks change, with the first ingredient. From there on the
@@ -106,8 +103,7 @@ def prune_during_training(
   learning rates and their own ingredients, and are averaged. One copy is the method alone.
 
   Args:
-    programs: of the network.
-    splits: training, validation and test data.
+    engine: the network and its data.
     key: of the training.
     fresh: the model to begin with.
     ingredients: `seed`, `weight_decay` and `steps` (the whole length), each [m].
@@ -118,13 +114,11 @@ def prune_during_training(
       so many.
     feedback_programs: made with `feedback`; given, the method is DPF, else GMP.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
-    describe: see `run_phases`.
-    chunk_steps: see `train_copies`, after the ramp.
-    on_chunk: called with each chunk of training.
+    phase: number that its chunks and its record are marked with.
 
-  Returns:
-    The model, its masks, and a record: `sparsity` (of the prunable weights) and what
-    `merge_candidates` gives.
+  Yields:
+    Chunks of training, and at last a `jaxsms.Phase`. Its record holds `sparsity` (of the
+    prunable weights) and what `merge_candidates` gives.
 
   Raises:
     ValueError: an argument is out of range, or see `jaxsms.magnitude_masks`.
@@ -139,36 +133,23 @@ def prune_during_training(
   remask = gradual_masks(goal_sparsity, ramp_steps, prune, feedback_programs is not None)
   first = {name: values[:1] for name, values in ingredients.items()}
   first["steps"] = np.minimum(first["steps"], ramp_steps)
-  state = start(*fresh, programs.optimizer(0.0, 0.0), 1)
-  state = continue_training(
-    feedback_programs or programs,
-    splits.train,
-    remask,
-    key,
-    state,
-    first,
-    learning_rates[:1],
-    chunk_steps=mask_steps,
-    on_chunk=on_chunk,
+  ramp = engine._replace(
+    programs=feedback_programs or engine.programs, chunk_steps=mask_steps
+  )
+  state = yield from train_copies(
+    ramp, remask, key, engine.start(fresh, 1), first, learning_rates[:1], phase=phase
   )
   state, masks = remask(ramp_steps, state)
   state = model_at(state, 0)
   state = state._replace(params=apply_masks(state.params, masks))
-  state = continue_training(
-    programs,
-    splits.train,
-    masks,
-    key,
-    repeat_model(state, m),
-    ingredients,
-    learning_rates,
-    chunk_steps=chunk_steps,
-    on_chunk=on_chunk,
+  copies = repeat_model(state, m)
+  end = yield from train_copies(
+    engine, masks, key, copies, ingredients, learning_rates, phase=phase
   )
-  model, record = merge_candidates(
-    programs, splits, key, Model(state.params, state.batch_stats), describe=describe
-  )
-  return model, masks, {"sparsity": removed_share(model.params, masks), **record}
+  candidates = Model(end.params, end.batch_stats)
+  model, record = merge_candidates(engine, key, candidates)
+  sparsity = removed_share(model.params, masks)
+  yield Phase(model, masks, candidates, {"phase": phase, "sparsity": sparsity, **record})
 
 
 def removed_share(params: PyTree, masks: PyTree) -> float:

@@ -1,16 +1,13 @@
 """The loop of Sparse Model Soups: prune, retrain m copies, merge, phase after phase.
 
-    params, masks, record = prune_phase(params, masks, sparsity)
-    candidates, report    = retrain_phase(key, params, masks, ingredients, retrain)
-    params, weights       = merge_phase(candidates)
-
-`sparse_model_soup` is these three lines in a loop. Host-side training loops (streamed data,
-checkpoints, progress bars) put their own retraining between the first and the last.
+`soup_phases` is the loop, for a caller's own training function as for the engine and what it is
+compared with. `sparse_model_soup` is the loop with `prune_phase`, `retrain_phase` and
+`merge_phase` in it.
 """
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +37,8 @@ from jaxsms.trees import (
 
 Prune = Callable[..., PyTree]
 Merge = Callable[[PyTree], Any]
+Record = dict[str, Any]
+Retraining = Generator[Any, None, tuple[PyTree, Record]]
 
 
 class SparseSoup(NamedTuple):
@@ -60,7 +59,7 @@ class SparseSoup(NamedTuple):
 
 
 class Phase(NamedTuple):
-  """What `on_phase` is called with after each phase.
+  """A finished phase: what `soup_phases` yields, and `on_phase` is called with.
 
   Attributes:
     params: the soup.
@@ -73,6 +72,81 @@ class Phase(NamedTuple):
   masks: PyTree
   candidates: PyTree
   record: dict[str, Any]
+
+
+def soup_phases(
+  key: jax.Array,
+  params: PyTree,
+  sparsities: Mapping[int, float],
+  *,
+  prune: Callable[[PyTree, PyTree | None, float], tuple[PyTree, PyTree, Record]],
+  retrain: Callable[[jax.Array, PyTree, PyTree, Record], Retraining],
+  merge: Callable[[jax.Array, PyTree], tuple[PyTree, Record]],
+  masks: PyTree | None = None,
+) -> Iterator[Any]:
+  """The loop: params <- merge(retrain(prune(params))), once for each sparsity.
+
+  Everything whose phases follow one another runs through it. What differs is what is
+  handed in. It goes on after a break where it is given the soup and masks of a phase and
+  the sparsities of the phases after it.
+
+  Args:
+    key: typed key; phase t gets `fold_in(key, t)`.
+    params: the model that the first phase prunes.
+    sparsities: by the number of the phase, in order, see `phase_sparsities`.
+    prune: `prune(params, masks, sparsity)` giving the pruned model, its masks and a record.
+    retrain: `retrain(key, params, masks, record)`, a generator that yields what it has to
+      report on the way and returns the candidates, leaves [m, ...], and a record. `record`
+      is that of `prune`, with the number of the `phase`.
+    merge: `merge(key, candidates)` giving a model and a record.
+    masks: of a model that is sparse already; None means dense.
+
+  Yields:
+    What `retrain` yields, and after each phase a `Phase`.
+
+  Example:
+    >>> def train(key, params, masks, record):
+    ...   return jax.tree.map(lambda x: jnp.stack([x, x]), params), {}
+    ...   yield
+    >>> model = {"Dense_0": {"kernel": jnp.arange(4.0).reshape(2, 2)}}
+    >>> (last,) = soup_phases(
+    ...   jax.random.key(0), model, {1: 0.5}, prune=prune_phase, retrain=train,
+    ...   merge=lambda key, candidates: (uniform_soup(candidates), {}),
+    ... )
+    >>> last.params["Dense_0"]["kernel"].tolist()
+    [[0.0, 0.0], [2.0, 3.0]]
+
+  References:
+    Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
+  """
+  for number, sparsity in sparsities.items():
+    phase_key = jax.random.fold_in(key, number)
+    params, masks, record = prune(params, masks, sparsity)
+    record = {"phase": number, **record}
+    candidates, report = yield from retrain(phase_key, params, masks, record)
+    params, merged = merge(phase_key, candidates)
+    yield Phase(params, masks, candidates, {**record, **merged, **report})
+
+
+def phase_sparsities(goal: float, phases: int, done: int = 0) -> dict[int, float]:
+  """The sparsity after each phase, by its number.
+
+  Args:
+    goal: sparsity after the last phase, in [0, 1).
+    phases: number of cycles, at least 1.
+    done: how many of them are finished already.
+
+  Returns:
+    `phase_sparsity(goal, t, phases)` of each phase t that is left.
+
+  Raises:
+    ValueError: see `phase_sparsity`.
+
+  Example:
+    >>> phase_sparsities(0.75, 2)
+    {1: 0.5, 2: 0.75}
+  """
+  return {t: phase_sparsity(goal, t, phases) for t in range(done + 1, phases + 1)}
 
 
 def sparse_model_soup(
@@ -136,19 +210,30 @@ def sparse_model_soup(
   check_finite(params)
   prunable_flags(params, prunable)
 
+  def retrain_all(key, params, masks, record):
+    varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
+    candidates, report = retrain_phase(key, params, masks, varied, retrain, mesh)
+    return candidates, {"retrain": report}
+    yield  # a generator, as the loop asks for; one program has nothing to report
+
+  def merge_all(key, candidates):
+    soup, weights = merge_phase(candidates, merge)
+    return soup, {"weights": weights}
+
   history = []
-  for phase in range(1, phases + 1):
-    varied = ingredients(phase) if callable(ingredients) else ingredients
-    sparsity = phase_sparsity(goal_sparsity, phase, phases)
-    params, masks, record = prune_phase(params, masks, sparsity, prune, prunable)
-    candidates, report = retrain_phase(
-      jax.random.fold_in(key, phase), params, masks, varied, retrain, mesh
-    )
-    params, weights = merge_phase(candidates, merge)
-    record = {"phase": phase, **record, "weights": weights, "retrain": report}
-    history.append(record)
+  for phase in soup_phases(
+    key,
+    params,
+    phase_sparsities(goal_sparsity, phases),
+    prune=functools.partial(prune_phase, prune=prune, prunable=prunable),
+    retrain=retrain_all,
+    merge=merge_all,
+    masks=masks,
+  ):
+    params, masks = phase.params, phase.masks
+    history.append(phase.record)
     if on_phase is not None:
-      on_phase(Phase(params, masks, candidates, record))
+      on_phase(phase)
   return SparseSoup(params, masks, history)
 
 

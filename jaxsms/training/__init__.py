@@ -3,12 +3,12 @@
 `METRICS`: what every model is measured by, functions of logits and labels by name.
 """
 
+from jaxsms.training.engine import Engine, Model, Splits
 from jaxsms.training.learning_rates import retrain_learning_rates
 from jaxsms.training.loop import (
   Chunk,
-  Saving,
-  continue_training,
   fetched,
+  last_state,
   train_chunks,
   train_copies,
 )
@@ -20,13 +20,15 @@ __all__ = [
   "METRICS",
   "Chunk",
   "Data",
+  "Engine",
+  "Model",
   "Programs",
-  "Saving",
+  "Splits",
   "StreamedData",
   "TrainState",
-  "continue_training",
   "fetched",
   "init_variables",
+  "last_state",
   "make_programs",
   "retrain_learning_rates",
   "sgd",

@@ -18,7 +18,7 @@ from jaxsms.landscape import (
   plane_weights,
 )
 from jaxsms.meshes import fetch
-from jaxsms.training.measurements import Model, Record, Splits
+from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
@@ -35,8 +35,7 @@ PASSES = 3  # forward passes that a training step is worth
 
 
 def measure_landscape(
-  programs: Programs,
-  splits: Splits,
+  engine: Engine,
   key: jax.Array,
   candidates: Model,
   healthy: list[int],
@@ -50,8 +49,7 @@ def measure_landscape(
   stacked in groups of m models, so that the programs of the copies serve.
 
   Args:
-    programs: of the network.
-    splits: the data.
+    engine: of the network and its data.
     key: of the phase.
     candidates: leaves [m, ...].
     healthy: those that did not diverge.
@@ -71,7 +69,7 @@ def measure_landscape(
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671
     Garipov et al., 2018, https://arxiv.org/abs/1802.10026
   """
-  chosen = healthy[:3]
+  programs, splits, chosen = engine.programs, engine.splits, healthy[:3]
   if len(chosen) < 2 or isinstance(splits.train, StreamedData):
     return None
   validation = evenly(splits.validation, IMAGES)

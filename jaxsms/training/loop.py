@@ -1,6 +1,6 @@
 """Training on the host's side: chunk after chunk of the jitted program."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
 from jaxsms.sms import finite_models
+from jaxsms.training.engine import Engine
 from jaxsms.training.memory import says_what_fits
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState, start
+from jaxsms.training.state import Data, TrainState
 from jaxsms.training.streamed import StreamedData, training_batches
 from jaxsms.trees import PyTree, number_of_models
 
@@ -34,6 +35,7 @@ class Chunk(NamedTuple):
     accuracy: float [m], training accuracy over the chunk; likewise. Both may still be
       on their way from the device: `fetched` waits for them.
     learning_rate: float [m], of the last step.
+    phase: that it belongs to; 0 in dense training.
   """
 
   copies: int
@@ -44,157 +46,86 @@ class Chunk(NamedTuple):
   loss: np.ndarray | jax.Array
   accuracy: np.ndarray | jax.Array
   learning_rate: np.ndarray
-
-
-class Saving(NamedTuple):
-  """What lets a training go on after a break.
-
-  Attributes:
-    due: whether the state is wanted, asked after every chunk. Of several processes, all
-      must say the same.
-    state: called with it, when all chunks up to it have been looked at. It is donated to
-      the next chunk: take a copy.
-    phase: called by `run_phases` with all phases so far, after each one.
-  """
-
-  due: Callable[[], bool]
-  state: Callable[[TrainState], None]
-  phase: Callable[[Any], None] = lambda phases: None
+  phase: int = 0
 
 
 def train_copies(
-  programs: Programs,
-  data: Data | StreamedData,
-  masks: PyTree,
-  key: jax.Array,
-  params: PyTree,
-  batch_stats: PyTree,
-  ingredients: dict[str, np.ndarray],
-  learning_rates: np.ndarray,
-  *,
-  chunk_steps: int = 50,
-  on_chunk: Callable[[Chunk], None] | None = None,
-  state: TrainState | None = None,
-  saving: Saving | None = None,
-  on_state: Callable[[TrainState, Chunk], None] | None = None,
-) -> tuple[PyTree, PyTree]:
-  """Trains one copy of a model per ingredient, from the first step to the last.
-
-  A copy whose loss or parameters become NaN or infinite stays NaN from then on; the others
-  do not notice.
-
-  Args:
-    programs: of this network and data set.
-    data: the training split.
-    masks: shared by all copies, or leaves [m, ...] where the programs were made for
-      masks of their own; all True trains a dense model.
-    key: of the phase, the same for all copies.
-    params: the model that every copy starts from, leaves [...].
-    batch_stats: its batch statistics.
-    ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
-    learning_rates: float [m, max(steps)].
-    chunk_steps: most steps between two looks of the host; an epoch is cut into equal
-      chunks of at most that many.
-    on_chunk: called after each chunk.
-    state: of the m copies, as `saving` got it from such a training, to go on from there;
-      None begins at step 0.
-    saving: asked after each chunk whether it wants the state.
-    on_state: called with the state of the copies and its chunk, both possibly unfinished.
-      The state is donated to the next chunk: keep what is worked out from it alone.
-
-  Returns:
-    Parameters and batch statistics of the m copies, leaves [m, ...].
-
-  Raises:
-    FloatingPointError: every copy has become NaN or infinite.
-    MemoryError: the device is too small for so many copies at once.
-  """
-  m = number_of_models(ingredients, "ingredients")
-  if state is None:
-    state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
-  state = continue_training(
-    programs,
-    data,
-    masks,
-    key,
-    state,
-    ingredients,
-    learning_rates,
-    chunk_steps=chunk_steps,
-    on_chunk=on_chunk,
-    on_state=on_state,
-    saving=saving,
-  )
-  return state.params, state.batch_stats
-
-
-def continue_training(
-  programs: Programs,
-  data: Data | StreamedData,
+  engine: Engine,
   masks: PyTree | Remask,
   key: jax.Array,
   state: TrainState,
   ingredients: dict[str, np.ndarray],
   learning_rates: np.ndarray,
   *,
-  chunk_steps: int = 50,
-  on_chunk: Callable[[Chunk], None] | None = None,
+  phase: int = 0,
   on_state: Callable[[TrainState, Chunk], None] | None = None,
-  saving: Saving | None = None,
-) -> TrainState:
+) -> Generator[Chunk | TrainState, None, TrainState]:
   """Trains m copies from a state to their last step.
 
+  A copy whose loss or parameters become NaN or infinite stays NaN from then on; the others
+  do not notice.
+
   Args:
-    programs: see `train_copies`.
-    data: the same.
-    masks: see `train_chunks`.
-    key: see `train_copies`.
-    state: of all copies, leaves [m, ...]; donated.
-    ingredients: see `train_copies`.
+    engine: the network and its data.
+    masks: shared by all copies, or leaves [m, ...] where the programs were made for masks
+      of their own; all True trains a dense model. Or a function that makes them anew, see
+      `train_chunks`.
+    key: of the phase, the same for all copies.
+    state: of all copies, leaves [m, ...], as `Engine.start` or an earlier training gives
+      it; donated.
+    ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
     learning_rates: float [m, max(steps)], from step 0 on.
-    chunk_steps: see `train_copies`.
-    on_chunk: the same.
-    on_state: the same.
-    saving: the same.
+    phase: number that the chunks are marked with.
+    on_state: called with the state of the copies and its chunk, both possibly unfinished.
+      The state is donated to the next chunk: keep what is worked out from it alone.
+
+  Yields:
+    Each chunk, when it is finished and the next one is under way; and the state, where
+    `engine.wants_state` says so and all chunks up to it have been given. It is donated to
+    the next chunk: take a copy.
 
   Returns:
-    The last state.
+    The last state. `last_state` runs a training up to it.
 
   Raises:
     FloatingPointError: every copy has become NaN or infinite.
     MemoryError: the device is too small for so many copies at once.
   """
-  m = number_of_models(ingredients, "ingredients")
-  running = None  # the host looks at a chunk once the next one is on the device
-
-  def look(chunk):
-    chunk = fetched(chunk, ingredients["steps"])
-    if on_chunk is not None:
-      on_chunk(chunk)
-
-  length = chunk_length(data.size // programs.batch_size, chunk_steps)
+  programs, data = engine.programs, engine.splits.train
+  m, steps = number_of_models(ingredients, "ingredients"), ingredients["steps"]
+  length = chunk_length(engine.steps_per_epoch, engine.chunk_steps)
   like = _one_mask(state.params) if callable(masks) else masks
+  running = None  # the host looks at a chunk once the next one is on the device
   with says_what_fits(programs, data, like, key, state, length):
     for latest, chunk in train_chunks(
-      programs, data, masks, key, state, ingredients, learning_rates, chunk_steps
+      programs, data, masks, key, state, ingredients, learning_rates, engine.chunk_steps
     ):
-      state = latest
+      state, chunk = latest, chunk._replace(phase=phase)
       if on_state is not None:
         on_state(state, chunk)
       if running is not None:
-        look(running)
+        yield fetched(running, steps)
       running = chunk
-      if saving is not None and saving.due():
-        look(running)
+      if engine.wants_state():
+        yield fetched(running, steps)
         running = None
-        saving.state(state)
+        yield state
     if running is not None:
-      look(running)
+      yield fetched(running, steps)
   if not np.any(fetch(finite_models((state.params, state.batch_stats)))):
     raise FloatingPointError(
       f"{_copies(m)} has parameters that are not finite: lower the learning rate"
     )
   return state
+
+
+def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
+  """Runs a training to its end, whatever it yields on the way."""
+  while True:
+    try:
+      next(training)
+    except StopIteration as end:
+      return end.value
 
 
 def _one_mask(params: PyTree) -> PyTree:
@@ -251,7 +182,7 @@ def train_chunks(
     state: of all m copies, leaves [m, ...], as `start` or an earlier chunk gives it.
     ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
     learning_rates: float [m, max(steps)], from the first step of the phase on.
-    chunk_steps: see `train_copies`.
+    chunk_steps: most steps of a chunk; an epoch is cut into equal chunks.
 
   Yields:
     The state of the m copies and what to show of the chunk, before either is finished:

@@ -1,7 +1,7 @@
 """What a model is measured by: its predictions on each split, and its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +13,11 @@ from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import prediction_ensemble
 from jaxsms.training import streamed
+from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree, is_parameter, number_of_models, settled
-
-Record = dict[str, Any]
-Describe = Callable[[PyTree], Record]
-
-
-class Splits(NamedTuple):
-  """The parts of a data set, resident on the device or streamed from the host.
-
-  Attributes:
-    train: to train on.
-    validation: to choose by.
-    test: to report.
-    corrupted: by the name of a corruption, functions that give the test data with it, one
-      for each severity; called anew for each measurement.
-    also_measured: names of splits that are measured beside validation and test.
-  """
-
-  train: Data | StreamedData
-  validation: Data | StreamedData
-  test: Data | StreamedData
-  corrupted: Mapping[str, Sequence[Callable[[], Data]]] = {}
-  also_measured: tuple[str, ...] = ()
 
 
 class Predictions(NamedTuple):
@@ -53,24 +32,12 @@ class Predictions(NamedTuple):
   labels: jax.Array
 
 
-class Model(NamedTuple):
-  """One model with what it needs to be run, or (leaves [m, ...]) several.
-
-  Attributes:
-    params: parameters.
-    batch_stats: batch statistics, an empty dict where there are none.
-  """
-
-  params: PyTree
-  batch_stats: PyTree
-
-
 class Measured(NamedTuple):
   """What m models do.
 
   Attributes:
     scores: for each model its metrics: `validation_`, `test_`, ... + name; with corrupted
-      data `ood_` + name, and `ood`, the same by corruption; and what `describe` gives.
+      data `ood_` + name, and `ood`, the same by corruption; and what the engine's `describe` gives.
     ensemble: those of the models' prediction ensemble, without the latter.
     predictions: of the models, by split.
   """
@@ -80,20 +47,17 @@ class Measured(NamedTuple):
   predictions: dict[str, Predictions]
 
 
-def measure(
-  programs: Programs, splits: Splits, models: Model, describe: Describe | None = None
-) -> Measured:
+def measure(engine: Engine, models: Model) -> Measured:
   """Measures m models, and their prediction ensemble.
 
   Args:
-    programs: of the network.
-    splits: the data.
+    engine: whose splits they are measured on, and how they are described.
     models: leaves [m, ...].
-    describe: gives what to record of one model's weights, NumPy leaves [...].
 
   Returns:
     Metrics of each model and of the ensemble, and predictions.
   """
+  programs, splits = engine.programs, engine.splits
   m = number_of_models(models.params)
   names = ("validation", "test", *splits.also_measured)
   predictions = {name: predict(programs, getattr(splits, name), models) for name in names}
@@ -103,10 +67,9 @@ def measure(
       one |= ood
   ensemble = dict(scores[-1])  # of one model it is that model
   scores = scores[:m]
-  if describe is not None:
-    params = fetch(models.params)
-    for i, one in enumerate(scores):
-      one |= describe(jax.tree.map(lambda x, i=i: x[i], params))
+  params = fetch(models.params)
+  for i, one in enumerate(scores):
+    one |= engine.describe(jax.tree.map(lambda x, i=i: x[i], params))
   return Measured(scores, ensemble, predictions)
 
 
@@ -290,10 +253,9 @@ def score(
   return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
 
 
-def recalibrated(
-  programs: Programs, splits: Splits, key: jax.Array, models: Model
-) -> Model:
-  """The same models with batch statistics estimated anew."""
+def recalibrated(engine: Engine, key: jax.Array, models: Model) -> Model:
+  """The same models, leaves [m, ...], with batch statistics estimated anew."""
+  programs, splits = engine.programs, engine.splits
   if not jax.tree.leaves(models.batch_stats):
     return models
   if isinstance(splits.train, StreamedData):
@@ -301,11 +263,6 @@ def recalibrated(
   else:
     statistics = programs.recalibrate(splits.train, key, *models)
   return Model(models.params, statistics)
-
-
-def one_model(model: Model) -> Model:
-  """Adds the leading axis of length 1."""
-  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
 
 
 _geometry = jax.jit(soup_geometry)

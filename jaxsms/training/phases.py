@@ -1,8 +1,8 @@
 """The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
 
 import functools
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,197 +11,185 @@ from jaxsms.faults import fault_point
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
-from jaxsms.pruning import magnitude_masks, phase_sparsity
-from jaxsms.sms import Merge, Prune, healthy_copies, merge_phase, prune_phase
+from jaxsms.pruning import magnitude_masks
+from jaxsms.sms import (
+  Merge,
+  Phase,
+  Prune,
+  Retraining,
+  healthy_copies,
+  merge_phase,
+  prune_phase,
+  soup_phases,
+)
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
+from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
 from jaxsms.training.failures import averaging_failure
 from jaxsms.training.landscape import measure_landscape
-from jaxsms.training.loop import Chunk, Saving, train_copies
+from jaxsms.training.loop import train_copies
 from jaxsms.training.measurements import (
-  Describe,
-  Measured,
-  Model,
-  Predictions,
-  Record,
-  Splits,
   best_candidate,
   measure,
   of_set,
-  one_model,
   predict,
   recalibrated,
   score,
 )
-from jaxsms.training.programs import Programs
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
-__all__ = [
-  "Measured",
-  "Model",
-  "Phases",
-  "Plan",
-  "Predictions",
-  "Record",
-  "Splits",
-  "best_candidate",
-  "greedy_merge",
-  "measure",
-  "merge_candidates",
-  "one_model",
-  "recalibrated",
-  "run_phases",
-]
-
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
-# From the phase's pruning record: ingredients of m copies, and learning rates [m, steps].
-Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
 
 
-class Phases(NamedTuple):
-  """The finished phases of a method.
+class Merging(NamedTuple):
+  """How the candidates of a phase become one model.
 
   Attributes:
-    model: the last soup.
-    masks: its masks.
-    records: one of each phase.
+    of: `of(engine, key)` giving the merge of `Model` leaves [m, ...], see
+      `jaxsms.merge_phase`. The key estimates batch statistics.
+    selects: whether it leaves candidates out, so that those taken are worth a record.
   """
 
-  model: Model
-  masks: PyTree
-  records: list[Record]
+  of: Callable[[Engine, jax.Array], Merge]
+  selects: bool = False
 
 
-def run_phases(
-  programs: Programs,
-  splits: Splits,
+def training_phases(
+  engine: Engine,
   key: jax.Array,
   dense: Model,
   plan: Plan,
+  sparsities: Mapping[int, float],
   *,
-  goal_sparsity: float,
-  phases: int,
   prune: Prune = magnitude_masks,
-  merge: Merge = uniform_soup,
-  greedy: bool = False,
-  describe: Describe | None = None,
+  merging: Merging | None = None,
   landscapes: Collection[int] = (),
-  chunk_steps: int = 50,
-  on_chunk: Callable[[int, Chunk], None] | None = None,
-  on_phase: Callable[[Record], None] | None = None,
-  done: Phases | None = None,
+  masks: PyTree | None = None,
   state: TrainState | None = None,
-  saving: Saving | None = None,
-) -> Phases:
+) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
+  It goes on after a break where it is given the soup and masks of the last finished phase,
+  the sparsities of the phases after it, and the state of the training under way.
+
   Args:
-    programs: of the network on the data set.
-    splits: training, validation and test data.
+    engine: the network and its data.
     key: each phase gets `fold_in(key, phase)`, the same for all copies.
-    dense: the trained model.
+    dense: the trained model, or the soup of the phase before.
     plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
       `norm_drop`, `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`,
       each [m]) and learning rates [m, steps] of its copies.
-    goal_sparsity: sparsity after the last phase, in [0, 1).
-    phases: number of cycles, at least 1.
+    sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
-    merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
-    greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
-    describe: gives what to record of one model's weights beside its metrics.
+    merging: of the candidates; None means `MERGES["uniform"]`.
     landscapes: phases in which the loss between the candidates is measured.
-    chunk_steps: see `train_copies`.
-    on_chunk: called with the phase and each chunk of training.
-    on_phase: called with each phase's record.
-    done: phases that are finished already, to go on after them.
-    state: of the training in the phase after those, see `train_copies`.
-    saving: what lets the run go on after a break.
+    masks: of a soup that is gone on from.
+    state: of the copies in the first of these phases, as `train_copies` gave it.
 
-  Returns:
-    The last soup, its masks, and a record per phase: that of `jaxsms.prune_phase`, metrics
-    of `pruned` (before retraining), `pruning_instability` (the share of the test accuracy
-    that pruning took), and that of `merge_candidates`; where asked for and possible the
-    `landscape`, see `measure_landscape`.
+  Yields:
+    What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
+    `Model`. Its record is that of `jaxsms.prune_phase`, with metrics of `pruned` (before
+    retraining), `pruning_instability` (the share of the test accuracy that pruning took),
+    that of `merge_candidates`, and where asked for and possible the `landscape`, see
+    `measure_landscape`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`.
     FloatingPointError: all copies of a phase diverged.
   """
-  model, masks, records = dense, None, []
-  if done is not None:
-    model, masks, records = done.model, done.masks, list(done.records)
-  for phase in range(len(records) + 1, phases + 1):
-    phase_key = jax.random.fold_in(key, phase)
-    goal = phase_sparsity(goal_sparsity, phase, phases)
-    before = accuracy_on_test(programs, splits, model)
-    params, masks, record = prune_phase(model.params, masks, goal, prune)
-    record = {"phase": phase, **record}
-    pruned = measure(
-      programs, splits, one_model(Model(params, model.batch_stats)), describe
-    ).scores[0]
-    record["pruned"] = pruned
-    record["pruning_instability"] = instability(before, pruned["test_accuracy"])
+  trained_images = 0
+
+  def counted_plan(record):
+    nonlocal trained_images
     chosen, learning_rates = plan(record)
-    candidates = Model(
-      *train_copies(
-        programs,
-        splits.train,
-        masks,
-        phase_key,
-        params,
-        model.batch_stats,
-        chosen,
-        learning_rates,
-        chunk_steps=chunk_steps,
-        on_chunk=None if on_chunk is None else lambda c, p=phase: on_chunk(p, c),
-        state=state,
-        saving=saving,
-      )
-    )
-    state = None
-    model, merged = merge_candidates(
-      programs, splits, phase_key, candidates, merge, greedy=greedy, describe=describe
-    )
-    record |= merged
-    if phase in landscapes:
+    trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
+    return chosen, learning_rates
+
+  for event in soup_phases(
+    key,
+    dense,
+    sparsities,
+    prune=functools.partial(prune_and_measure, engine, prune),
+    retrain=retraining(engine, counted_plan, state),
+    merge=functools.partial(merge_candidates, engine, merging=merging),
+    masks=masks,
+  ):
+    if isinstance(event, Phase) and event.record["phase"] in landscapes:
+      diverged = event.record["diverged"]
       found = measure_landscape(
-        programs,
-        splits,
-        phase_key,
-        candidates,
-        [i for i in range(len(merged["weights"])) if i not in merged["diverged"]],
-        model.params,
-        int(np.sum(chosen["steps"])) * programs.batch_size,
+        engine,
+        jax.random.fold_in(key, event.record["phase"]),
+        event.candidates,
+        [i for i in range(len(event.record["weights"])) if i not in diverged],
+        event.params.params,
+        trained_images,
       )
-      record |= {} if found is None else {"landscape": found}
-    records.append(record)
-    if on_phase is not None:
-      on_phase(record)
-    if saving is not None:
-      saving.phase(Phases(model, masks, list(records)))
-  return Phases(model, masks, records)
+      event.record.update({} if found is None else {"landscape": found})
+    yield event
+
+
+def prune_and_measure(
+  engine: Engine, prune: Prune, model: Model, masks: PyTree | None, sparsity: float
+) -> tuple[Model, PyTree, Record]:
+  """Prunes a model further, and measures what that does to it.
+
+  Args:
+    engine: the network and its data.
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    model: leaves [...].
+    masks: what was removed so far; None means nothing.
+    sparsity: of the prunable weights afterwards, in [0, 1).
+
+  Returns:
+    The pruned model, its masks, and the record of `jaxsms.prune_phase` with the metrics of
+    `pruned` and the `pruning_instability`.
+  """
+  before = accuracy_on_test(engine, model)
+  params, masks, record = prune_phase(model.params, masks, sparsity, prune)
+  pruned = Model(params, model.batch_stats)
+  (scores,) = measure(engine, one_model(pruned)).scores
+  lost = instability(before, scores["test_accuracy"])
+  return pruned, masks, {**record, "pruned": scores, "pruning_instability": lost}
+
+
+def retraining(
+  engine: Engine, plan: Plan, state: TrainState | None = None
+) -> Callable[[jax.Array, Model, PyTree, Record], Retraining]:
+  """The engine's retraining, for `jaxsms.sms.soup_phases`.
+
+  Args:
+    engine: the network and its data.
+    plan: see `training_phases`.
+    state: of the copies in the first phase, to go on from there; None begins at step 0.
+
+  Returns:
+    A function of a phase's key, pruned model, masks and record, see `soup_phases`.
+  """
+
+  def retrain(key, pruned, masks, record):
+    nonlocal state
+    chosen, learning_rates = plan(record)
+    begin, state = state, None
+    if begin is None:
+      begin = engine.start(pruned, number_of_models(chosen, "ingredients"))
+    end = yield from train_copies(
+      engine, masks, key, begin, chosen, learning_rates, phase=record["phase"]
+    )
+    return Model(end.params, end.batch_stats), {}
+
+  return retrain
 
 
 def merge_candidates(
-  programs: Programs,
-  splits: Splits,
-  key: jax.Array,
-  candidates: Model,
-  merge: Merge = uniform_soup,
-  *,
-  greedy: bool = False,
-  describe: Describe | None = None,
+  engine: Engine, key: jax.Array, candidates: Model, merging: Merging | None = None
 ) -> tuple[Model, Record]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
   Args:
-    programs: of the network.
-    splits: the data.
+    engine: the network and its data.
     key: of the phase.
     candidates: leaves [m, ...].
-    merge: of them, see `jaxsms.merge_phase`; one candidate is its own soup.
-    greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
-    describe: gives what to record of one model's weights beside its metrics.
+    merging: of them; None means `MERGES["uniform"]`. One candidate is its own soup.
 
   Returns:
     The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
@@ -209,18 +197,19 @@ def merge_candidates(
     metrics as `mean_candidate` and `max_candidate`, `geometry` (of the candidates'
     parameters), metrics of the `soup` and of the candidates' `prediction_ensemble`, and
     `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
-    each split). If greedy, those of the set `selected` as well. Candidates that diverged
-    are listed as `diverged` and count in nothing else; their own metrics are NaN. Where
-    averaging failed, `averaging_failed` says so, see `averaging_failure`.
+    each split). Where the merge selects, those of the set `selected` as well. Candidates
+    that diverged are listed as `diverged` and count in nothing else; their own metrics are
+    NaN. Where averaging failed, `averaging_failed` says so, see `averaging_failure`.
 
   Raises:
     FloatingPointError: all candidates diverged.
   """
+  merging = merging or MERGES["uniform"]
   key = jax.random.fold_in(key, RECALIBRATION)
-  candidates = recalibrated(programs, splits, key, candidates)
+  candidates = recalibrated(engine, key, candidates)
   m, healthy = number_of_models(candidates), healthy_copies(candidates)
   finite = candidates if len(healthy) == m else take_ingredients(candidates, healthy)
-  measured, ensemble, predictions = measure(programs, splits, finite, describe)
+  measured, ensemble, predictions = measure(engine, finite)
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
@@ -230,18 +219,12 @@ def merge_candidates(
     model, weights = merge_phase(candidates, uniform_soup)
     soup, of_soup = scores[0], predictions
   else:
-    if greedy:
-      merge = greedy_merge(programs, splits, key)
-    model, weights = merge_phase(candidates, merge)
-    alone = recalibrated(programs, splits, key, one_model(model))
-    (soup,), _, of_soup = measure(programs, splits, alone, describe)
+    model, weights = merge_phase(candidates, merging.of(engine, key))
+    alone = recalibrated(engine, key, one_model(model))
+    (soup,), _, of_soup = measure(engine, alone)
     model = model_at(alone, 0)
     failure = averaging_failure(
-      functools.partial(on_validation, programs, splits, key),
-      candidates,
-      weights,
-      soup,
-      scores,
+      functools.partial(on_validation, engine, key), candidates, weights, soup, scores
     )
   record = {
     "weights": weights.tolist(),
@@ -260,34 +243,39 @@ def merge_candidates(
   }
   if failure is not None:
     record["averaging_failed"] = failure
-  if greedy:
+  if merging.selects:
     taken = np.flatnonzero(weights)
     chosen = take_ingredients(candidates.params, taken)
     record["selected"] = of_set([scores[i] for i in taken], chosen)
   return model, record
 
 
-def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
+def greedy_merge(engine: Engine, key: jax.Array) -> Merge:
   """Merges by the validation accuracy of each average, its batch statistics its own."""
 
   def validation_accuracy(model):
-    return on_validation(programs, splits, key, model)["validation_accuracy"]
+    return on_validation(engine, key, model)["validation_accuracy"]
 
   return functools.partial(greedy_soup, evaluate=validation_accuracy)
 
 
-def on_validation(
-  programs: Programs, splits: Splits, key: jax.Array, model: Model
-) -> dict[str, float]:
+MERGES = {
+  "uniform": Merging(lambda engine, key: uniform_soup),
+  "greedy": Merging(greedy_merge, selects=True),
+}
+
+
+def on_validation(engine: Engine, key: jax.Array, model: Model) -> dict[str, float]:
   """Metrics of one model on validation data, its batch statistics estimated anew."""
-  model = recalibrated(programs, splits, key, one_model(model))
-  return score(programs, {"validation": predict(programs, splits.validation, model)})[0]
+  model = recalibrated(engine, key, one_model(model))
+  predictions = predict(engine.programs, engine.splits.validation, model)
+  return score(engine.programs, {"validation": predictions})[0]
 
 
-def accuracy_on_test(programs: Programs, splits: Splits, model: Model) -> float:
+def accuracy_on_test(engine: Engine, model: Model) -> float:
   """That of one model, leaves [...]."""
-  on_test = {"test": predict(programs, splits.test, one_model(model))}
-  return score(programs, on_test)[0]["test_accuracy"]
+  predictions = predict(engine.programs, engine.splits.test, one_model(model))
+  return score(engine.programs, {"test": predictions})[0]["test_accuracy"]
 
 
 def instability(before: float, after: float) -> float:

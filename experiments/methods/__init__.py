@@ -1,0 +1,29 @@
+"""The methods of a run: the soup, and what it is compared with."""
+
+from experiments.methods.planning import (
+  entry_of,
+  model_steps,
+  names_of,
+  planned_steps,
+  planned_work,
+  seed_events,
+)
+from experiments.methods.registry import DENSE, METHODS, SOUP, Method, baselines, having
+from experiments.methods.seeds import Run, Soup
+
+__all__ = [
+  "DENSE",
+  "METHODS",
+  "SOUP",
+  "Method",
+  "Run",
+  "Soup",
+  "baselines",
+  "entry_of",
+  "having",
+  "model_steps",
+  "names_of",
+  "planned_steps",
+  "planned_work",
+  "seed_events",
+]

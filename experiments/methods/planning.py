@@ -1,0 +1,132 @@
+"""What a run does: its methods in order, how much work that is, and one seed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from experiments.methods.registry import DENSE, METHODS, SOUP, longest
+from experiments.methods.seeds import Run, dense_model
+from experiments.progress import MEASURED
+from jaxsms.training.engine import Record
+
+if TYPE_CHECKING:
+  from experiments.method_flags import MethodFlags
+  from experiments.settings import Settings
+  from experiments.task import Task
+  from experiments.work import Work
+
+STATISTICS = 0.2  # share of the training images that batch statistics come from
+PASSES = 3  # forward passes that a training step is worth
+
+
+def names_of(settings: Settings) -> tuple[str, ...]:
+  """The methods of a run: the soup, and what it is compared with."""
+  return (SOUP, *settings.baselines)
+
+
+def planned_steps(
+  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
+) -> dict[int, int]:
+  """Steps of a whole run, by the number of copies that a step trains.
+
+  Args:
+    settings: of the run.
+    method: the same.
+    steps_per_epoch: in training.
+    names: of its methods.
+  """
+  plans = [{1: 0 if method.init else settings.epochs}]
+  for name in names:
+    plans.append(METHODS[name].epochs(settings, method))
+  total: dict[int, float] = {}
+  for plan in plans:
+    for copies, epochs in plan.items():
+      total[copies] = total.get(copies, 0) + epochs
+  return {m: round(settings.seeds * steps_per_epoch * n) for m, n in total.items()}
+
+
+def planned_work(
+  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
+) -> dict[int, int]:
+  """Those steps, and under `MEASURED` how many models are measured."""
+  models = 1
+  for name in names:
+    copies = max(METHODS[name].epochs(settings, method))
+    models += _models(copies, 1 if "ramp" in METHODS[name].traits else settings.phases)
+  steps = planned_steps(settings, method, steps_per_epoch, names)
+  return {**steps, MEASURED: settings.seeds * models}
+
+
+def _models(copies, phases):
+  """How many are measured in so many phases: pruned, candidates and, of several, a soup."""
+  return phases * (2 if copies == 1 else copies + 2)
+
+
+def model_steps(task: Task) -> float:
+  """Steps of one copy that measuring one model is worth, roughly: by images it sees."""
+  splits = task.engine.splits
+  images = sum(getattr(splits, name).size for name in (
+    "validation", "test", *splits.also_measured))  # fmt: skip
+  images += splits.test.size * sum(map(len, splits.corrupted.values()))
+  if jax.tree.leaves(task.shapes.batch_stats):
+    images += STATISTICS * splits.train.size
+  return images / task.engine.programs.batch_size / PASSES
+
+
+def seed_events(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+  """Everything that one seed decides, as it happens; its work grows until all is done.
+
+  Args:
+    run: a seed.
+    names: of the methods, in the order in which they run.
+
+  Yields:
+    The name of a method with what it yields: chunks of training, states of it that are to
+    be saved, finished phases, the last soup; and with None where the method begins.
+  """
+  work = run.work
+  if work.dense is None:
+    for event in dense_model(run):
+      yield DENSE, event
+  for name in names:
+    method = METHODS[name]
+    if name == SOUP:
+      finished = len(work.phases.get(SOUP, [])) == run.settings.phases
+      if finished and work.method != SOUP:
+        continue
+    elif name in work.baselines:
+      continue
+    if not method.resumes:
+      work.begin(name)
+    yield name, None
+    events = method.run(run if method.resumes else run.anew(), work.dense)
+    metrics = yield from named(name, events)
+    if name != SOUP:
+      work.baselines[name] = list(metrics.items())
+
+
+def named(name, events):
+  """Events with the name of their method; returns what the method returns."""
+  while True:
+    try:
+      event = next(events)
+    except StopIteration as end:
+      return end.value
+    yield name, event
+
+
+def entry_of(work: Work, names: Sequence[str]) -> Record:
+  """The entry of results.json of a seed whose work is done.
+
+  Its phases are those of the soup, with the metrics of each baseline; without a soup they
+  hold those alone.
+  """
+  phases = {record["phase"]: dict(record) for record in work.phases.get(SOUP, [])}
+  for name in names:
+    for phase, metrics in work.baselines.get(name, ()):
+      record = phases.setdefault(phase, {"phase": phase, "sparsity": metrics["sparsity"]})
+      record[name] = metrics
+  return {"seed": work.seed, "dense": work.metrics, "phases": list(phases.values())}

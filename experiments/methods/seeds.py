@@ -1,0 +1,258 @@
+"""One seed of a run: dense training, Sparse Model Soups, and what they compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.criteria import pruning
+from jaxsms import Phase
+from jaxsms.sms import Prune, phase_sparsities
+from jaxsms.training import (
+  Engine,
+  Model,
+  TrainState,
+  init_variables,
+  retrain_learning_rates,
+  train_copies,
+)
+from jaxsms.training.engine import Plan, Record, one_model
+from jaxsms.training.measurements import measure
+from jaxsms.training.phases import MERGES, training_phases
+from jaxsms.trees import model_at
+
+if TYPE_CHECKING:  # methods know no flags: the flags know the methods
+  from experiments.settings import Settings
+  from experiments.task import Task
+  from experiments.work import Work
+
+# Independent streams of a seed's key.
+INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH = 0, 1, 2, 3, 4
+# What a method yields: chunks of training, states to be saved, and phases.
+Events = Generator[Any, None, Any]
+
+
+class Soup(NamedTuple):
+  """The last soup of a seed, to be written down.
+
+  Attributes:
+    params: parameters.
+    batch_stats: batch statistics.
+    masks: its masks.
+  """
+
+  params: Any
+  batch_stats: Any
+  masks: Any
+
+
+class Run(NamedTuple):
+  """One seed of a run, for its methods.
+
+  Attributes:
+    settings: of all seeds.
+    task: shared by all seeds.
+    key: of the seed.
+    work: what is done of it already, and grows; None for a method that begins anew.
+  """
+
+  settings: Settings
+  task: Task
+  key: jax.Array
+  work: Work | None = None
+
+  @property
+  def engine(self) -> Engine:
+    """The network and its data."""
+    return self.task.engine
+
+  @property
+  def prune(self) -> Prune:
+    """The criterion."""
+    key = jax.random.fold_in(self.key, PRUNE)
+    return pruning(self.settings, self.task.method, key)
+
+  @property
+  def sparsities(self) -> dict[int, float]:
+    """After each phase."""
+    return phase_sparsities(self.settings.goal_sparsity, self.settings.phases)
+
+  @property
+  def retrain_steps(self) -> int:
+    """Of one copy in a phase."""
+    return self.settings.retrain_epochs * self.task.steps_per_epoch
+
+  def stream(self, number: int) -> jax.Array:
+    """One of the independent keys of the seed."""
+    return jax.random.fold_in(self.key, number)
+
+  def anew(self) -> Run:
+    """The same for a method that cannot be taken up in its midst."""
+    engine = self.engine._replace(wants_state=lambda: False)
+    return self._replace(task=self.task._replace(engine=engine), work=None)
+
+
+def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
+  """Ingredients that differ in their seed."""
+  return {
+    "seed": np.arange(m, dtype=np.int32),
+    "weight_decay": np.full([m], weight_decay, np.float32),
+    "steps": np.full([m], steps, np.int32),
+  }
+
+
+def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
+  """Ingredients that differ in what --vary says; a single one has the flags' own values.
+
+  Args:
+    run: a seed of it.
+    m: how many.
+    steps: of each copy, unless that is what varies.
+  """
+  method = run.task.method
+  chosen = ingredients(m, run.settings.weight_decay, steps)
+  if method.vary == "seed":
+    if method.values is not None:
+      chosen["seed"] = np.array(method.values[:m], np.int32)
+    return chosen
+  chosen["seed"][:] = 0
+  if m > 1 and method.vary == "weight_decay":
+    chosen["weight_decay"] = np.array(method.values, np.float32)
+  if m > 1 and method.vary == "epochs":
+    chosen["steps"] = np.array(method.values, np.int32) * run.task.steps_per_epoch
+  return chosen
+
+
+def fresh_model(run: Run) -> Model:
+  """Before any training."""
+  return Model(*init_variables(run.task.module, run.stream(INIT), run.task.image_shape))
+
+
+def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
+  """Trains a new model without pruning, a step for each learning rate; returns it."""
+  engine, fresh = run.engine, fresh_model(run)
+  state = take_state(run) or engine.start(fresh, 1)
+  end = yield from train_copies(
+    engine,
+    jax.tree.map(lambda x: np.ones(x.shape, bool), fresh.params),
+    run.stream(stream),
+    state,
+    ingredients(1, run.settings.weight_decay, len(learning_rates)),
+    learning_rates[None],
+  )
+  return model_at(Model(end.params, end.batch_stats), 0)
+
+
+def dense_model(run: Run) -> Events:
+  """The dense model of a seed's work, trained or given, and its metrics."""
+  task, work = run.task, run.work
+  work.dense = task.initial
+  if work.dense is None:
+    work.dense = yield from train_dense(run, task.pretrain_lrs, PRETRAIN)
+  (work.metrics,) = measure(run.engine, one_model(work.dense)).scores
+  yield Phase(work.dense, None, None, work.metrics)
+
+
+def take_state(run: Run) -> TrainState | None:
+  """That of the training that was under way, for the first one that goes on."""
+  if run.work is None:
+    return None
+  state, run.work.state = run.work.state, None
+  return state
+
+
+def retraining_plan(run: Run, m: int, steps: int) -> Plan:
+  """Ingredients and learning rates of m copies, of so many steps unless that varies."""
+  settings, task = run.settings, run.task
+  chosen = varied_ingredients(run, m, steps)
+
+  def plan(record):
+    if not np.max(chosen["steps"]):
+      return chosen, np.zeros([m, 0], np.float32)
+    options = {}
+    if settings.retrain_schedule == "ALLR":
+      options = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
+    if m > 1 and task.method.vary == "learning_rate":
+      options["initial_lr"] = np.array(task.method.values, np.float32)
+    lrs = retrain_learning_rates(
+      settings.retrain_schedule,
+      task.pretrain_lrs,
+      chosen["steps"],
+      pretrain_warmup_steps=task.warmup_steps,
+      **options,
+    )
+    return chosen, lrs
+
+  return plan
+
+
+def prune_and_retrain(
+  run: Run,
+  dense: Model,
+  method: str,
+  m: int,
+  steps: int,
+  *,
+  goal_sparsity: float | None = None,
+) -> Events:
+  """All phases of one method: m copies of so many steps each; returns their records.
+
+  What the run's work holds of them already is not done again.
+  """
+  settings, work = run.settings, run.work
+  goal = settings.goal_sparsity if goal_sparsity is None else goal_sparsity
+  model, masks, records = dense, None, []
+  if work is not None:
+    work.begin(method)
+    if work.model is not None:
+      model, masks, records = work.model, work.masks, list(work.phases[method])
+  for event in training_phases(
+    run.engine,
+    run.stream(RETRAIN),
+    model,
+    retraining_plan(run, m, steps),
+    phase_sparsities(goal, settings.phases, done=len(records)),
+    prune=run.prune,
+    merging=MERGES[settings.merge],
+    landscapes=landscape_phases(run) if method == "sms" else (),
+    masks=masks,
+    state=take_state(run),
+  ):
+    if isinstance(event, Phase):
+      records.append(event.record)
+      if work is not None:
+        work.model, work.masks = event.params, event.masks
+        work.phases[method] = list(records)
+    yield event
+  return records
+
+
+def landscape_phases(run: Run) -> range:
+  """The phases of --landscape."""
+  phases = run.settings.phases
+  first = {"last": phases, "all": 1, "none": phases + 1}[run.task.method.landscape]
+  return range(first, phases + 1)
+
+
+def records_of(events: Iterator[Any], first: int = 1) -> Events:
+  """Passes events on, but for phases before the first; returns the phases' records."""
+  records = []
+  for event in events:
+    if isinstance(event, Phase):
+      if event.record["phase"] < first:
+        continue
+      records.append(event.record)
+    yield event
+  return records
+
+
+def metrics_by_phase(records: list[Record]) -> dict[int, Record]:
+  """Metrics of the soups, with the copies that diverged, if any did."""
+  return {
+    record["phase"]: record["soup"]
+    | ({"diverged": record["diverged"]} if record.get("diverged") else {})
+    for record in records
+  }

@@ -1,0 +1,83 @@
+"""What training and measuring on a data set need, in one place."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.training.programs import Programs
+from jaxsms.training.state import Data, TrainState, start
+from jaxsms.training.streamed import StreamedData
+from jaxsms.trees import PyTree
+
+Record = dict[str, Any]
+# From a phase's pruning record: ingredients of m copies, and learning rates [m, steps].
+Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
+
+
+class Splits(NamedTuple):
+  """The parts of a data set, resident on the device or streamed from the host.
+
+  Attributes:
+    train: to train on.
+    validation: to choose by.
+    test: to report.
+    corrupted: by the name of a corruption, functions that give the test data with it, one
+      for each severity; called anew for each measurement.
+    also_measured: names of splits that are measured beside validation and test.
+  """
+
+  train: Data | StreamedData
+  validation: Data | StreamedData
+  test: Data | StreamedData
+  corrupted: Mapping[str, Sequence[Callable[[], Data]]] = {}
+  also_measured: tuple[str, ...] = ()
+
+
+class Model(NamedTuple):
+  """One model with what it needs to be run, or (leaves [m, ...]) several.
+
+  Attributes:
+    params: parameters.
+    batch_stats: batch statistics, an empty dict where there are none.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+
+
+class Engine(NamedTuple):
+  """A network on a data set: what all its phases train and are measured with.
+
+  Attributes:
+    programs: of the network, see `make_programs`.
+    splits: training, validation and test data.
+    describe: gives what to record of one model's weights, NumPy leaves [...], beside its
+      metrics.
+    chunk_steps: most steps between two looks of the host; an epoch is cut into equal
+      chunks of at most that many.
+    wants_state: asked after every chunk whether the state of the training is wanted. Of
+      several processes, all must say the same.
+  """
+
+  programs: Programs
+  splits: Splits
+  describe: Callable[[PyTree], Record] = lambda params: {}
+  chunk_steps: int = 50
+  wants_state: Callable[[], bool] = lambda: False
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Training steps that see each example once."""
+    return self.splits.train.size // self.programs.batch_size
+
+  def start(self, model: Model, copies: int) -> TrainState:
+    """Equal copies of a model at step 0, leaves [m, ...]."""
+    return start(*model, self.programs.optimizer(0.0, 0.0), copies)
+
+
+def one_model(model: Model) -> Model:
+  """Adds the leading axis of length 1."""
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
