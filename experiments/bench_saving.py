@@ -22,7 +22,7 @@ from experiments.work import Work, packed
 from jaxsms import models
 from jaxsms.names import check_name
 from jaxsms.series import Series
-from jaxsms.training.phases import Model
+from jaxsms.training import Model
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it

@@ -25,6 +25,7 @@ from experiments import (
   keeping,
   method_flags,
   methods,
+  reporting,
   run_directory,
   running,
   settings,
@@ -38,7 +39,7 @@ from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
-from jaxsms import report, storage
+from jaxsms import storage
 
 for module in running.FLAG_MODULES:
   flags.adopt_module_key_flags(module)
@@ -246,11 +247,11 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     header += comparison.OOD_HEADER
   console = Console()
   console.print(
-    report.console_table(comparison.table(cells), comparison.caption(results), header)
+    reporting.console_table(comparison.table(cells), comparison.caption(results), header)
   )
   for cell in cells:
     where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
-    for note in report.notes(cell["seeds"]):
+    for note in reporting.notes(cell["seeds"]):
       console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
   write_report([shared.workdir])
   console.print(

@@ -7,15 +7,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import run_directory
-from experiments.methods import SOUP
+from experiments import reporting, run_directory
+from experiments.methods import DENSE, SOUP, having
+from experiments.methods.registry import looks
 from experiments.settings import Settings
-from jaxsms import report, storage
+from jaxsms import storage
 
-DENSE = "dense"
-# What these do depends on no number of copies, or on no sparsity: done once for all.
-ONE_COPY = (DENSE, "imp", "gmp", "dpf", "bimp")
-NOT_PRUNED = (DENSE, "dense_soup")
 PARTS = "parts"
 # What a comparison can have more of later.
 GROWS = ("baselines", "goal_sparsity", "ingredients", "seed", "seeds")
@@ -73,6 +70,8 @@ def parts_of(
     copies: numbers of them.
     seeds: all.
   """
+  # What these do depends on no sparsity, or on no number of copies: done once for all.
+  not_pruned, one_copy = having("dense"), having("one_copy")
   parts = []
   for seed in seeds:
     parts.append(Part(DENSE, seed))
@@ -80,8 +79,8 @@ def parts_of(
       Part(
         method,
         seed,
-        None if method in NOT_PRUNED else goal,
-        None if method in ONE_COPY else m,
+        None if method in not_pruned else goal,
+        None if method in one_copy else m,
       )
       for goal in goal_sparsities
       for m in copies
@@ -159,7 +158,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     For each goal sparsity and number of copies with a soup: `goal_sparsity`,
     `ingredients`, `seeds` (as in the results of a run, each phase of the soup with the
-    metrics of every method) and `summary`, see `jaxsms.report.summarize`.
+    metrics of every method) and `summary`, see `experiments.reporting.summarize`.
   """
   cells: dict[tuple[float, int], dict[int, dict]] = {}
   for part, results in parts.items():
@@ -181,7 +180,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   for goal, m in sorted(cells):
     seeds = [cells[goal, m][seed] for seed in sorted(cells[goal, m])]
     cell = {"goal_sparsity": goal, "ingredients": m, "seeds": seeds}
-    found.append(cell | {"summary": report.summarize(seeds)})
+    found.append(cell | {"summary": reporting.summarize(seeds)})
   return found
 
 
@@ -206,11 +205,11 @@ def table(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
   found = []
   for cell in cells:
     m, summary = cell["ingredients"], cell["summary"]
-    (rows,) = report.rows(summary[-1:], m)
-    names = [name for name in report.METHODS if name in summary[-1]]
+    (rows,) = reporting.rows(summary[-1:], m)
+    names = [name for name in looks() if name in summary[-1]]
     rows[0][:2] = f"{100 * summary[-1]['sparsity']:.2f} %", str(m)
     if has_ood(cells):
-      ood = report.rows(report.summarize(cell["seeds"], "ood_accuracy")[-1:], m)[0]
+      ood = reporting.rows(reporting.summarize(cell["seeds"], "ood_accuracy")[-1:], m)[0]
       rows = [row + other[3:] for row, other in zip(rows, ood, strict=True)]
     for row, name in zip(rows, names, strict=True):
       if n := summary[-1][name].get("seeds"):
@@ -232,11 +231,11 @@ def has_ood(cells: list[dict[str, Any]]) -> bool:
 def caption(results: dict[str, Any]) -> str:
   """What the table says, in a sentence or two."""
   flags = results["flags"]
-  dense = report.estimate([m["test_accuracy"] for m in results["dense"].values()])
+  dense = reporting.estimate([m["test_accuracy"] for m in results["dense"].values()])
   spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
   text = (
     f"Test accuracy in percent of {flags['model']} on "
-    f"{report.dataset_title(flags['dataset'])} after {flags['phases']} phases, dense "
+    f"{reporting.dataset_title(flags['dataset'])} after {flags['phases']} phases, dense "
     f"{100 * dense.mean:.2f}{spread}"
   )
   n = max(len(cell["seeds"]) for cell in results["cells"])

@@ -1,11 +1,12 @@
 """Which weights a run removes: the criterion that the flags name, as one function."""
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 
-from experiments.method_flags import MethodFlags
-from experiments.settings import Settings
 from jaxsms import (
   erk_masks,
   filter_masks,
@@ -17,6 +18,10 @@ from jaxsms import (
 from jaxsms import prunable as default_prunable
 from jaxsms.sms import Prune
 from jaxsms.trees import path_names
+
+if TYPE_CHECKING:
+  from experiments.method_flags import MethodFlags
+  from experiments.settings import Settings
 
 
 def pruning(settings: Settings, method: MethodFlags, key: jax.Array) -> Prune:

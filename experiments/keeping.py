@@ -218,7 +218,12 @@ class Keeper:
       self.steps_left = {int(k): n for k, n in meta["steps_left"].items()}
       self._begun -= meta["seconds"]
       self.work = unpacked(
-        found.arrays, meta["work"], task.shapes, task.programs, settings.ingredients, what
+        found.arrays,
+        meta["work"],
+        task.shapes,
+        task.engine.programs,
+        settings.ingredients,
+        what,
       )
       return operator.index(meta["metrics_bytes"])
     except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments.methods.registry import bimp_epochs, having
 from experiments.settings import Settings
 from jaxsms.data import CORRUPTIONS
 from jaxsms.names import check_name
@@ -17,9 +18,6 @@ VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate":
 CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters")
 WITH_SCOPE = ("magnitude", "random", "filters")
 LANDSCAPES = ("last", "all", "none")
-GRADUAL = ("gmp", "gmp_soup", "dpf", "dpf_soup")
-# Their copies share one schedule.
-ONE_SCHEDULE = ("gmp_soup", "dpf_soup", "bimp_soup", "swamp")
 LEAST = {
   "n_m_group": 2, "width": 1, "widening": 1, "budget_epochs": 1, "mask_steps": 1,
   "rewind_epochs": 0,
@@ -165,9 +163,9 @@ def check(s: Settings, method: MethodFlags) -> None:
   _check_criterion(s, method)
   _check_budget(s, method)
   _check_ood(s, method)
-  for name, having in MODEL_OPTIONS.items():
-    if getattr(method, name) is not None and s.model not in having:
-      raise ValueError(f"--{name} is of {', '.join(having)}: leave it out with {s.model}")
+  for name, models in MODEL_OPTIONS.items():
+    if getattr(method, name) is not None and s.model not in models:
+      raise ValueError(f"--{name} is of {', '.join(models)}: leave it out with {s.model}")
 
 
 def _numbers(
@@ -216,7 +214,7 @@ def _check_values(s, method):
     )
   if vary in ("epochs", "learning_rate"):
     for name in s.baselines:
-      if name in ONE_SCHEDULE:
+      if name in having("one_schedule"):
         raise ValueError(
           f"--baselines has {name}, whose copies share one schedule: leave it out with "
           f"--vary={vary}"
@@ -243,7 +241,7 @@ def _check_criterion(s, method):
         "0.75, 2 and 4"
       )
   for name in s.baselines:
-    if name in GRADUAL:
+    if name in having("ramp"):
       raise ValueError(
         f"--baselines has {name}, whose sparsity rises smoothly: leave it out with "
         "--criterion=n_m"
@@ -284,18 +282,6 @@ def _check_ood(s, method):
   if s.dataset == "digits" or s.dataset.lower().endswith(".npz"):
     for name in method.ood:  # TFDS may have others
       check_name("corruption", name, ("all", *CORRUPTIONS))
-
-
-def bimp_epochs(s: Settings, method: MethodFlags) -> tuple[int, int]:
-  """Epochs of BIMP's dense training and of each of its cycles, within the budget."""
-  cycle = int(method.budget_epochs * (1 - method.fixed_after) / s.phases)
-  return method.budget_epochs - cycle * s.phases, cycle
-
-
-def landscape_phases(s: Settings, method: MethodFlags) -> range:
-  """The phases of --landscape."""
-  first = {"last": s.phases, "all": 1, "none": s.phases + 1}[method.landscape]
-  return range(first, s.phases + 1)
 
 
 def model_options(s: Settings, method: MethodFlags) -> dict[str, Any]:

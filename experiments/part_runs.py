@@ -3,13 +3,15 @@
 import collections
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import comparison, keeping, methods, run_directory, running, settings
-from experiments.comparison import DENSE, Part, folder_of, is_finished
+from experiments.comparison import Part, folder_of, is_finished
 from experiments.environment import environment
 from experiments.inference import inference
 from experiments.lock import Busy, Lock
+from experiments.methods import DENSE
 from experiments.progress import MEASURED, RunProgress
 from experiments.run_directory import agreed, is_writer
 from experiments.running import Job
@@ -18,7 +20,7 @@ from experiments.task import Task
 from experiments.work import Work
 from jaxsms import checkpoint, storage
 from jaxsms.meshes import fetch
-from jaxsms.training.measurements import Describe, Model
+from jaxsms.training import Model
 
 MODEL = "model"  # in the folder of a dense part
 
@@ -77,9 +79,8 @@ def run_part(
     Stopped: a signal asked for it.
   """
   task, chosen = shared.task, part.settings(shared.job.settings)
-  task = task._replace(
-    describe=functools.partial(task.describe, goal_sparsity=chosen.goal_sparsity)
-  )
+  describe = functools.partial(task.engine.describe, goal_sparsity=chosen.goal_sparsity)
+  task = task._replace(engine=task.engine._replace(describe=describe))
   folder = folder_of(shared.workdir, part)
   run_flags = shared.job._replace(settings=chosen).flags()
   own = {name: getattr(chosen, name) for name in comparison.GROWS}
@@ -90,22 +91,21 @@ def run_part(
     run_directory.check_same(folder, before, run["defining"])
   steps = planned(shared, part)
   keeper = keeping.Keeper(folder, run, shared.job.retention, signals)
-  first = functools.partial(first_work, shared, part, task.describe)
+  first = functools.partial(first_work, shared, part, describe)
   try:
     said = keeper.open(chosen, task, settings.flagfile(run_flags), steps, first)
   except Finished:
     return
   for sentence in said:
     keeping.say(sentence)
-  task = running.counted(task, progress, keeper)
   with keeper:
     plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
-    observer = running.make_observer(
+    listener = running.Listener(
       progress, keeper, folder, chosen, task.steps_per_epoch, goal
     )
     if not keeper.seeds:
-      entry = methods.run_seed(chosen, task, keeper.work, observer, part.methods)
+      entry = running.run_seed(task, chosen, part.methods, listener, keeper.work)
       if part.method == DENSE:
         run_directory.save_model(folder / MODEL, keeper.work.dense._asdict())
       keeper.finish_seed(entry)
@@ -125,7 +125,7 @@ def run_part(
     keeper.forget()
 
 
-def first_work(shared: Comparison, part: Part, describe: Describe) -> Work | None:
+def first_work(shared: Comparison, part: Part, describe: Callable) -> Work | None:
   """What a part begins with: the dense model of its seed, and its metrics.
 
   What `describe` gives of it depends on the part's goal sparsity.

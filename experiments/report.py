@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from experiments import reporting
+from experiments.reporting import Case
 from experiments.run_results import read
-from jaxsms import report, storage
-from jaxsms.report import Case
+from jaxsms import storage
 
 
 def write_report(
@@ -45,19 +46,19 @@ def write_report(
   cases = [case for of_one, _ in found for case in of_one]
   origins = [origin for _, origin in found]
   cases = _told_apart(cases)
-  document = report.document(*headings(cases, origins), cases, origins)
-  written = report.files(document)
+  document = reporting.document(*headings(cases, origins), cases, origins)
+  written = reporting.files(document)
   (out / "figures").mkdir(parents=True, exist_ok=True)
   for name, data in written.items():
     storage.write_bytes(out / name, data)
   return out / "report.html"
 
 
-def headings(cases: Sequence[Case], origins: Sequence[report.Origin]) -> tuple[str, str]:
+def headings(cases: Sequence[Case], origins: Sequence[reporting.Origin]) -> tuple[str, str]:
   """Title and subtitle."""
   what = list(
     dict.fromkeys(
-      f"{case.flags['model']} on {report.dataset_title(case.flags['dataset'])}"
+      f"{case.flags['model']} on {reporting.dataset_title(case.flags['dataset'])}"
       for case in cases
     )
   )

@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 from experiments.hardware import Hardware, bfloat16
 from experiments.method_flags import MethodFlags
 from experiments.ood import prepared_digests
+from experiments.reporting import dataset_title
 from experiments.settings import Settings
 from jaxsms import checkpoint, storage
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.meshes import fetch
-from jaxsms.report import dataset_title
 
 RUN_FILE = "run.json"
 FLAGS_FILE = "flags.txt"

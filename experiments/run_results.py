@@ -10,8 +10,8 @@ from absl import flags
 from experiments import comparison, run_directory
 from experiments.methods import SOUP
 from experiments.metrics_file import read_lines
+from experiments.reporting import Case, Origin, flag_text
 from jaxsms import storage
-from jaxsms.report import Case, Origin, flag_text
 
 # Their model of the goal sparsity is that of their last phase alone.
 LAST_ALONE = ("bimp", "bimp_soup")

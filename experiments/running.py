@@ -1,24 +1,35 @@
 """What the binaries that train share: their flags and data, and what they show and keep."""
 
+import dataclasses
 import importlib.util
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments import hardware, keeping, method_flags, pretraining_flags, settings
+from experiments import (
+  hardware,
+  keeping,
+  method_flags,
+  methods,
+  pretraining_flags,
+  reporting,
+  settings,
+)
 from experiments.hardware import Hardware
 from experiments.method_flags import MethodFlags
 from experiments.progress import MEASURED, RunProgress
-from experiments.retraining import Observer
 from experiments.run_directory import save_soup
 from experiments.settings import Settings
 from experiments.task import Task, load
-from jaxsms import report, storage
+from experiments.work import Work
+from jaxsms import Phase, storage
 from jaxsms.data import Dataset, StreamedDataset
+from jaxsms.training import Chunk, Engine, TrainState
 
 FLAG_MODULES = (settings, pretraining_flags, method_flags, hardware, keeping)
 
@@ -74,21 +85,6 @@ def read_job(argv: list[str]) -> Job:
   return Job(settings.with_data(chosen, dataset), method, retention, devices, dataset)
 
 
-def counted(task: Task, progress: RunProgress, keeper: keeping.Keeper) -> Task:
-  """The same task: whenever a model of it was measured, both are told.
-
-  Describing it is the last thing that is done to a model that is measured.
-  """
-
-  def described(params):
-    record = task.describe(params)
-    progress.measured()
-    keeper.count(MEASURED, 1)
-    return record
-
-  return task._replace(describe=described)
-
-
 def workdir(prefix: str = "") -> storage.epath.Path:
   """--workdir, or a new folder in runs/ named by date and time.
 
@@ -104,63 +100,122 @@ def workdir(prefix: str = "") -> storage.epath.Path:
   return storage.as_path(os.path.join("runs", time.strftime(f"{prefix}%Y%m%d-%H%M%S")))
 
 
-def make_observer(
-  progress: RunProgress,
-  keeper: keeping.Keeper,
-  workdir: storage.epath.Path,
-  chosen: Settings,
-  steps_per_epoch: int,
-  prefix: str = "",
-) -> Observer:
-  """Shows each chunk of training, writes a line for every epoch and phase, and saves.
+class Listener:
+  """Shows what a run yields, writes it down, and saves it."""
 
-  Args:
-    progress: where it is shown.
-    keeper: of the run.
-    workdir: where its soup goes.
-    chosen: its settings.
-    steps_per_epoch: in training.
-    prefix: of what is shown.
-  """
-  epoch = keeper.epoch
-  titles = {"dense": "dense", "sms": "SMS"} | {
-    name: report.method_title(name, chosen.ingredients) for name in settings.BASELINES
-  }
+  def __init__(
+    self,
+    progress: RunProgress,
+    keeper: keeping.Keeper,
+    workdir: storage.epath.Path,
+    chosen: Settings,
+    steps_per_epoch: int,
+    prefix: str = "",
+  ):
+    """Touches nothing yet.
 
-  def on_chunk(method, phase, chunk):
-    epochs = -(-chunk.steps // steps_per_epoch)
-    title = f"{prefix}seed {keeper.work.seed}  {titles[method]}"
-    title += f" phase {phase}/{chosen.phases}" if phase else ""
-    progress.chunk(title, epochs, chunk)
+    Args:
+      progress: where it is shown.
+      keeper: of the run.
+      workdir: where its soup goes.
+      chosen: its settings.
+      steps_per_epoch: in training.
+      prefix: of what is shown.
+    """
+    self._progress, self._keeper, self._workdir = progress, keeper, workdir
+    self._chosen, self._steps_per_epoch, self._prefix = chosen, steps_per_epoch, prefix
+
+  def engine(self, engine: Engine) -> Engine:
+    """The same engine: it counts the models it measures, and asks when to save.
+
+    Describing a model is the last thing that is done when it is measured.
+    """
+
+    def described(params):
+      record = engine.describe(params)
+      self._progress.measured()
+      self._keeper.count(MEASURED, 1)
+      return record
+
+    return engine._replace(describe=described, wants_state=self._keeper.due)
+
+  def take(self, method: str, event: Any) -> None:
+    """Acts on an event, see `methods.seed_events`.
+
+    Raises:
+      Stopped: a signal asked the run to stop, and all is saved.
+      OSError: something cannot be written.
+    """
+    keeper = self._keeper
+    resumes = method == methods.DENSE or methods.METHODS[method].resumes
+    match event:
+      case None:
+        if not resumes:  # nothing of it is saved before its end: what is there has to be
+          keeper.begin(keeper.work)
+      case Chunk():
+        self._chunk(method, event)
+        if not resumes:
+          keeper.pause()
+      case TrainState():
+        keeper.save(dataclasses.replace(keeper.work, state=event))
+      case Phase():
+        self._progress.phase()
+        line = {"seed": keeper.work.seed, "method": method}
+        line["phase"] = event.record.get("phase", 0)
+        keeper.append_metrics({**line, "evaluation": event.record})
+        if resumes:
+          keeper.save(keeper.work)
+      case methods.Soup():
+        save_soup(self._workdir, keeper.work.seed, event._asdict())
+
+  def _chunk(self, method, chunk):
+    """Shows a chunk; where it completes an epoch, the epoch's means are written down."""
+    keeper, chosen = self._keeper, self._chosen
+    epoch, epochs = keeper.epoch, -(-chunk.steps // self._steps_per_epoch)
+    titles = {methods.DENSE: "dense", methods.SOUP: "SMS"}
+    title = titles.get(method) or reporting.method_title(method, chosen.ingredients)
+    title = f"{self._prefix}seed {keeper.work.seed}  {title}"
+    title += f" phase {chunk.phase}/{chosen.phases}" if chunk.phase else ""
+    self._progress.chunk(title, epochs, chunk)
     keeper.count(chunk.copies, chunk.taken)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
-    if chunk.step * epochs == chunk.epoch * chunk.steps:  # the epoch is complete
-      loss, accuracy = (
-        np.average(epoch[name], axis=0, weights=epoch["taken"])
-        for name in ("loss", "accuracy")
-      )
-      line = {
+    if chunk.step * epochs != chunk.epoch * chunk.steps:  # the epoch goes on
+      return
+    loss, accuracy = (
+      np.average(epoch[name], axis=0, weights=epoch["taken"])
+      for name in ("loss", "accuracy")
+    )
+    keeper.append_metrics(
+      {
         "seed": keeper.work.seed,
         "method": method,
-        "phase": phase,
+        "phase": chunk.phase,
         "epoch": chunk.epoch,
+        "step": chunk.step,
+        "loss": loss,
+        "accuracy": accuracy,
+        "learning_rate": chunk.learning_rate,
       }
-      line |= {"step": chunk.step, "loss": loss, "accuracy": accuracy}
-      line["learning_rate"] = chunk.learning_rate
-      keeper.append_metrics(line)
-      for values in epoch.values():
-        values.clear()
+    )
+    for values in epoch.values():
+      values.clear()
 
-  def on_phase(method, record):
-    progress.phase()
-    line = {"seed": keeper.work.seed, "method": method, "phase": record.get("phase", 0)}
-    keeper.append_metrics({**line, "evaluation": record})
 
-  def on_soup(soup):
-    save_soup(workdir, keeper.work.seed, soup)
+def run_seed(task: Task, chosen: Settings, names: Sequence[str], listener: Listener,
+             work: Work) -> dict[str, Any]:  # fmt: skip
+  """Does what is left of a seed; gives its entry in results.json.
 
-  return Observer(
-    on_chunk, on_phase, on_soup, keeper.due, keeper.save, keeper.begin, keeper.pause
-  )
+  Args:
+    task: shared by all seeds.
+    chosen: settings of the run.
+    names: of the methods, in order.
+    listener: to whom all that happens is told.
+    work: what is done of the seed already.
+  """
+  task = task._replace(engine=listener.engine(task.engine))
+  run = methods.Run(chosen, task, jax.random.key(work.seed), work)
+  for method, event in methods.seed_events(run, names):
+    listener.take(method, event)
+  return methods.entry_of(work, names)

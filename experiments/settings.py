@@ -5,19 +5,16 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments.methods.registry import baselines
 from experiments.pretraining_flags import check_pretraining
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS, Dataset, StreamedDataset
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, check_sparsity, removal_count
 from jaxsms.schedules import RETRAIN_SCHEDULES
+from jaxsms.training.phases import MERGES
 
 FLAGS = flags.FLAGS
-BASELINES = (
-  "imp", "imp_mx", "imp_reprune", "dense_soup", "gmp", "gmp_soup", "dpf", "dpf_soup",
-  "bimp", "bimp_soup", "swamp",
-)  # fmt: skip
-MERGES = ("uniform", "greedy")
 WITH_DROPOUT = ("mlp", "wide_resnet28_10", "wide_resnet22_10", "vit_tiny")
 # What a flag means where it is not given. Chosen on validation data: BUILD_NOTES.md.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -217,7 +214,7 @@ def read_settings() -> Settings:
     values["stream"] = values["dataset"].startswith("imagenet2012")
   values["baselines"] = tuple(dict.fromkeys(b for b in values["baselines"] if b))
   if values["baselines"] == ("all",):
-    values["baselines"] = BASELINES
+    values["baselines"] = baselines()
   settings = Settings(**values)
   check(settings)
   return settings
@@ -237,8 +234,8 @@ def check(s: Settings) -> None:
   if s.augmentation is not None:
     check_name("augmentation", s.augmentation, AUGMENTATIONS)
   for name in s.baselines:
-    check_name("baseline", name, BASELINES)
-  check_name("merge", s.merge, MERGES)
+    check_name("baseline", name, baselines())
+  check_name("merge", s.merge, tuple(MERGES))
   if s.stream and (s.dataset == "digits" or s.dataset.lower().endswith(".npz")):
     raise ValueError(f"--stream reads TFDS data sets: {s.dataset} fits on the device")
   if s.stream and s.augmentation not in (None, "none"):

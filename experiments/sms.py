@@ -29,14 +29,22 @@ import tempfile
 from absl import app, flags
 from rich.console import Console
 
-from experiments import keeping, methods, run_directory, running, settings, tuning
+from experiments import (
+  keeping,
+  methods,
+  reporting,
+  run_directory,
+  running,
+  settings,
+  tuning,
+)
 from experiments.environment import environment
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
-from jaxsms import report, storage
+from jaxsms import storage
 
 for module in running.FLAG_MODULES:
   flags.adopt_module_key_flags(module)
@@ -86,7 +94,7 @@ def main(argv: list[str]) -> None:
 
   def write_results():
     if keeper.seeds:
-      results["summary"] = report.summarize(keeper.seeds)
+      results["summary"] = reporting.summarize(keeper.seeds)
       results["seconds"] = keeper.seconds()
       results["finished"] = len(keeper.seeds) == chosen.seeds
       run_directory.write_results(workdir, results)
@@ -98,13 +106,10 @@ def main(argv: list[str]) -> None:
       dict(keeper.steps_left), quiet=quiet, model_steps=methods.model_steps(task)
     )
     with keeper, signals, shown as progress:
-      task = running.counted(task, progress, keeper)
-      observer = running.make_observer(
-        progress, keeper, workdir, chosen, task.steps_per_epoch
-      )
+      listener = running.Listener(progress, keeper, workdir, chosen, task.steps_per_epoch)
       write_results()
       while len(keeper.seeds) < chosen.seeds:
-        entry = methods.run_seed(chosen, task, keeper.work, observer, names)
+        entry = running.run_seed(task, chosen, names, listener, keeper.work)
         keeper.finish_seed(entry)
         write_results()
       if run_directory.is_writer():
@@ -137,14 +142,14 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   if not run_directory.is_writer():
     return
   console = Console()
-  tables = report.rows(results["summary"], results["flags"]["ingredients"])
-  console.print(report.console_table(tables, report.caption(results)))
-  for note in report.notes(results["seeds"]):
+  tables = reporting.rows(results["summary"], results["flags"]["ingredients"])
+  console.print(reporting.console_table(tables, reporting.caption(results)))
+  for note in reporting.notes(results["seeds"]):
     console.print(note, style="bold red", highlight=False, soft_wrap=True)
   with tempfile.TemporaryDirectory() as folder:
     for ending in ("png", "svg"):
       name = f"accuracy.{ending}"
-      report.accuracy_figure(results, os.path.join(folder, name))
+      reporting.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
   write_report([workdir])
   console.print(

@@ -34,7 +34,8 @@ from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity
 from jaxsms.safetensors import by_path, write_safetensors
 from jaxsms.soups import greedy_soup, soup_weights
-from jaxsms.training.measurements import Model, measure, one_model, recalibrated
+from jaxsms.training.engine import Model, one_model
+from jaxsms.training.measurements import measure, recalibrated
 from jaxsms.training.phases import on_validation
 from jaxsms.trees import model_at
 
@@ -203,14 +204,14 @@ def make_soup(
 
     def validation_accuracy(arrays):
       model = as_model(finished(jax.device_get(arrays)))
-      return on_validation(task.programs, task.splits, key, model)["validation_accuracy"]
+      return on_validation(task.engine, key, model)["validation_accuracy"]
 
     stacked = {name: np.stack([model[name] for model in models]) for name in models[0]}
     weights = soup_weights(greedy_soup(stacked, validation_accuracy)[1], m)
   soup = finished(averaged(models, weights))
   if task is not None:
     one = one_model(as_model(soup))
-    anew = recalibrated(task.programs, task.splits, key, one)
+    anew = recalibrated(task.engine, key, one)
     soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
   return soup, weights
 
@@ -225,7 +226,7 @@ def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
   """Metrics of each model as it is."""
   trees = [as_model(arrays) for arrays in models]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-  return measure(task.programs, task.splits, stacked).scores
+  return measure(task.engine, stacked).scores
 
 
 def write(out: str, soup: Arrays, models: list[Arrays], weights: np.ndarray) -> None:

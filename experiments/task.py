@@ -28,13 +28,16 @@ from jaxsms.meshes import place
 from jaxsms.pruning import prunable_flags
 from jaxsms.training import (
   Data,
+  Engine,
+  Model,
   Programs,
+  Splits,
   StreamedData,
   init_variables,
   make_programs,
   sgd,
 )
-from jaxsms.training.measurements import Describe, Model, Splits, describe_weights
+from jaxsms.training.measurements import describe_weights
 
 
 class Task(NamedTuple):
@@ -43,31 +46,27 @@ class Task(NamedTuple):
   Attributes:
     method: flags.
     module: the network.
-    programs: its compiled work.
+    engine: its compiled work, on the data.
     variant: `variant(own_masks=True)` or `variant(feedback=True)`: other programs.
-    splits: the data on the device.
     shapes: of the network's parameters and batch statistics.
     image_shape: [height, width, channels].
     steps_per_epoch: training steps.
     pretrain_lrs: float [pretraining steps].
     warmup_steps: how many of them are warmup.
     initial: the trained model to start from; None trains one.
-    describe: gives what to record of one model's weights.
     ood_sources: where each corruption comes from.
   """
 
   method: MethodFlags
   module: Any
-  programs: Programs
+  engine: Engine
   variant: Callable[..., Programs]
-  splits: Splits
   shapes: Model
   image_shape: tuple[int, ...]
   steps_per_epoch: int
   pretrain_lrs: np.ndarray
   warmup_steps: int
   initial: Model | None
-  describe: Describe
   ood_sources: dict[str, str]
 
 
@@ -131,25 +130,32 @@ def make_task(
   steps = settings.epochs * steps_per_epoch
   schedule, warmup_steps = dense_schedule(settings, steps_per_epoch)
   pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
+  describe = functools.partial(
+    describe_weights,
+    goal_sparsity=settings.goal_sparsity,
+    multiply_adds=inference_cost(module, *shapes, image_shape),
+  )
   return Task(
     method=method,
     module=module,
-    programs=programs,
+    engine=Engine(programs, splits, describe, chunk_steps(settings)),
     variant=variant,
-    splits=splits,
     shapes=shapes,
     image_shape=image_shape,
     steps_per_epoch=steps_per_epoch,
     pretrain_lrs=np.broadcast_to(pretrain_lrs, [steps]),
     warmup_steps=warmup_steps,
     initial=initial,
-    describe=functools.partial(
-      describe_weights,
-      goal_sparsity=settings.goal_sparsity,
-      multiply_adds=inference_cost(module, *shapes, image_shape),
-    ),
     ood_sources=ood_sources,
   )
+
+
+def chunk_steps(settings: Settings) -> int:
+  """Most steps in one dispatch: an epoch, where the host need not look more often."""
+  if settings.chunk_steps is not None:
+    return settings.chunk_steps
+  often = settings.stream or jax.default_backend() == "cpu"
+  return 50 if often else 2**31
 
 
 def inference_cost(

@@ -8,7 +8,7 @@ from absl import logging
 
 from experiments.hardware import MEASURE, Hardware
 from experiments.method_flags import MethodFlags
-from experiments.retraining import ingredients
+from experiments.methods.seeds import ingredients
 from experiments.settings import Settings
 from experiments.task import make_task
 from jaxsms.convolution import CHOICES
@@ -56,13 +56,14 @@ def _runner(settings, chosen, method, dataset):
   steps = STEPS * (ROUNDS + 1)
   params, batch_stats = init_variables(task.module, jax.random.key(0), task.image_shape)
   masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
-  optimizer = task.programs.optimizer(0.0, 0.0)
+  programs = task.engine.programs
+  optimizer = programs.optimizer(0.0, 0.0)
   state = start(params, batch_stats, optimizer, m)
   varied = ingredients(m, settings.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
     for _, chunk in train_chunks(
-      task.programs, task.splits.train, masks, jax.random.key(0), state, varied, rates,
+      programs, task.engine.splits.train, masks, jax.random.key(0), state, varied, rates,
       min(STEPS, per_epoch),
     ):  # fmt: skip
       jax.block_until_ready(chunk.loss)

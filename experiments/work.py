@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsms import checkpoint
 from jaxsms.meshes import fetch, params_sharding
 from jaxsms.safetensors import by_path
-from jaxsms.training import Programs, TrainState, start
-from jaxsms.training.phases import Model, Record
+from jaxsms.training import Model, Programs, TrainState, start
+from jaxsms.training.engine import Record
 from jaxsms.trees import PyTree
 
 

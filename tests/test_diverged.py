@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsms import models, report, training
+from experiments import reporting
+from jaxsms import models, training
 from jaxsms.baselines import imp_reprune
 from jaxsms.sms import finite_models
 from jaxsms.training.failures import MARGIN, averaging_failure
@@ -209,11 +210,11 @@ def test_a_failed_average_is_in_the_record_and_below_the_table(programs, dense):
   for i, end in ((0, 0), (1, -1)):
     expected = record["candidates"][i]["validation_loss"]
     assert failed["losses"][end] == pytest.approx(expected, rel=1e-5)
-  notes = report.notes([{"seed": 7, "phases": [record]}])
+  notes = reporting.notes([{"seed": 7, "phases": [record]}])
   assert notes[0].startswith("Seed 7, phase 1: 1 of 3 copies diverged")
   assert "averaging failed" in notes[1]
   assert f"the loss rises by {failed['barrier']:.3g}" in notes[1]
   phase = {"phase": 2, "candidates": [{}] * 3, "imp_reprune": {"diverged": [0, 2]}}
-  (note,) = report.notes([{"seed": 8, "phases": [phase]}])
+  (note,) = reporting.notes([{"seed": 8, "phases": [phase]}])
   assert note.startswith("Seed 8, phase 2, IMP-RePrune: ")
   assert "left out (from 0: 0, 2)" in note

@@ -18,7 +18,8 @@ from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
 from experiments import sms
-from jaxsms import faults, report
+from experiments import reporting
+from jaxsms import faults
 
 IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")
 SOME = ("save arrays:2", "merge:1", "remove:2")
@@ -40,7 +41,7 @@ def job(fault, said, *flags):
   for stream in (1, 2):
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   jax.config.update("jax_disable_most_optimizations", True)
-  report.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
+  reporting.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
   sms.write_report = lambda paths: None
   sys.exit(run(*flags))
 

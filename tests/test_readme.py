@@ -18,7 +18,8 @@ import pytest
 
 import jaxsms
 from experiments import baselines, settings
-from jaxsms import prunable, report
+from experiments import reporting
+from jaxsms import prunable
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -99,8 +100,8 @@ def test_all_other_snippets(names, tmp_path, monkeypatch):
 
   # The baseline of one's own, with its name and title where README says.
   monkeypatch.setattr(settings, "BASELINES", (*settings.BASELINES, "one_shot"))
-  monkeypatch.setitem(report.METHODS, "one_shot", "One shot")
-  monkeypatch.setitem(report.STYLES, "one_shot", ("#000000", "o"))
+  monkeypatch.setitem(reporting.METHODS, "one_shot", "One shot")
+  monkeypatch.setitem(reporting.STYLES, "one_shot", ("#000000", "o"))
   flags = ("--epochs=3", "--retrain_epochs=1", "--phases=2", "--ingredients=2")
   workdir = f"--workdir={tmp_path / 'own'}"
   assert main_job.run(*flags, "--baselines=one_shot", "--hidden=32", workdir) == 0

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxsms import report
+from experiments import reporting
 
 
-def results(seeds, phases=2, m=3, methods=tuple(report.METHODS)):
+def results(seeds, phases=2, m=3, methods=tuple(reporting.METHODS)):
   rng = np.random.default_rng(0)
 
   def metrics():
@@ -31,7 +31,7 @@ def results(seeds, phases=2, m=3, methods=tuple(report.METHODS)):
 
 def test_paired_differences_are_scipys():
   run = results(6)
-  summary = report.summarize(run["seeds"])
+  summary = reporting.summarize(run["seeds"])
   for t, row in enumerate(summary):
     soup = [s["phases"][t]["soup"]["test_accuracy"] for s in run["seeds"]]
     imp = [s["phases"][t]["imp"]["test_accuracy"] for s in run["seeds"]]
@@ -45,10 +45,10 @@ def test_paired_differences_are_scipys():
 
 
 def test_one_seed_has_no_spread():
-  summary = report.summarize(results(1, methods=("soup", "imp", "imp_mx"))["seeds"])
+  summary = reporting.summarize(results(1, methods=("soup", "imp", "imp_mx"))["seeds"])
   assert summary[0]["soup"]["std"] is None
   assert summary[0]["imp"]["soup_minus"]["half_width"] is None
-  tables = report.rows(summary, 3)
+  tables = reporting.rows(summary, 3)
   assert [table[0][0] for table in tables] == ["1", "2"]
   assert tables[0][-1][2] == "IMP 3x"
   gain = summary[0]["imp_mx"]["soup_minus"]["mean"]
@@ -60,7 +60,7 @@ def test_rows_say_percent_and_intervals():
   for seed, (soup, imp) in zip(run["seeds"], ((0.9, 0.8), (0.94, 0.82)), strict=True):
     seed["phases"][0]["soup"]["test_accuracy"] = soup
     seed["phases"][0]["imp"]["test_accuracy"] = imp
-  tables = report.rows(report.summarize(run["seeds"]), 3)
+  tables = reporting.rows(reporting.summarize(run["seeds"]), 3)
   # Differences 10 and 12 points: 11 ± 12.706 * sqrt(2) / sqrt(2), 12.706 the t quantile.
   assert tables == [
     [
@@ -68,7 +68,7 @@ def test_rows_say_percent_and_intervals():
       ["", "", "IMP", "81.00 ± 1.41", "+11.00 [-1.71, +23.71]"],
     ]
   ]
-  markdown = report.markdown_table(tables).splitlines()
+  markdown = reporting.markdown_table(tables).splitlines()
   assert markdown[0] == "| Phase | Sparsity | Model | Test accuracy | Soup minus it |"
   assert len(markdown) == 4
   assert {line.count("|") for line in markdown} == {6}
@@ -78,13 +78,13 @@ def test_rows_say_percent_and_intervals():
 def test_figure_and_caption(tmp_path, seeds):
   run = results(seeds)
   for ending in ("png", "svg"):
-    report.accuracy_figure(run, tmp_path / f"a.{ending}")
+    reporting.accuracy_figure(run, tmp_path / f"a.{ending}")
   drawn = (tmp_path / "a.svg").read_text()
   assert "<svg" in drawn
-  assert ("3 seeds" in report.caption(run)) == (seeds == 3)
+  assert ("3 seeds" in reporting.caption(run)) == (seeds == 3)
 
 
 def test_a_run_with_one_phase_and_no_baselines_can_be_drawn(tmp_path):
   run = results(1, phases=1, methods=("soup", "mean_candidate", "best_candidate"))
-  report.accuracy_figure(run, tmp_path / "a.png")
+  reporting.accuracy_figure(run, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 1000

@@ -11,10 +11,10 @@ from scipy import stats
 
 from experiments import report as binary
 from experiments.report import write_report
-from jaxsms.report import Case, summarize
-from jaxsms.report.document import Document, Section, Table
-from jaxsms.report.page import html, markdown
-from jaxsms.report.summary import sentences
+from experiments.reporting import Case, summarize
+from experiments.reporting.document import Document, Section, Table
+from experiments.reporting.page import html, markdown
+from experiments.reporting.summary import sentences
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

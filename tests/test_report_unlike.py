@@ -46,7 +46,7 @@ def test_a_run_before_its_goal_is_not_drawn_at_it(tmp_path):
   found = drawn(write_report(paths[1:], tmp_path / "two"))
   assert "accuracy-m3" not in found
   assert "accuracy-soups" in found
-  from jaxsms.report import figures
+  from experiments.reporting import figures
 
   shown = []
   with pytest.MonkeyPatch.context() as patch:

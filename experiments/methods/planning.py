@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from experiments.methods.registry import DENSE, METHODS, SOUP, longest
+from experiments.methods.registry import DENSE, METHODS, SOUP
 from experiments.methods.seeds import Run, dense_model
 from experiments.progress import MEASURED
 from jaxsms.training.engine import Record

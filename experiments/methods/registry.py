@@ -37,6 +37,20 @@ MASK_STEPS = {"gmp": 100, "dpf": 16}
 AVERAGED = 0.25  # share of a round of swamp that its averages over time are taken from
 
 
+class Look(NamedTuple):
+  """How results of a model are shown.
+
+  Attributes:
+    title: in tables and figures; `{m}` stands for the number of copies.
+    colour: in figures.
+    marker: there.
+  """
+
+  title: str
+  colour: str
+  marker: str
+
+
 class Method(NamedTuple):
   """A method of a run: the soup, or an entry of --baselines.
 
@@ -288,6 +302,21 @@ METHODS: dict[str, Method] = {
     "Dense soup", "#000000", "d", dense_soup, _copies_epochs, True, frozenset({"dense"})
   ),
 }  # fmt: skip
+
+
+# The models that a phase of the soup is measured by.
+SOUP_MODELS = {
+  "soup": Look(*METHODS[SOUP][:3]),
+  "mean_candidate": Look("Mean candidate", "#0072B2", "s"),
+  "best_candidate": Look("Best candidate", "#56B4E9", "^"),
+  "prediction_ensemble": Look("Ensemble", "#888888", "*"),
+}
+
+
+def looks() -> dict[str, Look]:
+  """How everything that results.json holds of a phase is shown, by name, in order."""
+  of_methods = {name: Look(*m[:3]) for name, m in METHODS.items() if name != SOUP}
+  return SOUP_MODELS | of_methods
 
 
 def baselines() -> tuple[str, ...]:

@@ -37,7 +37,8 @@ class Measured(NamedTuple):
 
   Attributes:
     scores: for each model its metrics: `validation_`, `test_`, ... + name; with corrupted
-      data `ood_` + name, and `ood`, the same by corruption; and what the engine's `describe` gives.
+      data `ood_` + name, and `ood`, the same by corruption; and what `Engine.describe`
+      gives.
     ensemble: those of the models' prediction ensemble, without the latter.
     predictions: of the models, by split.
   """

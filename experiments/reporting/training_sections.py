@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxsms.report import training_figures
-from jaxsms.report.cases import Case
-from jaxsms.report.document import Picture, Section
-from jaxsms.report.statistics import Results
+from experiments.reporting import training_figures
+from experiments.reporting.cases import Case
+from experiments.reporting.document import Picture, Section
+from experiments.reporting.statistics import Results
 
 CASES_DRAWN = 6  # at most so many where each has figures of its own
 

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from jaxsms.report.statistics import (
-  METHODS,
+from experiments.methods.registry import looks
+from experiments.reporting.statistics import (
   Results,
   dataset_title,
   estimate,
@@ -29,7 +29,7 @@ def rows(summary: list[Results], m: int) -> list[list[list[str]]]:
   tables = []
   for row in summary:
     lines = []
-    for name in METHODS:
+    for name in looks():
       if name in row:
         lines.append(["", "", method_title(name, m), accuracy(row[name]), gain(row[name])])
     lines[0][:2] = str(row["phase"]), f"{100 * row['sparsity']:.2f} %"
@@ -109,7 +109,7 @@ def notes(seeds: list[Results]) -> list[str]:
           f"{where}: {len(diverged)} of {len(phase['candidates'])} copies diverged and are "
           f"left out (from 0: {copies})."
         )
-      for name in METHODS:
+      for name in looks():
         if diverged := (phase.get(name) or {}).get("diverged"):
           copies = ", ".join(map(str, diverged))
           title = method_title(name, len(phase.get("candidates", ())))
@@ -165,6 +165,6 @@ def console_table(
     table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
   for lines in tables:
     for line in lines:
-      soup = line[2] == METHODS["soup"]
+      soup = line[2] == looks()["soup"].title
       table.add_row(*line, style="bold" if soup else None, end_section=line is lines[-1])
   return table

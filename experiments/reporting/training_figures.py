@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsms.report.cases import Case
-from jaxsms.report.drawing import (
+from experiments.reporting.cases import Case
+from experiments.reporting.drawing import (
   COLOURS,
   FAINT,
   MARKERS,

@@ -1,19 +1,15 @@
 """Tables, figures and reports of results.
 
-`METHODS`: the titles of methods by their keys in results.json, in the order of tables.
-`STYLES`: their colours and markers.
 `HEADER`: the columns of a run's table.
 `Results`: what a results.json, or a part of it, is read as.
 """
 
-from jaxsms.report.cases import Case, Origin
-from jaxsms.report.cost_sections import duration, flag_text
-from jaxsms.report.drawing import STYLES
-from jaxsms.report.figures import accuracy_figure
-from jaxsms.report.page import files
-from jaxsms.report.sections import document
-from jaxsms.report.statistics import (
-  METHODS,
+from experiments.reporting.cases import Case, Origin
+from experiments.reporting.cost_sections import duration, flag_text
+from experiments.reporting.figures import accuracy_figure
+from experiments.reporting.page import files
+from experiments.reporting.sections import document
+from experiments.reporting.statistics import (
   Estimate,
   Results,
   dataset_title,
@@ -21,7 +17,7 @@ from jaxsms.report.statistics import (
   method_title,
   summarize,
 )
-from jaxsms.report.tables import (
+from experiments.reporting.tables import (
   HEADER,
   caption,
   console_table,
@@ -32,8 +28,6 @@ from jaxsms.report.tables import (
 
 __all__ = [
   "HEADER",
-  "METHODS",
-  "STYLES",
   "Case",
   "Estimate",
   "Origin",

@@ -6,29 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from jaxsms.report.cases import Case
-from jaxsms.report.drawing import (
+from experiments.methods.registry import looks
+from experiments.reporting.cases import Case
+from experiments.reporting.drawing import (
   MARKERS,
   MIDDLE,
-  STYLES,
   canvas,
   colour,
   file_of,
   legend,
 )
-from jaxsms.report.statistics import METHODS, Results, method_title, summarize
+from experiments.reporting.statistics import Results, method_title, summarize
 
 PERCENT = {
   "test_accuracy": "Test accuracy in percent",
   "ood_accuracy": "Accuracy on corrupted data in percent",
   "test_expected_calibration_error": "Calibration error in percent",
 }
-# Methods whose colour another one has already are dashed.
-SECOND = [
-  name
-  for i, (name, (ink, _)) in enumerate(STYLES.items())
-  if ink in [other for other, _ in list(STYLES.values())[:i]]
-]
 # What must be seen in any case.
 NEAR = ("soup", "mean_candidate", "best_candidate", "prediction_ensemble", "imp", "imp_mx")
 
@@ -176,20 +170,22 @@ def method_lines(
     By method its means, in percent.
   """
   drawn = {}
-  names = [name for name in METHODS if any(name in row for row in rows)]
+  names = [name for name in looks() if any(name in row for row in rows)]
   spread = 0.01 * (np.ptp(positions) or 1)
   for number, name in enumerate(names):
     shown = [i for i, row in enumerate(rows) if name in row]  # some at the goal alone
     x = positions[shown] + (number - (len(names) - 1) / 2) * spread
     y = np.array([100 * rows[i][name]["mean"] for i in shown])
-    ink, marker = STYLES[name]
+    _, ink, marker = looks()[name]
     soup = name == "soup"
+    # A method whose colour another one has already is dashed.
+    inks = [look.colour for look in list(looks().values())[: list(looks()).index(name)]]
     axes.plot(
       x,
       y,
       color=ink,
       marker=marker,
-      linestyle="--" if name in SECOND else "-",
+      linestyle="--" if ink in inks else "-",
       linewidth=2.4 if soup else 1.3,
       markersize=6.5 if soup else 5,
       zorder=4 if soup else 3,
@@ -201,7 +197,7 @@ def method_lines(
 
 
 def _title(name, m):
-  return METHODS[name].format(m="m") if m is None else method_title(name, m)
+  return looks()[name].title.format(m="m") if m is None else method_title(name, m)
 
 
 def _band(axes, x, y, rows, name, ink):

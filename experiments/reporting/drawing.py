@@ -6,24 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Colour-blind safe (Okabe and Ito) and told apart by marker in black and white.
-STYLES = {
-  "soup": ("#D55E00", "o"),
-  "mean_candidate": ("#0072B2", "s"),
-  "best_candidate": ("#56B4E9", "^"),
-  "prediction_ensemble": ("#888888", "*"),
-  "imp": ("#009E73", "v"),
-  "imp_mx": ("#CC79A7", "D"),
-  "imp_reprune": ("#009E73", "X"),
-  "swamp": ("#E69F00", "P"),
-  "gmp": ("#56B4E9", "<"),
-  "gmp_soup": ("#0072B2", "<"),
-  "dpf": ("#E69F00", ">"),
-  "dpf_soup": ("#D55E00", ">"),
-  "bimp": ("#CC79A7", "h"),
-  "bimp_soup": ("#000000", "h"),
-  "dense_soup": ("#000000", "d"),
-}
 # Of copies, and of cases in one figure.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osv^DXP<>h"

@@ -8,26 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-Results = dict[str, Any]
+from experiments.methods.registry import looks
 
-# Key in a phase's record -> what readers see, in the order of table and figure.
-METHODS = {
-  "soup": "Sparse soup",
-  "mean_candidate": "Mean candidate",
-  "best_candidate": "Best candidate",
-  "prediction_ensemble": "Ensemble",
-  "imp": "IMP",
-  "imp_mx": "IMP {m}x",
-  "imp_reprune": "IMP-RePrune",
-  "swamp": "SWAMP",
-  "gmp": "GMP",
-  "gmp_soup": "GMP soup",
-  "dpf": "DPF",
-  "dpf_soup": "DPF soup",
-  "bimp": "BIMP",
-  "bimp_soup": "BIMP soup",
-  "dense_soup": "Dense soup",
-}
+Results = dict[str, Any]
 
 
 class Estimate(NamedTuple):
@@ -89,7 +72,7 @@ def _summary_of(number, seeds, metric):
   ]
   row = {"phase": number, "sparsity": float(np.mean([p["sparsity"] for _, p in pairs]))}
   soups = [_finite(phase.get("soup"), metric) for _, phase in pairs]
-  for name in ("dense", *METHODS):
+  for name in ("dense", *looks()):
     values = [
       _finite(seed["dense"] if name == "dense" else phase.get(name), metric)
       for seed, phase in pairs
@@ -130,7 +113,7 @@ def method_title(name: str, m: int) -> str:
   Returns:
     The title, such as "IMP 5x".
   """
-  return "Dense" if name == "dense" else METHODS[name].format(m=m)
+  return "Dense" if name == "dense" else looks()[name].title.format(m=m)
 
 
 def dataset_title(name: str) -> str:

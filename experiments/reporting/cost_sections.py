@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsms.report.cases import Case, Origin
-from jaxsms.report.document import Code, Folded, Section, Table
-from jaxsms.report.statistics import estimate
+from experiments.reporting.cases import Case, Origin
+from experiments.reporting.document import Code, Folded, Section, Table
+from experiments.reporting.statistics import estimate
 
 
 def inference_section(cases: Sequence[Case]) -> Section:

@@ -1,8 +1,9 @@
 """What a run shows, in plain words."""
 
-from jaxsms.report.cases import Case
-from jaxsms.report.statistics import METHODS, Results, method_title, summarize
-from jaxsms.report.tables import ends, signed
+from experiments.methods.registry import looks
+from experiments.reporting.cases import Case
+from experiments.reporting.statistics import Results, method_title, summarize
+from experiments.reporting.tables import ends, signed
 
 # What the soup is held against in words; the rest is in the table.
 AGAINST = {
@@ -66,7 +67,7 @@ def _without_soup(case):
     return "No phase is finished yet" + (f"; {has}." if has else ".")
   told = [
     f"{method_title(name, case.m)} has {100 * known[-1][name]['mean']:.2f} % test accuracy"
-    for name in METHODS
+    for name in looks()
     if name in known[-1]
   ]
   return (

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
-from jaxsms.report import figures
-from jaxsms.report.cases import Case, Origin
-from jaxsms.report.cost_sections import cost_section, inference_section, origin_section
-from jaxsms.report.document import Document, Folded, Picture, Section, Table
-from jaxsms.report.statistics import METHODS, Results, method_title, summarize
-from jaxsms.report.summary import sentences
-from jaxsms.report.tables import accuracy, gain, notes
-from jaxsms.report.training_sections import (
+from experiments.methods.registry import looks
+from experiments.reporting import figures
+from experiments.reporting.cases import Case, Origin
+from experiments.reporting.cost_sections import (
+  cost_section,
+  inference_section,
+  origin_section,
+)
+from experiments.reporting.document import Document, Folded, Picture, Section, Table
+from experiments.reporting.statistics import Results, method_title, summarize
+from experiments.reporting.summary import sentences
+from experiments.reporting.tables import accuracy, gain, notes
+from experiments.reporting.training_sections import (
   CASES_DRAWN,
   curves_section,
   cut,
@@ -121,7 +126,7 @@ def table(
   groups = []
   for row in rows:
     lines = []
-    for name in (*METHODS, "dense"):
+    for name in (*looks(), "dense"):
       if name not in row:
         continue
       n = row[name].get("seeds")
@@ -159,7 +164,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
     last = summarize(case.seeds, metric)[-1]
     tell = ", ".join(
       f"{method_title(key, case.m)} {100 * last[key]['mean']:.2f}"
-      for key in (*METHODS, "dense")
+      for key in (*looks(), "dense")
       if key in last
     )
     title = f" of {case.title}" if len(cases) > 1 else ""
