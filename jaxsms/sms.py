@@ -1,8 +1,8 @@
 """The loop of Sparse Model Soups: prune, retrain m copies, merge, phase after phase.
 
-`soup_phases` is the loop, for a caller's own training function, for the engine, and for what
-both are compared with. `sparse_model_soup` is the loop with `prune_phase`, `retrain_phase`
-and `merge_phase` in it.
+`soup_phases` is the loop, for a caller's own training function, for the engine, and for
+what both are compared with. `sparse_model_soup` is the loop with `prune_phase`,
+`retrain_phase` and `merge_phase` in it.
 """
 
 import functools

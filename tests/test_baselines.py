@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import finish, run_phases
+from engine import train as train_to_the_end
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import (
@@ -21,7 +23,8 @@ from test_training import (
 from jaxsms import apply_masks, magnitude_masks, make_mesh, prunable, training
 from jaxsms.baselines import TimeAverage, imp_reprune, swamp
 from jaxsms.dynamic import cubic_sparsity, gradual_masks, prune_during_training
-from jaxsms.training.phases import Model, Splits, run_phases
+from jaxsms.sms import phase_sparsities
+from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.step import train_step
 
 DATA = make_data(23)  # 5 steps an epoch
@@ -152,24 +155,25 @@ def during(programs, dense, seeds, rates, feedback=None, **options):
     asked.append(sparsity)
     return magnitude_masks(params, sparsity, masks=masks)
 
-  result = prune_during_training(
-    programs, SPLITS, KEY, dense, ingredients(seeds, len(rates)),
+  events = prune_during_training(
+    Engine(programs, SPLITS), KEY, dense, ingredients(seeds, len(rates)),
     np.broadcast_to(np.float32(rates), [len(seeds), len(rates)]),
     goal_sparsity=0.75, ramp_steps=10, mask_steps=3, feedback_programs=feedback,
-    prune=prune, **options,
+    prune=prune,
   )  # fmt: skip
-  return *result, asked
+  model, masks, (record,) = finish(events, **options)
+  return model, masks, record, asked
 
 
 def test_masks_follow_the_ramp_while_training(programs, dense):
   # Epochs of 5 steps in parts of 3 and 2, two of them; then the mask is fixed.
   chunks = []
   model, masks, record, asked = during(
-    programs, dense, [0], np.zeros(15), on_chunk=chunks.append
+    programs, dense, [0], np.zeros(15), on_event=chunks.append
   )
   by_hand = [0.75 * (1 - (1 - t / 10) ** 3) for t in (0, 3, 5, 8)] + [0.75]
   np.testing.assert_allclose(asked, by_hand)
-  assert [c.step for c in chunks] == [3, 5, 8, 10, 15]
+  assert [c.step for c in chunks[:-1]] == [3, 5, 8, 10, 15]
   # Nothing moved: the masks are those of the weights at the start.
   assert_close(model.params, pruned_by_sorting(dense.params, 0.75), 0)
   assert record["sparsity"] == pytest.approx(removed(model.params))
@@ -216,7 +220,12 @@ def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):
   runs = [
     run_phases(programs, SPLITS, KEY, dense, plan_of([seed]), **options) for seed in seeds
   ]
-  model, records = imp_reprune(own, SPLITS, KEY, dense, plan_of(seeds), 2, **options)
+  runs_, _, records = finish(
+    imp_reprune(
+      Engine(own, SPLITS), KEY, dense, plan_of(seeds), phase_sparsities(0.8, 2), 2
+    )
+  )
+  model = runs_.average
   masks = [np.asarray(jax.tree.leaves(m)[-1]) for _, m, _ in runs]
   assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(m) for _, m, _ in runs),
                                             strict=True)), masks  # fmt: skip
@@ -250,10 +259,11 @@ def test_swamp_averages_particles_and_time_and_rewinds(programs, dense):
   spe = len(DATA.labels) // BATCH
   steps, rates = 3 * spe, np.full((2, 3 * spe), 0.1, np.float32)
   chosen = ingredients([0, 1], steps)
-  model, records = swamp(
-    programs, SPLITS, KEY, dense, lambda record: (chosen, rates), average_after=spe,
-    goal_sparsity=0.6, phases=1,
+  events = swamp(
+    Engine(programs, SPLITS), KEY, dense, lambda record: (chosen, rates),
+    phase_sparsities(0.6, 1), average_after=spe,
   )  # fmt: skip
+  model, _, records = finish(events)
 
   def round_average(phase, params, masks):
     """Of the last two epochs of both particles."""
@@ -263,8 +273,8 @@ def test_swamp_averages_particles_and_time_and_rewinds(programs, dense):
       if chunk.step in (2 * spe, 3 * spe):
         ends.append(jax.tree.map(np.array, state.params))
 
-    training.train_copies(
-      programs, DATA, masks, jax.random.fold_in(KEY, phase), params, dense.batch_stats,
+    train_to_the_end(
+      programs, DATA, masks, jax.random.fold_in(KEY, phase), (params, dense.batch_stats),
       chosen, rates, on_state=keep,
     )  # fmt: skip
     assert len(ends) == 2
@@ -277,5 +287,5 @@ def test_swamp_averages_particles_and_time_and_rewinds(programs, dense):
   )
   second = round_average(1, apply_masks(dense.params, masks), masks)
   assert_close(model.params, second, 1e-5)
-  assert removed(model.params) == pytest.approx(records[0]["sparsity"], abs=0.01)
-  assert [r["phase"] for r in records] == [1]
+  assert removed(model.params) == pytest.approx(records[1]["sparsity"], abs=0.01)
+  assert [r["phase"] for r in records] == [0, 1]

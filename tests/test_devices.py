@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import run_phases
 from test_training import (
   BATCH,
   all_true,
@@ -28,7 +29,7 @@ from jaxsms import (
   training,
 )
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.training.phases import Model, Splits, run_phases
+from jaxsms.training import Model, Splits
 from jaxsms.training.state import start
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import finish, run_phases
+from engine import train as train_to_the_end
 
 from experiments import reporting
-from jaxsms import models, training
+from jaxsms import Phase, models, training
 from jaxsms.baselines import imp_reprune
-from jaxsms.sms import finite_models
+from jaxsms.sms import finite_models, phase_sparsities
+from jaxsms.training import Engine, Model, Splits, TrainState
 from jaxsms.training.failures import MARGIN, averaging_failure
-from jaxsms.training.phases import Model, Splits, best_candidate, run_phases
+from jaxsms.training.measurements import best_candidate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -105,8 +108,8 @@ def test_a_loss_that_was_not_finite_once_ends_a_copy(dense):
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), dense.params)
   zero = jax.tree.map(jnp.zeros_like, dense)
   chunks = []
-  trained = training.train_copies(
-    programs, training.Data(images, SPLITS.train.labels), nothing, jax.random.key(8), *zero,
+  trained = train_to_the_end(
+    programs, training.Data(images, SPLITS.train.labels), nothing, jax.random.key(8), zero,
     varied, np.zeros((3, 6), np.float32), chunk_steps=2, on_chunk=chunks.append,
   )  # fmt: skip
   losses = np.array([chunk.loss for chunk in chunks])
@@ -138,10 +141,11 @@ def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):
       rates = np.float32(first if record["phase"] == 1 else later)
       return varied, np.tile(rates[:, None], (1, 12))
 
-    return imp_reprune(
-      own, SPLITS, jax.random.key(0), dense, plan, copies, goal_sparsity=0.5, phases=2,
-      chunk_steps=3,
-    )  # fmt: skip
+    engine = Engine(own, SPLITS, chunk_steps=3)
+    runs, _, records = finish(
+      imp_reprune(engine, jax.random.key(0), dense, plan, phase_sparsities(0.5, 2), copies)
+    )
+    return runs.average, records
 
   model, records = reprune([1e38, 0.1, 0.1], [0.1, 0.1, 0.1])
   assert [record["diverged"] for record in records] == [[0], [0]]
@@ -157,22 +161,35 @@ def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):
 
 def test_all_diverging_ends_with_one_sentence(programs, dense, rejects):
   done = []
-  saving = training.Saving(lambda: False, None, done.append)
+
+  def keep(event):
+    if isinstance(event, Phase):
+      done.append(event)
+
   with rejects("2 copies is not finite after step", FloatingPointError):
-    phases(programs, dense, [1e38, 1e38], number=2, saving=saving)
-  assert [len(phases.records) for phases in done] == [1]  # the last good soup was given
+    phases(programs, dense, [1e38, 1e38], number=2, on_event=keep)
+  assert [phase.record["phase"] for phase in done] == [1]  # the last good soup was given
 
 
 def test_a_kept_phase_and_state_go_on_as_if_there_had_been_no_break(programs, dense):
   done, states = [], []
-  saving = training.Saving(
-    lambda: True, lambda state: states.append(jax.tree.map(np.array, state)), done.append
+
+  def keep(event):
+    if isinstance(event, Phase):
+      done.append(event)
+    if isinstance(event, TrainState):
+      states.append(jax.tree.map(np.array, event))
+
+  whole = phases(
+    programs, dense, [0.1, 0.2], number=2, wants_state=lambda: True, on_event=keep
   )
-  whole = phases(programs, dense, [0.1, 0.2], number=2, saving=saving)
   assert [int(state.step[0]) for state in states] == [3, 6, 9, 12] * 2
   for state in states[4:]:
-    again = phases(programs, dense, [0.1, 0.2], number=2, done=done[0], state=state)
-    assert again.records == whole.records
+    again = phases(
+      programs, done[0].params, [0.1, 0.2], number=2, done=1, masks=done[0].masks,
+      state=state,
+    )  # fmt: skip
+    assert again.records == whole.records[1:]
     for a, b in zip(jax.tree.leaves(again[:2]), jax.tree.leaves(whole[:2]), strict=True):
       np.testing.assert_array_equal(a, b)
 

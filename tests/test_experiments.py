@@ -27,6 +27,8 @@ from experiments import (
 from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
 from experiments.task import make_task
 from jaxsms import checkpoint, data, prunable, training
+from jaxsms.training.engine import one_model
+from jaxsms.training.measurements import measure
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
@@ -116,10 +118,8 @@ def test_saved_soup_is_sparse_and_scores_what_the_results_say(finished):
   chosen = settings.read_settings()
   devices, method = hardware.read_hardware("mlp", 2), method_flags.read_method(chosen)
   task = make_task(chosen, devices, method, data.load("digits"))
-  model = training.phases.Model(soup["params"], {})
-  scores = training.phases.measure(
-    task.programs, task.splits, training.phases.one_model(model)
-  )[0][0]
+  model = training.Model(soup["params"], {})
+  (scores,) = measure(task.engine, one_model(model)).scores
   expected = run_flags["seeds"][1]["phases"][-1]["soup"]
   assert scores == pytest.approx({name: expected[name] for name in scores}, abs=1e-5)
 

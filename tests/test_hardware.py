@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import hardware, retraining, tuning
+from experiments import hardware, task, tuning
 from experiments.method_flags import MethodFlags
 from experiments.settings import Settings
 from jaxsms import convolution, data
@@ -155,4 +155,4 @@ def test_what_is_measured_is_training(monkeypatch):
   for _ in range(tuning.ROUNDS + 2):
     next(runner)
   assert seen == [(2, 3)] * (tuning.ROUNDS + 2)
-  assert retraining.chunk_steps(Settings(**chosen)) == 50
+  assert task.chunk_steps(Settings(**chosen)) == 50

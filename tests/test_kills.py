@@ -17,8 +17,7 @@ from main_job import SMALL, assert_no_traceback, assert_same_run, run, start
 from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
-from experiments import sms
-from experiments import reporting
+from experiments import reporting, sms
 from jaxsms import faults
 
 IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")

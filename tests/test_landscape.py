@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import run_phases
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import (
@@ -27,8 +28,7 @@ from jaxsms import (
   training,
   uniform_soup,
 )
-from jaxsms.training import landscape
-from jaxsms.training.phases import Model, Splits, run_phases
+from jaxsms.training import Model, Splits, landscape
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

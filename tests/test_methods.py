@@ -10,10 +10,10 @@ from test_data import prepare
 from test_experiments import SMALL, parse, run
 
 from experiments import hardware, method_flags, methods, settings
-from experiments.baselines import BASELINES, resampled
 from experiments.criteria import classifier, pruning
+from experiments.methods.registry import looks, resampled
+from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.ood import corrupted_test_data
-from experiments.retraining import Run, retraining_plan, varied
 from experiments.task import Task, make_task
 from jaxsms import (
   checkpoint,
@@ -21,7 +21,6 @@ from jaxsms import (
   models,
   pretrained,
   prunable,
-  report,
   safetensors,
   training,
 )
@@ -51,7 +50,7 @@ SAMPLE = ("imp", "imp_reprune", "gmp_soup")
 
 @pytest.fixture(
   scope="module",
-  params=[SAMPLE, pytest.param(settings.BASELINES, marks=pytest.mark.slow)],
+  params=[SAMPLE, pytest.param(methods.baselines(), marks=pytest.mark.slow)],
   ids=["sample", "all"],
 )
 def everything(request, tmp_path_factory):
@@ -63,16 +62,18 @@ def everything(request, tmp_path_factory):
   return workdir
 
 
-def test_there_is_a_function_and_a_title_for_each_name():
-  assert list(BASELINES) == list(settings.BASELINES)
-  assert set(BASELINES) < set(report.METHODS) == set(report.STYLES)
-  assert set(BASELINES) > FROM_SCRATCH
+def test_what_is_shown_can_be_told_apart():
+  shown = looks()
+  assert next(iter(shown)) == "soup"
+  assert set(shown) > set(methods.baselines()) > FROM_SCRATCH
+  assert len({look[1:] for look in shown.values()}) == len(shown)
+  assert len({look.title for look in shown.values()}) == len(shown)
 
 
 def test_every_baseline_is_measured_at_its_sparsity(everything):
   first, last = results(everything)["phases"]
   chosen, _ = read(f"--flagfile={everything / 'flags.txt'}")
-  assert set(chosen.baselines) == set(last) & set(BASELINES)
+  assert set(chosen.baselines) == set(last) & set(methods.baselines())
   for name in chosen.baselines:
     assert (name in first) == (name not in FROM_SCRATCH)
     for phase in (first, last):
@@ -199,10 +200,16 @@ def test_filters_and_groups_in_other_networks(model):
   assert sorted(kept) == [0.5] * (len(kept) - 1) + [1.0]
 
 
+def seed_of(chosen, method, steps_per_epoch):
+  nothing = dict.fromkeys(Task._fields)
+  task = Task(**nothing | {"method": method, "steps_per_epoch": steps_per_epoch})
+  return Run(chosen, task, None)
+
+
 def test_what_varies():
   def of(*flags, m=3):
     chosen, method = read("--ingredients=3", "--weight_decay=0.5", *flags)
-    return varied(chosen, method, m, 40, 10)
+    return varied_ingredients(seed_of(chosen, method, 10), m, 40)
 
   assert of()["seed"].tolist() == [0, 1, 2]
   assert of("--values=5,7,6")["seed"].tolist() == [5, 7, 6]
@@ -217,14 +224,15 @@ def test_what_varies():
 def test_learning_rates_that_vary_are_llrs_first():
   flags = ["--ingredients=2", "--vary=learning_rate", "--values=0.5,0.25"]
   chosen, method = read(*flags)
-  nothing = dict.fromkeys(Task._fields) | {"warmup_steps": 0, "steps_per_epoch": 10}
-  task = Task(**nothing | {"method": method, "pretrain_lrs": np.full(30, 0.1, np.float32)})
-  _, lrs = retraining_plan(Run(chosen, task, None, None), 2, 20)({})
+  run = seed_of(chosen, method, 10)
+  rates = np.full(30, 0.1, np.float32)
+  run = run._replace(task=run.task._replace(warmup_steps=0, pretrain_lrs=rates))
+  _, lrs = retraining_plan(run, 2, 20)({})
   # A warmup of two steps, then linear to 0.
   expected = np.array([[0.5], [0.25]]) * (1 - np.arange(18) / 18)
   np.testing.assert_allclose(lrs[:, 2:], expected, rtol=1e-5)
   # A single copy keeps the schedule's own.
-  _, lrs = retraining_plan(Run(chosen, task, None, None), 1, 20)({})
+  _, lrs = retraining_plan(run, 1, 20)({})
   assert lrs.max() == pytest.approx(0.1)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import jaxsms
-from experiments import baselines, settings
-from experiments import reporting
+from experiments import settings
+from experiments.methods import METHODS
 from jaxsms import prunable
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,9 +99,6 @@ def test_all_other_snippets(names, tmp_path, monkeypatch):
   assert any(np.any(a != b) for a, b in leaves)
 
   # The baseline of one's own, with its name and title where README says.
-  monkeypatch.setattr(settings, "BASELINES", (*settings.BASELINES, "one_shot"))
-  monkeypatch.setitem(reporting.METHODS, "one_shot", "One shot")
-  monkeypatch.setitem(reporting.STYLES, "one_shot", ("#000000", "o"))
   flags = ("--epochs=3", "--retrain_epochs=1", "--phases=2", "--ingredients=2")
   workdir = f"--workdir={tmp_path / 'own'}"
   assert main_job.run(*flags, "--baselines=one_shot", "--hidden=32", workdir) == 0
@@ -109,7 +106,7 @@ def test_all_other_snippets(names, tmp_path, monkeypatch):
   last = seed["phases"][-1]
   assert last["one_shot"]["sparsity"] == pytest.approx(last["sparsity"])
   assert last["one_shot"]["test_accuracy"] > 0.5
-  del baselines.BASELINES["one_shot"]
+  del METHODS["one_shot"]
 
 
 # Commands: each is run by a test below, or named here with the reason why not.

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine import run_phases
+from engine import train as train_to_the_end
 
+from jaxsms import Phase, make_mesh, models, training
 from jaxsms import data as data_room
-from jaxsms import make_mesh, models, training
+from jaxsms.training import Engine, Model, Splits
+from jaxsms.training.engine import one_model
 from jaxsms.training.loop import chunk_length
-from jaxsms.training.phases import Model, Splits, best_candidate, one_model, run_phases
+from jaxsms.training.measurements import best_candidate, measure
 from jaxsms.training.step import ORDER, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -90,17 +94,15 @@ def ingredients(seeds, steps, weight_decay=1e-3):
 
 
 def train(programs, data, dense, chosen, lrs, masks=None, **options):
-  return Model(
-    *training.train_copies(
-      programs,
-      data,
-      all_true(dense.params) if masks is None else masks,
-      jax.random.key(7),
-      *dense,
-      chosen,
-      np.asarray(lrs, np.float32),
-      **options,
-    )
+  return train_to_the_end(
+    programs,
+    data,
+    all_true(dense.params) if masks is None else masks,
+    jax.random.key(7),
+    dense,
+    chosen,
+    np.asarray(lrs, np.float32),
+    **options,
   )
 
 
@@ -273,9 +275,14 @@ def test_three_phases_compile_once(data, dense):
     return ingredients([0, 1], 2 * spe, 1e-3 * record["phase"]), np.full((2, 2 * spe), lr)
 
   seen = []
+
+  def keep(event):
+    if isinstance(event, Phase):
+      seen.append(event.record["phase"])
+
   _, masks, records = run_phases(
     programs, splits, jax.random.key(0), dense, plan,
-    goal_sparsity=0.9, phases=3, on_phase=lambda r: seen.append(r["phase"]),
+    goal_sparsity=0.9, phases=3, on_event=keep,
   )  # fmt: skip
   assert seen == [1, 2, 3]
   assert programs.train.on(None, 2)._cache_size() == 1
@@ -305,7 +312,7 @@ def test_one_copy_without_noise_is_imp_and_needs_no_second_evaluation(
 
 
 def train_scores(programs, splits, model):
-  return training.phases.measure(programs, splits, one_model(model)).scores[0]
+  return measure(Engine(programs, splits), one_model(model)).scores[0]
 
 
 def test_equal_copies_are_their_own_ensemble(data, dense, programs):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import keeping, methods
-from experiments.retraining import Observer, Run
+from experiments.methods import registry
 from experiments.signals import StopSignals
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage, training
 from jaxsms.series import Found
-from jaxsms.training.phases import Model
+from jaxsms.training import Model
 
 PROGRAMS = types.SimpleNamespace(
   mesh_of=lambda copies: None, split_params=False, optimizer=training.sgd
@@ -77,7 +77,8 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
     tmp_path_factory.getbasetemp(), {}, keeping.Retention(5, 2, False), StopSignals()
   )
   task = types.SimpleNamespace(
-    shapes=jax.eval_shape(lambda: trained().dense), programs=PROGRAMS
+    shapes=jax.eval_shape(lambda: trained().dense),
+    engine=types.SimpleNamespace(programs=PROGRAMS),
   )
   settings = types.SimpleNamespace(ingredients=2)
   try:
@@ -92,13 +93,15 @@ def test_the_last_good_soup_is_handed_over_where_all_copies_diverge(monkeypatch)
 
   def diverges(run, *_):
     run.work.model, run.work.masks = Model("params", "statistics"), "masks"
+    yield "chunk"
     raise FloatingPointError("the loss of each of 2 copies is not finite")
 
-  monkeypatch.setattr(methods, "prune_and_retrain", diverges)
-  given = []
-  observer = Observer(None, None, given.append)
-  settings = types.SimpleNamespace(retrain_epochs=1, ingredients=2)
+  monkeypatch.setattr(registry, "prune_and_retrain", diverges)
+  settings = types.SimpleNamespace(retrain_epochs=1, ingredients=2, phases=2)
   task = types.SimpleNamespace(steps_per_epoch=1)
+  run, given = methods.Run(settings, task, None, Work(0, dense="dense")), []
   with pytest.raises(FloatingPointError):
-    methods.make_soup(Run(settings, task, None, observer, Work(0)))
-  assert given == [{"params": "params", "batch_stats": "statistics", "masks": "masks"}]
+    for event in methods.seed_events(run, ["sms"]):
+      given.append(event)
+  soup = methods.Soup("params", "statistics", "masks")
+  assert given == [("sms", None), ("sms", "chunk"), ("sms", soup)]
