@@ -1,7 +1,6 @@
 """Other ways to share out the sparsity: ERK, LAMP, N:M patterns, whole filters."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from jaxsms.pruning import (
   check_sparsity,
   magnitude_sort_key,
   masks_of_groups,
-  prunable_flags,
   removal_count,
   scope_groups,
   with_all_kept,
@@ -26,11 +24,12 @@ from jaxsms.trees import (
   PyTree,
   check_finite,
   is_concrete,
-  match_masks,
+  mask_leaves,
+  path_names,
   path_string,
 )
-
-Axis = int | Callable[[Path, Any], int]
+from jaxsms.weight_names import is_attention_projection
+from jaxsms.weights import Axis, Weights, prunable_flags, say_what_is_left_out
 
 
 def erk_masks(
@@ -70,6 +69,7 @@ def erk_masks(
   check_sparsity(sparsity)
   check_finite(params)
   flags = prunable_flags(params, prunable)
+  say_what_is_left_out(params, prunable)
   leaves = jax.tree.leaves(params)
   numbers = [i for i, flag in enumerate(flags) if flag]
   shapes = [np.shape(leaves[i]) for i in numbers]
@@ -163,7 +163,7 @@ def n_m_masks(
   params: PyTree,
   sparsity: float,
   m: int = 4,
-  axis: Axis = -2,
+  axis: Axis | None = None,
   prunable: Prunable | None = None,
   masks: PyTree | None = None,
 ) -> PyTree:
@@ -177,19 +177,21 @@ def n_m_masks(
     sparsity: 1 - n / m, in [0, 1); not traced.
     m: length of a group.
     axis: of the inputs, along which groups lie: -2 in the Dense [in, out] and
-      convolution [height, width, in, out] kernels of Flax and Haiku; 1 in Equinox's and
-      PyTorch's [out, in, ...]; or a function of key path and leaf that gives it, as for
-      Flax's attention projections, [in, heads, features] in and [heads, features, out]
-      out.
-    prunable: which leaves to prune; None means `jaxsms.prunable`.
+      convolution [height, width, in, out] kernels of Flax and Haiku, which is the
+      default; 1 in Equinox's and PyTorch's [out, in, ...]; or a function of key path and
+      leaf that gives it. Flax's queries, keys and values, [in, heads, features], need
+      one that gives 0 there: the default would group over heads.
+    prunable: which leaves to prune; None means `jaxsms.prunable`. A `jaxsms.Weights`
+      gives the axis, too.
     masks: earlier masks. What they removed stays removed and counts in its group.
 
   Returns:
     Tree of bool arrays with the structure of `params`, True where an entry is kept.
 
   Raises:
-    ValueError: n is not whole, m does not divide the inputs of a layer, values that are
-      not finite, nothing prunable, or masks of another structure.
+    ValueError: n is not whole, m does not divide the inputs of a layer, no axis where the
+      default would group over heads, values that are not finite, nothing prunable, or
+      masks of another structure.
 
   References:
     Mishra et al., 2021, https://arxiv.org/abs/2104.08378
@@ -203,6 +205,9 @@ def n_m_masks(
       f"sparsity is {sparsity:g} with m = {m}: of m entries a whole number must go"
     )
   check_finite(params)
+  if axis is None and isinstance(prunable, Weights):
+    axis = prunable.inputs
+  axis = _default_axis(-2, "0 (its inputs)") if axis is None else axis
   layers = _layers(params, axis, prunable, masks)
   for layer in layers:
     length = np.shape(layer.leaf)[layer.axis]
@@ -221,13 +226,22 @@ def n_m_masks(
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _largest_of_groups(leaf, mask, removed, m, axis):
   """Bool array without the `removed` smallest of each m entries along the axis."""
-  rank = jnp.abs(leaf)
+  size = jnp.abs(leaf)
   if mask is not None:
-    rank = jnp.where(mask, rank, -1)
-  rank = jnp.moveaxis(rank, axis, -1)
-  groups = rank.reshape(*rank.shape[:-1], -1, m)
-  order = jnp.argsort(jnp.argsort(groups, stable=True), stable=True)
-  kept = jnp.moveaxis((order >= removed).reshape(rank.shape), -1, axis)
+    size = jnp.where(mask, size, -1)
+  axis %= leaf.ndim
+  before, after = leaf.shape[:axis], leaf.shape[axis + 1 :]
+  groups = size.reshape(*before, -1, m, *after)
+  place = jax.lax.broadcasted_iota(jnp.int32, groups.shape, axis + 1)
+
+  def count_smaller(i, rank):  # among equals the earlier ones count as smaller
+    one = jax.lax.dynamic_slice_in_dim(groups, i, 1, axis + 1)
+    return rank + ((one < groups) | ((one == groups) & (i < place)))
+
+  # No sorting: comparing each with the m of its group runs in one pass over them.
+  start = jnp.zeros(groups.shape, jnp.int32)
+  rank = jax.lax.fori_loop(0, m, count_smaller, start, unroll=m <= 16)
+  kept = (rank >= removed).reshape(leaf.shape)
   return kept if mask is None else kept & mask
 
 
@@ -235,7 +249,7 @@ def filter_masks(
   params: PyTree,
   sparsity: float | jax.Array,
   scope: str = "global",
-  axis: Axis = -1,
+  axis: Axis | None = None,
   prunable: Prunable | None = None,
   masks: PyTree | None = None,
 ) -> PyTree:
@@ -252,9 +266,12 @@ def filter_masks(
     scope: "global" compares the filters of all layers, each norm divided by the L2 norm
       of its layer; "uniform" removes round(sparsity * filters) of each layer.
     axis: of the outputs: -1 in the Dense [in, out] and convolution [height, width, in,
-      out] kernels of Flax and Haiku; 0 in Equinox's and PyTorch's [out, in, ...]; or a
-      function of key path and leaf that gives it.
-    prunable: which leaves to prune; None means `jaxsms.prunable`.
+      out] kernels of Flax and Haiku, which is the default; 0 in Equinox's and PyTorch's
+      [out, in, ...]; or a function of key path and leaf that gives it. Flax's queries,
+      keys and values, [in, heads, features], need one: 1 for whole heads, 2 for the same
+      feature of all heads.
+    prunable: which leaves to prune; None means `jaxsms.prunable`. A `jaxsms.Weights`
+      gives the axis, too.
     masks: earlier masks. What they removed stays removed; a filter counts as removed
       where all of it is.
 
@@ -263,8 +280,9 @@ def filter_masks(
     equal norms the earlier filters go first.
 
   Raises:
-    ValueError: sparsity outside [0, 1), unknown scope, nothing prunable, values that are
-      not finite, or masks of another structure.
+    ValueError: sparsity outside [0, 1), unknown scope, no axis where the default would
+      group over heads, nothing prunable, values that are not finite, or masks of another
+      structure.
 
   References:
     Li et al., 2017, https://arxiv.org/abs/1608.08710 (norms of filters)
@@ -273,6 +291,10 @@ def filter_masks(
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)
   check_finite(params)
+  if axis is None and isinstance(prunable, Weights):
+    axis = prunable.outputs
+  if axis is None:
+    axis = _default_axis(-1, "1 (whole heads) or 2 (a feature of all heads)")
   layers = _layers(params, axis, prunable, masks)
   new = {}
   for group in [layers] if scope == "global" else [[layer] for layer in layers]:
@@ -320,10 +342,9 @@ def _layers(
 ) -> list[_Layer]:
   """The prunable leaves, with their earlier masks (or None) and the axis of each."""
   flags = prunable_flags(params, prunable)
-  if masks is not None:
-    masks = match_masks(params, masks)
+  say_what_is_left_out(params, prunable)
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
+  old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
   layers = []
   for i, (path, leaf) in enumerate(leaves):
     if not flags[i]:
@@ -333,3 +354,24 @@ def _layers(
       raise ValueError(f"axis is {along}, but {path_string(path)} has {leaf.ndim} axes")
     layers.append(_Layer(i, path, leaf, old[i], along))
   return layers
+
+
+def _default_axis(default: int, instead: str) -> Axis:
+  """The axis where none is given, refused where it would group over heads.
+
+  Args:
+    default: of other layers.
+    instead: what to give for queries, keys and values.
+  """
+
+  def axis(path, leaf):
+    if is_attention_projection(path_names(path), leaf.shape):
+      raise ValueError(
+        f"{path_string(path)} is {list(leaf.shape)}, [inputs, heads, features] of an "
+        f"attention, where the default axis {default} would group over heads: pass "
+        f"axis=, a function of key path and leaf that gives {instead} there and {default} "
+        "elsewhere"
+      )
+    return default
+
+  return axis
