@@ -1,7 +1,7 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
-- Training: `masked` around any optax optimizer, `retrain_schedule`.
+- Training: `masked` around any optax optimizer, `assert_sparse`, `retrain_schedule`.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
@@ -59,8 +59,9 @@ from jaxsms.sms import (
   sparse_model_soup,
 )
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
-from jaxsms.transforms import masked
+from jaxsms.transforms import assert_sparse, masked
 from jaxsms.trees import prunable, stack, unstack
+from jaxsms.weights import Weights
 
 __version__ = "0.1.0"
 
@@ -68,9 +69,11 @@ __all__ = [
   "Phase",
   "Plane",
   "SparseSoup",
+  "Weights",
   "accuracy",
   "agreement",
   "apply_masks",
+  "assert_sparse",
   "balanced_accuracy",
   "calibration_error",
   "class_accuracies",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_phases, check_share
 from jaxsms.names import check_name
 from jaxsms.selection import (
   SortKey,
@@ -263,6 +264,7 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
     ValueError: an argument is out of range.
   """
   check_sparsity(goal, "goal sparsity")
+  phase, phases = check_phases(phase, "phase"), check_phases(phases)
   if phases < 1:
     raise ValueError(f"phases is {phases}: at least 1 phase is needed")
   if not 1 <= phase <= phases:
@@ -271,11 +273,8 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
 
 
 def check_sparsity(value: float | jax.Array, what: str = "sparsity") -> None:
-  """Raises ValueError where a concrete sparsity is outside [0, 1)."""
-  if is_concrete(value) and not 0 <= float(value) < 1:
-    raise ValueError(
-      f"{what} is {float(value):g}: it is the share of weights to remove, in [0, 1)"
-    )
+  """Raises ValueError unless a sparsity is one number, in [0, 1) where it is concrete."""
+  check_share(value, what)
 
 
 def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:
