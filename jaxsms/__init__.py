@@ -9,7 +9,7 @@
 
 import importlib
 
-from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
+from jaxsms.criteria import erk_masks, lamp_masks
 from jaxsms.flops import (
   layer_sparsities,
   multiply_adds,
@@ -41,6 +41,7 @@ from jaxsms.metrics import (
   cross_entropy,
   worst_class_accuracy,
 )
+from jaxsms.patterns import filter_masks, n_m_masks
 from jaxsms.pruning import (
   apply_masks,
   magnitude_masks,
