@@ -1,7 +1,7 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
-- Training: `masked` around any optax optimizer, `retrain_schedule`.
+- Training: `masked` around any optax optimizer, `assert_sparse`, `retrain_schedule`.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
@@ -9,7 +9,7 @@
 
 import importlib
 
-from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
+from jaxsms.criteria import erk_masks, lamp_masks
 from jaxsms.flops import (
   layer_sparsities,
   multiply_adds,
@@ -41,6 +41,7 @@ from jaxsms.metrics import (
   cross_entropy,
   worst_class_accuracy,
 )
+from jaxsms.patterns import filter_masks, n_m_masks
 from jaxsms.pruning import (
   apply_masks,
   magnitude_masks,
@@ -59,8 +60,9 @@ from jaxsms.sms import (
   sparse_model_soup,
 )
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
-from jaxsms.transforms import masked
+from jaxsms.transforms import assert_sparse, masked
 from jaxsms.trees import prunable, stack, unstack
+from jaxsms.weights import Weights
 
 __version__ = "0.1.0"
 
@@ -68,9 +70,11 @@ __all__ = [
   "Phase",
   "Plane",
   "SparseSoup",
+  "Weights",
   "accuracy",
   "agreement",
   "apply_masks",
+  "assert_sparse",
   "balanced_accuracy",
   "calibration_error",
   "class_accuracies",

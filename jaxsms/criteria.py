@@ -1,36 +1,25 @@
-"""Other ways to share out the sparsity: ERK, LAMP, N:M patterns, whole filters."""
-
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+"""Other ways to share out the sparsity over layers: ERK and LAMP."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.names import check_name
 from jaxsms.pruning import (
-  SCOPES,
   check_sparsity,
   magnitude_sort_key,
   masks_of_groups,
-  prunable_flags,
   removal_count,
   scope_groups,
-  with_all_kept,
 )
 from jaxsms.selection import keep_largest, magnitude_key
 from jaxsms.trees import (
-  Path,
   Prunable,
   PyTree,
   check_finite,
   is_concrete,
-  match_masks,
-  path_string,
+  mask_leaves,
 )
-
-Axis = int | Callable[[Path, Any], int]
+from jaxsms.weights import prunable_flags, say_what_is_left_out
 
 
 def erk_masks(
@@ -70,6 +59,7 @@ def erk_masks(
   check_sparsity(sparsity)
   check_finite(params)
   flags = prunable_flags(params, prunable)
+  say_what_is_left_out(params, prunable)
   leaves = jax.tree.leaves(params)
   numbers = [i for i, flag in enumerate(flags) if flag]
   shapes = [np.shape(leaves[i]) for i in numbers]
@@ -134,202 +124,56 @@ def lamp_masks(
     Lee et al., 2021, https://arxiv.org/abs/2010.07611
   """
   check_finite(params)
-  groups = scope_groups(params, sparsity, "global", prunable)
-  return masks_of_groups(
-    params, groups, masks, lambda _, leaf, mask: _lamp_scores(leaf, mask), magnitude_key
-  )
+  ((numbers, goal),) = scope_groups(params, sparsity, "global", prunable)
+  leaves = jax.tree.leaves(params)
+  old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
+  # Within a layer the order is that of magnitudes: scores only say how many of each go.
+  scores, kept = [], []
+  for i in numbers:
+    sizes, removed = _magnitudes(leaves[i], old[i])
+    scores.append(_lamp_scores(_sorted(sizes)))
+    kept.append(None if old[i] is None else jnp.arange(sizes.size) >= removed)
+  counts = _count_removed(keep_largest(scores, kept, goal, magnitude_key))
+  groups = [([i], count) for i, count in zip(numbers, counts, strict=True)]
+  return masks_of_groups(params, groups, masks, sort_key=magnitude_sort_key(params))
 
 
 @jax.jit
-def _lamp_scores(leaf: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Square roots of the LAMP scores: they underflow less, in the same order."""
-  size = jnp.abs(leaf if mask is None else jnp.where(mask, leaf, 0)).ravel()
-  order = jnp.argsort(size, stable=True)
-  size = _over_largest(size[order])
-  rest = jnp.cumsum(size[::-1] ** 2)[::-1]
+def _magnitudes(leaf, mask) -> tuple[jax.Array, jax.Array | int]:
+  """The magnitudes [n] of a leaf, 0 where it is removed, and how many entries are."""
+  size = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+  if mask is None:
+    return size.ravel(), 0
+  return jnp.where(mask, size, 0).ravel(), mask.size - jnp.count_nonzero(mask)
+
+
+def _sorted(values: jax.Array) -> jax.Array:
+  """In ascending order; NumPy sorts some eight times faster than XLA does on a CPU."""
+  if is_concrete(values) and jax.default_backend() == "cpu":
+    return np.sort(np.asarray(values))
+  return jnp.sort(values)
+
+
+@jax.jit
+def _lamp_scores(sizes: jax.Array) -> jax.Array:
+  """Square roots of the LAMP scores: they underflow less, in the same order.
+
+  Args:
+    sizes: magnitudes [n] of a layer in ascending order.
+  """
+  sizes = over_largest(sizes)
+  rest = jnp.cumsum(sizes[::-1] ** 2)[::-1]
   # Rounding in the sums must not change the order within the layer.
-  scores = jax.lax.cummax(size / jnp.sqrt(jnp.where(rest > 0, rest, 1)))
-  return jnp.zeros_like(scores).at[order].set(scores).reshape(leaf.shape)
+  return jax.lax.cummax(sizes / jnp.sqrt(jnp.where(rest > 0, rest, 1)))
 
 
-def _over_largest(values: jax.Array) -> jax.Array:
+@jax.jit
+def _count_removed(masks):
+  return [jnp.sum(~mask) for mask in masks]
+
+
+def over_largest(values: jax.Array) -> jax.Array:
   """float32, scaled so that the largest is 1, where it is not 0."""
   values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
   largest = jnp.max(values)
   return (values / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)
-
-
-def n_m_masks(
-  params: PyTree,
-  sparsity: float,
-  m: int = 4,
-  axis: Axis = -2,
-  prunable: Prunable | None = None,
-  masks: PyTree | None = None,
-) -> PyTree:
-  """Keeps the n largest magnitudes of every m consecutive inputs: N:M sparsity.
-
-  n is (1 - sparsity) * m, so a sparsity of 0.5 with m = 4 gives 2:4. Among equal
-  magnitudes the earlier ones go first.
-
-  Args:
-    params: tree of parameters.
-    sparsity: 1 - n / m, in [0, 1); not traced.
-    m: length of a group.
-    axis: of the inputs, along which groups lie: -2 in the Dense [in, out] and
-      convolution [height, width, in, out] kernels of Flax and Haiku; 1 in Equinox's and
-      PyTorch's [out, in, ...]; or a function of key path and leaf that gives it, as for
-      Flax's attention projections, [in, heads, features] in and [heads, features, out]
-      out.
-    prunable: which leaves to prune; None means `jaxsms.prunable`.
-    masks: earlier masks. What they removed stays removed and counts in its group.
-
-  Returns:
-    Tree of bool arrays with the structure of `params`, True where an entry is kept.
-
-  Raises:
-    ValueError: n is not whole, m does not divide the inputs of a layer, values that are
-      not finite, nothing prunable, or masks of another structure.
-
-  References:
-    Mishra et al., 2021, https://arxiv.org/abs/2104.08378
-    Zhou et al., 2021, https://arxiv.org/abs/2102.04010
-  """
-  if not is_concrete(sparsity):
-    raise ValueError("sparsity is traced: n of N:M is part of the program")
-  check_sparsity(sparsity)
-  if m < 1 or abs(sparsity * m - round(sparsity * m)) > 1e-6:
-    raise ValueError(
-      f"sparsity is {sparsity:g} with m = {m}: of m entries a whole number must go"
-    )
-  check_finite(params)
-  layers = _layers(params, axis, prunable, masks)
-  for layer in layers:
-    length = np.shape(layer.leaf)[layer.axis]
-    if length % m:
-      raise ValueError(
-        f"{path_string(layer.path)} has {length} inputs on axis {layer.axis}, not a "
-        f"multiple of {m}: leave it out with prunable, or choose another m or axis"
-      )
-  new = {
-    x.number: _largest_of_groups(x.leaf, x.mask, round(sparsity * m), m, x.axis)
-    for x in layers
-  }
-  return with_all_kept(params, new)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _largest_of_groups(leaf, mask, removed, m, axis):
-  """Bool array without the `removed` smallest of each m entries along the axis."""
-  rank = jnp.abs(leaf)
-  if mask is not None:
-    rank = jnp.where(mask, rank, -1)
-  rank = jnp.moveaxis(rank, axis, -1)
-  groups = rank.reshape(*rank.shape[:-1], -1, m)
-  order = jnp.argsort(jnp.argsort(groups, stable=True), stable=True)
-  kept = jnp.moveaxis((order >= removed).reshape(rank.shape), -1, axis)
-  return kept if mask is None else kept & mask
-
-
-def filter_masks(
-  params: PyTree,
-  sparsity: float | jax.Array,
-  scope: str = "global",
-  axis: Axis = -1,
-  prunable: Prunable | None = None,
-  masks: PyTree | None = None,
-) -> PyTree:
-  """Removes whole output filters, those of smallest L2 norm.
-
-  Never all filters of a layer: the one of largest norm stays. A classifier's outputs are
-  its classes: leave it out with `prunable`. Biases and normalization of a removed filter
-  are no part of it.
-
-  Args:
-    params: tree of parameters.
-    sparsity: share of the filters to remove, in [0, 1). It is the share of weights where
-      filters have the same size, as in one layer.
-    scope: "global" compares the filters of all layers, each norm divided by the L2 norm
-      of its layer; "uniform" removes round(sparsity * filters) of each layer.
-    axis: of the outputs: -1 in the Dense [in, out] and convolution [height, width, in,
-      out] kernels of Flax and Haiku; 0 in Equinox's and PyTorch's [out, in, ...]; or a
-      function of key path and leaf that gives it.
-    prunable: which leaves to prune; None means `jaxsms.prunable`.
-    masks: earlier masks. What they removed stays removed; a filter counts as removed
-      where all of it is.
-
-  Returns:
-    Tree of bool arrays with the structure of `params`, True where an entry is kept. Of
-    equal norms the earlier filters go first.
-
-  Raises:
-    ValueError: sparsity outside [0, 1), unknown scope, nothing prunable, values that are
-      not finite, or masks of another structure.
-
-  References:
-    Li et al., 2017, https://arxiv.org/abs/1608.08710 (norms of filters)
-    Molchanov et al., 2017, https://arxiv.org/abs/1611.06440 (normalized by layer)
-  """
-  check_sparsity(sparsity)
-  check_name("scope", scope, SCOPES)
-  check_finite(params)
-  layers = _layers(params, axis, prunable, masks)
-  new = {}
-  for group in [layers] if scope == "global" else [[layer] for layer in layers]:
-    scores = [_filter_scores(x.leaf, x.mask, x.axis) for x in group]
-    norms, alive, earlier = map(list, zip(*scores, strict=True))
-    filters = sum(x.size for x in norms)
-    goal = jnp.minimum(removal_count(sparsity, filters), filters - len(group))
-    kept = keep_largest(norms, alive, goal, magnitude_key)
-    new |= {x.number: k & m for x, k, m in zip(group, kept, earlier, strict=True)}
-  return with_all_kept(params, new)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _filter_scores(leaf, mask, axis):
-  """Of each filter its share of the layer's norm (infinite for the largest).
-
-  Returns:
-    Scores, whether a filter has any weight left (both [filters], with axes of length 1
-    for the others), and the earlier mask.
-  """
-  mask = jnp.ones(leaf.shape, bool) if mask is None else jnp.asarray(mask, bool)
-  others = tuple(a for a in range(leaf.ndim) if a != axis % leaf.ndim)
-  size = _over_largest(jnp.where(mask, jnp.abs(leaf), 0))
-  squares = jnp.sum(size**2, others, keepdims=True)
-  total = jnp.sum(squares)
-  norms = jnp.sqrt(squares / jnp.where(total > 0, total, 1))
-  alive = jnp.any(mask, others, keepdims=True)
-  # The last of the largest, so that among equals the earlier ones go.
-  flat = jnp.where(alive, norms, -1).ravel()
-  last = flat.size - 1 - jnp.argmax(flat[::-1])
-  largest = (jnp.arange(flat.size) == last).reshape(norms.shape)
-  return jnp.where(largest, jnp.inf, norms), alive, mask
-
-
-class _Layer(NamedTuple):
-  number: int
-  path: Path
-  leaf: Any
-  mask: Any
-  axis: int
-
-
-def _layers(
-  params: PyTree, axis: Axis, prunable: Prunable | None, masks: PyTree | None
-) -> list[_Layer]:
-  """The prunable leaves, with their earlier masks (or None) and the axis of each."""
-  flags = prunable_flags(params, prunable)
-  if masks is not None:
-    masks = match_masks(params, masks)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
-  layers = []
-  for i, (path, leaf) in enumerate(leaves):
-    if not flags[i]:
-      continue
-    along = axis(path, leaf) if callable(axis) else axis
-    if not -leaf.ndim <= along < leaf.ndim:
-      raise ValueError(f"axis is {along}, but {path_string(path)} has {leaf.ndim} axes")
-    layers.append(_Layer(i, path, leaf, old[i], along))
-  return layers

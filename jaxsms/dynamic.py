@@ -14,7 +14,7 @@ from jaxsms.training.engine import Engine, Model
 from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
-from jaxsms.trees import PyTree, model_at, number_of_models
+from jaxsms.trees import PyTree, mask_leaves, model_at, number_of_models
 
 
 def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:
@@ -163,5 +163,6 @@ def removed_share(params: PyTree, masks: PyTree) -> float:
     The share, in [0, 1].
   """
   flags = prunable_flags(params)
-  chosen = [x for x, flag in zip(jax.tree.leaves(masks), flags, strict=True) if flag]
+  masks = mask_leaves(params, masks)
+  chosen = [x for x, flag in zip(masks, flags, strict=True) if flag]
   return 1 - sum(int(x.sum()) for x in chosen) / sum(x.size for x in chosen)

@@ -15,7 +15,13 @@ from jaxsms import checkpoint, export, storage
 from jaxsms.data.sources import read_npz
 from jaxsms.files import on_disk
 from jaxsms.safetensors import by_path, check_fit, first_sentence, read_with_metadata
-from jaxsms.torch_layout import canonical, layout, to_flax_axes, to_torch_axes
+from jaxsms.torch_layout import (
+  canonical,
+  fitting_options,
+  layout,
+  to_flax_axes,
+  to_torch_axes,
+)
 from jaxsms.trees import check_finite
 
 # Under what training scripts put the weights, beside the epoch and the optimizer.
@@ -171,14 +177,13 @@ def from_torch(
         f"{sources[known]} and {name} are names of one layer: keep one of them"
       )
     found[known], sources[known] = array, name
-  advice = "make the network with the options and the image shape of these weights"
-  if head in found and found[head].shape != expected[head].shape:
-    advice = f"make the network with num_classes={found[head].size}"
+  other = head in found and found[head].shape != expected[head].shape
+  classes = found[head].size if other else None
   check_fit(
     f"the weights do not fit {type(module).__name__} with {module.num_classes} classes",
     expected,
     found,
-    advice,
+    fitting_options(module, found, classes),
   )
   for name, array in found.items():
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -275,10 +280,8 @@ def fit_model(
   if found.keys() == by_path(template["params"]).keys() and not template["batch_stats"]:
     found = {f"params/{name}": array for name, array in found.items()}
   if any(name.startswith("params/") for name in found):
-    advice = "make the network with the options and the image shape of these weights"
-    check_fit(
-      f"{what} does not fit {type(module).__name__}", by_path(template), found, advice
-    )
+    problem = f"{what} does not fit {type(module).__name__}"
+    check_fit(problem, by_path(template), found, fitting_options(module, found))
     leaves, structure = jax.tree.flatten(template)
     arrays = [
       np.asarray(found[name], like.dtype)

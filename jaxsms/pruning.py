@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_phases, check_share
 from jaxsms.names import check_name
 from jaxsms.selection import (
   SortKey,
@@ -23,10 +24,9 @@ from jaxsms.trees import (
   is_array,
   is_concrete,
   is_floating,
-  match_masks,
-  path_string,
+  mask_leaves,
 )
-from jaxsms.trees import prunable as default_prunable
+from jaxsms.weights import prunable_flags, say_what_is_left_out
 
 SCOPES = ("global", "uniform")
 # Numbers of leaves, in the order of `jax.tree.leaves`, and how many entries to remove.
@@ -58,7 +58,8 @@ def magnitude_masks(
 
   Returns:
     Tree of bool arrays with the structure and shapes of `params`: True where an entry
-    is kept, all True where a leaf is not prunable.
+    is kept, all True where a leaf is not prunable, None where a leaf is no array. What
+    the default choice leaves out is logged, once for each structure.
 
   Raises:
     ValueError: sparsity outside [0, 1), unknown scope, nothing prunable, values that
@@ -153,6 +154,7 @@ def scope_groups(
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)
   flags = prunable_flags(params, prunable)
+  say_what_is_left_out(params, prunable)
   numbers = [i for i, flag in enumerate(flags) if flag]
   sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
   groups = [numbers] if scope == "global" else [[i] for i in numbers]
@@ -182,10 +184,8 @@ def masks_of_groups(
   Raises:
     ValueError: masks of another structure.
   """
-  if masks is not None:
-    masks = match_masks(params, masks)
   leaves = jax.tree.leaves(params)
-  old = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
+  old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
   new = {}
   for numbers, goal in groups:
     chosen = [leaves[i] for i in numbers]
@@ -198,12 +198,12 @@ def masks_of_groups(
 
 
 def with_all_kept(params: PyTree, new: dict[int, jax.Array]) -> PyTree:
-  """The masks by number of leaf as a tree, all True where there is none."""
+  """The masks by number of leaf as a tree: None where a leaf is no array, else True."""
   leaves, structure = jax.tree.flatten(params)
-  others = [i for i in range(len(leaves)) if i not in new]
+  others = [i for i, leaf in enumerate(leaves) if i not in new and is_array(leaf)]
   ones = _all_kept(tuple(np.shape(leaves[i]) for i in others))
   new = new | dict(zip(others, ones, strict=True))
-  return jax.tree.unflatten(structure, [new[i] for i in range(len(leaves))])
+  return jax.tree.unflatten(structure, [new.get(i) for i in range(len(leaves))])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -220,12 +220,11 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
   Raises:
     ValueError: other leaves or shapes than those of `params`, or masks not of bool.
   """
-  masks = match_masks(params, masks)
   leaves, structure = jax.tree.flatten(params)
-  pairs = zip(leaves, jax.tree.leaves(masks), strict=True)
-  zeroed = iter(_zero_removed([pair for pair in pairs if is_array(pair[0])]))
+  pairs = list(zip(leaves, mask_leaves(params, masks), strict=True))
+  zeroed = iter(_zero_removed([pair for pair in pairs if pair[1] is not None]))
   return jax.tree.unflatten(
-    structure, [next(zeroed) if is_array(leaf) else leaf for leaf in leaves]
+    structure, [leaf if mask is None else next(zeroed) for leaf, mask in pairs]
   )
 
 
@@ -265,6 +264,7 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
     ValueError: an argument is out of range.
   """
   check_sparsity(goal, "goal sparsity")
+  phase, phases = check_phases(phase, "phase"), check_phases(phases)
   if phases < 1:
     raise ValueError(f"phases is {phases}: at least 1 phase is needed")
   if not 1 <= phase <= phases:
@@ -273,11 +273,8 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
 
 
 def check_sparsity(value: float | jax.Array, what: str = "sparsity") -> None:
-  """Raises ValueError where a concrete sparsity is outside [0, 1)."""
-  if is_concrete(value) and not 0 <= float(value) < 1:
-    raise ValueError(
-      f"{what} is {float(value):g}: it is the share of weights to remove, in [0, 1)"
-    )
+  """Raises ValueError unless a sparsity is one number, in [0, 1) where it is concrete."""
+  check_share(value, what)
 
 
 def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:
@@ -285,45 +282,6 @@ def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:
   if is_concrete(sparsity):
     return round(float(sparsity) * size)
   return jnp.round(sparsity * size).astype(jnp.int32)
-
-
-def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[bool]:
-  """For each leaf, in the order of `jax.tree.leaves`, whether it is prunable.
-
-  Raises:
-    ValueError: no leaf is.
-  """
-  passed_over = frozenset() if prunable else _leaves_of_other_modules(params)
-  prunable = prunable or default_prunable
-  flags = [
-    bool(is_array(leaf) and id(leaf) not in passed_over and prunable(path, leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  ]
-  if not any(flags):
-    raise ValueError(
-      f"none of the {len(flags)} leaves of params is prunable ({_first_names(params)}): "
-      "weights are recognised by the names kernel, w and weight, so rename them, or pass "
-      "your own, such as prunable=lambda path, leaf: leaf.ndim > 1"
-    )
-  return flags
-
-
-def _first_names(params: PyTree) -> str:
-  paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
-
-
-def _leaves_of_other_modules(params: PyTree) -> frozenset[int]:
-  """The leaves whose module's class, where modules are tree nodes, is no weight layer.
-
-  In Equinox a layer norm or an embedding in a list has the path of a dense layer.
-  """
-
-  def is_other(node):
-    return type(node).__name__.endswith(("Norm", "Embedding"))
-
-  nodes = jax.tree.leaves(params, is_leaf=is_other)
-  return frozenset(id(x) for node in filter(is_other, nodes) for x in jax.tree.leaves(node))
 
 
 # One program for all leaves each: outside of jit, every operation on every shape would be

@@ -12,7 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import map_ingredients
 from jaxsms.pruning import apply_masks
-from jaxsms.trees import PyTree, is_floating, number_of_models
+from jaxsms.trees import (
+  Arrays,
+  PyTree,
+  is_array,
+  is_floating,
+  mask_leaves,
+  number_of_models,
+)
 
 Retrain = Callable[[jax.Array, PyTree, PyTree, PyTree], Any]
 
@@ -50,6 +57,7 @@ def retrain_phase(
     )
   ingredients = jax.tree.map(jnp.asarray, ingredients)
   number_of_models(ingredients, "ingredients")
+  params = Arrays(params)
   if mesh is not None:  # a later phase's, on the mesh already, would compile again
     everywhere = NamedSharding(mesh, PartitionSpec())
     key, params, masks = jax.device_put((key, params, masks), everywhere)
@@ -65,7 +73,7 @@ def retrain_phase(
       "all copies are equal after retraining: does retrain use its ingredient, such as "
       'fold_in(key, ingredient["seed"])?'
     )
-  return candidates, jax.device_get(report) if jax.tree.leaves(report) else None
+  return candidates.tree, jax.device_get(report) if jax.tree.leaves(report) else None
 
 
 def _all_equal(stacked: PyTree) -> bool:
@@ -93,7 +101,8 @@ def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
 
 @functools.lru_cache(maxsize=16)
 def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
-  def one(key, params, masks, ingredient):
+  def one(key, arrays, masks, ingredient):
+    params = arrays.tree
     structure = jax.tree.structure(params)
     result = retrain(key, params, masks, ingredient)
     report = {}
@@ -104,6 +113,8 @@ def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
       if jax.tree.structure(result) != structure:
         raise ValueError(_wrong_tree(structure, result))
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
+      if not is_array(old):
+        continue
       if (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(new), jnp.result_type(new)):
         raise ValueError(
           f"retrain turned a leaf {jnp.result_type(old)}{list(jnp.shape(old))} into "
@@ -111,10 +122,12 @@ def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
         )
     moved = [
       jnp.any(~mask & (leaf != 0) & jnp.isfinite(leaf))
-      for leaf, mask in zip(jax.tree.leaves(result), jax.tree.leaves(masks), strict=True)
-      if is_floating(leaf)
+      for leaf, mask in zip(
+        jax.tree.leaves(result), mask_leaves(result, masks), strict=True
+      )
+      if is_floating(leaf) and mask is not None
     ]
-    return apply_masks(result, masks), report, jnp.stack(moved).any()
+    return Arrays(apply_masks(result, masks)), report, jnp.stack(moved).any()
 
   return jax.jit(map_ingredients(one, (None, None, None, 0), mesh))
 

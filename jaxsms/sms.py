@@ -6,7 +6,6 @@ what both are compared with. `sparse_model_soup` is the loop with `prune_phase`,
 """
 
 import functools
-import operator
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jaxsms.checks import check_call, check_goal, check_indices, check_phases
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.pruning import (
@@ -27,11 +27,13 @@ from jaxsms.pruning import (
 from jaxsms.retraining import Retrain, retrain_phase
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (
+  Arrays,
   Prunable,
   PyTree,
   check_finite,
   is_floating,
   is_parameter,
+  mask_leaves,
   number_of_models,
 )
 
@@ -163,6 +165,7 @@ def sparse_model_soup(
   on_phase: Callable[[Phase], None] | None = None,
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
+  regrow: bool = False,
 ) -> SparseSoup:
   """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
 
@@ -190,25 +193,29 @@ def sparse_model_soup(
     masks: of a model that is sparse already; None means dense.
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
+    regrow: allows `prune` to keep weights that were removed before.
 
   Returns:
     The soup, its masks and a record of each phase.
 
   Raises:
-    ValueError: sparsity or phases out of range, no ingredient, nothing prunable, values
-      that are not finite, or a `retrain` that gives another tree than it got. Raised
-      before any training.
+    ValueError: sparsity or phases out of range, a goal that removes every weight, no
+      ingredient, nothing prunable, values that are not finite, or a `retrain` that gives
+      another tree than it got. Raised before any training. Later: a `prune` that lets
+      weights grow back, or a `merge` that gives no model or indices of no candidates.
     FloatingPointError: all copies of a phase diverged. Copies with values that are not
       finite are left out of the merge and have weight 0 in the record.
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
   """
+  check_call(key, mesh, retrain=retrain, prune=prune, merge=merge, on_phase=on_phase)
   check_sparsity(goal_sparsity, "goal_sparsity")
-  phases = operator.index(phases)
+  phases = check_phases(phases)
   phase_sparsity(goal_sparsity, 1, phases)
   check_finite(params)
-  prunable_flags(params, prunable)
+  flags = prunable_flags(params, prunable)
+  check_goal(goal_sparsity, _total(flags, params))
 
   def retrain_all(key, params, masks, record):
     varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
@@ -225,7 +232,9 @@ def sparse_model_soup(
     key,
     params,
     phase_sparsities(goal_sparsity, phases),
-    prune=functools.partial(prune_phase, prune=prune, prunable=prunable),
+    prune=functools.partial(
+      prune_phase, prune=prune, prunable=prunable, regrow=regrow
+    ),
     retrain=retrain_all,
     merge=merge_all,
     masks=masks,
@@ -243,6 +252,7 @@ def prune_phase(
   sparsity: float,
   prune: Prune = magnitude_masks,
   prunable: Prunable | None = None,
+  regrow: bool = False,
 ) -> tuple[PyTree, PyTree, dict[str, float]]:
   """Prunes a model further, once.
 
@@ -253,6 +263,7 @@ def prune_phase(
     prune: `prune(params, sparsity, masks=masks)` giving new masks.
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
+    regrow: allows `prune` to keep weights that were removed before.
 
   Returns:
     The pruned parameters, their masks, and a record: `sparsity` (share of the prunable
@@ -261,14 +272,22 @@ def prune_phase(
     `relative_norm_drop` (relative to the norm of all weights and biases).
 
   Raises:
-    ValueError: see `magnitude_masks`.
+    ValueError: see `magnitude_masks`; or `prune` removes every weight, or keeps what was
+      removed before.
   """
   flags = prunable_flags(params, prunable)
   if prunable is not None:
     prune = functools.partial(prune, prunable=prunable)
   new = prune(params, sparsity, masks=masks)
   pruned = apply_masks(params, new)
+  if masks is not None and not regrow:
+    _check_nested(params, masks, new)
   total, before, after = _count_kept(flags, masks, new, params)
+  if after == 0:
+    raise ValueError(
+      f"prune removed all {total:,} prunable weights at sparsity {float(sparsity):g}: ask "
+      "for less"
+    )
   parameters = [
     (leaf, pruned_leaf)
     for (path, leaf), pruned_leaf in zip(
@@ -306,12 +325,13 @@ def merge_phase(
   if len(healthy) < m:
     left_out = sorted(set(range(m)) - set(healthy))
     logging.warning("copies %s diverged and are left out of the soup", left_out)
-    candidates = take_ingredients(candidates, healthy)
+    candidates = take_ingredients(Arrays(candidates), healthy).tree
   merged = merge(candidates)
   if _is_one_of(candidates, merged):
     return merged, soup_weights(healthy, m)
   if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):
     soup, indices = merged
+    indices = check_indices(indices, len(healthy))
     return soup, soup_weights([healthy[i] for i in indices], m)
   raise ValueError(
     "merge gave neither one model, with the structure and shapes of its candidates, nor "
@@ -342,9 +362,13 @@ def _is_one_of(stacked: PyTree, model: PyTree) -> bool:
   return all(np.shape(one) == np.shape(many)[1:] for many, one in pairs)
 
 
-@jax.jit
 def finite_models(stacked: PyTree) -> jax.Array:
   """Whether all floating values of each model are finite: leaves [m, ...] -> bool [m]."""
+  return _finite_models(Arrays(stacked))
+
+
+@jax.jit
+def _finite_models(stacked: Arrays) -> jax.Array:
   flags = [jnp.ones([number_of_models(stacked)], bool)]
   flags += [
     jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
@@ -354,18 +378,44 @@ def finite_models(stacked: PyTree) -> jax.Array:
   return jnp.stack(flags).all(axis=0)
 
 
+def _total(flags: list[bool], params: PyTree) -> int:
+  leaves = zip(jax.tree.leaves(params), flags, strict=True)
+  return sum(int(np.prod(np.shape(x))) for x, flag in leaves if flag)
+
+
 def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
   """How many prunable entries there are, were kept before, and are kept now."""
-  sizes = [int(np.prod(np.shape(x))) for x in jax.tree.leaves(params)]
-  total = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+  total = _total(flags, params)
 
   def kept(tree):
     if tree is None:
       return total
-    chosen = [m for m, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
-    return int(_count_true(chosen))
+    chosen = zip(jax.tree.leaves(params), mask_leaves(params, tree), flags, strict=True)
+    return int(_count_true([_full(mask, leaf) for leaf, mask, flag in chosen if flag]))
 
   return total, kept(masks), kept(new)
+
+
+def _check_nested(params: PyTree, masks: PyTree, new: PyTree) -> None:
+  """Raises ValueError where new masks keep what earlier ones removed."""
+  earlier, now = mask_leaves(params, masks), mask_leaves(params, new)
+  leaves = zip(jax.tree.leaves(params), earlier, now, strict=True)
+  pairs = [(old, _full(mask, x)) for x, old, mask in leaves if old is not None]
+  if regrown := int(_count_regrown(pairs)):
+    raise ValueError(
+      f"prune keeps {regrown:,} weights that were removed before: let it hand on the masks "
+      "it is given, or pass regrow=True"
+    )
+
+
+def _full(mask, leaf):
+  """The mask of a leaf, True where there is none."""
+  return np.ones(np.shape(leaf), bool) if mask is None or mask is True else mask
+
+
+@jax.jit
+def _count_regrown(pairs):
+  return sum((jnp.count_nonzero(new & ~old) for old, new in pairs), jnp.int32(0))
 
 
 @jax.jit

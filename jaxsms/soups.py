@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxsms.trees import (
   PyTree,
+  is_array,
   is_concrete,
   is_floating,
   model_at,
@@ -20,8 +21,8 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
   """Averages m models into one.
 
   Sums run in float32 (float64 for float64 leaves). A model of weight 0 is left out, also
-  where it holds NaN. Leaves that are not floating (counters, keys) come from the first
-  model.
+  where it holds NaN; the gradient in its weight is that of its finite values. Leaves that
+  are not floating (counters, keys, functions) come from the first model.
 
   Args:
     stacked: tree whose leaves have shape [m, ...].
@@ -54,9 +55,13 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
   leaves, structure = jax.tree.flatten(stacked)
   floating = [leaf for leaf in leaves if is_floating(leaf)]
   means = iter(settled(_weighted_means(floating, jnp.asarray(weights))))
-  return jax.tree.unflatten(
-    structure, [next(means) if is_floating(leaf) else leaf[0] for leaf in leaves]
-  )
+
+  def mean(leaf):
+    if is_floating(leaf):
+      return next(means)
+    return leaf[0] if is_array(leaf) else leaf
+
+  return jax.tree.unflatten(structure, [mean(leaf) for leaf in leaves])
 
 
 @jax.jit
@@ -68,7 +73,9 @@ def _weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
   accumulate = jnp.promote_types(leaf.dtype, jnp.float32)
   shape = (-1,) + (1,) * (leaf.ndim - 1)
   weights = weights.astype(accumulate).reshape(shape)
-  values = jnp.where(weights == 0, 0, leaf.astype(accumulate))
+  # 0 times NaN is NaN. Values that are finite stay, for the gradient in their weight.
+  left_out = (weights == 0) & ~jnp.isfinite(leaf)
+  values = jnp.where(left_out, 0, leaf.astype(accumulate))
   return jnp.sum(weights * values, axis=0).astype(leaf.dtype)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,6 +32,8 @@ _LEAVES = {
   "class_token": "cls_token",
   "position_embedding": "pos_embed",
 }
+# The first convolution of a ResNet.
+_FIRST = re.compile(r"^(conv1\.weight|params/Conv_0/kernel)$")
 
 
 class Tensor(NamedTuple):
@@ -95,6 +97,27 @@ def layout(
     flat = image_shape if isinstance(module, MLP) and owners == ["Dense_0"] else None
     tensors.append(_tensor(name, last, leaf.shape, flat))
   return template, tensors, f"{list(layers.values())[-1]}.bias"
+
+
+def fitting_options(
+  module: nn.Module, found: Mapping[str, Any], num_classes: int | None = None
+) -> str:
+  """What to do where weights do not fit: the options that they ask for, as advice.
+
+  Args:
+    module: the network that they are to fit.
+    found: arrays by name, PyTorch's or ours.
+    num_classes: of these weights, where it is another than the network's.
+  """
+  options = []
+  first = next((x for name, x in found.items() if _FIRST.search(name)), None)
+  if isinstance(module, ResNet) and np.ndim(first) == 4:
+    stem = "imagenet" if 7 in np.shape(first) else "cifar"
+    options += [f'stem="{stem}"'] if stem != module.stem else []
+  options += [f"num_classes={num_classes}"] if num_classes else []
+  if options:
+    return f"make the network with {' and '.join(options)}"
+  return "make the network with the options and the image shape of these weights"
 
 
 def _tensor(name, kind, shape, flattened_image):

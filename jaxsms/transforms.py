@@ -1,11 +1,22 @@
 """Any optax transformation, kept inside a mask."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from jaxsms.pruning import apply_masks
-from jaxsms.trees import PyTree, is_floating, match_masks, path_names
+from jaxsms.trees import (
+  PyTree,
+  is_array,
+  is_concrete,
+  is_floating,
+  mask_leaves,
+  path_names,
+  path_string,
+)
 
 
 def masked(
@@ -18,6 +29,13 @@ def masked(
   and shape (momentum, second moments) is 0 where that parameter is removed. So it holds
   whatever the inner transformation does with removed entries: decay, sign, noise.
 
+  In a chain, `optax.chain(masked(inner, masks), after)`, what comes after it has the last
+  word. Where the parameters were pruned beforehand, with `apply_masks`, updates of removed
+  entries are 0, and scaling or decay keep that. Entries that are not yet 0 go to 0 only
+  where `masked` is outermost, `masked(optax.chain(inner, after), masks)`, and so does what
+  adds noise stay inside. A warning says so where values can be seen, which is not inside
+  `jax.jit`: check there with `assert_sparse`.
+
   Args:
     transformation: any optax transformation.
     masks: tree of bool arrays for the leaves of the parameters, True where kept.
@@ -26,11 +44,18 @@ def masked(
 
   Returns:
     A transformation whose `update(updates, state, params, *, masks=None, **extra)`
-    prefers the masks it is given over those given here.
+    prefers the masks it is given over those given here. Leaves of the parameters that are
+    no arrays (functions, None) are left alone; their updates are None.
 
   Raises:
     ValueError: no optax transformation; later, `update` has no masks or no params, or
       they do not fit together.
+
+  >>> params = {"kernel": jnp.array([[1.0, 0.0]])}
+  >>> masks = {"kernel": params["kernel"] != 0}
+  >>> optimizer = jaxsms.masked(optax.adamw(0.1), masks)
+  >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+  >>> jaxsms.assert_sparse(optax.apply_updates(params, updates), masks)
   """
   if not hasattr(transformation, "update"):
     raise ValueError(
@@ -39,12 +64,16 @@ def masked(
     )
   inner = optax.with_extra_args_support(transformation)
   default = masks
+  watch = _Watch()
 
   def init(params):
+    params = _arrays_alone(params)
     if default is None:
       return inner.init(params)
-    masks = match_masks(params, default)
-    return _mask_state(inner.init(apply_masks(params, masks)), params, masks)
+    masks = mask_leaves(params, default)
+    watch.at_init(params, masks)
+    state = inner.init(apply_masks(params, default))
+    return _mask_state(state, params, masks)
 
   def update(updates, state, params=None, *, masks=None, **extra):
     masks = default if masks is None else masks
@@ -54,24 +83,126 @@ def masked(
       )
     if params is None:
       raise ValueError("masked() needs params: call update(updates, state, params)")
-    masks = match_masks(params, masks)
+    updates, params = _trained_alone(updates, params)
+    chosen = mask_leaves(params, masks)
+    watch.at_update(params, chosen)
     kept = apply_masks(params, masks)
     updates, state = inner.update(apply_masks(updates, masks), state, kept, **extra)
-    updates = jax.tree.map(
-      lambda mask, u, p: jnp.where(mask, u, -p), masks, updates, params
-    )
-    return updates, _mask_state(state, params, masks)
+    leaves, structure = jax.tree.flatten(updates)
+    triples = zip(chosen, leaves, jax.tree.leaves(params), strict=True)
+    leaves = [u if mask is None else jnp.where(mask, u, -p) for mask, u, p in triples]
+    return jax.tree.unflatten(structure, leaves), _mask_state(state, params, chosen)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mask_state(state: PyTree, params: PyTree, masks: PyTree) -> PyTree:
+def assert_sparse(params: PyTree, masks: PyTree) -> None:
+  """Asserts that removed entries are exactly 0; for tests and training loops.
+
+  Args:
+    params: tree of parameters, leaves [...] or, of m models, [m, ...].
+    masks: tree of bool arrays for its leaves, True where kept.
+
+  Raises:
+    AssertionError: entries that are not, with the leaves they are in.
+    ValueError: masks that do not fit, or traced values.
+
+  >>> jaxsms.assert_sparse({"kernel": jnp.zeros(2)}, {"kernel": jnp.array([True, False])})
+  """
+  if not is_concrete((params, masks)):
+    raise ValueError(
+      "assert_sparse got traced values: call it outside of jit, on what the program gives"
+    )
+  names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  counts = _count_left(params, mask_leaves(params, masks))
+  wrong = [f"{n} of {name}" for name, n in zip(names, counts, strict=True) if n]
+  if wrong:
+    raise AssertionError(
+      f"entries that the masks remove are not 0: {', '.join(wrong)}; keep jaxsms.masked "
+      "outermost, masked(optax.chain(...), masks), and prune first with apply_masks"
+    )
+
+
+class _Watch:
+  """Says once, where values can be seen, that removed entries come back."""
+
+  def __init__(self):
+    self._masks, self._done = None, False
+
+  def at_init(self, params: PyTree, masks: list[Any]) -> None:
+    if not is_concrete((params, masks)) or not sum(_count_left(params, masks)):
+      return
+    logging.warning(
+      "params has entries that the masks remove and that are not 0: masked() removes them "
+      "with its first update only where it is outermost, masked(optax.chain(...), masks), "
+      "so prune first with jaxsms.apply_masks(params, masks)"
+    )
+
+  def at_update(self, params: PyTree, masks: list[Any]) -> None:
+    """Looks at the second update with the same masks: the first one may remove."""
+    if self._done or not is_concrete((params, masks)):
+      return
+    before, self._masks = self._masks, masks
+    if before is None or any(a is not b for a, b in zip(before, masks, strict=True)):
+      return
+    self._done = True
+    if sum(_count_left(params, masks)):
+      logging.warning(
+        "removed entries are not 0 after an update of masked(): what follows it in a chain "
+        "moves them, so make it outermost, masked(optax.chain(...), masks)"
+      )
+
+
+def _count_left(params: PyTree, masks: list[Any]) -> list[int]:
+  """How many removed entries of each leaf are not 0."""
+  pairs = zip(jax.tree.leaves(params), masks, strict=True)
+  pairs = [(0, True) if mask is None else (leaf, mask) for leaf, mask in pairs]
+  with jax.ensure_compile_time_eval():  # concrete values stay so inside a jit
+    return [int(n) for n in jax.device_get(_count_nonzero_removed(pairs))]
+
+
+@jax.jit
+def _count_nonzero_removed(pairs):
+  return [jnp.sum(~jnp.asarray(mask, bool) & (leaf != 0)) for leaf, mask in pairs]
+
+
+def _arrays_alone(tree: PyTree) -> PyTree:
+  """The tree with None for leaves that are no arrays."""
+  return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def _trained_alone(updates: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+  """Updates and their parameters in one structure: None where either is no array."""
+  updates, params = _arrays_alone(updates), _arrays_alone(params)
+  if jax.tree.structure(updates) == jax.tree.structure(params):
+    return updates, params
+
+  def is_none(x):
+    return x is None
+
+  try:
+    params = jax.tree.map(
+      lambda u, p: None if u is None else p, updates, params, is_leaf=is_none
+    )
+    updates = jax.tree.map(
+      lambda u, p: None if p is None else u, updates, params, is_leaf=is_none
+    )
+  except ValueError:
+    raise ValueError(
+      "updates and params have different tree structures: pass the parameters that the "
+      "gradients are of"
+    ) from None
+  return updates, params
+
+
+def _mask_state(state: PyTree, params: PyTree, masks: list[Any]) -> PyTree:
   """Zeros the removed entries of all state leaves shaped and named like a parameter."""
   by_path = {
     tuple(path_names(path)): (leaf, mask)
     for (path, leaf), mask in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(masks), strict=True
+      jax.tree_util.tree_leaves_with_path(params), masks, strict=True
     )
+    if mask is not None
   }
   lengths = sorted({len(names) for names in by_path}, reverse=True)
 

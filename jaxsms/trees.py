@@ -1,24 +1,18 @@
 """Trees of parameters: which leaves can be pruned, and m trees as one."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from jaxsms.weight_names import is_weight
 
 PyTree = Any
 Path = tuple[Any, ...]
 Prunable = Callable[[Path, Any], bool]
 
-# The name of the leaf says it in Flax ("kernel") and Haiku ("w", "w_i", "w_h").
-_WEIGHT_NAMES = frozenset({"kernel", "w", "w_i", "w_h"})
-# Equinox and PyTorch call every weight "weight": its owner's name has to tell.
-_OWNED_WEIGHT_NAMES = frozenset(
-  {"weight", "weight_ih", "weight_hh", "in_proj_weight", "kernel_weight"}
-)
-_NORM_WORDS = ("norm", "bn", "ln", "gn")
-_EMBEDDING_WORDS = ("embed", "emb", "embedding", "wte", "wpe")
 # Linen keeps batch statistics in a collection of this name, NNX under these leaves.
 _STATISTICS = ("batch_stats", "mean", "var")
 
@@ -51,6 +45,44 @@ def is_array(leaf: Any) -> bool:
   return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
+def map_arrays(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+  """As `jax.tree.map`; leaves that are no arrays stay what they are in the first tree."""
+  return jax.tree.map(lambda x, *y: function(x, *y) if is_array(x) else x, tree, *rest)
+
+
+@jax.tree_util.register_pytree_node_class
+class Arrays:
+  """A tree for JAX's transformations: its leaves are the arrays, the rest is structure.
+
+  Functions and numbers among the leaves of a tree, as in Equinox's modules, cannot go
+  through `jax.jit`; here they are part of the program.
+
+  Args:
+    tree: any tree; `.tree` gives it back.
+  """
+
+  def __init__(self, tree: PyTree):
+    leaves, structure = jax.tree.flatten(tree)
+    self._arrays = [leaf for leaf in leaves if is_array(leaf)]
+    self._rest = structure, tuple(None if is_array(x) else (x,) for x in leaves)
+
+  @property
+  def tree(self) -> PyTree:
+    structure, rest = self._rest
+    arrays = iter(self._arrays)
+    leaves = [next(arrays) if other is None else other[0] for other in rest]
+    return jax.tree.unflatten(structure, leaves)
+
+  def tree_flatten(self):
+    return self._arrays, self._rest
+
+  @classmethod
+  def tree_unflatten(cls, rest, arrays):
+    new = object.__new__(cls)
+    new._arrays, new._rest = list(arrays), rest
+    return new
+
+
 def is_floating(leaf: Any) -> bool:
   """Whether a leaf is an array of floating (or complex) numbers."""
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -63,22 +95,6 @@ def is_parameter(path: Path, leaf: Any) -> bool:
   return is_floating(leaf) and not statistic
 
 
-def _words(name: str) -> list[str]:
-  """The words of an identifier: "layerNorm_2" -> ["layer", "norm"]."""
-  return [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
-
-
-def _is_norm(name: str) -> bool:
-  return any(w.endswith("norm") or w in _NORM_WORDS for w in _words(name))
-
-
-def _is_embedding_table(name: str, leaf: Any) -> bool:
-  words = _words(name)
-  embedding = any(w in _EMBEDDING_WORDS or w.endswith("embedding") for w in words)
-  # A patch embedding is a convolution or a dense layer, whatever it is called.
-  return embedding and leaf.ndim == 2 and "patch" not in words
-
-
 def prunable(path: Path, leaf: Any) -> bool:
   """Whether a leaf is a weight of a dense, convolution or attention layer.
 
@@ -86,7 +102,8 @@ def prunable(path: Path, leaf: Any) -> bool:
   Flax linen, Flax NNX, Haiku ("kernel", "w") and Equinox ("weight", except in layers
   called norm or embedding) give to their leaves. No bias, whatever its rank, no
   normalization, embedding table, position embedding, class token, batch statistic, key
-  or integer is prunable.
+  or integer is prunable. Leaves whose name does not say what they are, as in a list of
+  (W, b) or a dict of one's own, are prunable from rank 2 on.
 
   Args:
     path: key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
@@ -94,16 +111,12 @@ def prunable(path: Path, leaf: Any) -> bool:
 
   Returns:
     True for a weight.
+
+  >>> layers = [(jnp.ones((4, 3)), jnp.ones(3))]
+  >>> jax.tree_util.tree_map_with_path(prunable, layers)
+  [(True, False)]
   """
-  if not is_parameter(path, leaf) or leaf.ndim < 2:
-    return False
-  names = path_names(path)
-  name, owner = names[-1] if names else "", names[-2] if len(names) > 1 else ""
-  if name in _WEIGHT_NAMES:
-    return not _is_norm(owner)
-  if name in _OWNED_WEIGHT_NAMES:
-    return not _is_norm(owner) and not _is_embedding_table(owner, leaf)
-  return False
+  return is_parameter(path, leaf) and is_weight(path_names(path), leaf.shape)
 
 
 def stack(models: Sequence[PyTree]) -> PyTree:
@@ -113,11 +126,11 @@ def stack(models: Sequence[PyTree]) -> PyTree:
     models: m trees whose leaves have equal shapes [...] and dtypes.
 
   Returns:
-    A tree with leaves [m, ...].
+    A tree with leaves [m, ...]. Leaves that are no arrays (functions, numbers) come from
+    the first model.
 
   Raises:
-    ValueError: there is no model, a leaf is not an array, or structures, shapes or
-      dtypes differ.
+    ValueError: there is no model, or structures, shapes or dtypes differ.
   """
   if isinstance(models, dict) or not (models := list(models)):
     raise ValueError("got no models to stack: pass a list of at least one")
@@ -131,18 +144,19 @@ def stack(models: Sequence[PyTree]) -> PyTree:
         "soup must come from the same network"
       )
     for (path, a), b in zip(first, leaves, strict=True):
-      if not is_array(b):
+      if is_array(a) != is_array(b):
         raise ValueError(
-          f"leaf {path_string(path)} of model {number} is {type(b).__name__}, not an "
-          "array: stack the arrays alone (equinox.partition, flax.nnx.split)"
+          f"leaf {path_string(path)} is {type(b).__name__} in model {number} but "
+          f"{type(a).__name__} in model 0: all must be arrays, or none"
         )
       if is_array(a) and (a.shape, a.dtype) != (b.shape, b.dtype):
         raise ValueError(
           f"leaf {path_string(path)} is {b.dtype}{list(b.shape)} in model {number} but "
           f"{a.dtype}{list(a.shape)} in model 0: shapes and dtypes must agree"
         )
-    columns.append(leaves)
-  return jax.tree_util.tree_unflatten(structure, _stack_leaves(columns))
+    columns.append([leaf for leaf in leaves if is_array(leaf)])
+  stacked = iter(_stack_leaves(columns))
+  return jax.tree.map(lambda x: next(stacked) if is_array(x) else x, models[0])
 
 
 @jax.jit  # one program, and not several for each shape
@@ -157,18 +171,18 @@ def unstack(stacked: PyTree) -> list[PyTree]:
     stacked: tree whose leaves have shape [m, ...].
 
   Returns:
-    List of m trees with leaves [...].
+    List of m trees with leaves [...]; all have the leaves that are no arrays.
 
   Raises:
     ValueError: leaves disagree on m, or there is none.
   """
   m = number_of_models(stacked)
-  return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(m)]
+  return [map_arrays(lambda x, i=i: x[i], stacked) for i in range(m)]
 
 
 def model_at(stacked: PyTree, index: int) -> PyTree:
   """One of several models, in one program: leaves [m, ...] -> [...]."""
-  return settled(_at(stacked, jnp.asarray(index)))
+  return settled(_at(Arrays(stacked), jnp.asarray(index)).tree)
 
 
 @jax.jit
@@ -195,12 +209,14 @@ def number_of_models(stacked: PyTree, what: str = "models") -> int:
   """The length m of the leading axis that all leaves of a stacked tree share.
 
   Raises:
-    ValueError: there is no leaf, a leaf has no leading axis, leaves disagree on m, or m
+    ValueError: there is no array, an array has no leading axis, leaves disagree on m, or m
       is 0.
   """
   m, first_path = None, None
   for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
-    if not is_array(leaf) or leaf.ndim == 0:
+    if not is_array(leaf):
+      continue
+    if leaf.ndim == 0:
       raise ValueError(
         f"leaf {path_string(path)} has no leading axis of {what}: expected a tree with "
         "leaves [m, ...], as jaxsms.stack makes"
@@ -255,29 +271,79 @@ def match_masks(params: PyTree, masks: PyTree) -> PyTree:
       hands out the same parameters as State and as plain dicts).
 
   Returns:
-    The masks in the structure of `params`.
+    The masks in the structure of `params`: None where a leaf is no array.
+
+  Raises:
+    ValueError: see `mask_leaves`.
+  """
+  return jax.tree.unflatten(jax.tree.structure(params), mask_leaves(params, masks))
+
+
+def mask_leaves(params: PyTree, masks: PyTree) -> list[Any]:
+  """The mask of each leaf, in the order of `jax.tree.leaves(params)`.
+
+  Args:
+    params: a tree of parameters, gradients or updates, or a stack of such. Where it has
+      no array (None, a function, `optax.MaskedNode`) masks have no say.
+    masks: tree of bool arrays for the same leaves, True where kept; None keeps a leaf.
+
+  Returns:
+    Masks; None where a leaf is no array, or has none.
 
   Raises:
     ValueError: other leaves, shapes that are not those of the last axes, or leaves that
       are not bool.
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  others = jax.tree_util.tree_leaves_with_path(masks)
-  if [path_names(path) for path, _ in leaves] != [path_names(path) for path, _ in others]:
+  leaves, given = _by_names(params), _by_names(masks)
+  names, given_names = [x[0] for x in leaves], [x[0] for x in given]
+  if names == given_names:
+    chosen = [mask for _, _, mask in given]
+  else:
+    by_name = {name: mask for name, _, mask in given}
+    arrays = {name for name, _, leaf in leaves if is_array(leaf)}
+    left_out = [name for name, _, leaf in leaves if not is_array(leaf)]
+    missing = arrays - by_name.keys()
+    unknown = {name for name in by_name.keys() - arrays if by_name[name] is not None}
+    if missing or not all(_is_below(name, left_out) for name in unknown):
+      raise ValueError(
+        "params and masks have different tree structures: make the masks from these params"
+      )
+    chosen = [by_name.get(name) for name in names]
+  for (_, path, leaf), mask in zip(leaves, chosen, strict=True):
+    if is_array(leaf) and mask is not None and not isinstance(mask, bool):
+      _check_mask(path, leaf, mask)
+  pairs = zip(leaves, chosen, strict=True)
+  return [
+    mask if is_array(leaf) else None for (_, _, leaf), mask in pairs if not _is_empty(leaf)
+  ]
+
+
+def _by_names(tree: PyTree) -> list[tuple[tuple[str, ...], Path, Any]]:
+  """The names, the path and the value of each leaf, and of what is empty."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty)
+  return [
+    (tuple(path_names(path)), path, None if _is_empty(leaf) else leaf)
+    for path, leaf in leaves
+  ]
+
+
+def _is_empty(node: Any) -> bool:
+  return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _is_below(name: tuple[str, ...], others: list[tuple[str, ...]]) -> bool:
+  return any(name[: len(other)] == other for other in others)
+
+
+def _check_mask(path: Path, leaf: Any, mask: Any) -> None:
+  """Raises ValueError unless a mask is of bool, with the shape of the last axes."""
+  if not is_array(mask) or mask.dtype != bool:
     raise ValueError(
-      "params and masks have different tree structures: make the masks from these params"
+      f"the mask of {path_string(path)} is {getattr(mask, 'dtype', type(mask))}: masks "
+      "are bool arrays, True where kept"
     )
-  for (path, leaf), (_, mask) in zip(leaves, others, strict=True):
-    if not is_array(leaf) or isinstance(mask, bool):
-      continue
-    if not is_array(mask) or mask.dtype != bool:
-      raise ValueError(
-        f"the mask of {path_string(path)} is {getattr(mask, 'dtype', type(mask))}: masks "
-        "are bool arrays, True where kept"
-      )
-    if mask.shape != leaf.shape[len(leaf.shape) - len(mask.shape) :]:
-      raise ValueError(
-        f"params and masks differ in shape at {path_string(path)}: {list(leaf.shape)} and "
-        f"{list(mask.shape)}"
-      )
-  return jax.tree.unflatten(structure, [mask for _, mask in others])
+  if mask.shape != leaf.shape[len(leaf.shape) - len(mask.shape) :]:
+    raise ValueError(
+      f"params and masks differ in shape at {path_string(path)}: {list(leaf.shape)} and "
+      f"{list(mask.shape)}"
+    )

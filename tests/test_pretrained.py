@@ -12,7 +12,7 @@ from jaxsms.models.resnet import ResNet
 from jaxsms.models.resnet_cifar import CifarResNet
 from jaxsms.models.vgg import VGG
 from jaxsms.models.wide_resnet import WideResNet
-from jaxsms.pretrained import from_torch, to_torch
+from jaxsms.pretrained import fit_model, from_torch, to_torch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -416,3 +416,21 @@ def test_bfloat16_weights_become_float32(assert_trees_equal):
     n: np.asarray(jnp.array(x.float().numpy(), "bfloat16")) for n, x in half.items()
   }
   assert_trees_equal(from_torch(arrays, module, image_shape), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_weights_with_the_other_stem_name_the_option(rejects, name, stem):
+  other = {"cifar": "imagenet", "imagenet": "cifar"}[stem]
+  size = {"cifar": 3, "imagenet": 7}[stem]
+  ours, theirs = models.create(name, 5, stem=other), {"conv1.weight": (64, 3, size, size)}
+  theirs = {name: np.zeros(shape, np.float32) for name, shape in theirs.items()}
+  with rejects(f'make the network with stem="{stem}"'):
+    from_torch(theirs, ours, (32, 32, 3))
+  with rejects(f'make the network with stem="{stem}" and num_classes=1000'):
+    from_torch({**theirs, "fc.bias": np.zeros(1000, np.float32)}, ours, (32, 32, 3))
+  flax = {"params/Conv_0/kernel": np.zeros((size, size, 3, 64), np.float32)}
+  with rejects(f'make the network with stem="{stem}"'):
+    fit_model(flax, ours, (32, 32, 3), "x.safetensors")
+  with rejects("the options and the image shape of these weights"):
+    from_torch(theirs, models.create(name, 5, stem=stem), (32, 32, 3))

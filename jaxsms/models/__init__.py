@@ -56,11 +56,12 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
       "wide_resnet28_10", "wide_resnet22_10", "resnet50" or "vit_tiny".
     num_classes: number of logits, at least 2.
     **options: fields of the network: `hidden` and `dropout` of the MLP; `width` (channels
-      of the first stage) of residual networks and VGG; `stem`, "cifar" or "imagenet", of
-      "resnet18" and "resnet50"; `widening` and `dropout` of wide ones; `patch_size`,
-      `depth`, `width`, `heads` and `dropout` of the Vision Transformer; `dtype` of the
-      activations (parameters are float32), such as `jax.numpy.bfloat16`; and of all but
-      the MLP `convolution`, with the signature of `jax.lax.conv_general_dilated`, and
+      of the first stage) of residual networks and VGG; `stem`, "cifar" (the default of
+      "resnet18") or "imagenet" (that of "resnet50"); `widening` and `dropout` of wide
+      ones; `patch_size`, `depth`, `width`, `heads` and `dropout` of the Vision
+      Transformer; `dtype` of the activations (parameters are float32), such as
+      `jax.numpy.bfloat16`; and of all but the MLP `convolution`, with the signature of
+      `jax.lax.conv_general_dilated`, and
       `remat`, True for less memory and more time.
 
   Returns:
