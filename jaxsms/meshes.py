@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -161,10 +162,31 @@ def fetch(tree: PyTree) -> PyTree:
   """The values on the host, the same in every process; waits for them."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
+  return jax.tree.map(_fetch_one, tree)
+
+
+def _fetch_one(x):
+  if not _is_elsewhere(x) or x.is_fully_replicated:
+    return jax.device_get(x)
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
+def gather(tree: PyTree) -> PyTree:
+  """What lies on devices of other processes too, whole on this process's own.
+
+  Every process has to call it, with the same tree. The rest stays as it is, so that in a
+  job of one process all of it does.
+  """
 
   def one(x):
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-      return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    if not _is_elsewhere(x):
+      return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(one(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return jnp.asarray(_fetch_one(x))
 
   return jax.tree.map(one, tree)
+
+
+def _is_elsewhere(x):
+  return isinstance(x, jax.Array) and not x.is_fully_addressable

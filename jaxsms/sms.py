@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms.ingredients import take_ingredients
-from jaxsms.meshes import fetch
+from jaxsms.meshes import fetch, gather
 from jaxsms.pruning import (
   apply_masks,
   check_sparsity,
@@ -86,6 +86,7 @@ def sparse_model_soup(
   prune: Prune = magnitude_masks,
   merge: Merge = uniform_soup,
   mesh: jax.sharding.Mesh | None = None,
+  at_once: int | None = None,
   on_phase: Callable[[Phase], None] | None = None,
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
@@ -111,7 +112,10 @@ def sparse_model_soup(
     prune: `prune(params, sparsity, masks=masks)` giving new masks.
     merge: of leaves [m, ...], giving a model, or (model, indices merged) as
       `functools.partial(greedy_soup, evaluate=...)` does.
-    mesh: None for one device, else as `jaxsms.make_mesh` gives.
+    mesh: None for one device, else as `jaxsms.make_mesh` gives. In a job of several
+      processes each calls this with the same arguments, and gets the whole result.
+    at_once: copies that one device trains at the same time; groups of so many follow one
+      another in the same program, in less memory. None means all.
     on_phase: called after each phase, to evaluate, log or save.
     masks: of a model that is sparse already; None means dense.
     prunable: which leaves to prune and count, handed on to `prune`; None means
@@ -133,6 +137,7 @@ def sparse_model_soup(
   check_sparsity(goal_sparsity, "goal_sparsity")
   phases = operator.index(phases)
   phase_sparsity(goal_sparsity, 1, phases)
+  key, params, masks = gather((key, params, masks))
   check_finite(params)
   prunable_flags(params, prunable)
 
@@ -142,7 +147,7 @@ def sparse_model_soup(
     sparsity = phase_sparsity(goal_sparsity, phase, phases)
     params, masks, record = prune_phase(params, masks, sparsity, prune, prunable)
     candidates, report = retrain_phase(
-      jax.random.fold_in(key, phase), params, masks, varied, retrain, mesh
+      jax.random.fold_in(key, phase), params, masks, varied, retrain, mesh, at_once
     )
     params, weights = merge_phase(candidates, merge)
     record = {"phase": phase, **record, "weights": weights, "retrain": report}
