@@ -170,8 +170,9 @@ def first_model(run: Run) -> None:
 
 def fresh_model(run: Run) -> Model:
   """Before any training."""
-  key = jax.random.fold_in(run.key, INIT)
-  return Model(*init_variables(run.task.module, key, run.task.image_shape))
+  task, key = run.task, jax.random.fold_in(run.key, INIT)
+  mesh = task.programs.mesh_of(1) if task.programs.split_params else None
+  return Model(*init_variables(task.module, key, task.image_shape, mesh))
 
 
 def train_dense(run: Run, method: str, learning_rates: np.ndarray, stream: int) -> Model:
@@ -181,7 +182,7 @@ def train_dense(run: Run, method: str, learning_rates: np.ndarray, stream: int) 
   trained = train_copies(
     task.programs,
     task.splits.train,
-    jax.tree.map(lambda x: jnp.ones(x.shape, bool), fresh.params),
+    jax.tree.map(lambda x: jnp.ones_like(x, bool), fresh.params),
     jax.random.fold_in(run.key, stream),
     *fresh,
     ingredients(1, run.settings.weight_decay, len(learning_rates)),

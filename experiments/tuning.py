@@ -13,7 +13,8 @@ from experiments.settings import Settings
 from experiments.task import make_task
 from jaxsms.convolution import CHOICES
 from jaxsms.data import Dataset, StreamedDataset
-from jaxsms.training import init_variables, start, train_chunks
+from jaxsms.training import init_variables, train_chunks
+from jaxsms.training.loop import first_state
 
 STEPS, ROUNDS = 4, 3
 
@@ -54,10 +55,12 @@ def _runner(settings, chosen, method, dataset):
   task = make_task(settings, chosen, method, dataset)
   m, per_epoch = settings.ingredients, task.steps_per_epoch
   steps = STEPS * (ROUNDS + 1)
-  params, batch_stats = init_variables(task.module, jax.random.key(0), task.image_shape)
+  split_over = task.programs.mesh_of(1) if task.programs.split_params else None
+  params, batch_stats = init_variables(
+    task.module, jax.random.key(0), task.image_shape, split_over
+  )
   masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
-  optimizer = task.programs.optimizer(0.0, 0.0)
-  state = start(params, batch_stats, optimizer, m)
+  state = first_state(task.programs, params, batch_stats, m)
   varied = ingredients(m, settings.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
@@ -67,4 +70,4 @@ def _runner(settings, chosen, method, dataset):
     ):  # fmt: skip
       jax.block_until_ready(chunk.loss)
       yield
-    state = start(params, batch_stats, optimizer, m)
+    state = first_state(task.programs, params, batch_stats, m)

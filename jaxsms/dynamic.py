@@ -9,11 +9,10 @@ from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Prune, finite_models
-from jaxsms.training.loop import Chunk, Remask, continue_training
+from jaxsms.training.loop import Chunk, Remask, continue_training, first_state
 from jaxsms.training.measurements import Describe, Model, Record, Splits
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import start
 from jaxsms.trees import PyTree, model_at, number_of_models
 
 
@@ -139,7 +138,7 @@ def prune_during_training(
   remask = gradual_masks(goal_sparsity, ramp_steps, prune, feedback_programs is not None)
   first = {name: values[:1] for name, values in ingredients.items()}
   first["steps"] = np.minimum(first["steps"], ramp_steps)
-  state = start(*fresh, programs.optimizer(0.0, 0.0), 1)
+  state = first_state(programs, *fresh, 1)
   state = continue_training(
     feedback_programs or programs,
     splits.train,

@@ -85,9 +85,7 @@ def _equal_to_first(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.all(x == x[:1]) for x in leaves]).all()
 
 
-def _retrain_program(
-  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None
-):
+def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None):
   """The mapped, jitted program of a caller's function, kept so that phases share it."""
   try:
     hash(retrain)

@@ -9,6 +9,7 @@ checkpoints, progress bars) put their own retraining between the first and the l
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jaxsms import counts
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch, gather
 from jaxsms.pruning import (
@@ -276,21 +278,21 @@ def finite_models(stacked: PyTree) -> jax.Array:
 
 def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
   """How many prunable entries there are, were kept before, and are kept now."""
-  sizes = [int(np.prod(np.shape(x))) for x in jax.tree.leaves(params)]
+  sizes = [math.prod(np.shape(x)) for x in jax.tree.leaves(params)]
   total = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
 
   def kept(tree):
     if tree is None:
       return total
     chosen = [m for m, flag in zip(jax.tree.leaves(tree), flags, strict=True) if flag]
-    return int(_count_true(chosen))
+    return counts.on_host(fetch(_count_true(chosen)))
 
   return total, kept(masks), kept(new)
 
 
 @jax.jit
 def _count_true(masks):
-  return sum(jnp.count_nonzero(mask) for mask in masks)
+  return counts.count(masks)
 
 
 @jax.jit

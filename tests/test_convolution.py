@@ -555,7 +555,10 @@ def soup_examples(convolution):
   params = linen.init(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))
   return {
     "linen": (params, linen.apply),
-    "nnx": (nnx.to_pure_dict(state), lambda p, x: nnx.merge(graph, pure_state(state, p))(x)),
+    "nnx": (
+      nnx.to_pure_dict(state),
+      lambda p, x: nnx.merge(graph, pure_state(state, p))(x),
+    ),
   }
 
 

@@ -1,5 +1,6 @@
 """Training on the host's side: chunk after chunk of the jitted program."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import first_ingredients, pad_ingredients
-from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
+from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
 from jaxsms.sms import finite_models
 from jaxsms.training.memory import says_what_fits
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState, start
+from jaxsms.training.state import Data, TrainState, make_in_parts, start
 from jaxsms.training.streamed import StreamedData, training_batches
 from jaxsms.trees import PyTree, number_of_models
 
@@ -109,9 +110,9 @@ def train_copies(
     FloatingPointError: every copy has become NaN or infinite.
     MemoryError: the device is too small for so many copies at once.
   """
-  m = number_of_models(ingredients, "ingredients")
   if state is None:
-    state = start(params, batch_stats, programs.optimizer(0.0, 0.0), m)
+    m = number_of_models(ingredients, "ingredients")
+    state = first_state(programs, params, batch_stats, m)
   state = continue_training(
     programs,
     data,
@@ -126,6 +127,17 @@ def train_copies(
     saving=saving,
   )
   return state.params, state.batch_stats
+
+
+def first_state(
+  programs: Programs, params: PyTree, batch_stats: PyTree, m: int
+) -> TrainState:
+  """`jaxsms.training.start` for such programs: where parameters are in parts, in parts."""
+  optimizer, mesh = programs.optimizer(0.0, 0.0), programs.mesh_of(m)
+  if mesh is None or not programs.split_params:
+    return start(params, batch_stats, optimizer, m)
+  first = functools.partial(start, optimizer=optimizer, m=m)
+  return make_in_parts(first, mesh, True, params, batch_stats)
 
 
 def continue_training(
@@ -306,6 +318,7 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   if mesh is None:
     return data, masks, key, state, ingredients, learning_rates
   devices = mesh.shape[INGREDIENT_AXIS]
+  given = state
   state, valid = pad_ingredients(state, devices)
   (ingredients, learning_rates), _ = pad_ingredients((ingredients, learning_rates), devices)
   ingredients = {**ingredients, "steps": np.where(valid, ingredients["steps"], 0)}
@@ -322,8 +335,9 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   key = place(key, shared)
   if not callable(masks):
     masks = place(masks, sharding(masks, programs.own_masks))
-  state = place(state, sharding(state, True))
-  return data, masks, key, state, ingredients, learning_rates
+  placed = place(state, sharding(state, True))
+  release(given, placed)
+  return data, masks, key, placed, ingredients, learning_rates
 
 
 def _copies(m: int) -> str:
