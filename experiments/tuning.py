@@ -13,7 +13,7 @@ from experiments.settings import Settings
 from experiments.task import make_task
 from jaxsms.convolution import CHOICES
 from jaxsms.data import Dataset, StreamedDataset
-from jaxsms.training import init_variables, start, train_chunks
+from jaxsms.training import train_chunks
 
 STEPS, ROUNDS = 4, 3
 
@@ -54,18 +54,17 @@ def _runner(settings, chosen, method, dataset):
   task = make_task(settings, chosen, method, dataset)
   m, per_epoch = settings.ingredients, task.steps_per_epoch
   steps = STEPS * (ROUNDS + 1)
-  params, batch_stats = init_variables(task.module, jax.random.key(0), task.image_shape)
-  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
-  programs = task.engine.programs
-  optimizer = programs.optimizer(0.0, 0.0)
-  state = start(params, batch_stats, optimizer, m)
+  engine = task.engine
+  model = engine.init(task.module, jax.random.key(0), task.image_shape)
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), model.params)
+  state = engine.start(model, m)
   varied = ingredients(m, settings.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
     for _, chunk in train_chunks(
-      programs, task.engine.splits.train, masks, jax.random.key(0), state, varied, rates,
+      engine.programs, engine.splits.train, masks, jax.random.key(0), state, varied, rates,
       min(STEPS, per_epoch),
     ):  # fmt: skip
       jax.block_until_ready(chunk.loss)
       yield
-    state = start(params, batch_stats, optimizer, m)
+    state = engine.start(model, m)

@@ -109,6 +109,14 @@ def unpacked(
       lambda params, batch_stats: start(params, batch_stats, programs.optimizer(0, 0), m),
       *model,
     )
+    if programs.split_params:
+      mesh = programs.mesh_of(m)
+      like["state"] = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=params_sharding(mesh, x.shape, stacked=True)
+        ),
+        like["state"],
+      )
   trees = checkpoint.fill({name: like[name] for name in parts}, arrays, what)
   if programs.mesh_of(copies) is None:  # bound to no device, as what training gives is:
     trees = jax.tree.map(jnp.array, trees)  # else every program would be compiled again

@@ -5,6 +5,7 @@
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
+- For your own network on a CPU: `jaxsms.convolution`.
 """
 
 import importlib
@@ -122,8 +123,8 @@ __all__ = [
 ]
 
 _ROOMS = (
-  "baselines", "checkpoint", "data", "dynamic", "export", "models", "pretrained", "report",
-  "training",
+  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "models",
+  "pretrained", "report", "training",
 )  # fmt: skip
 
 

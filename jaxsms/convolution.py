@@ -34,11 +34,13 @@ def conv_general_dilated(
   batch_group_count: int = 1,
   precision: Any = None,
   preferred_element_type: Any = None,
+  out_sharding: Any = None,
   lowering: str = "auto",
 ) -> jax.Array:
   """`jax.lax.conv_general_dilated`, fast also under `vmap` and inside loops.
 
-  Pass it to a linen module: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
+  Pass it to a convolution of linen or NNX:
+  `nn.Conv(..., conv_general_dilated=jaxsms.convolution.conv_general_dilated)`.
   Floating NHWC/HWIO/NHWC convolutions without dilation and groups get the lowerings of
   this file; all others are `jax.lax.conv_general_dilated` itself. There are
   reverse-mode derivatives of any order and no forward-mode ones (`jvp`, `jacfwd`,
@@ -56,6 +58,7 @@ def conv_general_dilated(
     batch_group_count: the same.
     precision: the same.
     preferred_element_type: the same.
+    out_sharding: the same; one that is given is left to `jax.lax.conv_general_dilated`.
     lowering: "auto" follows the rule of the platform that the program is compiled for;
       "loop", "grouped" or "unrolled" hold on all of them, see `jaxsms.lowerings`;
       "native" is `jax.lax.conv_general_dilated` itself.
@@ -69,6 +72,7 @@ def conv_general_dilated(
   check_name("convolution lowering", lowering, CHOICES)
   simple = (
     lowering != "native"
+    and out_sharding is None
     and lhs.ndim == rhs.ndim == 4
     and lhs.dtype == rhs.dtype
     and jnp.issubdtype(lhs.dtype, jnp.floating)
@@ -95,7 +99,9 @@ def conv_general_dilated(
       return _forward((geometry, lowering), lhs, rhs)
   options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
   options += (batch_group_count, precision, preferred_element_type)
-  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options)
+  # Not every version of JAX knows the argument.
+  placed = {} if out_sharding is None else {"out_sharding": out_sharding}
+  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options, **placed)
 
 
 # The three operations. In the lowerings operands have a leading axis of copies, m long

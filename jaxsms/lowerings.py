@@ -5,7 +5,9 @@ Each way has a forward, an image gradient and a kernel gradient:
 
 - "loop": one copy and a few images at a time, in the one layout that a CPU runs well in
   loops too;
-- "grouped": XLA's convolution under vmap and its transposes, grouped convolutions;
+- "grouped": XLA's convolution under vmap and its transposes, grouped convolutions. XLA
+  would gather the whole batch for one on every device where it divides the program among
+  several (https://github.com/openxla/xla/issues/47945): there it is as "unrolled";
 - "unrolled": XLA's convolution and its transposes, a call for each copy.
 """
 
@@ -16,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from jaxsms.partitioning import unless_partitioned
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -255,10 +259,17 @@ def _unrolled(one, geometry, a, b):
   return jnp.concatenate([one(geometry, _of_copy(a, i), _of_copy(b, i)) for i in copies])
 
 
+def _grouped_or_unrolled(one, geometry, a, b):
+  together = functools.partial(one, geometry)
+  if 1 in (len(a), len(b)):  # copies that share an operand need no groups
+    return together(a, b)
+  return unless_partitioned(together, functools.partial(_unrolled, one, geometry))(a, b)
+
+
+_GROUPED = (_grouped, _grouped_image, _grouped_kernel)
+
 LOWERINGS = {
   "loop": (_loop_forward, _loop_image, _loop_kernel),
-  "grouped": (_grouped, _grouped_image, _grouped_kernel),
-  "unrolled": tuple(
-    functools.partial(_unrolled, one) for one in (_grouped, _grouped_image, _grouped_kernel)
-  ),
+  "grouped": tuple(functools.partial(_grouped_or_unrolled, one) for one in _GROUPED),
+  "unrolled": tuple(functools.partial(_unrolled, one) for one in _GROUPED),
 }

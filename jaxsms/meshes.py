@@ -3,9 +3,17 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+)
 
 from jaxsms.trees import PyTree
 
@@ -86,9 +94,14 @@ def split_params(tree: PyTree) -> PyTree:
 
 
 def params_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
-  """Where `split_params` puts a leaf, with leading axis m if `stacked`."""
+  """Where `split_params` puts a leaf, with leading axis m if `stacked`.
+
+  Where m does not divide evenly, all devices along the copies have a part of each copy.
+  """
   own = _longest(shape[1:] if stacked else shape, mesh.shape.get(DATA_AXIS, 1))
-  lead = (INGREDIENT_AXIS,) if stacked else ()
+  lead = ()
+  if stacked:
+    lead = (None if shape[0] % mesh.shape[INGREDIENT_AXIS] else INGREDIENT_AXIS,)
   return NamedSharding(mesh, PartitionSpec(*lead, *own))
 
 
@@ -101,10 +114,20 @@ def _longest(shape, size):
 
 
 def _constrain(tree, spec_of):
-  size = dict(jax.sharding.get_abstract_mesh().shape).get(DATA_AXIS, 1)
+  mesh = jax.sharding.get_abstract_mesh()
+  size = dict(mesh.shape).get(DATA_AXIS, 1)
   if size == 1:
     return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec_of(x, size)), tree)
+
+  # JAX 0.7 takes neither a bare spec in a shard_map nor a mesh with manual axes.
+  automatic = (AxisType.Auto,) * len(mesh.axis_names)
+  mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=automatic)
+
+  def one(x):
+    sharding = NamedSharding(mesh, spec_of(x, size))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(one, tree)
 
 
 def place_on(mesh: Mesh, tree: PyTree, stacked: bool) -> PyTree:
@@ -157,14 +180,55 @@ def _place_globally(x, sharding):
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def release(given: PyTree, placed: PyTree) -> None:
+  """Frees what was copied to where it is used, before anything else is done there.
+
+  Args:
+    given: a tree that nobody needs any more.
+    placed: the same leaves where they are used. What both share stays.
+  """
+
+  def buffers(x):
+    return {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+
+  for old, new in zip(jax.tree.leaves(given), jax.tree.leaves(placed), strict=True):
+    if isinstance(old, jax.Array) and old is not new:
+      jax.block_until_ready(new)
+      if not buffers(old) & buffers(new):
+        old.delete()
+
+
 def fetch(tree: PyTree) -> PyTree:
   """The values on the host, the same in every process; waits for them."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
+  return jax.tree.map(_fetch_one, tree)
+
+
+def _fetch_one(x):
+  if not _is_elsewhere(x) or x.is_fully_replicated:
+    return jax.device_get(x)
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
+def gather(tree: PyTree) -> PyTree:
+  """What lies on devices of other processes too, whole on this process's own.
+
+  Every process has to call it, with the same tree. The rest stays as it is, so that in a
+  job of one process all of it does.
+  """
 
   def one(x):
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-      return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    if not _is_elsewhere(x):
+      return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(
+        one(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+      )
+    return jnp.asarray(_fetch_one(x))
 
   return jax.tree.map(one, tree)
+
+
+def _is_elsewhere(x):
+  return isinstance(x, jax.Array) and not x.is_fully_addressable

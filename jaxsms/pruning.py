@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms import counts
 from jaxsms.checks import check_phases, check_share
 from jaxsms.names import check_name
 from jaxsms.selection import (
@@ -243,7 +244,7 @@ def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
   """
   flags = prunable_flags(params, prunable)
   leaves = [x for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
-  return _count_zeros(leaves) / sum(x.size for x in leaves)
+  return _count_zeros(leaves) / float(sum(x.size for x in leaves))
 
 
 def phase_sparsity(goal: float, phase: int, phases: int) -> float:
@@ -281,7 +282,7 @@ def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:
   """round(sparsity * size), worked out on the host in float64 where it can be."""
   if is_concrete(sparsity):
     return round(float(sparsity) * size)
-  return jnp.round(sparsity * size).astype(jnp.int32)
+  return jnp.round(sparsity * float(size)).astype(jnp.uint32)
 
 
 # One program for all leaves each: outside of jit, every operation on every shape would be
@@ -295,7 +296,7 @@ def _zero_removed(pairs: list[tuple[jax.Array, jax.Array]]) -> list[jax.Array]:
 
 @jax.jit
 def _count_zeros(leaves: list[jax.Array]) -> jax.Array:
-  return sum(jnp.sum(leaf == 0) for leaf in leaves)
+  return counts.as_float(counts.total(counts.count([leaf == 0 for leaf in leaves])))
 
 
 @functools.partial(jax.jit, static_argnums=0)

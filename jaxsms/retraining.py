@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import map_ingredients
+from jaxsms.meshes import gather, place
 from jaxsms.pruning import apply_masks
 from jaxsms.trees import (
   Arrays,
@@ -19,6 +20,7 @@ from jaxsms.trees import (
   is_floating,
   mask_leaves,
   number_of_models,
+  settled,
 )
 
 Retrain = Callable[[jax.Array, PyTree, PyTree, PyTree], Any]
@@ -31,6 +33,7 @@ def retrain_phase(
   ingredients: PyTree,
   retrain: Retrain,
   mesh: jax.sharding.Mesh | None = None,
+  at_once: int | None = None,
 ) -> tuple[PyTree, PyTree | None]:
   """Retrains one copy of a model per ingredient, all in one jitted program.
 
@@ -41,13 +44,17 @@ def retrain_phase(
     ingredients: tree of arrays with leading axis m.
     retrain: `retrain(key, params, masks, ingredient)` giving params or (params, report).
     mesh: None for one device, else as `jaxsms.make_mesh` gives.
+    at_once: copies that one device trains at the same time; groups of so many follow one
+      another in the same program, in less memory. None means all.
 
   Returns:
     The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports,
-    NumPy leaves [m, ...] (None where there are none).
+    NumPy leaves [m, ...] (None where there are none). In a job of several processes every
+    one gets all of both, on its own devices.
 
   Raises:
-    ValueError: no ingredient, or `retrain` gives another tree than it got.
+    ValueError: no ingredient, `at_once` below 1, or `retrain` gives another tree than it
+      got.
   """
   leaves = jax.tree.leaves(ingredients)
   if not leaves or any(np.shape(leaf)[:1] in ((), (0,)) for leaf in leaves):
@@ -57,12 +64,11 @@ def retrain_phase(
     )
   ingredients = jax.tree.map(jnp.asarray, ingredients)
   number_of_models(ingredients, "ingredients")
-  params = Arrays(params)
+  arguments = (key, Arrays(params), masks, ingredients)
   if mesh is not None:  # a later phase's, on the mesh already, would compile again
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    key, params, masks = jax.device_put((key, params, masks), everywhere)
-  program = _retrain_program(retrain, mesh)
-  candidates, report, moved = program(key, params, masks, ingredients)
+    arguments = place(arguments, NamedSharding(mesh, PartitionSpec()))
+  candidates, report, moved = _retrain_program(retrain, mesh, at_once)(*arguments)
+  candidates, report, moved = gather(settled((candidates, report, moved)))
   if np.any(jax.device_get(moved)):
     logging.warning(
       "retrain moved removed weights, which were set back to 0: keep its optimizer "
@@ -87,7 +93,7 @@ def _equal_to_first(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.all(x == x[:1]) for x in leaves]).all()
 
 
-def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
+def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None):
   """The mapped, jitted program of a caller's function, kept so that phases share it."""
   try:
     hash(retrain)
@@ -96,11 +102,13 @@ def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
       f"retrain is a {type(retrain).__name__} that cannot be hashed, which its compiled "
       "program is kept by: wrap it in a function"
     ) from None
-  return _hashed_retrain_program(retrain, mesh)
+  return _hashed_retrain_program(retrain, mesh, at_once)
 
 
 @functools.lru_cache(maxsize=16)
-def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
+def _hashed_retrain_program(
+  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None
+):
   def one(key, arrays, masks, ingredient):
     params = arrays.tree
     structure = jax.tree.structure(params)
@@ -129,7 +137,7 @@ def _hashed_retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None):
     ]
     return Arrays(apply_masks(result, masks)), report, jnp.stack(moved).any()
 
-  return jax.jit(map_ingredients(one, (None, None, None, 0), mesh))
+  return jax.jit(map_ingredients(one, (None, None, None, 0), mesh, at_once))
 
 
 def _wrong_tree(structure, result) -> str:

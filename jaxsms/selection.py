@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms import counts
+
 SortKey = Callable[[jax.Array], jax.Array]
 
 
@@ -25,7 +27,6 @@ def identity_key(values: jax.Array) -> jax.Array:
   return values
 
 
-@functools.partial(jax.jit, static_argnames="sort_key")
 def keep_largest(
   values: list[jax.Array],
   kept: list[jax.Array | None],
@@ -39,7 +40,7 @@ def keep_largest(
   every pass, which is quicker than reading them from memory and takes none.
 
   Args:
-    values: arrays of any shapes.
+    values: arrays of any shapes, of fewer than 2**32 entries each.
     kept: bool arrays of these shapes, False where an entry is removed already and
       counts; None where nothing is.
     goal: how many entries to remove.
@@ -48,92 +49,115 @@ def keep_largest(
 
   Returns:
     Bool arrays, True where kept. Equal keys go by position.
+
+  Raises:
+    ValueError: an array has too many entries to be counted.
   """
+  largest = max(v.size for v in values)
+  if largest >= 2**32:
+    raise ValueError(
+      f"an array has {largest} entries, more than are counted in one: split it into arrays "
+      "of fewer than 2**32"
+    )
+  return select(values, kept, counts.digits(goal), sort_key)
+
+
+@functools.partial(jax.jit, static_argnames="sort_key")
+def select(
+  values: list[jax.Array],
+  kept: list[jax.Array | None],
+  goal: jax.Array,
+  sort_key: SortKey,
+) -> list[jax.Array]:
+  """`keep_largest`, with the goal in digits, see `jaxsms.counts`."""
   kept = [None if m is None else jnp.asarray(m, bool) for m in kept]
   old = [m for m in kept if m is not None]
-  # Two counts: a single one XLA turns, on CPU, into a sum that writes all ones first.
-  removed = _counts(lambda m, _, __: [~m, m], old, old, [])[0] if old else 0
-  count = jnp.maximum(goal - removed, 0)
+  count = goal
+  if old:  # two counts: a single one XLA turns, on CPU, into a sum that writes all ones
+    removed = _counts(lambda m, _, __: [~m, m], old, old, [])
+    count = counts.minus(goal, counts.total(removed[0]))
 
-  def counts_below(thresholds):
-    """For each threshold, how many kept entries have a smaller key."""
-    return _counts(
+  def is_within(thresholds):
+    """For each threshold, whether no more than `count` kept entries have a smaller key."""
+    below = _counts(
       lambda v, m, t: [_and(m, sort_key(v) < x) for x in t], values, kept, thresholds
     )
+    return [counts.at_most(counts.total(n), count) for n in below]
 
   dtype = jax.eval_shape(sort_key, values[0]).dtype
-  threshold, below = _largest(counts_below, count, dtype, jnp.iinfo(dtype).bits)
-  left = count - below
+  threshold = _largest(is_within, (), dtype, jnp.iinfo(dtype).bits)
 
-  # Positions count leaf by leaf, in row-major order. Of the tied entries those before
-  # `end` go.
-  *starts, total = (int(n) for n in np.cumsum([0] + [v.size for v in values]))
+  def below_and_tied(v, m, t):
+    key = sort_key(v)
+    return [_and(m, key < t[0]), _and(m, key == t[0])]
 
-  def tied_before(v, m, ends, start):
-    tied = _and(m, sort_key(v) == ends[0])
-    position = _positions(v.shape, ends[1]) + np.uint32(start)
-    return [tied & (position < end) for end in ends[2:]]
+  # Of the tied entries the first go, array by array, in each by row-major position.
+  below, tied = _counts(below_and_tied, values, kept, [threshold])
+  left = counts.minus(count, counts.total(below))
+  quota = counts.share_out(left, tied)
 
-  def counts_tied_before(ends):
-    rules = [functools.partial(tied_before, start=start) for start in starts]
-    return _counts(rules, values, kept, [threshold, np.uint32(1), *ends])
+  def tied_before(v, m, ends, array):
+    key_is_tied = _and(m, sort_key(v) == ends[0])
+    position = _positions(v.shape, ends[1])
+    return [key_is_tied & (position < end[array]) for end in ends[2:]]
 
-  end = jax.lax.cond(
-    left > 0,
-    lambda: _largest(counts_tied_before, left, jnp.uint32, total.bit_length())[0],
-    lambda: jnp.zeros((), jnp.uint32),
+  def is_within_quota(ends):
+    rules = [functools.partial(tied_before, array=i) for i in range(len(values))]
+    found = _counts(rules, values, kept, [threshold, np.uint32(1), *ends])
+    return [n <= quota for n in found]
+
+  bits = max(v.size for v in values).bit_length()
+  ends = jax.lax.cond(
+    counts.at_most(left, counts.digits(0)),
+    lambda: jnp.zeros([len(values)], jnp.uint32),
+    lambda: _largest(is_within_quota, (len(values),), jnp.uint32, bits),
   )
   masks = []
-  for v, m, start in zip(values, kept, starts, strict=True):
-    key, position = sort_key(v), _positions(v.shape) + np.uint32(start)
+  for v, m, end in zip(values, kept, ends, strict=True):
+    key, position = sort_key(v), _positions(v.shape)
     masks.append(_and(m, (key > threshold) | ((key == threshold) & (position >= end))))
   return masks
 
 
-def _largest(counts_below, limit, dtype, bits) -> tuple[jax.Array, jax.Array]:
-  """The largest number of so many bits with no more than `limit` entries below it.
+def _largest(is_within, shape, dtype, bits) -> jax.Array:
+  """The largest numbers of so many bits, up to which `is_within` holds.
 
   Two bits per pass: three counts take hardly longer than one, since reading the
   entries is what takes time.
-
-  Returns:
-    The number, and how many entries are below it.
   """
   passes = -(-bits // 2)
 
-  def find_two_bits(i, carry):
-    found, below = carry
+  def find_two_bits(i, found):
     shift = (2 * (passes - 1 - i)).astype(dtype)
     trials = [found | (jnp.asarray(digit, dtype) << shift) for digit in (1, 2, 3)]
-    numbers = jnp.stack(counts_below(trials))
-    within = numbers <= limit
-    found |= jnp.sum(within, dtype=dtype) << shift
-    return found, jnp.maximum(below, jnp.max(numbers, where=within, initial=0))
+    return found | jnp.sum(jnp.stack(is_within(trials)), 0, dtype=dtype) << shift
 
-  start = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-  return jax.lax.fori_loop(0, passes, find_two_bits, start)
+  return jax.lax.fori_loop(0, passes, find_two_bits, jnp.zeros(shape, dtype))
 
 
 def _counts(rules, values, kept, arguments) -> list[jax.Array]:
-  """How many entries of all arrays each condition holds for, in one pass over them.
+  """How many entries of each array each condition holds for, in one pass over them.
 
   Args:
     rules: `rule(values, kept, arguments)` gives a list of bool arrays, the conditions;
       one rule, or one for each array.
     values: arrays.
     kept: bool arrays, or None.
-    arguments: scalars.
+    arguments: arrays of no or one entry for each array.
+
+  Returns:
+    For each condition uint32 [arrays].
   """
   rules = [rules] * len(values) if callable(rules) else rules
-  totals = 0
+  found = []
   for rule, v, m in zip(rules, values, kept, strict=True):
     # What the conditions share is not to be moved out of a loop into an array.
     conditions = rule(*jax.lax.optimization_barrier((v, m, arguments)))
     ones = [condition.astype(jnp.int32) for condition in conditions]
     zeros = [np.int32(0)] * len(ones)
     axes = tuple(range(v.ndim))
-    totals += jnp.stack(jax.lax.reduce(ones, zeros, _add, axes))
-  return list(totals)
+    found.append(jnp.stack(jax.lax.reduce(ones, zeros, _add, axes)))
+  return list(counts.unsigned(jnp.stack(found, axis=1)))
 
 
 def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:

@@ -6,6 +6,7 @@ what both are compared with. `sparse_model_soup` is the loop with `prune_phase`,
 """
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jaxsms import counts
 from jaxsms.checks import check_call, check_goal, check_indices, check_phases
 from jaxsms.ingredients import take_ingredients
-from jaxsms.meshes import fetch
+from jaxsms.meshes import fetch, gather
 from jaxsms.pruning import (
   apply_masks,
   check_sparsity,
@@ -162,6 +164,7 @@ def sparse_model_soup(
   prune: Prune = magnitude_masks,
   merge: Merge = uniform_soup,
   mesh: jax.sharding.Mesh | None = None,
+  at_once: int | None = None,
   on_phase: Callable[[Phase], None] | None = None,
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
@@ -188,7 +191,10 @@ def sparse_model_soup(
     prune: `prune(params, sparsity, masks=masks)` giving new masks.
     merge: of leaves [m, ...], giving a model, or (model, indices merged) as
       `functools.partial(greedy_soup, evaluate=...)` does.
-    mesh: None for one device, else as `jaxsms.make_mesh` gives.
+    mesh: None for one device, else as `jaxsms.make_mesh` gives. In a job of several
+      processes each calls this with the same arguments, and gets the whole result.
+    at_once: copies that one device trains at the same time; groups of so many follow one
+      another in the same program, in less memory. None means all.
     on_phase: called after each phase, to evaluate, log or save.
     masks: of a model that is sparse already; None means dense.
     prunable: which leaves to prune and count, handed on to `prune`; None means
@@ -213,13 +219,14 @@ def sparse_model_soup(
   check_sparsity(goal_sparsity, "goal_sparsity")
   phases = check_phases(phases)
   phase_sparsity(goal_sparsity, 1, phases)
+  key, params, masks = gather((key, params, masks))
   check_finite(params)
   flags = prunable_flags(params, prunable)
   check_goal(goal_sparsity, _total(flags, params))
 
   def retrain_all(key, params, masks, record):
     varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
-    candidates, report = retrain_phase(key, params, masks, varied, retrain, mesh)
+    candidates, report = retrain_phase(key, params, masks, varied, retrain, mesh, at_once)
     return candidates, {"retrain": report}
     yield  # a generator, as the loop asks for; one program has nothing to report
 
@@ -232,9 +239,7 @@ def sparse_model_soup(
     key,
     params,
     phase_sparsities(goal_sparsity, phases),
-    prune=functools.partial(
-      prune_phase, prune=prune, prunable=prunable, regrow=regrow
-    ),
+    prune=functools.partial(prune_phase, prune=prune, prunable=prunable, regrow=regrow),
     retrain=retrain_all,
     merge=merge_all,
     masks=masks,
@@ -380,7 +385,7 @@ def _finite_models(stacked: Arrays) -> jax.Array:
 
 def _total(flags: list[bool], params: PyTree) -> int:
   leaves = zip(jax.tree.leaves(params), flags, strict=True)
-  return sum(int(np.prod(np.shape(x))) for x, flag in leaves if flag)
+  return sum(math.prod(np.shape(x)) for x, flag in leaves if flag)
 
 
 def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
@@ -391,7 +396,8 @@ def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
     if tree is None:
       return total
     chosen = zip(jax.tree.leaves(params), mask_leaves(params, tree), flags, strict=True)
-    return int(_count_true([_full(mask, leaf) for leaf, mask, flag in chosen if flag]))
+    kept_entries = _count_true([_full(mask, leaf) for leaf, mask, flag in chosen if flag])
+    return counts.on_host(fetch(kept_entries))
 
   return total, kept(masks), kept(new)
 
@@ -420,7 +426,7 @@ def _count_regrown(pairs):
 
 @jax.jit
 def _count_true(masks):
-  return sum(jnp.count_nonzero(mask) for mask in masks)
+  return counts.count(masks)
 
 
 @jax.jit

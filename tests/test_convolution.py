@@ -1,17 +1,23 @@
 import functools
 import itertools
+import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import NamedSharding
 
-from jaxsms import convolution, lowerings
+import jaxsms
+from jaxsms import convolution, lowerings, make_mesh, map_ingredients
 from jaxsms.convolution import conv_general_dilated
+from jaxsms.meshes import split_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -435,3 +441,157 @@ def test_unknown_lowerings_are_refused(rejects):
       jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1)),
       conv=functools.partial(conv_general_dilated, lowering="winograd"),
     )  # fmt: skip
+
+
+COLLECTIVE = re.compile(r" (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(")
+DEFAULTS = sorted(set(convolution.RULE.values()))
+
+
+def two_layers(lowering):
+  conv = functools.partial(conv_general_dilated, lowering=lowering)
+
+  def network(x, w, v):
+    y = jnp.sin(convolve(x, w, conv=conv))
+    return jnp.sum(convolve(y, v, (2, 2), conv=conv) ** 2, (1, 2, 3))
+
+  return network
+
+
+def ways_to_differentiate(lowering):
+  """The network, the gradient of each copy, and that of the sum of all copies."""
+  network = two_layers(lowering)
+  total = lambda *xwv: jnp.sum(network(*xwv))  # noqa: E731
+  together = lambda *xwv: jnp.sum(jax.vmap(network)(*xwv))  # noqa: E731
+  return {
+    "forward": jax.vmap(network),
+    "vmap of grad": jax.vmap(jax.grad(total, (0, 1, 2))),
+    "grad of vmap": jax.grad(together, (0, 1, 2)),
+  }
+
+
+def three_copies():
+  x, w, v = normal(0, 3, 8, 6, 6, 4), normal(1, 3, 3, 3, 4, 6), normal(2, 3, 3, 3, 6, 6)
+  return x, 0.3 * w, 0.3 * v
+
+
+@pytest.mark.parametrize("way", ["forward", "vmap of grad", "grad of vmap"])
+@pytest.mark.parametrize("lowering", DEFAULTS)
+@pytest.mark.parametrize("placed_by", ["arguments", "in_shardings"])
+def test_no_default_gathers_a_batch_that_is_divided(lowering, way, placed_by):
+  """Under plain jit: on a mesh with a data axis and several copies on each device."""
+  mesh = make_mesh(1, 4)
+  placed = [NamedSharding(mesh, jax.P(*spec)) for spec in [(None, "data"), (), ()]]
+  step, arrays = ways_to_differentiate(lowering)[way], three_copies()
+  if placed_by == "arguments":
+    program = jax.jit(step).lower(*jax.device_put(arrays, tuple(placed)))
+  else:
+    program = jax.jit(step, in_shardings=placed).lower(*arrays)
+  found = {match[1] for match in COLLECTIVE.finditer(program.compile().as_text())}
+  # The gradients of the kernels are sums over the whole batch; all else is local.
+  assert found == (set() if way == "forward" else {"all-reduce"})
+
+
+@pytest.mark.parametrize("lowering", DEFAULTS)
+def test_a_divided_batch_gives_the_same_values(lowering):
+  mesh, arrays = make_mesh(1, 4), three_copies()
+  specs = [(None, "data"), (), ()]
+  placed = tuple(NamedSharding(mesh, jax.P(*spec)) for spec in specs)
+  for way, step in ways_to_differentiate(lowering).items():
+    got = jax.jit(step)(*jax.device_put(arrays, placed))
+    assert_close(got, jax.jit(ways_to_differentiate("native")[way])(*arrays))
+
+
+@pytest.mark.parametrize("lowering", DEFAULTS)
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+def test_no_default_gathers_under_map_ingredients(lowering, shape):
+  network, (x, w, v) = two_layers(lowering), three_copies()
+  x, w, v = (jnp.concatenate([a, a[:1]]) for a in (x, w, v))
+
+  def step(x, w, v):
+    loss = lambda w, v: jnp.sum(network(split_batch(x), w, v))  # noqa: E731
+    return jax.value_and_grad(loss, (0, 1))(w, v)
+
+  program = jax.jit(map_ingredients(step, 0, make_mesh(*shape))).lower(x, w, v).compile()
+  found = {match[1] for match in COLLECTIVE.finditer(program.as_text())}
+  assert found == {"all-reduce"}
+  assert_close(program(x, w, v), jax.jit(jax.vmap(step))(x, w, v))
+
+
+def test_groups_stay_where_each_device_has_copies_of_its_own():
+  """In a program that is not divided, and where all axes of the mesh are manual."""
+  mesh = make_mesh(2, 1)
+  step, arrays = ways_to_differentiate("grouped")["forward"], three_copies()
+  arrays = [jnp.concatenate([a, a[:1]]) for a in arrays]
+  mapped = jax.shard_map(
+    step, mesh=mesh, in_specs=jax.P("ingredient"), out_specs=jax.P("ingredient")
+  )
+  assert set(group_counts(jax.jit(mapped).lower(*arrays).as_text())) == {(1, 2)}
+  assert set(group_counts(jax.jit(step).lower(*arrays).as_text())) == {(1, 4)}
+  assert_close(jax.jit(mapped)(*arrays), jax.jit(step)(*arrays))
+
+
+class OfLinen(nn.Module):
+  convolution: Callable = conv_general_dilated
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3), conv_general_dilated=self.convolution)(x))
+    return nn.Dense(3)(x.mean((1, 2)))
+
+
+class OfNNX(nnx.Module):
+  def __init__(self, rngs, convolution=conv_general_dilated):
+    self.conv = nnx.Conv(2, 4, (3, 3), conv_general_dilated=convolution, rngs=rngs)
+    self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.dense(nnx.relu(self.conv(x)).mean((1, 2)))
+
+
+def soup_examples(convolution):
+  """A network of linen and one of NNX: parameters, and the function of them."""
+  linen, made = OfLinen(convolution), OfNNX(nnx.Rngs(0), convolution)
+  graph, state = nnx.split(made)
+  params = linen.init(jax.random.key(0), jnp.zeros((1, 6, 6, 2)))
+  return {
+    "linen": (params, linen.apply),
+    "nnx": (
+      nnx.to_pure_dict(state),
+      lambda p, x: nnx.merge(graph, pure_state(state, p))(x),
+    ),
+  }
+
+
+def pure_state(state, params):
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(state, params)
+  return state
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_soup_of_networks_with_this_convolution(framework):
+  """Equal to the one with XLA's own, in programs that have loops instead of groups."""
+  x = normal(0, 8, 6, 6, 2)
+  labels = jnp.arange(8) % 3
+
+  def soup_with(convolution):
+    params, apply = soup_examples(convolution)[framework]
+
+    def retrain(key, params, masks, ingredient):
+      noise = jax.random.normal(jax.random.fold_in(key, ingredient["seed"]), x.shape)
+
+      def loss(params):
+        log_p = jax.nn.log_softmax(apply(params, x + 0.1 * noise))
+        return -log_p[jnp.arange(8), labels].mean()
+
+      gradient = jax.grad(loss)(jaxsms.apply_masks(params, masks))
+      return jax.tree.map(lambda p, g, m: m * (p - 0.1 * g), params, gradient, masks)
+
+    return jaxsms.sparse_model_soup(
+      jax.random.key(0), params, retrain, ingredients={"seed": jnp.arange(3)},
+      goal_sparsity=0.5, phases=1,
+    )  # fmt: skip
+
+  ours = soup_with(jaxsms.convolution.conv_general_dilated)
+  theirs = soup_with(lax.conv_general_dilated)
+  assert_close(ours.params, theirs.params)

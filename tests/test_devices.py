@@ -183,6 +183,52 @@ def test_parameters_in_parts_equal_whole_ones_and_take_less_memory():
   assert shapes == {(16, 128)}
 
 
+@pytest.mark.parametrize("copies", [2, 3])
+def test_no_device_ever_holds_a_model_that_is_in_parts(copies):
+  """From the first value to the last: made in parts, and no copy that was placed stays."""
+  mesh, width = make_mesh(2, 4), 520  # of this test alone among all arrays alive
+  mlp = models.create("mlp", 4, hidden=(width,), dropout=0.0)
+  key, image_shape = jax.random.key(0), (4, 4, 1)
+  dense = Model(*training.init_variables(mlp, key, image_shape, mesh))
+
+  def largest_part():
+    """The rows of the kernel times its width, in the largest part on any device."""
+    sizes = [
+      int(np.prod(shard.data.shape))
+      for array in jax.live_arrays()
+      for shard in array.addressable_shards
+      if array.ndim >= 2 and array.shape[-2:] == (16, width)
+    ]
+    assert sizes
+    return max(sizes)
+
+  seen = [largest_part()]
+  programs = make_programs(mlp, mesh=mesh, split_params=True)
+  chosen = (ingredients(range(copies), 5), np.full((copies, 5), 0.1))
+  got = train(
+    programs, make_data(23), dense, *chosen, on_chunk=lambda _: seen.append(largest_part()),
+    masks=jax.tree.map(lambda x: jnp.ones_like(x, bool), dense.params),
+  )  # fmt: skip
+  del dense
+  # A quarter of the model; then of every copy that the device has, at most all of them.
+  assert seen[0] == 16 * width // 4
+  assert len(seen) > 1 and max(seen) <= copies * 16 * width // 4
+  whole = Model(*training.init_variables(mlp, key, image_shape))
+  assert_close(got, train(make_programs(mlp), make_data(23), whole, *chosen))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (4, 1)])
+def test_a_state_that_is_placed_elsewhere_is_freed(mesh, small, examples):
+  programs = make_programs(Small(), mesh=make_mesh(*mesh, devices=devices(mesh[0])))
+  state = start(*small, programs.optimizer(0.0, 0.0), 3)
+  chunks = training.train_chunks(
+    programs, examples, all_true(small.params), jax.random.key(0), state, *CHOSEN
+  )
+  next(chunks)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(small))
+
+
 # What does not fit.
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import soup_of_processes
 from test_data import pairs_of_several_sizes, prepare
 
 from jaxsms import checkpoint
@@ -49,6 +51,30 @@ def finish_all(processes, seconds=200):
   """The same of each, all read at once: none waits for another one's reader."""
   with ThreadPoolExecutor(len(processes)) as pool:
     return list(pool.map(functools.partial(finish, seconds=seconds), processes))
+
+
+def test_a_soup_on_a_mesh_over_two_processes_equals_that_of_one(tmp_path):
+  """Whole and the same in both, from arrays of the host and from ones in parts."""
+  script, port = ROOT / "tests" / "soup_of_processes.py", free_port()
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  two = [
+    subprocess.Popen(
+      [sys.executable, script, str(port), str(i), str(tmp_path / f"{i}.npz")],
+      env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  for status, _, errors in finish_all(two, 100):
+    assert status == 0, errors
+  wanted = soup_of_processes.soup(soup_of_processes.dense())
+  first, second = (dict(np.load(tmp_path / f"{i}.npz")) for i in range(2))
+  for of in ("host", "shared"):
+    for name, value in wanted.items():
+      got = first[f"{of}: {name}"]
+      np.testing.assert_array_equal(second[f"{of}: {name}"], got)
+      np.testing.assert_allclose(got, value, atol=1e-5, err_msg=name)
+  assert len(first) == 2 * len(wanted)
 
 
 def results(workdir):

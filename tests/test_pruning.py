@@ -20,7 +20,8 @@ from jaxsms import (
   uniform_soup,
   unstack,
 )
-from jaxsms.selection import keep_largest, magnitude_key
+from jaxsms.counts import digits
+from jaxsms.selection import magnitude_key, select
 
 # Two prunable leaves of 24 and 15 entries; shapes stay the same so that programs do.
 CONV, DENSE = (2, 2, 3, 2), (5, 3)
@@ -313,7 +314,7 @@ def test_functions_as_leaves_are_left_alone():
 def test_selection_takes_no_memory_beside_its_masks(masked):
   values = [jnp.ones((16, 1000)), jnp.ones((3, 3, 10, 20))]
   kept = [jnp.ones(x.shape, bool) if masked else None for x in values]
-  program = keep_largest.lower(values, kept, 9000, magnitude_key).compile()
+  program = select.lower(values, kept, digits(9000), magnitude_key).compile()
   analysis = program.memory_analysis()
   assert analysis.output_size_in_bytes < 18_000  # a byte an entry
   assert analysis.temp_size_in_bytes < 8_000  # and not four

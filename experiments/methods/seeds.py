@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.criteria import pruning
@@ -15,7 +16,6 @@ from jaxsms.training import (
   Engine,
   Model,
   TrainState,
-  init_variables,
   retrain_learning_rates,
   train_copies,
 )
@@ -128,7 +128,7 @@ def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
 
 def fresh_model(run: Run) -> Model:
   """Before any training."""
-  return Model(*init_variables(run.task.module, run.stream(INIT), run.task.image_shape))
+  return run.engine.init(run.task.module, run.stream(INIT), run.task.image_shape)
 
 
 def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
@@ -137,7 +137,7 @@ def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
   state = take_state(run) or engine.start(fresh, 1)
   end = yield from train_copies(
     engine,
-    jax.tree.map(lambda x: np.ones(x.shape, bool), fresh.params),
+    jax.tree.map(lambda x: jnp.ones_like(x, bool), fresh.params),
     run.stream(stream),
     state,
     ingredients(1, run.settings.weight_decay, len(learning_rates)),

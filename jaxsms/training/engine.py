@@ -1,14 +1,22 @@
 """What training and measuring on a data set need, in one place."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState, start
+from jaxsms.training.state import (
+  Data,
+  TrainState,
+  init_variables,
+  make_in_parts,
+  start,
+)
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
@@ -73,9 +81,18 @@ class Engine(NamedTuple):
     """Training steps that see each example once."""
     return self.splits.train.size // self.programs.batch_size
 
+  def init(self, module: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Model:
+    """A new model, see `init_variables`; in parts where parameters are."""
+    mesh = self.programs.mesh_of(1) if self.programs.split_params else None
+    return Model(*init_variables(module, key, image_shape, mesh))
+
   def start(self, model: Model, copies: int) -> TrainState:
-    """Equal copies of a model at step 0, leaves [m, ...]."""
-    return start(*model, self.programs.optimizer(0.0, 0.0), copies)
+    """Equal copies of a model at step 0, leaves [m, ...]; in parts where parameters are."""
+    optimizer, mesh = self.programs.optimizer(0.0, 0.0), self.programs.mesh_of(copies)
+    if mesh is None or not self.programs.split_params:
+      return start(*model, optimizer, copies)
+    first = functools.partial(start, optimizer=optimizer, m=copies)
+    return make_in_parts(first, mesh, True, *model)
 
 
 def one_model(model: Model) -> Model:

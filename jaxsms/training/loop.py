@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import first_ingredients, pad_ingredients
-from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place
+from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
 from jaxsms.sms import finite_models
 from jaxsms.training.engine import Engine
 from jaxsms.training.memory import says_what_fits
@@ -237,6 +237,7 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   if mesh is None:
     return data, masks, key, state, ingredients, learning_rates
   devices = mesh.shape[INGREDIENT_AXIS]
+  given = state
   state, valid = pad_ingredients(state, devices)
   (ingredients, learning_rates), _ = pad_ingredients((ingredients, learning_rates), devices)
   ingredients = {**ingredients, "steps": np.where(valid, ingredients["steps"], 0)}
@@ -253,8 +254,9 @@ def _place(programs, data, masks, key, state, ingredients, learning_rates):
   key = place(key, shared)
   if not callable(masks):
     masks = place(masks, sharding(masks, programs.own_masks))
-  state = place(state, sharding(state, True))
-  return data, masks, key, state, ingredients, learning_rates
+  placed = place(state, sharding(state, True))
+  release(given, placed)
+  return data, masks, key, placed, ingredients, learning_rates
 
 
 def _copies(m: int) -> str:

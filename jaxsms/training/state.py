@@ -1,14 +1,17 @@
 """What training carries from step to step, and the optimizer of the paper."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import repeat_model
-from jaxsms.trees import PyTree, number_of_models
+from jaxsms.meshes import params_sharding, place
+from jaxsms.trees import PyTree, number_of_models, settled
 
 
 class TrainState(NamedTuple):
@@ -72,7 +75,10 @@ def sgd(
 
 
 def init_variables(
-  module: nn.Module, key: jax.Array, image_shape: tuple[int, ...]
+  module: nn.Module,
+  key: jax.Array,
+  image_shape: tuple[int, ...],
+  split_over: Mesh | None = None,
 ) -> tuple[PyTree, PyTree]:
   """Fresh parameters and batch statistics of a network.
 
@@ -80,12 +86,44 @@ def init_variables(
     module: called as `module.apply(variables, images, train=False)`.
     key: typed key.
     image_shape: height, width and channels of an image.
+    split_over: a mesh as `jaxsms.make_mesh` gives, over whose data axis each leaf is made
+      in parts, so that no device ever holds the whole model. The values are the same.
 
   Returns:
     Two trees, parameters and batch statistics; the latter empty where there are none.
   """
-  variables = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
-  return variables["params"], variables.get("batch_stats", {})
+
+  def init(key):
+    variables = module.init(key, jnp.zeros((1, *image_shape), jnp.float32))
+    return variables["params"], variables.get("batch_stats", {})
+
+  return init(key) if split_over is None else make_in_parts(init, split_over, False, key)
+
+
+def make_in_parts(function: Callable, mesh: Mesh, stacked: bool, *arguments) -> PyTree:
+  """What a function gives, each leaf in parts from the start.
+
+  Args:
+    function: jittable.
+    mesh: over whose data axis each leaf is split, see `jaxsms.meshes.split_params`.
+    stacked: whether leaves are [m, ...], spread over the axis "ingredient" where m divides
+      evenly.
+    *arguments: of the function.
+
+  Returns:
+    The function's result.
+  """
+  shapes = jax.eval_shape(function, *arguments)
+  shared = NamedSharding(mesh, PartitionSpec())
+  arguments = jax.tree.map(
+    lambda x: x if _lies_on(mesh, x) else place(x, shared), arguments
+  )
+  shardings = jax.tree.map(lambda x: params_sharding(mesh, x.shape, stacked), shapes)
+  return settled(jax.jit(function, out_shardings=shardings)(*arguments))
+
+
+def _lies_on(mesh, x):
+  return isinstance(x, jax.Array) and x.sharding.device_set == set(mesh.devices.flat)
 
 
 def start(

@@ -1,0 +1,61 @@
+"""One function or another, by whether the compiler divides the program among devices.
+
+That is known when a program is lowered, not when it is traced: the same traced function
+may be called with arrays on one device and with arrays in parts.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
+
+
+def unless_partitioned(whole: Callable, parts: Callable) -> Callable[..., jax.Array]:
+  """Either of two functions that compute the same.
+
+  Args:
+    whole: of arrays, giving one array; runs where each device has arrays of its own: on
+      one device, and in a `jax.shard_map` that is manual over all axes of the mesh.
+    parts: the same in another way, for programs whose arrays the compiler may divide.
+
+  Returns:
+    A function of the same arrays. It has no batching rule and no derivative: call it
+    behind `jax.custom_batching.custom_vmap` and `jax.custom_vjp`.
+  """
+
+  def either(*arrays):
+    ways = {
+      name: jax.make_jaxpr(function)(*arrays)
+      for name, function in (("whole", whole), ("parts", parts))
+    }
+    return _bind(tuple(ways.items()))(*arrays)[0]
+
+  return either
+
+
+def _bind(ways):
+  return jax.jit(functools.partial(_either.bind, **dict(ways)), inline=True)
+
+
+_either = Primitive("unless_partitioned")
+_either.multiple_results = True
+_either.def_abstract_eval(lambda *avals, whole, parts: whole.out_avals)
+
+
+def _lower(context, *values, whole, parts):
+  chosen = parts if _is_partitioned(context.module_context.axis_context) else whole
+  return mlir.lower_fun(jaxpr_as_fun(chosen), multiple_results=True)(context, *values)
+
+
+mlir.register_lowering(_either, _lower)
+
+
+def _is_partitioned(context) -> bool:
+  """Whether a program runs on several devices along an axis that is not manual."""
+  mesh = getattr(context, "mesh", None)
+  if mesh is None:
+    return context.num_devices > 1
+  automatic = set(mesh.shape) - set(context.manual_axes)
+  return any(mesh.shape[axis] > 1 for axis in automatic)
