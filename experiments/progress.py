@@ -110,11 +110,13 @@ class RunProgress:
     self._task = self._bar.add_task("compiling", total=1.0, figures="")
 
   def __enter__(self):
-    self._bar.start()
+    if not self._bar.disable:
+      self._bar.start()
     return self
 
   def __exit__(self, *exception):
-    self._bar.stop()
+    if not self._bar.disable:  # its end would be an empty line
+      self._bar.stop()
 
   def chunk(self, title: str, epochs: int, chunk: Chunk) -> None:
     """Shows the state after a chunk of training.
