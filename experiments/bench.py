@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from rich.console import Console
 
 from experiments import (
   bench_jax,
@@ -34,6 +33,7 @@ from experiments.bench_statistics import (
 )
 from experiments.environment import environment
 from experiments.hardware import Hardware
+from experiments.terminal import terminal
 from jaxsms import models
 from jaxsms.storage import plain
 
@@ -60,7 +60,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   if settings.json:
     with open(settings.json, "w", encoding="utf-8") as file:
       json.dump(plain(results), file, indent=1, allow_nan=False)
-  bench_tables.show(Console(), results)
+  bench_tables.show(terminal(), results)
 
 
 def make_task(s: Settings, devices: Hardware) -> bench_jax.Task:

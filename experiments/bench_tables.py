@@ -18,13 +18,13 @@ def show(console: Console, results: Results) -> None:
     results: what `experiments.bench.measure` gives.
   """
   rows = results["copies"]
-  console.print(caption(results), highlight=False)
+  console.print(caption(results))
   console.print(time_table(rows))
   console.print(cost_table(rows))
   if any(row["torch"] for row in rows):
     console.print(torch_table(rows))
   for line in notes(results):
-    console.print(line, highlight=False)
+    console.print(line)
 
 
 def caption(results: Results) -> str:

@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments import (
   comparison,
@@ -39,6 +38,7 @@ from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
+from experiments.terminal import say, terminal
 from jaxsms import storage
 
 for module in running.FLAG_MODULES:
@@ -245,20 +245,19 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
   header = comparison.HEADER
   if comparison.has_ood(cells):
     header += comparison.OOD_HEADER
-  console = Console()
+  console = terminal()
   console.print(
     reporting.console_table(comparison.table(cells), comparison.caption(results), header)
   )
   for cell in cells:
     where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
     for note in reporting.notes(cell["seeds"]):
-      console.print(f"{where}: {note}", style="bold red", highlight=False, soft_wrap=True)
+      say(console, f"{where}: {note}", "bold red")
   write_report([shared.workdir])
-  console.print(
+  say(
+    console,
     f"Took {clock(results['seconds'])}, all parts together. Results, report, parts "
     f"and their soups: {shared.workdir}",
-    highlight=False,
-    soft_wrap=True,
   )
 
 

@@ -6,8 +6,9 @@ import time
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
+from experiments.terminal import say, terminal, text_column
 from jaxsms.training import Chunk
 
 MEASURED = 0  # in a plan, beside the numbers of copies: models to be measured
@@ -93,15 +94,15 @@ class RunProgress:
     model_steps: float = 0.0,
   ):
     """`plan` and `model_steps`: as `TimeLeft` takes them; `quiet` shows nothing."""
-    self._console = console or Console(stderr=True, quiet=quiet)
+    self._console = console or terminal(stderr=True, quiet=quiet)
     self._time_left = TimeLeft(plan, model_steps)
     self._started = self._last = self._last_line = time.monotonic()
     self._compiled = compiling_seconds()
     plain = not self._console.is_terminal or self._console.is_dumb_terminal
     self._bar = Progress(
-      TextColumn("{task.description}"),
+      text_column("{task.description}"),
       BarColumn(bar_width=24),
-      TextColumn("{task.fields[figures]}"),
+      text_column("{task.fields[figures]}"),
       console=self._console,
       disable=plain,
       transient=True,
@@ -109,11 +110,13 @@ class RunProgress:
     self._task = self._bar.add_task("compiling", total=1.0, figures="")
 
   def __enter__(self):
-    self._bar.start()
+    if not self._bar.disable:
+      self._bar.start()
     return self
 
   def __exit__(self, *exception):
-    self._bar.stop()
+    if not self._bar.disable:  # its end would be an empty line
+      self._bar.stop()
 
   def chunk(self, title: str, epochs: int, chunk: Chunk) -> None:
     """Shows the state after a chunk of training.
@@ -133,7 +136,7 @@ class RunProgress:
     if self._bar.disable:
       if chunk.step == chunk.steps or self._last - self._last_line >= LINE_SECONDS:
         self._last_line = self._last
-        self._console.print(f"{title}  {figures}", highlight=False, soft_wrap=True)
+        say(self._console, f"{title}  {figures}")
       return
     share = 0.0 if left is None else elapsed / (elapsed + left)
     self._bar.update(self._task, description=title, completed=share, figures=figures)

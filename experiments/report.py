@@ -89,7 +89,7 @@ def _told_apart(cases):
 def main(argv: Sequence[str] | None = None) -> int:
   """Bad input ends it with one sentence and exit status 2."""
   parser = argparse.ArgumentParser(
-    prog="python -m experiments.report", description=__doc__,
+    prog=f"python -m {__package__}.report", description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
   parser.add_argument("run_dir", nargs="+", help="--workdir of a run or a comparison")

@@ -74,7 +74,7 @@ def read_job(argv: list[str]) -> Job:
   if not importlib.util.find_spec("matplotlib"):  # better missed before training
     raise ImportError(
       "the figure needs matplotlib, which is not installed: run "
-      "`pip install -e '.[experiments]'`"
+      "`pip install 'jaxsms[experiments]'`"
     )
   chosen = settings.read_settings()
   method = method_flags.read_method(chosen)

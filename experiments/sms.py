@@ -27,7 +27,6 @@ import sys
 import tempfile
 
 from absl import app, flags
-from rich.console import Console
 
 from experiments import (
   keeping,
@@ -44,6 +43,7 @@ from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
+from experiments.terminal import say, terminal
 from jaxsms import storage
 
 for module in running.FLAG_MODULES:
@@ -141,21 +141,20 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   """Prints the table, draws figures and report, and says where the rest lies."""
   if not run_directory.is_writer():
     return
-  console = Console()
+  console = terminal()
   tables = reporting.rows(results["summary"], results["flags"]["ingredients"])
   console.print(reporting.console_table(tables, reporting.caption(results)))
   for note in reporting.notes(results["seeds"]):
-    console.print(note, style="bold red", highlight=False, soft_wrap=True)
+    say(console, note, "bold red")
   with tempfile.TemporaryDirectory() as folder:
     for ending in ("png", "svg"):
       name = f"accuracy.{ending}"
       reporting.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
   write_report([workdir])
-  console.print(
+  say(
+    console,
     f"Took {clock(results['seconds'])}. Results, soup, metrics and report: {workdir}",
-    highlight=False,
-    soft_wrap=True,
   )
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import app, flags, logging
-from rich.console import Console
 
 from experiments import hardware, method_flags, outputs, pretraining_flags, settings
 from experiments.soup_checks import (
@@ -28,6 +27,7 @@ from experiments.soup_checks import (
 )
 from experiments.soup_table import show
 from experiments.task import Task, load, make_task
+from experiments.terminal import say, terminal
 from jaxsms import checkpoint, pretrained, storage
 from jaxsms.export import nested
 from jaxsms.names import check_name
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
   except OSError as error:
     print(f"error: --out cannot be written ({error.strerror or error})", file=sys.stderr)
     sys.exit(1)
-  console = Console()
+  console = terminal()
   show(console, paths, models, weights, soup, scores)
   if statistics(soup):
     note = "Batch statistics of the soup were estimated anew on training data."
@@ -103,8 +103,8 @@ def main(argv: list[str]) -> None:
         "Batch statistics were averaged: estimate them anew on training data, as this does "
         "with --dataset and --model."
       )
-    console.print(note, highlight=False, soft_wrap=True)
-  console.print(f"Soup: {choice.out}", highlight=False, soft_wrap=True)
+    say(console, note)
+  say(console, f"Soup: {choice.out}")
 
 
 def read_choice(paths: list[str]) -> Choice:

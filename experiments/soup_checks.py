@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxsms.compat import enable_x64
 from jaxsms.pruning import magnitude_masks
 from jaxsms.safetensors import check_fit
 from jaxsms.soups import uniform_soup
@@ -108,7 +109,7 @@ def averaged(models: Sequence[Arrays], weights: np.ndarray) -> Arrays:
     for name, x in models[0].items()
     if is_floating(x)
   }
-  with jax.enable_x64(True):  # float64 stays float64
+  with enable_x64():  # float64 stays float64
     means = jax.device_get(uniform_soup(stacked, weights))
   return {name: means.get(name, x) for name, x in models[first].items()}
 
@@ -116,7 +117,7 @@ def averaged(models: Sequence[Arrays], weights: np.ndarray) -> Arrays:
 def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:
   """A model pruned by magnitude, see `jaxsms.magnitude_masks`."""
   weights = weights_of(model)
-  with jax.enable_x64(True):
+  with enable_x64():
     masks = jax.device_get(
       magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.soup_checks import Arrays, parameters_of, sparsity_of
+from experiments.terminal import say
 from jaxsms.geometry import soup_geometry
 
 ACCURACIES = {"validation_accuracy": "Validation", "test_accuracy": "Test"}
@@ -51,12 +52,11 @@ def show(
   of_models = [parameters_of(model) for model in models]
   stacked = {name: np.stack([model[name] for model in of_models]) for name in of_models[0]}
   apart = {name: float(x) for name, x in jax.device_get(soup_geometry(stacked)).items()}
-  console.print(
+  say(
+    console,
     f"L2 distance between two models: {apart['min_l2_distance']:.4g} to "
     f"{apart['max_l2_distance']:.4g}, angle {apart['min_angle']:.3g} to "
     f"{apart['max_angle']:.3g} degrees.",
-    highlight=False,
-    soft_wrap=True,
   )
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there, on disks and, through etils, on object stores."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -83,7 +84,8 @@ def written_to(path: epath.Path) -> Iterator[str]:
   Afterwards its files are on the disk for certain, or at `path` in the object store.
   """
   if not is_remote(path):
-    yield os.fspath(path)
+    with _plainly_named(path.parent) as parent:
+      yield os.path.join(parent, path.name)
     for folder, _, files in os.walk(path):
       for name in files:
         sync(os.path.join(folder, name))
@@ -103,12 +105,26 @@ def written_to(path: epath.Path) -> Iterator[str]:
 def read_from(path: epath.Path) -> Iterator[str]:
   """That folder again: itself, or a copy for as long as it is read."""
   if not is_remote(path):
-    yield os.fspath(path)
+    with _plainly_named(path) as folder:
+      yield folder
     return
   with tempfile.TemporaryDirectory() as temporary:
     local = epath.Path(temporary) / path.name
     _copy_tree(path, local)
     yield os.fspath(local)
+
+
+@contextlib.contextmanager
+def _plainly_named(folder):
+  """That folder by a name without brackets: orbax would look for files by them."""
+  name = os.fspath(folder)
+  if glob.escape(name) == name:
+    yield name
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    link = os.path.join(temporary, "folder")
+    os.symlink(name, link)
+    yield link
 
 
 def _copy_tree(source, target):

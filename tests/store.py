@@ -3,9 +3,9 @@
 import os
 import pathlib
 import shutil
-import types
 
 from etils import epath
+from etils.epath import stat_utils
 
 _ROOTS: dict[str, str] = {}
 
@@ -36,7 +36,12 @@ class StorePath(pathlib.PurePosixPath):
     return self._real().is_file()
 
   def stat(self):
-    return types.SimpleNamespace(length=self._real().stat().st_size)  # as epath calls it
+    found = self._real().stat()
+    return stat_utils.StatResult(
+      is_directory=self._real().is_dir(),
+      length=found.st_size,
+      mtime=int(found.st_mtime),  # whole seconds, as stores tell it
+    )
 
   def iterdir(self):
     return iter([self / name for name in os.listdir(self)])

@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
+from jax import export, lax
 from jax.sharding import NamedSharding
 
 import jaxsms
 from jaxsms import convolution, lowerings, make_mesh, map_ingredients
+from jaxsms.compat import enable_x64
 from jaxsms.convolution import conv_general_dilated
 from jaxsms.meshes import split_batch
 
@@ -325,7 +326,7 @@ def test_bfloat16_accumulates_in_float32():
 
 
 def test_double_precision():
-  with jax.enable_x64(True):
+  with enable_x64():
     x, w = normal(0, 2, 5, 5, 2, dtype=jnp.float64), normal(1, 3, 3, 2, 3)
     w = w.astype(jnp.float64)
     assert_close(gradients(convolve)(x, w), gradients(native)(x, w), 1e-13)
@@ -363,7 +364,7 @@ def test_shard_map_with_a_manual_ingredient_axis(check_vma, shared):
 def exported_text(platform, m=3):
   x, w = jnp.zeros((m, 2, 8, 8, 4)), jnp.zeros((m, 3, 3, 4, 6))
   step = jax.jit(jax.vmap(gradients(convolve)))
-  return jax.export.export(step, platforms=[platform])(x, w).mlir_module()
+  return export.export(step, platforms=[platform])(x, w).mlir_module()
 
 
 def group_counts(text):
@@ -390,7 +391,7 @@ def test_export_for_other_platforms_has_grouped_convolutions(platform):
 def test_one_export_for_all_platforms_runs_here():
   x, w = normal(0, 3, 2, 8, 8, 4), normal(1, 3, 3, 3, 4, 6)
   step = jax.jit(jax.vmap(gradients(convolve)))
-  program = jax.export.export(step, platforms=["cpu", "cuda", "tpu"])(x, w)
+  program = export.export(step, platforms=["cpu", "cuda", "tpu"])(x, w)
   assert_close(program.call(x, w), jax.jit(jax.vmap(gradients(native)))(x, w))
 
 
@@ -427,7 +428,7 @@ def test_a_lowering_that_is_chosen_holds_on_every_platform():
   def text(lowering, platform):
     conv = functools.partial(conv_general_dilated, lowering=lowering)
     step = jax.jit(jax.vmap(gradients(functools.partial(convolve, conv=conv))))
-    return jax.export.export(step, platforms=[platform])(x, w).mlir_module()
+    return export.export(step, platforms=[platform])(x, w).mlir_module()
 
   assert set(group_counts(text("loop", "cuda"))) == {(1, 1)}
   assert set(group_counts(text("grouped", "cpu"))) == {(1, 3), (3, 1)}

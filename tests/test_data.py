@@ -308,7 +308,7 @@ def test_digits():
 
 def test_digits_without_scikit_learn(monkeypatch):
   monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-  with pytest.raises(ImportError, match=r"pip install 'jaxsms\[experiments\]'"):
+  with pytest.raises(ImportError, match=r"pip install 'jaxsms\[data\]'"):
     data.load("digits")
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_ingredients
+from jax import export
 from test_devices import CHOSEN, Small, devices
 from test_training import all_true, ingredients, make_data, make_programs, train
 
@@ -143,7 +144,7 @@ def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
 def test_the_training_step_lowers_for_every_platform(platform, small, examples):
   programs = make_programs(Small())
   state = start(*small, programs.optimizer(0.0, 0.0), 3)
-  exported = jax.export.export(programs.train.on(None, 3), platforms=[platform])(
+  exported = export.export(programs.train.on(None, 3), platforms=[platform])(
     examples, all_true(small.params), jax.random.key(0), state,
     ingredients([0, 1, 2], 5), np.full((3, 5), 0.1, np.float32),
   )  # fmt: skip

@@ -87,7 +87,9 @@ class Nnx(nnx.Module):
     self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
     self.cls = nnx.Param(jnp.zeros((1, 1, WIDTH)))
     self.pos_embedding = nnx.Param(jnp.ones((1, TOKENS, WIDTH)))
-    self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+    self.norms = getattr(nnx, "List", list)(
+      [nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)]
+    )
     self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
     self.hidden = nnx.Linear(WIDTH, 6, rngs=rngs)
     self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxsms import interpolate, loss_along_line, loss_barrier, soup_geometry
+from jaxsms.compat import enable_x64
 
 M = 4
 
@@ -111,7 +112,7 @@ def test_half_precision_and_float64():
   models = np.random.default_rng(0).standard_normal((3, 500)) * 100
   half = models.astype(np.float16)
   assert_geometry(soup_geometry({"w": half}), reference(half))
-  with jax.enable_x64(True):
+  with enable_x64():
     measured = soup_geometry({"w": models})
     assert_geometry(measured, reference(models), rtol=1e-12, atol=1e-10)
 

@@ -20,6 +20,7 @@ from jaxsms import (
   uniform_soup,
   unstack,
 )
+from jaxsms.compat import enable_x64
 from jaxsms.counts import digits
 from jaxsms.selection import magnitude_key, select
 
@@ -109,7 +110,7 @@ def test_leaves_of_different_dtypes_compare_by_value():
 
 
 def test_float64_leaves():
-  with jax.enable_x64(True):
+  with enable_x64():
     values = 1 + 1e-12 * np.arange(12.0)[::-1]  # all equal in float32
     masks = magnitude_masks({"kernel": jnp.asarray(values.reshape(3, 4))}, 0.5)
     np.testing.assert_array_equal(np.ravel(masks["kernel"]), values > np.median(values))

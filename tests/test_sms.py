@@ -24,6 +24,7 @@ from jaxsms import (
   sparsity,
   unstack,
 )
+from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -393,7 +394,7 @@ def test_half_precision(dtype):
 
 
 def test_float64():
-  with jax.enable_x64(True):
+  with enable_x64():
     params = {"kernel": np.array([[1 + 1e-12, 1.0]])}
     amounts = {"amount": jnp.array([1e-12, 1e-12, 1e-12])}
     soup = sparse_model_soup(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jaxsms import greedy_soup, prediction_ensemble, stack, uniform_soup
+from jaxsms.compat import enable_x64
 
 M = 4
 NUMBERS = st.floats(-1000, 1000, width=32, allow_subnormal=False)
@@ -60,7 +61,7 @@ def test_large_half_precision_values_do_not_overflow():
 
 
 def test_float64_keeps_its_precision():
-  with jax.enable_x64(True):
+  with enable_x64():
     values = np.random.default_rng(0).standard_normal((3, 50))
     soup = uniform_soup({"w": values})["w"]
     assert soup.dtype == np.float64

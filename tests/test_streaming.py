@@ -404,7 +404,7 @@ def test_a_closed_stream(rejects):
 def test_without_grain(monkeypatch, rejects):
   monkeypatch.setitem(sys.modules, "grain", None)
   for work in (start, lambda: data.evaluation_batches(SOURCE, batch_size=2)):
-    with rejects("run `pip install 'jaxsms[experiments]'`", ImportError):
+    with rejects("run `pip install 'jaxsms[data]'`", ImportError):
       work()
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies
 
 from jaxsms import magnitude_masks, masked, stack, unstack
+from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -250,7 +251,7 @@ def test_dtypes_and_numpy_leaves(dtype):
 
 
 def test_float64():
-  with jax.enable_x64(True):
+  with enable_x64():
     params = {"kernel": np.full((2, 2), 1 + 1e-12)}
     masks = {"kernel": np.eye(2, dtype=bool)}
     optimizer = masked(optax.sgd(0.5, momentum=0.9), masks)

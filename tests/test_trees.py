@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from jaxsms import prunable, stack, unstack
+from jaxsms.compat import enable_x64
 from jaxsms.trees import (
   check_finite,
   is_parameter,
@@ -121,7 +122,7 @@ def test_stack_and_unstack_under_transformations(assert_trees_equal):
 
 
 def test_stack_keeps_float64(assert_trees_equal):
-  with jax.enable_x64(True):
+  with enable_x64():
     models = [{"w": np.array([1 + 1e-12, i])} for i in range(2)]
     stacked = stack(models)
     assert stacked["w"].dtype == np.float64

@@ -27,16 +27,27 @@ RC = {
   "legend.frameon": False,
   "svg.fonttype": "path",
   "svg.hashsalt": "jaxsms",
+  "text.parse_math": False,  # a $ in a file name is one
 }
 WIDTH, HEIGHT = 4.8, 3.7  # inches: two beside each other on a page
 
 
 @contextlib.contextmanager
 def canvas(title: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any]]:
-  """A figure with one pair of axes, in the style of all; laid out at the end."""
-  import matplotlib
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  """A figure with one pair of axes, in the style of all; laid out at the end.
+
+  Raises:
+    ImportError: matplotlib is not installed.
+  """
+  try:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ImportError(
+      "figures are drawn by matplotlib, which is not installed: run "
+      "`pip install 'jaxsms[experiments]'`"
+    ) from error
 
   with matplotlib.rc_context(RC):
     figure = Figure(figsize=(WIDTH, height), layout="constrained")

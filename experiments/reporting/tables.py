@@ -159,12 +159,16 @@ def console_table(
   """
   from rich import box
   from rich.table import Table
+  from rich.text import Text  # a string would be read as markup
 
+  title = Text(title, style="table.title")
   table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
   for name in header:
     table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=True)
   for lines in tables:
     for line in lines:
       soup = line[2] == looks()["soup"].title
-      table.add_row(*line, style="bold" if soup else None, end_section=line is lines[-1])
+      table.add_row(
+        *map(Text, line), style="bold" if soup else None, end_section=line is lines[-1]
+      )
   return table

@@ -128,7 +128,6 @@ def grain():
     import grain
   except ImportError as error:
     raise ImportError(
-      "streaming reads with grain, which is not installed: run "
-      "`pip install 'jaxsms[experiments]'`"
+      "streaming reads with grain, which is not installed: run `pip install 'jaxsms[data]'`"
     ) from error
   return grain

@@ -273,7 +273,7 @@ def _digits():
   except ImportError as error:
     raise ImportError(
       "digits come with scikit-learn, which is not installed: run "
-      "`pip install 'jaxsms[experiments]'`"
+      "`pip install 'jaxsms[data]'`"
     ) from error
   images, labels = load_digits(return_X_y=True)
   images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -165,8 +165,7 @@ def _tfds_errors(name):
     reason = " ".join(str(error.__context__ if stumbled else error).split())
     if isinstance(error, ImportError) and not stumbled:
       raise ImportError(
-        f"TFDS cannot read data set {name!r} ({reason}): run "
-        "`pip install 'jaxsms[experiments]'`"
+        f"TFDS cannot read data set {name!r} ({reason}): run `pip install 'jaxsms[data]'`"
       ) from error
     raise ValueError(
       f"data set {name!r} cannot be read ({reason}): where its files are damaged, "

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,7 +188,11 @@ def train_chunks(
     `fetched` waits for a chunk and tells whether it went well.
   """
   m = number_of_models(ingredients, "ingredients")
-  chex.assert_tree_shape_prefix((state, learning_rates), (m,))
+  if number_of_models((state, learning_rates), "copies") != m:
+    raise ValueError(
+      f"state and learning_rates are not of the {m} copies that ingredients has: give "
+      "leaves [m, ...], as start makes them"
+    )
   data, masks, key, state, ingredients, learning_rates = _place(
     programs, data, masks, key, state, ingredients, np.asarray(learning_rates, np.float32)
   )
