@@ -25,7 +25,7 @@ from jaxsms.baselines import TimeAverage, imp_reprune, swamp
 from jaxsms.dynamic import cubic_sparsity, gradual_masks, prune_during_training
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits
-from jaxsms.training.step import train_step
+from jaxsms.training.step import Recipe, train_step
 
 DATA = make_data(23)  # 5 steps an epoch
 SPLITS = Splits(DATA, make_data(7, 1), make_data(9, 2))
@@ -109,11 +109,12 @@ def test_feedback_takes_gradients_at_pruned_weights_and_moves_all():
   params = {"kernel": jnp.asarray(w, jnp.float32)[:, None]}
   masks = {"kernel": jnp.asarray(mask[:, None] == 1)}
   state = training.TrainState(params, {}, optimizer.init(params), jnp.zeros((), jnp.int32))
-  step = functools.partial(train_step, TwoWeights(), optimizer, jax.random.key(0))
+  recipe = Recipe(TwoWeights(), feedback=True)
+  step = functools.partial(train_step, recipe, optimizer, jax.random.key(0))
   images = jnp.asarray(x, jnp.float32).reshape(1, 1, 2, 1)
   buffer = np.zeros(2)
   for _ in range(3):
-    state, metrics = step(state, masks, images, jnp.zeros([1], jnp.int32), feedback=True)
+    state, metrics = step(state, masks, images, jnp.zeros([1], jnp.int32))
     z = (mask * w) @ x  # the second weight takes no part
     np.testing.assert_allclose(metrics["loss"], np.log1p(np.exp(-z)), rtol=1e-5)
     gradient = -x / (1 + np.exp(z)) + decay * w  # but has a gradient and decays

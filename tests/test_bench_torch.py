@@ -10,7 +10,7 @@ from jaxsms import magnitude_masks, models
 from jaxsms.pretrained import to_torch
 from jaxsms.torch_layout import layout
 from jaxsms.training import TrainState, init_variables, sgd, start
-from jaxsms.training.step import train_step
+from jaxsms.training import step as training_step
 
 torch = pytest.importorskip("torch")
 
@@ -77,10 +77,17 @@ def test_steps_of_pytorch_are_ours(name):
 
   optimizer = sgd(LR, DECAY, momentum=MOMENTUM, nesterov=True)
   state = start(params, batch_stats, optimizer, 2)
+  recipe = training_step.Recipe(module)
   step = jax.jit(
     jax.vmap(
-      lambda state, images, labels: train_step(
-        module, optimizer, jax.random.key(0), state, masks, images, labels
+      lambda state, images, labels: training_step.train_step(
+        training_step.Recipe(module),
+        optimizer,
+        jax.random.key(0),
+        state,
+        masks,
+        images,
+        labels,
       )
     )
   )

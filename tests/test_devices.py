@@ -275,7 +275,7 @@ def test_streamed_training_equals_the_same_batches_by_hand(small, examples):
   state = jax.tree.map(lambda x: x[0], start(*small, sgd(0.1, 1e-3), 1))
   step = jax.jit(
     lambda state, images, labels: training.step.train_step(
-      Small(), sgd(0.1, 1e-3), key, state, all_true(small.params),
+      training.step.Recipe(Small()), sgd(0.1, 1e-3), key, state, all_true(small.params),
       data.normalize(images, (0.5,), (0.25,)), labels,
     )[0]
   )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxsms.models.vgg import VGG, max_pool
 from jaxsms.models.wide_resnet import WideResNet
 from jaxsms.training.inference import recalibrate
 from jaxsms.training.state import Data, TrainState, sgd
-from jaxsms.training.step import train_step
+from jaxsms.training.step import Recipe, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -118,7 +118,8 @@ def test_two_copies_take_a_training_step_and_are_recalibrated(name):
     def step(params, stats, images):
       state = TrainState(params, stats, optimizer.init(params), jnp.zeros((), jnp.int32))
       masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
-      state, metrics = train_step(module, optimizer, KEY, state, masks, images, labels)
+      recipe = Recipe(module)
+      state, metrics = train_step(recipe, optimizer, KEY, state, masks, images, labels)
       data = Data(images, labels)
       return (
         state,

@@ -15,7 +15,7 @@ from jaxsms.models.resnet import ResNet
 from jaxsms.models.vgg import VGG
 from jaxsms.models.wide_resnet import WideResNet
 from jaxsms.training.state import TrainState, sgd
-from jaxsms.training.step import train_step
+from jaxsms.training.step import Recipe, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -133,7 +133,7 @@ def test_variables_and_training_state_are_float32(name):
   def step(params, stats, images, labels):
     state = TrainState(params, stats, optimizer.init(params), jnp.zeros((), jnp.int32))
     masks = jax.tree.map(lambda x: jnp.ones(x.shape, bool), params)
-    return train_step(module, optimizer, KEY, state, masks, images, labels)
+    return train_step(Recipe(module), optimizer, KEY, state, masks, images, labels)
 
   copies = jax.ShapeDtypeStruct((2, *IMAGES.shape), jnp.float32)
   labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)

@@ -9,11 +9,11 @@ import re
 import main_job
 import numpy as np
 import pytest
-from experiments.reporting import console_table
 from rich.table import Table
 
 from experiments import bench_tables, outputs, report, soup
 from experiments.progress import RunProgress
+from experiments.reporting import console_table
 from experiments.terminal import say, terminal
 from jaxsms.training import Chunk
 

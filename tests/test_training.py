@@ -16,7 +16,7 @@ from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.engine import one_model
 from jaxsms.training.loop import chunk_length
 from jaxsms.training.measurements import best_candidate, measure
-from jaxsms.training.step import ORDER, train_step
+from jaxsms.training.step import ORDER, Recipe, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -406,7 +406,7 @@ def test_steps_equal_pytorch(momentum, nesterov, weight_decay):
   rng = np.random.default_rng(0)
   ours = training.sgd(0.1, weight_decay, momentum=momentum, nesterov=nesterov)
   state = training.TrainState(params, {}, ours.init(params), jnp.zeros((), jnp.int32))
-  step = jax.jit(functools.partial(train_step, module, ours))
+  step = jax.jit(functools.partial(train_step, Recipe(module), ours))
   for _ in range(6):
     x = rng.normal(size=(8, 2, 2, 1)).astype(np.float32)
     y = rng.integers(0, 3, 8)

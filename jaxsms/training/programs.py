@@ -128,12 +128,12 @@ def make_programs(
     eval_batch_size: examples of one copy in an evaluation step; results do not depend
       on it.
     own_masks: whether each copy has masks of its own.
-    feedback: whether removed entries go on being trained, see `train_step`.
+    feedback: whether removed entries go on being trained, see `Recipe`.
     mesh: None for one device, else as `jaxsms.make_mesh` gives; or a function of the number
       of copies that gives one of these, all over the same devices.
     at_once: copies that one device trains at the same time, see `jaxsms.map_ingredients`;
       None means all.
-    micro_batches: parts of a batch whose gradients are accumulated, see `train_step`.
+    micro_batches: parts of a batch whose gradients are accumulated, see `Recipe`.
     split_params: whether each copy's parameters and optimizer state are split over the
       mesh's data axis, for models that do not fit on one device.
     skip_inactive: whether copies that are not vmapped skip steps that change nothing, by
@@ -157,23 +157,17 @@ def make_programs(
     state, metrics = state_and_metrics
     return of_params(state), whole(metrics)
 
-  def train(alone, *arguments):
-    return split(
-      step.train_chunk(
-        module, optimizer, training_images, batch_size, *arguments,
-        micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
-        feedback=feedback,
-      )
-    )  # fmt: skip
+  def recipe(alone):
+    return step.Recipe(
+      module, optimizer, training_images, micro_batches, feedback, skip_inactive and alone
+    )
 
-  def train_batches(alone, *arguments):
-    return split(
-      step.train_batches(
-        module, optimizer, training_images, *arguments,
-        micro_batches=micro_batches, skip_inactive=skip_inactive and alone,
-        feedback=feedback,
-      )
-    )  # fmt: skip
+  def train(alone, data, *copy):
+    return split(step.train_chunk(recipe(alone), batch_size, data, step.Copy(*copy)))
+
+  def train_batches(alone, images, labels, taken, *copy):
+    copy = step.Copy(*copy)
+    return split(step.train_batches(recipe(alone), images, labels, taken, copy))
 
   def recalibrate(alone, data, key, params, batch_stats):
     return of_params(

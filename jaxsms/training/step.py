@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from jaxsms.meshes import split_batch
 from jaxsms.pruning import apply_masks
-from jaxsms.training.state import Data, TrainState
+from jaxsms.training.state import Data, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
 
@@ -18,46 +19,81 @@ Optimizer = Callable[[jax.Array, jax.Array], optax.GradientTransformation]
 ORDER, STEP = 0, 1  # independent streams of one copy's key
 
 
+class Recipe(NamedTuple):
+  """How every copy trains.
+
+  Attributes:
+    module: network, called with train=True.
+    optimizer: gives the optimizer for a learning rate and a weight decay.
+    prepare: augments and normalizes, `prepare(key, uint8 images) -> float images`.
+    micro_batches: equal parts of a batch whose gradients are accumulated one after
+      another. Batch normalization sees one part at a time, and dropout draws anew.
+    feedback: keeps removed entries: gradients are taken where they are 0, and move all
+      entries, so that masks made anew may bring them back.
+    skip_inactive: whether steps that change nothing are skipped; not under vmap.
+
+  References:
+    Lin et al., 2020, https://arxiv.org/abs/2006.07253 (feedback)
+  """
+
+  module: nn.Module
+  optimizer: Optimizer = sgd
+  prepare: Callable[[jax.Array, jax.Array], jax.Array] = lambda key, images: images
+  micro_batches: int = 1
+  feedback: bool = False
+  skip_inactive: bool = False
+
+
+class Copy(NamedTuple):
+  """What one copy trains from.
+
+  Attributes:
+    masks: of its parameters; removed entries stay 0.
+    key: of the phase, the same for all copies.
+    state: its own.
+    ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
+    learning_rates: float [chunk], for the next steps.
+  """
+
+  masks: PyTree
+  key: jax.Array
+  state: TrainState
+  ingredient: dict[str, jax.Array]
+  learning_rates: jax.Array
+
+
 def train_step(
-  module: nn.Module,
+  recipe: Recipe,
   optimizer: optax.GradientTransformation,
   key: jax.Array,
   state: TrainState,
   masks: PyTree,
   images: jax.Array,
   labels: jax.Array,
-  micro_batches: int = 1,
-  feedback: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of one copy.
 
   Args:
-    module: network, called with train=True.
+    recipe: how it trains.
     optimizer: its state is `state.opt_state`.
     key: for dropout.
     state: of one copy.
     masks: of its parameters; removed entries stay 0.
     images: float [batch, height, width, channels].
     labels: int [batch].
-    micro_batches: equal parts of the batch whose gradients are accumulated one after
-      another. Batch normalization sees one part at a time, and dropout draws anew.
-    feedback: keeps removed entries: gradients are taken where they are 0, and move all
-      entries, so that masks made anew may bring them back.
 
   Returns:
     The next state, and the loss and accuracy on this batch before the step.
-
-  References:
-    Lin et al., 2020, https://arxiv.org/abs/2006.07253 (feedback)
   """
+  feedback, parts_of_batch = recipe.feedback, recipe.micro_batches
   point = apply_masks(state.params, masks) if feedback else state.params
-  gradients = functools.partial(_gradients, module, point)
-  if micro_batches == 1:
+  gradients = functools.partial(_gradients, recipe.module, point)
+  if parts_of_batch == 1:
     grads, batch_stats, metrics = gradients(key, state.batch_stats, images, labels)
   else:
     # Every part holds examples of all devices that share the batch.
     parts = jax.tree.map(
-      lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (images, labels)
+      lambda x: x.reshape(-1, parts_of_batch, *x.shape[1:]).swapaxes(0, 1), (images, labels)
     )
 
     def accumulate(carry, now):
@@ -70,9 +106,9 @@ def train_step(
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     (total, batch_stats), metrics = jax.lax.scan(
-      accumulate, (zeros, state.batch_stats), (jnp.arange(micro_batches), parts)
+      accumulate, (zeros, state.batch_stats), (jnp.arange(parts_of_batch), parts)
     )
-    grads = jax.tree.map(lambda x: x / micro_batches, total)
+    grads = jax.tree.map(lambda x: x / parts_of_batch, total)
     metrics = jax.tree.map(jnp.mean, metrics)
   wrap = optax.with_extra_args_support if feedback else masked
   updates, opt_state = wrap(optimizer).update(
@@ -103,19 +139,7 @@ def _gradients(module, params, key, batch_stats, images, labels):
 
 
 def train_chunk(
-  module: nn.Module,
-  optimizer: Optimizer,
-  prepare: Callable[[jax.Array, jax.Array], jax.Array],
-  batch_size: int,
-  data: Data,
-  masks: PyTree,
-  key: jax.Array,
-  state: TrainState,
-  ingredient: dict[str, jax.Array],
-  learning_rates: jax.Array,
-  micro_batches: int = 1,
-  skip_inactive: bool = False,
-  feedback: bool = False,
+  recipe: Recipe, batch_size: int, data: Data, copy: Copy
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, within one epoch.
 
@@ -124,120 +148,52 @@ def train_chunk(
   change nothing.
 
   Args:
-    module: network.
-    optimizer: gives the optimizer for a learning rate and a weight decay.
-    prepare: augments and normalizes, `prepare(key, uint8 images) -> float images`.
+    recipe: how it trains.
     batch_size: examples in a step; what is left of an epoch is dropped.
     data: the whole training split.
-    masks: of this copy.
-    key: of the phase, the same for all copies.
-    state: of one copy.
-    ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
-    learning_rates: float [chunk], for the next steps.
-    micro_batches: see `train_step`.
-    skip_inactive: whether steps that change nothing are skipped; not under vmap.
-    feedback: see `train_step`.
+    copy: what it trains from.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
   """
-  n, chunk = len(data.labels), len(learning_rates)
-  steps_per_epoch = n // batch_size
-  epoch, first = state.step // steps_per_epoch, state.step % steps_per_epoch
-  seed_key = jax.random.fold_in(key, ingredient["seed"])
+  n, chunk = len(data.labels), len(copy.learning_rates)
+  steps_per_epoch, step = n // batch_size, copy.state.step
+  epoch, first = step // steps_per_epoch, step % steps_per_epoch
+  seed_key = jax.random.fold_in(copy.key, copy.ingredient["seed"])
   order_key = jax.random.fold_in(jax.random.fold_in(seed_key, ORDER), epoch)
   positions = first * batch_size + jnp.arange(chunk * batch_size)
   order = jax.random.permutation(order_key, n)[positions % n]
   return _scan(
-    module,
-    optimizer,
-    prepare,
+    recipe,
+    copy,
     lambda indices: (data.images[indices], data.labels[indices]),
     order.reshape(chunk, batch_size),
     first + jnp.arange(chunk) < steps_per_epoch,
-    masks,
-    key,
-    state,
-    ingredient,
-    learning_rates,
-    micro_batches,
-    skip_inactive,
-    feedback,
   )
 
 
 def train_batches(
-  module: nn.Module,
-  optimizer: Optimizer,
-  prepare: Callable[[jax.Array, jax.Array], jax.Array],
-  images: jax.Array,
-  labels: jax.Array,
-  taken: jax.Array,
-  masks: PyTree,
-  key: jax.Array,
-  state: TrainState,
-  ingredient: dict[str, jax.Array],
-  learning_rates: jax.Array,
-  micro_batches: int = 1,
-  skip_inactive: bool = False,
-  feedback: bool = False,
+  recipe: Recipe, images: jax.Array, labels: jax.Array, taken: jax.Array, copy: Copy
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Some steps of one copy, on batches that come from the host.
 
   Args:
-    module: network.
-    optimizer: as in `train_chunk`, like all that is not named here.
-    prepare: the same.
+    recipe: how it trains.
     images: uint8 [chunk, batch, height, width, channels].
     labels: int [chunk, batch].
     taken: int [], how many of the steps there are batches for.
-    masks: as in `train_chunk`.
-    key: the same.
-    state: the same.
-    ingredient: the same.
-    learning_rates: the same.
-    micro_batches: the same.
-    skip_inactive: the same.
-    feedback: the same.
+    copy: what it trains from.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken.
   """
-  return _scan(
-    module,
-    optimizer,
-    prepare,
-    lambda batch: batch,
-    (images, labels),
-    jnp.arange(len(learning_rates)) < taken,
-    masks,
-    key,
-    state,
-    ingredient,
-    learning_rates,
-    micro_batches,
-    skip_inactive,
-    feedback,
-  )
+  exists = jnp.arange(len(copy.learning_rates)) < taken
+  return _scan(recipe, copy, lambda batch: batch, (images, labels), exists)
 
 
-def _scan(
-  module,
-  optimizer,
-  prepare,
-  take,
-  batches,
-  exists,
-  masks,
-  key,
-  state,
-  ingredient,
-  learning_rates,
-  micro_batches,
-  skip_inactive,
-  feedback,
-):
+def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.Array):
   """A step for each of `batches`, of which `take` gives the images and labels."""
+  masks, key, state, ingredient, learning_rates = copy
   key = jax.random.fold_in(key, ingredient["seed"])
   steps = jnp.arange(len(learning_rates))
   active = exists & (state.step + steps < ingredient["steps"])
@@ -248,15 +204,13 @@ def _scan(
     )
     images, labels = take(batch)
     return train_step(
-      module,
-      optimizer(learning_rate, ingredient["weight_decay"]),
+      recipe,
+      recipe.optimizer(learning_rate, ingredient["weight_decay"]),
       dropout_key,
       state,
       masks,
-      prepare(augment_key, split_batch(images)),
+      recipe.prepare(augment_key, split_batch(images)),
       labels,
-      micro_batches,
-      feedback,
     )
 
   def rest(state, batch, learning_rate):
@@ -265,7 +219,7 @@ def _scan(
 
   def body(state, now):
     active, *arguments = now
-    if skip_inactive:
+    if recipe.skip_inactive:
       return jax.lax.cond(active, step, rest, state, *arguments)
     new = step(state, *arguments)
     return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, rest(state, *arguments))
