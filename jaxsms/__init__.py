@@ -124,7 +124,7 @@ __all__ = [
 
 _ROOMS = (
   "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "models",
-  "pretrained", "report", "training",
+  "pretrained", "training",
 )  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from jaxsms import (
   uniform_soup,
 )
 from jaxsms.meshes import params_sharding
-from jaxsms.training import memory
-from jaxsms.training.phases import Model
+from jaxsms.training import Model, memory
 from jaxsms.training.state import start
 
 # All optimizations: these tests read what is compiled for users.

@@ -7,9 +7,8 @@ import pytest
 from test_training import Tiny, make_data, make_programs
 
 from jaxsms import training
+from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.measurements import (
-  Model,
-  Splits,
   describe_weights,
   measure,
   of_set,
@@ -92,10 +91,10 @@ def test_every_model_and_the_ensemble_on_every_split():
     calls.append(params["Dense_0"]["kernel"])
     return {"norm": 1.0}
 
-  scores, ensemble, predictions = measure(programs, splits, models, describe)
+  scores, ensemble, predictions = measure(Engine(programs, splits, describe), models)
   assert set(predictions) == {"validation", "test", "train"}
   # As if measured as other splits.
-  again = measure(programs, Splits(data, darker, data), models)
+  again = measure(Engine(programs, Splits(data, darker, data)), models)
   for found, expected in (
     *zip(scores, again.scores, strict=True), (ensemble, again.ensemble)
   ):  # fmt: skip
@@ -113,7 +112,6 @@ def test_every_model_and_the_ensemble_on_every_split():
   assert [s["norm"] for s in scores] == [1.0, 1.0]
   assert (calls[0] == 2 * calls[1]).all()
   # One model is its own ensemble.
-  alone = measure(
-    programs, Splits(data, data, data), Model(*jax.tree.map(lambda x: x[None], one))
-  )
+  one_model = Model(*jax.tree.map(lambda x: x[None], one))
+  alone = measure(Engine(programs, Splits(data, data, data)), one_model)
   assert alone.ensemble == alone.scores[0]
