@@ -82,12 +82,29 @@ class Engine(NamedTuple):
     return self.splits.train.size // self.programs.batch_size
 
   def init(self, module: nn.Module, key: jax.Array, image_shape: tuple[int, ...]) -> Model:
-    """A new model, see `init_variables`; in parts where parameters are."""
+    """A new model; in parts where the programs split parameters.
+
+    Args:
+      module: called as `module.apply(variables, images, train=False)`.
+      key: typed key.
+      image_shape: height, width and channels of an image.
+
+    Returns:
+      The model, leaves [...], see `init_variables`.
+    """
     mesh = self.programs.mesh_of(1) if self.programs.split_params else None
     return Model(*init_variables(module, key, image_shape, mesh))
 
   def start(self, model: Model, copies: int) -> TrainState:
-    """Equal copies of a model at step 0, leaves [m, ...]; in parts where parameters are."""
+    """Equal copies of a model at step 0; in parts where the programs split parameters.
+
+    Args:
+      model: leaves [...].
+      copies: m.
+
+    Returns:
+      A state with leaves [m, ...], see `jaxsms.training.start`.
+    """
     optimizer, mesh = self.programs.optimizer(0.0, 0.0), self.programs.mesh_of(copies)
     if mesh is None or not self.programs.split_params:
       return start(*model, optimizer, copies)

@@ -119,7 +119,14 @@ def train_copies(
 
 
 def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
-  """Runs a training to its end, whatever it yields on the way."""
+  """Runs a training to its end, whatever it yields on the way.
+
+  Args:
+    training: as `train_copies` gives it.
+
+  Returns:
+    The last state.
+  """
   while True:
     try:
       next(training)
@@ -186,6 +193,9 @@ def train_chunks(
   Yields:
     The state of the m copies and what to show of the chunk, before either is finished:
     `fetched` waits for a chunk and tells whether it went well.
+
+  Raises:
+    ValueError: state or learning rates are of another number of copies.
   """
   m = number_of_models(ingredients, "ingredients")
   if number_of_models((state, learning_rates), "copies") != m:
