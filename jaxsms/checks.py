@@ -41,7 +41,7 @@ def check_phases(phases: Any, what: str = "phases") -> int:
   if number is None or isinstance(phases, (bool, np.bool_)):
     raise ValueError(f"{what} is {_shown(phases)}: give a whole number")
   if number > MOST_PHASES:
-    raise ValueError(f"{what} is {number:.3g}: at most {MOST_PHASES:,} are possible")
+    raise ValueError(f"{what} is {_shown(number)}: at most {MOST_PHASES:,} are possible")
   return number
 
 
@@ -60,7 +60,7 @@ def check_call(key: Any, mesh: Any, **functions: Any) -> None:
   Args:
     key: of random numbers.
     mesh: of devices, or None.
-    **functions: what will be called, by name; None for what may be missing.
+    **functions: what will be called, by name; `on_phase` may be None.
   """
   is_key = hasattr(key, "dtype") and (
     jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
@@ -72,7 +72,7 @@ def check_call(key: Any, mesh: Any, **functions: Any) -> None:
       f"mesh is {_shown(mesh)}: give None, or a mesh as jaxsms.make_mesh gives"
     )
   for name, function in functions.items():
-    if function is not None and not callable(function):
+    if not callable(function) and not (name == "on_phase" and function is None):
       raise ValueError(f"{name} is {_shown(function)}: give a function")
 
 

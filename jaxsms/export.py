@@ -23,7 +23,7 @@ from jaxsms.safetensors import (
   read_with_metadata,
   write_safetensors,
 )
-from jaxsms.trees import Prunable, PyTree, is_concrete, match_masks
+from jaxsms.trees import Prunable, PyTree, is_concrete, mask_leaves
 
 FORMAT = "jaxsms-compact-1"
 MASK = "#mask"  # after a leaf's name, the name of its bits
@@ -63,7 +63,7 @@ def save_compact(
     pairs = zip(arrays.values(), flags, strict=True)
     kept = [_bits(array) != 0 if flag else True for array, flag in pairs]
   else:
-    kept = [np.asarray(mask) for mask in jax.tree.leaves(match_masks(tree, masks))]
+    kept = [True if m is None else np.asarray(m) for m in mask_leaves(tree, masks)]
   parts, shapes = {}, {}
   for (name, array), mask in zip(arrays.items(), kept, strict=True):
     if np.all(mask):

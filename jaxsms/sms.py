@@ -219,7 +219,8 @@ def sparse_model_soup(
   check_sparsity(goal_sparsity, "goal_sparsity")
   phases = check_phases(phases)
   phase_sparsity(goal_sparsity, 1, phases)
-  key, params, masks = gather((key, params, masks))
+  key, held, masks = gather((key, Arrays(params), masks))
+  params = held.tree
   check_finite(params)
   flags = prunable_flags(params, prunable)
   check_goal(goal_sparsity, _total(flags, params))

@@ -209,6 +209,34 @@ def test_n_of_m_inputs_are_kept(values, old, n_m):
     np.testing.assert_array_equal(nested.sum(1), np.minimum(before.sum(1), n))
 
 
+@pytest.mark.parametrize(
+  ("n", "m", "axis"), [(5, 32, -2), (3, 16, 0), (20, 24, 1), (1, 1, 2)]
+)
+def test_wide_groups_with_ties_on_any_axis(n, m, axis):
+  rng = np.random.default_rng(n)
+  kernel = rng.integers(-4, 5, (48, 96, 4)).astype(np.float32)
+  if axis == -2:
+    kernel = kernel.transpose(2, 1, 0)
+  mask = np.asarray(n_m_masks({"kernel": kernel}, 1 - n / m, m, axis)["kernel"])
+  groups = np.moveaxis(np.abs(kernel), axis, -1).reshape(-1, m)
+  expected = np.zeros_like(groups, bool)
+  largest = np.argsort(groups, axis=1, kind="stable")[:, m - n :]
+  np.put_along_axis(expected, largest, True, axis=1)
+  np.testing.assert_array_equal(np.moveaxis(mask, axis, -1).reshape(-1, m), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_lamp_is_the_same_in_a_program(masked, assert_trees_equal):
+  # Outside of one NumPy sorts, inside of one XLA does.
+  rng = np.random.default_rng(3)
+  sizes = {"a": (64, 40), "b": (3, 3, 8, 16), "c": (100, 1)}
+  params = {k: {"kernel": rng.standard_normal(s).round(2)} for k, s in sizes.items()}
+  masks = magnitude_masks(params, 0.3) if masked else None
+  for share in (0.4, 0.97):
+    jitted = jax.jit(lambda p, share=share: lamp_masks(p, share, masks=masks))
+    assert_trees_equal(jitted(params), lamp_masks(params, share, masks=masks))
+
+
 def test_n_m_axes():
   kernel = np.arange(1.0, 17).reshape(4, 4)
   params = {"a": {"weight": kernel}, "b": {"kernel": kernel}}

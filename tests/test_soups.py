@@ -8,6 +8,7 @@ import scipy.special
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from jax.test_util import check_grads
 
 from jaxsms import greedy_soup, prediction_ensemble, stack, uniform_soup
 from jaxsms.compat import enable_x64
@@ -215,6 +216,50 @@ def test_prediction_ensemble_of_half_precision_and_under_transformations():
   # Far apart logits do not underflow to log(0).
   certain = np.array([[[0.0, 500.0]], [[0.0, 500.0]]])
   np.testing.assert_allclose(prediction_ensemble(certain), [[-500, 0]], atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+def test_gradient_in_the_weights(weights):
+  rng = np.random.default_rng(0)
+  stacked = {"a": rng.standard_normal((3, 4)), "b": [rng.standard_normal((3, 2, 2))]}
+  with jax.enable_x64(True):
+
+    def soup(weights, stacked=stacked):
+      leaves = jax.tree.leaves(uniform_soup(stacked, weights))
+      return jnp.concatenate([jnp.sin(x).ravel() for x in leaves])
+
+    weights = jnp.array(weights)
+    check_grads(soup, (weights,), order=1)
+    step, h = np.eye(3), 1e-6
+    numeric = [(soup(weights + h * e) - soup(weights - h * e)) / (2 * h) for e in step]
+    np.testing.assert_allclose(jax.jacrev(soup)(weights).T, numeric, atol=1e-8)
+    np.testing.assert_allclose(jax.jacfwd(soup)(weights).T, numeric, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_gradients_keep_what_is_not_finite_out(bad):
+  stacked = np.array([[1.0, 2.0], [bad, 5.0]], np.float32)
+  weights = jnp.array([1.0, 0.0])
+  of_weights, of_models = jax.grad(
+    lambda w, x: jnp.sum(uniform_soup(x, w) * jnp.array([1.0, 10.0])), argnums=(0, 1)
+  )(weights, stacked)
+  np.testing.assert_array_equal(of_weights, [21, 50])
+  np.testing.assert_array_equal(of_models, [[1, 10], [0, 0]])
+  # Where it has a weight, it is no secret.
+  assert not np.isfinite(uniform_soup(stacked, jnp.array([0.5, 0.5]))[0])
+
+
+def test_a_learned_soup_leaves_the_one_it_starts_from():
+  stacked = jnp.array([[0.0], [1.0]])
+  weights = jnp.array([1.0, 0.0])
+
+  def loss(weights):
+    return jnp.sum((uniform_soup(stacked, weights) - 0.5) ** 2)
+
+  for _ in range(50):
+    step = jax.grad(loss)(weights)
+    weights = weights - 0.2 * (step - step.mean())
+  np.testing.assert_allclose(weights, [0.5, 0.5], atol=1e-3)
 
 
 def test_rejects(rejects):

@@ -8,7 +8,15 @@ import optax
 import pytest
 from hypothesis import strategies
 
-from jaxsms import magnitude_masks, masked, stack, unstack
+from jaxsms import (
+  apply_masks,
+  assert_sparse,
+  magnitude_masks,
+  masked,
+  sparsity,
+  stack,
+  unstack,
+)
 from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -295,6 +303,108 @@ def test_composes_inside_a_chain():
     np.testing.assert_array_equal(entries, 0)
 
 
+# What comes after `masked` in a chain has the last word.
+
+ADAM = optax.scale_by_adam()
+AFTER = {
+  "scale": (ADAM, optax.scale(-1e-2)),
+  "decay": (optax.chain(ADAM, optax.scale(-1e-2)), optax.add_decayed_weights(-1e-3)),
+  "schedule": (ADAM, optax.scale_by_learning_rate(lambda step: 0.1 / (1 + step))),
+  "clip": (ADAM, optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-0.1))),
+  "sign": (ADAM, optax.chain(optax.scale_by_sign(), optax.scale(-0.1))),
+  "momentum": (optax.identity(), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("name", AFTER)
+def test_pruned_parameters_stay_sparse_in_any_place_of_a_chain(name, jitted, caplog):
+  inner, after = AFTER[name]
+  optimizer = optax.chain(masked(inner, MASKS), after)
+  params = apply_masks(PARAMS, MASKS)
+  expected = float(sparsity(params))
+  state = optimizer.init(params)
+  step = make_chain_step(optimizer)
+  step = jax.jit(step) if jitted else step
+  for _ in range(3):
+    params, state = step(params, state)
+    assert_sparse(params, MASKS)
+  assert float(sparsity(params)) == expected
+  assert np.all(np.isfinite(params["second"]["kernel"]))
+  assert not caplog.records
+
+
+def make_chain_step(optimizer):
+  def step(params, state):
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def test_dense_parameters_inside_a_chain_are_warned_of(caplog):
+  optimizer = optax.chain(masked(ADAM, MASKS), optax.scale(-1e-2))
+  state = optimizer.init(PARAMS)
+  (record,) = caplog.records
+  assert "prune first with jaxsms.apply_masks(params, masks)" in record.message
+  params, _ = jax.jit(make_chain_step(optimizer))(PARAMS, state)
+  with pytest.raises(AssertionError, match=r"keep jaxsms\.masked outermost"):
+    assert_sparse(params, MASKS)
+  # Outermost it is right, whatever is inside.
+  outermost = masked(optax.chain(ADAM, optax.scale(-1e-2)), MASKS)
+  params, _ = jax.jit(make_chain_step(outermost))(PARAMS, outermost.init(PARAMS))
+  assert_sparse(params, MASKS)
+
+
+@pytest.mark.parametrize(
+  "after",
+  [optax.add_noise(0.1, 0.5, 0), optax.scale(-1e-2), optax.add_decayed_weights(0.1)],
+)
+def test_removed_entries_that_come_back_are_warned_of(after, caplog):
+  start = apply_masks(PARAMS, MASKS) if "noise" in repr(after.init) else PARAMS
+  optimizer = optax.chain(masked(ADAM), after)
+  params, state = start, optimizer.init(start)
+  for _ in range(4):
+    updates, state = optimizer.update(params, state, params, masks=MASKS)
+    params = optax.apply_updates(params, updates)
+  (record,) = caplog.records
+  assert "make it outermost, masked(optax.chain(...), masks)" in record.message
+
+
+def test_masks_made_anew_are_no_reason_to_warn(caplog):
+  optimizer = masked(optax.adam(0.01))
+  params, state, masks = PARAMS, optimizer.init(PARAMS), None
+  for share in (0.2, 0.2, 0.5, 0.5, 0.8):
+    masks = magnitude_masks(params, share, masks=masks)
+    for _ in range(2):
+      updates, state = optimizer.update(params, state, params, masks=masks)
+      params = optax.apply_updates(params, updates)
+    assert_sparse(params, masks)
+  assert not caplog.records
+
+
+def test_assert_sparse():
+  params = {"a": {"kernel": jnp.array([[0.0, 2.0]])}, "b": jnp.array([1.0, -0.0])}
+  masks = {"a": {"kernel": np.array([[False, True]])}, "b": np.array([True, False])}
+  assert_sparse(params, masks)
+  assert_sparse(stack([params, params]), masks)
+  assert_sparse(params, {**masks, "b": None})
+  wrong = {"a": {"kernel": np.array([[False, False]])}, "b": np.array([False, False])}
+  with pytest.raises(AssertionError, match=r"not 0: 1 of a/kernel, 1 of b; keep"):
+    assert_sparse(params, wrong)
+  with pytest.raises(AssertionError, match="2 of a/kernel, 2 of b"):
+    assert_sparse(stack([params, params]), wrong)
+  with pytest.raises(AssertionError, match="1 of b"):
+    assert_sparse({**params, "b": jnp.array([1.0, jnp.nan])}, masks)
+
+
+def test_assert_sparse_is_for_outside_of_jit(rejects):
+  masks = np.array([True, False])
+  with rejects("assert_sparse got traced values: call it outside of jit"):
+    jax.jit(lambda x: assert_sparse(x, masks))(jnp.zeros(2))
+  jax.jit(lambda x: (assert_sparse(np.zeros(2), masks), x)[1])(jnp.zeros(2))
+
+
 def test_rejects(rejects):
   optimizer = masked(optax.sgd(0.1))
   state = optimizer.init(PARAMS)
@@ -304,5 +414,7 @@ def test_rejects(rejects):
     optimizer.update(PARAMS, state, masks=MASKS)
   with rejects("params and masks have different tree structures"):
     optimizer.update(PARAMS, state, PARAMS, masks={"first": True})
+  with rejects("updates and params have different tree structures"):
+    optimizer.update({"first": PARAMS["first"]}, state, PARAMS, masks=MASKS)
   with rejects("params and masks have different tree structures"):
     masked(optax.sgd(0.1), {"first": True}).init(PARAMS)
