@@ -1,4 +1,4 @@
-"""A soup that two processes make together: `python soup_of_processes.py port process out`."""
+"""A soup that two processes make: `python soup_of_processes.py port process out`."""
 
 import sys
 
