@@ -52,7 +52,7 @@ def test_value_and_gradients_stay(layout, image, kernel, strides, padding):
   step = jax.value_and_grad(loss, (0, 1))
   got = jax.jit(jax.vmap(replaced(step)))
   assert_close(got(x, w), jax.jit(jax.vmap(step))(x, w))
-  text = jax.export.export(got, platforms=["cpu"])(x, w).mlir_module()
+  text = got.lower(x, w).as_text()
   assert set(group_counts(text)) == {(1, 1)}
 
 
@@ -61,7 +61,7 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = nn.BatchNorm(use_running_average=False)(nn.Conv(6, (3, 3))(x))
+    y = nn.BatchNorm(use_running_average=False)(nn.Conv(6, (3, 3), use_bias=False)(x))
     z = nn.Conv(6, (3, 3), strides=2)(nn.relu(y)) + nn.Conv(6, (1, 1), strides=2)(y)
     z = nn.Conv(4, (5, 3), strides=(1, 2), padding="VALID")(z)
     z = nn.Dropout(0.2, deterministic=False)(z)
@@ -81,7 +81,7 @@ def training(network, x, variables):
         return jnp.mean(logits**2), updated["batch_stats"]
 
       (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-      params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+      params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
       return lax.cond(value > 1e9, lambda: carry, lambda: (params, new)), value
 
     return lax.scan(step, (params, variables["batch_stats"]), jax.random.split(key, 3))
@@ -98,7 +98,6 @@ def test_a_training_with_loops_conditions_and_statistics_stays():
   keys = jax.random.split(jax.random.key(2), 2)
   got = jax.jit(jax.vmap(replaced(train)))(params, keys)
   wanted = jax.jit(jax.vmap(train))(params, keys)
-  # Not relative: a bias in front of a normalization has only rounding for a gradient.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5), got, wanted)
 
 
@@ -113,9 +112,9 @@ def test_leaves_that_are_no_arrays_are_handed_on():
   assert (two, left) == (2, 0)
 
 
-@pytest.mark.parametrize("groups, mesh", [(1, None), (2, None), (2, 3)])
-def test_a_hint_where_convolutions_stay_slow(groups, mesh, caplog):
-  """Grouped ones of several copies on a device, and no others."""
+@pytest.mark.parametrize("groups, at_once", [(1, None), (2, None), (2, 1)])
+def test_a_hint_where_convolutions_stay_slow(groups, at_once, caplog):
+  """Grouped ones of several copies at once, and no others."""
   x = normal(0, 2, 6, 6, 4)
   params = {"kernel": normal(1, 3, 3, 4 // groups, 4)}
 
@@ -131,11 +130,10 @@ def test_a_hint_where_convolutions_stay_slow(groups, mesh, caplog):
     return jax.tree.map(lambda p, g, m: m * (p - g), params, gradient, masks)
 
   masks = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
-  mesh = mesh and jaxsms.make_mesh(mesh)
   with caplog.at_level(logging.WARNING, logger="absl"):
     for _ in range(2):
       arguments = (jax.random.key(0), params, masks, {"seed": jnp.arange(3)})
-      jaxsms.retrain_phase(*arguments, retrain, mesh)
+      jaxsms.retrain_phase(*arguments, retrain, at_once=at_once)
   hints = [r.getMessage() for r in caplog.records if "make_mesh()" in r.getMessage()]
-  assert len(hints) == (groups == 2 and mesh is None)
+  assert len(hints) == (groups == 2 and at_once is None)
   assert all('"jax_num_cpu_devices", 3' in hint for hint in hints)
