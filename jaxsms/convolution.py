@@ -116,28 +116,28 @@ def _forward(how, images, kernels):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _image_gradient(how, outputs, kernels):
+def image_gradient(how, outputs, kernels):
   """The transpose of `_forward` in its images: outputs, kernels -> images."""
   return _operation(how, 1)(outputs, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernel_gradient(how, images, outputs):
+def kernel_gradient(how, images, outputs):
   """The transpose of `_forward` in its kernels: images, outputs -> kernels."""
   return _operation(how, 2)(images, outputs)
 
 
 _forward.defvjp(
   lambda g, x, w: (_forward(g, x, w), (x, w)),
-  lambda g, xw, ct: (_image_gradient(g, ct, xw[1]), _kernel_gradient(g, xw[0], ct)),
+  lambda g, xw, ct: (image_gradient(g, ct, xw[1]), kernel_gradient(g, xw[0], ct)),
 )
-_image_gradient.defvjp(
-  lambda g, y, w: (_image_gradient(g, y, w), (y, w)),
-  lambda g, yw, ct: (_forward(g, ct, yw[1]), _kernel_gradient(g, ct, yw[0])),
+image_gradient.defvjp(
+  lambda g, y, w: (image_gradient(g, y, w), (y, w)),
+  lambda g, yw, ct: (_forward(g, ct, yw[1]), kernel_gradient(g, ct, yw[0])),
 )
-_kernel_gradient.defvjp(
-  lambda g, x, y: (_kernel_gradient(g, x, y), (x, y)),
-  lambda g, xy, ct: (_image_gradient(g, xy[1], ct), _forward(g, xy[0], ct)),
+kernel_gradient.defvjp(
+  lambda g, x, y: (kernel_gradient(g, x, y), (x, y)),
+  lambda g, xy, ct: (image_gradient(g, xy[1], ct), _forward(g, xy[0], ct)),
 )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import gather, place
+from jaxsms.meshes import INGREDIENT_AXIS, gather, place
 from jaxsms.pruning import apply_masks
+from jaxsms.substitution import with_own_convolutions
 from jaxsms.trees import (
   Arrays,
   PyTree,
@@ -67,8 +68,18 @@ def retrain_phase(
   arguments = (key, Arrays(params), masks, ingredients)
   if mesh is not None:  # a later phase's, on the mesh already, would compile again
     arguments = place(arguments, NamedSharding(mesh, PartitionSpec()))
-  candidates, report, moved = _retrain_program(retrain, mesh, at_once)(*arguments)
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  program = _retrain_program(retrain, mesh, at_once, device.platform)
+  candidates, report, moved = program.run(*arguments)
   candidates, report, moved = gather(settled((candidates, report, moved)))
+  if program.native.pop("convolutions", 0) and len(moved) > _devices(mesh) and at_once != 1:
+    logging.warning(
+      "retrain has convolutions that run slowly for several copies on a CPU (grouped, "
+      "dilated, or not over two dimensions): give each copy a device of its own, with "
+      'jax.config.update("jax_num_cpu_devices", %d) at the start and '
+      "mesh=jaxsms.make_mesh()",
+      len(moved),
+    )
   if np.any(jax.device_get(moved)):
     logging.warning(
       "retrain moved removed weights, which were set back to 0: keep its optimizer "
@@ -93,7 +104,20 @@ def _equal_to_first(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.all(x == x[:1]) for x in leaves]).all()
 
 
-def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None):
+def _devices(mesh):
+  return 1 if mesh is None else mesh.shape[INGREDIENT_AXIS]
+
+
+class _Program(NamedTuple):
+  """The program of a caller's function, and what was seen as it was traced."""
+
+  run: Callable[..., Any]
+  native: dict[str, int]
+
+
+def _retrain_program(
+  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None, platform: str
+) -> _Program:
   """The mapped, jitted program of a caller's function, kept so that phases share it."""
   try:
     hash(retrain)
@@ -102,17 +126,24 @@ def _retrain_program(retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: 
       f"retrain is a {type(retrain).__name__} that cannot be hashed, which its compiled "
       "program is kept by: wrap it in a function"
     ) from None
-  return _hashed_retrain_program(retrain, mesh, at_once)
+  return _hashed_retrain_program(retrain, mesh, at_once, platform)
 
 
 @functools.lru_cache(maxsize=16)
 def _hashed_retrain_program(
-  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None
-):
+  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None, platform: str
+) -> _Program:
+  native: dict[str, int] = {}
+
   def one(key, arrays, masks, ingredient):
     params = arrays.tree
     structure = jax.tree.structure(params)
-    result = retrain(key, params, masks, ingredient)
+    if platform == "cpu":
+      result, native["convolutions"] = with_own_convolutions(
+        retrain, key, params, masks, ingredient
+      )
+    else:
+      result = retrain(key, params, masks, ingredient)
     report = {}
     if jax.tree.structure(result) != structure:
       if not isinstance(result, tuple) or len(result) != 2:
@@ -137,7 +168,8 @@ def _hashed_retrain_program(
     ]
     return Arrays(apply_masks(result, masks)), report, jnp.stack(moved).any()
 
-  return jax.jit(map_ingredients(one, (None, None, None, 0), mesh, at_once))
+  mapped = map_ingredients(one, (None, None, None, 0), mesh, at_once)
+  return _Program(jax.jit(mapped), native)
 
 
 def _wrong_tree(structure, result) -> str:

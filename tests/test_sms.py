@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import soup_of_processes
 
 from jaxsms import (
   Phase,
@@ -470,3 +471,17 @@ def test_rejects_what_merge_gives(rejects):
   for merge in (lambda c: c, lambda c: None, lambda c: (c, [0]), lambda c: c["w"][0]):
     with rejects("merge gave neither one model"):
       merge_phase(stacked, merge)
+
+
+@pytest.mark.parametrize("mesh, at_once", [(None, 1), (None, 2), (2, 1)])
+def test_copies_in_groups_equal_all_at_once(mesh, at_once):
+  mesh = mesh and make_mesh(mesh)
+  together = soup_of_processes.soup(soup_of_processes.dense())
+  got = soup_of_processes.soup(soup_of_processes.dense(), mesh, at_once=at_once)
+  for name, value in together.items():
+    np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
+
+
+def test_no_copies_at_once_are_refused(rejects):
+  with rejects("at_once is 0: give at least 1"):
+    soup_of_processes.soup(soup_of_processes.dense(), at_once=0)
