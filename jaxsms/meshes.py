@@ -101,15 +101,10 @@ def _longest(shape, size):
 
 
 def _constrain(tree, spec_of):
-  mesh = jax.sharding.get_abstract_mesh()
-  size = dict(mesh.shape).get(DATA_AXIS, 1)
+  size = dict(jax.sharding.get_abstract_mesh().shape).get(DATA_AXIS, 1)
   if size == 1:
     return tree
-
-  def one(x):  # a spec without its mesh would do from jax 0.8 on
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(x, size)))
-
-  return jax.tree.map(one, tree)
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec_of(x, size)), tree)
 
 
 def place_on(mesh: Mesh, tree: PyTree, stacked: bool) -> PyTree:
