@@ -191,13 +191,8 @@ def test_the_base_alone_makes_masks_soups_and_checkpoints(installed):
   assert done.stdout.startswith(str(folder))
   listed = run("-m", "pip", "list", "--format=json", python=python).stdout
   names = {package["name"].lower() for package in json.loads(listed)}
-  assert not names & {
-    "tensorflow-datasets",
-    "pyarrow",
-    "scikit-learn",
-    "matplotlib",
-    "grain",
-  }
+  assert not names & {"tensorflow-datasets", "pyarrow", "scikit-learn", "matplotlib"}
+  assert len(names) < 40
 
 
 @pytest.mark.slow
@@ -221,9 +216,7 @@ def test_binaries_run_from_a_wheel_outside_a_clone(installed):
     (("soup", "run/soup/seed_0", "run/soup/seed_0", "--out=b.npz"), "Soup: "),
   ):
     done = run(jaxsms, *words, cwd=here, python=None)
-    assert done.returncode in (0, 1) if "--help" in words else done.returncode == 0, (
-      done.stderr
-    )
+    assert done.returncode == ("--help" in words), done.stderr  # absl's help ends with 1
     assert printed in " ".join(done.stdout.split()), done.stdout
   done = run("-m", "jaxsms", "report", "run", cwd=here, python=python)
   assert done.stdout.strip().endswith("run/report.html"), done.stderr
