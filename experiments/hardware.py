@@ -189,7 +189,8 @@ def start(chosen: Hardware, model: str, copies: int) -> None:
   # Programs over several devices take twice as long to compile: small networks do not
   # earn that back in a short run.
   n = chosen.cpu_devices or (1 if model == "mlp" else min(cores, MOST_CPU_DEVICES))
-  if jax.config.jax_num_cpu_devices in (-1, None) or chosen.cpu_devices:
+  given, before = chosen.cpu_devices, jax.config.jax_num_cpu_devices
+  if before in (-1, None) or (given and given != before):
     try:
       jax.config.update("jax_num_cpu_devices", n)
     except RuntimeError as error:  # a notebook that has used a device already

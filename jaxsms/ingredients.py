@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxsms.compat import constraint_mesh
 from jaxsms.meshes import INGREDIENT_AXIS
 from jaxsms.trees import PyTree, number_of_models, settled
 
@@ -51,8 +52,12 @@ def map_ingredients(
 
   @functools.cache  # one jitted program, so that eager calls do not compile again
   def program(axes):
+    def on_each(*args):
+      with constraint_mesh(mesh):
+        return _map_in_groups(function, axes, at_once, *args)
+
     sharded = jax.shard_map(
-      functools.partial(_map_in_groups, function, axes, at_once),
+      on_each,
       mesh=mesh,
       in_specs=tuple(PartitionSpec(*[INGREDIENT_AXIS][: axis == 0]) for axis in axes),
       out_specs=PartitionSpec(INGREDIENT_AXIS),

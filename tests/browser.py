@@ -62,7 +62,7 @@ class Tab:
     return found["result"].get("value")
 
   def _next(self):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while b"\0" not in self._buffer:
       left = deadline - time.monotonic()
       assert left > 0 and select.select([self._in], [], [], left)[0], "browser is silent"

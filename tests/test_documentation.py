@@ -105,7 +105,7 @@ def test_pdoc_makes_the_reference_without_a_warning(tmp_path):
   command = command.replace("build/api", shlex.quote(str(tmp_path)))
   done = subprocess.run(
     ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False,
-    env={**os.environ, "pdoc_allow_exec": "1"},  # some versions of JAX call lscpu
+    env={**os.environ, "PDOC_ALLOW_EXEC": "1"},  # some versions of JAX call lscpu
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "warn" not in done.stderr.lower()

@@ -138,7 +138,7 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # programs that run a few times
 
 def finished(processes):
   """Waits for all: their statuses."""
-  outputs = [process.communicate(timeout=900) for process in processes]
+  outputs = [process.communicate(timeout=1800) for process in processes]
   assert not any("Traceback" in errors for _, errors in outputs), outputs
   return [process.returncode for process in processes]
 
@@ -156,7 +156,7 @@ def test_a_run_of_two_processes_is_killed_and_resumed(tmp_path):
   assert finished(two(tmp_path / "undisturbed")) == [0, 0]
   for fault in ("save arrays:3", "chunk:2"):
     first, second = two(tmp_path / "killed", fault)
-    first.communicate(timeout=900)
+    first.communicate(timeout=1800)
     second.kill()  # it may wait for the first one for ever
     second.communicate()
     assert first.returncode == -signal.SIGKILL, fault

@@ -77,7 +77,7 @@ def test_it_runs(name, comparison, monkeypatch):
       cell.outputs = []
   where = {"metadata": {"path": str(ROOT / "experiments")}}
   nbclient.NotebookClient(
-    notebook, timeout=500, kernel_name="python3", resources=where
+    notebook, timeout=1800, kernel_name="python3", resources=where
   ).execute()
   kinds = [kind for output in outputs(notebook) for kind in output.get("data", {})]
   stored = json.loads(path_of(name).read_text())

@@ -41,13 +41,13 @@ def start_two(*flags):
   return [start(*common, f"--process={i}") for i in range(2)]
 
 
-def finish(process, seconds=200):
+def finish(process, seconds=1800):
   """Exit status, output and errors; both pipes are read, so that none fills up."""
   output, errors = process.communicate(timeout=seconds)
   return process.returncode, output, errors
 
 
-def finish_all(processes, seconds=200):
+def finish_all(processes, seconds=1800):
   """The same of each, all read at once: none waits for another one's reader."""
   with ThreadPoolExecutor(len(processes)) as pool:
     return list(pool.map(functools.partial(finish, seconds=seconds), processes))

@@ -236,7 +236,7 @@ def test_command(command, data, tmp_path):
   if "--process=0" in flags:
     processes.append(run([*command, "--process=1"]))
   for process in processes:
-    output, errors = process.communicate(timeout=500)
+    output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     assert output or process is not processes[0]
   if name != "experiments.bench":

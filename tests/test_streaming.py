@@ -327,7 +327,7 @@ def test_two_real_processes():
     )
     for i in range(2)
   ]
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  outputs = [process.communicate(timeout=1800)[0] for process in processes]
   assert all(process.returncode == 0 for process in processes), outputs
   assert all(output.strip().endswith("equal") for output in outputs)
 

@@ -15,6 +15,8 @@ from experiments import bench_tables, outputs, report, soup
 from experiments.progress import RunProgress
 from experiments.reporting import console_table
 from experiments.terminal import say, terminal
+from jaxsms import checkpoint
+from jaxsms.data import tfds_corrupted
 from jaxsms.training import Chunk
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -114,6 +116,20 @@ def test_the_main_job_names_its_folder_and_writes_its_report_there(finished, har
   for name in ("results.json", "report.html", "report.md", "accuracy.png", "accuracy.svg"):
     assert (workdir / name).stat().st_size > 0
   assert (workdir / "soup" / "seed_0").is_dir()
+
+
+def test_checkpoints_and_data_are_found_there(tmp_path):
+  tree = {"kernel": np.arange(6.0).reshape(2, 3)}
+  checkpoint.save(tmp_path / HARD / "[a]", tree, {"step": 3})
+  found = checkpoint.restore(tmp_path / HARD / "[a]")
+  np.testing.assert_array_equal(found["kernel"], tree["kernel"])
+  prepared = tmp_path / HARD / "some_corrupted" / "fog_3" / "1.0.0"
+  prepared.mkdir(parents=True)
+  (prepared / "dataset_info.json").touch()
+  found = tfds_corrupted.corrupted_folders("some", str(tmp_path / HARD))
+  assert {name: list(map(str, at)) for name, at in found.items()} == {
+    "some_corrupted/fog_3": [str(prepared)]
+  }
 
 
 def test_a_finished_run_is_found_there_again(finished, hard_folder, capsys):

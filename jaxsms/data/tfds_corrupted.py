@@ -39,6 +39,13 @@ def corrupted_folders(
   data_dir = os.path.expanduser(data_dir) if data_dir else None
   found: dict[str, list[os.PathLike]] = {}
   for folder in file_utils.list_data_dirs(data_dir):
-    for info in (tfds.core.Path(folder) / whole).glob("*/*/dataset_info.json"):
-      found.setdefault(f"{whole}/{info.parent.parent.name}", []).append(info.parent)
+    for config in _folders(tfds.core.Path(folder) / whole):
+      for version in _folders(config):
+        if (version / "dataset_info.json").exists():
+          found.setdefault(f"{whole}/{config.name}", []).append(version)
   return found
+
+
+def _folders(path):
+  """Those in a folder, which may have brackets in its name: no pattern is looked for."""
+  return sorted(f for f in path.iterdir() if f.is_dir()) if path.is_dir() else []
