@@ -35,6 +35,7 @@ from experiments.bench_statistics import (
 from experiments.environment import environment
 from experiments.hardware import Hardware
 from jaxsms import models
+from jaxsms.files import whole_file
 from jaxsms.storage import plain
 
 
@@ -58,8 +59,8 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   if settings.json:
-    with open(settings.json, "w", encoding="utf-8") as file:
-      json.dump(plain(results), file, indent=1, allow_nan=False)
+    with whole_file(settings.json) as file:
+      file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
   bench_tables.show(Console(), results)
 
 

@@ -175,7 +175,7 @@ def write_safetensors(
     header[name], begin = entry, end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
-  with whole_file(path) as partial, open(partial, "wb") as file:
+  with whole_file(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
       array = np.asarray(arrays[name])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsms.files import whole_file
 from jaxsms.report.cases import Case
 from jaxsms.report.drawing import (
   MARKERS,
@@ -42,7 +43,7 @@ def accuracy_figure(results: Results, path: str | os.PathLike) -> None:
   """
   case = Case("", results["flags"], results["seeds"])
   figure = over_sparsity(case, "test_accuracy")
-  with open(path, "wb") as file:
+  with whole_file(path) as file:
     file.write(file_of(figure, os.path.splitext(path)[1].removeprefix(".")))
 
 
