@@ -23,6 +23,7 @@ from experiments.retraining import (
   varied,
 )
 from experiments.settings import Settings
+from jaxsms import report
 from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import prune_during_training
 from jaxsms.training.measurements import Model, Record
@@ -172,10 +173,10 @@ def _retrain_steps(run: Run) -> int:
 
 
 def _soups(records: list[Record]) -> ByPhase:
-  """Metrics by phase, with the copies that diverged, if any did."""
+  """Metrics by phase, with the copies that diverged or collapsed, if any did."""
   return {
     record["phase"]: record["soup"]
-    | ({"diverged": record["diverged"]} if record.get("diverged") else {})
+    | {name: record[name] for name in report.COPY_FAULTS if record.get(name)}
     for record in records
   }
 

@@ -3,6 +3,7 @@
 `METHODS`: the titles of methods by their keys in results.json, in the order of tables.
 `STYLES`: their colours and markers.
 `HEADER`: the columns of a run's table.
+`COPY_FAULTS`: what an entry of results.json says of copies that are left out.
 `Results`: what a results.json, or a part of it, is read as.
 """
 
@@ -22,6 +23,7 @@ from jaxsms.report.statistics import (
   summarize,
 )
 from jaxsms.report.tables import (
+  COPY_FAULTS,
   HEADER,
   caption,
   console_table,
@@ -31,6 +33,7 @@ from jaxsms.report.tables import (
 )
 
 __all__ = [
+  "COPY_FAULTS",
   "HEADER",
   "METHODS",
   "STYLES",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from jaxsms.faults import fault_point
 from jaxsms.ingredients import take_ingredients
@@ -14,7 +15,11 @@ from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks, phase_sparsity
 from jaxsms.sms import Merge, Prune, healthy_copies, merge_phase, prune_phase
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
-from jaxsms.training.failures import averaging_failure
+from jaxsms.training.failures import (
+  averaging_failure,
+  collapsed_copies,
+  merged_copies,
+)
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import Chunk, Saving, train_copies
 from jaxsms.training.measurements import (
@@ -160,7 +165,14 @@ def run_phases(
     )
     state = None
     model, merged = merge_candidates(
-      programs, splits, phase_key, candidates, merge, greedy=greedy, describe=describe
+      programs,
+      splits,
+      phase_key,
+      candidates,
+      merge,
+      greedy=greedy,
+      describe=describe,
+      start=pruned["validation_accuracy"],
     )
     record |= merged
     if phase in landscapes:
@@ -169,7 +181,7 @@ def run_phases(
         splits,
         phase_key,
         candidates,
-        [i for i in range(len(merged["weights"])) if i not in merged["diverged"]],
+        merged_copies(merged),
         model.params,
         int(np.sum(chosen["steps"])) * programs.batch_size,
       )
@@ -191,6 +203,7 @@ def merge_candidates(
   *,
   greedy: bool = False,
   describe: Describe | None = None,
+  start: float | None = None,
 ) -> tuple[Model, Record]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
@@ -202,6 +215,8 @@ def merge_candidates(
     merge: of them, see `jaxsms.merge_phase`; one candidate is its own soup.
     greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
     describe: gives what to record of one model's weights beside its metrics.
+    start: validation accuracy of the pruned model that all candidates started from, where
+      there is one.
 
   Returns:
     The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
@@ -210,8 +225,10 @@ def merge_candidates(
     parameters), metrics of the `soup` and of the candidates' `prediction_ensemble`, and
     `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
     each split). If greedy, those of the set `selected` as well. Candidates that diverged
-    are listed as `diverged` and count in nothing else; their own metrics are NaN. Where
-    averaging failed, `averaging_failed` says so, see `averaging_failure`.
+    are listed as `diverged` and count in nothing else; their own metrics are NaN. Nor do
+    those that `collapsed`, see `collapsed_copies`, but for their own metrics; where no
+    other is left, `all_collapsed` says so and they are merged after all. Where averaging
+    failed, `averaging_failed` says so, see `averaging_failure`.
 
   Raises:
     FloatingPointError: all candidates diverged.
@@ -224,6 +241,23 @@ def merge_candidates(
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
+  faults = {
+    "diverged": sorted(set(range(m)) - set(healthy)),
+    "collapsed": collapsed_copies(
+      [one["validation_accuracy"] for one in scores],
+      np.asarray(fetch(predictions["validation"].labels)),
+      start,
+    ),
+  }
+  counted = merged_copies({"weights": scores, **faults})
+  left_out = sorted(set(healthy) - set(counted))
+  if left_out:
+    logging.warning("copies %s collapsed and are left out", left_out)
+    finite = take_ingredients(candidates, counted)
+    _, ensemble, predictions = measure(programs, splits, finite)
+    measured = [by_copy[i] for i in counted]
+  elif faults["collapsed"]:
+    faults["all_collapsed"] = True
   fault_point("merge")
   failure = None
   if m == 1:  # nothing to merge: plain IMP
@@ -232,7 +266,7 @@ def merge_candidates(
   else:
     if greedy:
       merge = greedy_merge(programs, splits, key)
-    model, weights = merge_phase(candidates, merge)
+    model, weights = merge_some(candidates, merge, left_out)
     alone = recalibrated(programs, splits, key, one_model(model))
     (soup,), _, of_soup = measure(programs, splits, alone, describe)
     model = model_at(alone, 0)
@@ -241,7 +275,7 @@ def merge_candidates(
       candidates,
       weights,
       soup,
-      scores,
+      [scores[i] if i in counted else lost for i in range(m)],
     )
   record = {
     "weights": weights.tolist(),
@@ -249,7 +283,7 @@ def merge_candidates(
     "best_candidate": scores[best_candidate(scores)],
     **of_set(measured, finite.params),
     "candidates": scores,
-    "diverged": sorted(set(range(m)) - set(healthy)),
+    **faults,
     "prediction_ensemble": ensemble,
     "ensemble_agreement": {
       split: float(
@@ -265,6 +299,18 @@ def merge_candidates(
     chosen = take_ingredients(candidates.params, taken)
     record["selected"] = of_set([scores[i] for i in taken], chosen)
   return model, record
+
+
+def merge_some(
+  candidates: Model, merge: Merge, left_out: list[int]
+) -> tuple[Model, np.ndarray]:
+  """Merges the candidates but for those of these indices, which have weight 0."""
+  if not left_out:
+    return merge_phase(candidates, merge)
+  m = number_of_models(candidates)
+  indices, weights = np.setdiff1d(np.arange(m), left_out), np.zeros([m])
+  model, weights[indices] = merge_phase(take_ingredients(candidates, indices), merge)
+  return model, weights
 
 
 def greedy_merge(programs: Programs, splits: Splits, key: jax.Array) -> Merge:
