@@ -137,7 +137,7 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   if not run_directory.is_writer():
     return
   console = Console()
-  tables = report.rows(results["summary"], results["flags"]["ingredients"])
+  tables = report.rows(report.summarize(results["seeds"]), results["flags"]["ingredients"])
   console.print(report.console_table(tables, report.caption(results)))
   for note in report.notes(results["seeds"]):
     console.print(note, style="bold red", highlight=False, soft_wrap=True)

@@ -114,8 +114,8 @@ def notes(seeds: list[Results]) -> list[str]:
         found.append(
           f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "
           f"data, its worst candidate {_of(failed, 'worst_candidate')} %; between copies "
-          f"{' and '.join(map(str, failed['copies']))} the loss rises by "
-          f"{failed['barrier']:.3g}."
+          f"{' and '.join(map(str, failed['copies']))} the loss rises"
+          + ("." if failed["barrier"] is None else f" by {failed['barrier']:.3g}.")
         )
   return found
 
