@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
 from experiments import (
@@ -33,6 +33,7 @@ from experiments.bench_statistics import (
   seconds,
 )
 from experiments.environment import environment
+from experiments.flag_files import run_with_flags
 from experiments.hardware import Hardware
 from jaxsms import models
 from jaxsms.files import whole_file
@@ -241,4 +242,4 @@ if __name__ == "__main__":
   define_flags()
   flags.adopt_module_key_flags(bench_settings)
   flags.adopt_module_key_flags(hardware)
-  app.run(main)
+  run_with_flags(main)

@@ -13,7 +13,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from experiments import run_directory
-from experiments.lock import Busy, Lock
+from experiments.lock import Busy, Lock, Moved
 from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
@@ -317,6 +317,21 @@ class Keeper:
       self._metrics.append(line)
     if self._board is not None:
       self._board.add(line)
+
+  def check(self) -> None:
+    """Raises OSError where the directory is not where it was, or not this run's any more.
+
+    Nothing may be written then: folders would be made where it was.
+    """
+    self._lock.check()
+
+  def is_there(self) -> bool:
+    """Whether the directory is still where it was."""
+    try:
+      self._lock.check()
+    except OSError as error:
+      return not isinstance(error, Moved)
+    return True
 
   def seconds(self) -> float:
     """How long the run has taken so far, all its processes together."""

@@ -394,7 +394,7 @@ SHARED = {
   "seconds": known(number(0)),
 }
 RUN = every(
-  record({"flags": FLAGS, "seeds": SEEDS}, part=PART, **SHARED),
+  record({"flags": KNOWN_FLAGS, "seeds": SEEDS}, part=PART, **SHARED),
   _part,
 )
 CELL = record(
@@ -405,7 +405,7 @@ CELL = record(
   }
 )
 COMPARISON = record(
-  {"flags": FLAGS, "cells": listing(CELL)},
+  {"flags": KNOWN_FLAGS, "cells": listing(CELL)},
   methods=listing(text),
   dense=mapping(MODEL),
   failed=maybe(mapping(text)),

@@ -111,10 +111,10 @@ def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
     pass
   except OSError as error:
     raise ValueError(f"--workdir {path} cannot be read ({error.strerror})") from error
-  traces = (RUN_FILE, FLAGS_FILE, RESULTS_FILE, CHECKPOINTS)
-  if not any((path / name).exists() for name in traces):
+  folders = list((path / CHECKPOINTS).iterdir()) if (path / CHECKPOINTS).is_dir() else []
+  traces = (RUN_FILE, FLAGS_FILE, RESULTS_FILE)
+  if not folders and not any((path / name).exists() for name in traces):
     return None
-  folders = (path / CHECKPOINTS).iterdir() if (path / CHECKPOINTS).exists() else []
   for folder in sorted(folders, key=lambda f: f.name, reverse=True):
     with contextlib.suppress(ValueError):
       run = checkpoint.read_manifest(folder)["meta"].get("run")

@@ -159,6 +159,7 @@ def make_observer(
     keeper.append_metrics({**line, "evaluation": record})
 
   def on_soup(soup):
+    keeper.check()
     save_soup(workdir, keeper.work.seed, soup)
 
   return Observer(

@@ -81,6 +81,8 @@ def read_with_metadata(
 
 
 def _read(path):
+  if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+    raise ValueError("it is no file")
   with open(path, "rb") as file:
     size = os.fstat(file.fileno()).st_size
     if size < 8:

