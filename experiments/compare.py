@@ -31,7 +31,7 @@ from experiments import (
   tuning,
 )
 from experiments.comparison import DENSE, Part, is_finished
-from experiments.environment import environment
+from experiments.environment import check_version, environment
 from experiments.flag_files import run_with_flags
 from experiments.lock import Busy
 from experiments.part_runs import Comparison, planned, run_part, write
@@ -117,6 +117,8 @@ def prepare(argv: list[str]) -> Comparison:
   run = comparison.read_run(workdir)
   if run:
     run_directory.check_same(workdir, run, common)
+    if not job.retention.allow_other_version:
+      check_version(workdir, run["environment"], environment())
   before = run["flags"].get("convolution") if run else None
   devices = tuning.measured(base, job.hardware, job.method, job.dataset, before)
   job = job._replace(settings=base, hardware=devices)

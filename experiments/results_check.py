@@ -37,7 +37,7 @@ def check_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
 
 def check_run(path: str | os.PathLike, run: dict[str, Any]) -> None:
   """Raises Damaged where run.json is not what a run or a comparison writes."""
-  _checked(path, record({"flags": FLAGS, "defining": MAPPING}, environment=SCALARS), run)
+  _checked(path, record({"flags": FLAGS, "defining": MAPPING, "environment": SCALARS}), run)
 
 
 def fits_line(line: Any) -> bool:
@@ -388,6 +388,7 @@ def _part(results):
 
 SHARED = {
   "environment": SCALARS,
+  "environments": listing(record({"from": text, "environment": SCALARS})),
   "ood_sources": maybe(mapping(scalar)),
   "inference": maybe(INFERENCE),
   "finished": flag,

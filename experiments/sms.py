@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
   results = {
     "flags": {**run_flags, "workdir": str(workdir)},
     "environment": versions,
+    "environments": keeper.environments,
     "ood_sources": task.ood_sources,
     "seeds": keeper.seeds,
   }
