@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import (
   bench_jax,
@@ -32,9 +32,11 @@ from experiments.bench_statistics import (
   seconds,
 )
 from experiments.environment import environment
+from experiments.flag_files import run_with_flags
 from experiments.hardware import Hardware
 from experiments.terminal import terminal
 from jaxsms import models
+from jaxsms.files import whole_file
 from jaxsms.storage import plain
 
 
@@ -58,8 +60,8 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   if settings.json:
-    with open(settings.json, "w", encoding="utf-8") as file:
-      json.dump(plain(results), file, indent=1, allow_nan=False)
+    with whole_file(settings.json) as file:
+      file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
   bench_tables.show(terminal(), results)
 
 
@@ -240,4 +242,4 @@ if __name__ == "__main__":
   define_flags()
   flags.adopt_module_key_flags(bench_settings)
   flags.adopt_module_key_flags(hardware)
-  app.run(main)
+  run_with_flags(main)

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import (
   comparison,
@@ -31,7 +31,8 @@ from experiments import (
   tuning,
 )
 from experiments.comparison import DENSE, Part, is_finished
-from experiments.environment import environment
+from experiments.environment import check_version, environment
+from experiments.flag_files import run_with_flags
 from experiments.lock import Busy
 from experiments.part_runs import Comparison, planned, run_part, write
 from experiments.progress import RunProgress, clock
@@ -40,6 +41,7 @@ from experiments.signals import Stopped, StopSignals
 from experiments.task import make_task
 from experiments.terminal import say, terminal
 from jaxsms import storage
+from jaxsms.pruning import check_sparsity
 
 for module in running.FLAG_MODULES:
   flags.adopt_module_key_flags(module)
@@ -116,6 +118,8 @@ def prepare(argv: list[str]) -> Comparison:
   run = comparison.read_run(workdir)
   if run:
     run_directory.check_same(workdir, run, common)
+    if not job.retention.allow_other_version:
+      check_version(workdir, run["environment"], environment())
   before = run["flags"].get("convolution") if run else None
   devices = tuning.measured(base, job.hardware, job.method, job.dataset, before)
   job = job._replace(settings=base, hardware=devices)
@@ -141,7 +145,14 @@ def read_grid() -> tuple[list[float], list[int]]:
     ("sparsities", "goal_sparsity", float),
     ("copies", "ingredients", int),
   ):
-    words = FLAGS[name].value or [FLAGS[single].value]
+    words = FLAGS[name].value
+    if words is not None and not any(str(word).strip() for word in words):
+      raise ValueError(
+        f"--{name} is empty: give numbers, such as "
+        + ("0.9,0.95" if kind is float else "3,5")
+        + f", or leave it out for --{single} alone"
+      )
+    words = [FLAGS[single].value] if words is None else words
     try:
       values = [kind(word) for word in words]
     except ValueError as error:
@@ -151,6 +162,12 @@ def read_grid() -> tuple[list[float], list[int]]:
       ) from error
     if len(set(values)) < len(values):
       raise ValueError(f"--{name} is {','.join(words)}: give each number once")
+    given = f"--{name}" if FLAGS[name].value else f"--{single}"
+    for value in values:
+      if kind is float:
+        check_sparsity(value, given)
+      elif value < 1:
+        raise ValueError(f"{given} is {value}: it must be at least 1")
     grid.append(values)
   return grid[0], grid[1]
 
@@ -262,4 +279,4 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run_with_flags(main)

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import outputs, run_directory, settings
+from experiments.flag_files import run_with_flags
 from experiments.inference import with_all_kept
 from experiments.method_flags import MethodFlags, model_options
 from experiments.settings import Settings
@@ -83,7 +84,7 @@ def read_soup(path: str) -> dict[str, PyTree]:
   folder = storage.as_path(path) / "soup"
   seeds = [child.name for child in folder.iterdir()] if folder.is_dir() else []
   seeds = [name.removeprefix("seed_") for name in seeds]
-  seeds = sorted(int(name) for name in seeds if name.isdigit())
+  seeds = sorted(int(name) for name in seeds if name.isascii() and name.isdigit())
   if not seeds:
     raise ValueError(
       f"{path} holds no soup: give the --workdir of a run of experiments.sms that has "
@@ -145,4 +146,4 @@ def _flags(kind, values):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run_with_flags(main)

@@ -20,6 +20,7 @@ MESHES = ("auto", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")
 MEASURE = "measure"
 MOST_CPU_DEVICES = 8
+MOST_GIVEN = 256  # each costs threads and memory before anything runs
 CACHED_PARAMETERS = 100_000  # with their momentum and gradients, 1.2 MB
 
 
@@ -142,6 +143,11 @@ def read_hardware(model: str, copies: int, given: flags.FlagValues = FLAGS) -> H
   for name in ("cpu_devices", "ingredients_at_once", "micro_batches"):
     if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
       raise ValueError(f"--{name} is {getattr(chosen, name)}: it must be at least 1")
+  if chosen.cpu_devices is not None and chosen.cpu_devices > MOST_GIVEN:
+    raise ValueError(
+      f"--cpu_devices is {chosen.cpu_devices}: give at most {MOST_GIVEN}; more than there "
+      "are cores gain nothing"
+    )
   if chosen.split_params and data_devices(chosen.mesh) == 1:
     raise ValueError(
       "--split_params needs a mesh with a data axis: give one such as --mesh=1x4"

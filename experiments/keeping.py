@@ -13,7 +13,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from experiments import run_directory
-from experiments.lock import Busy, Lock
+from experiments.environment import check_version, environment, environments_of
+from experiments.lock import Busy, Lock, Moved
 from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
 from experiments.settings import Settings
@@ -43,6 +44,12 @@ flags.DEFINE_boolean(
   "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
   "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
 )
+flags.DEFINE_boolean(
+  "allow_other_version",
+  False,
+  "Goes on with a run that another version of jaxsms or jax began; results.json then says "
+  "which did what, in `environments`.",
+)
 FLAGS = flags.FLAGS
 MEANS = ("loss", "accuracy")
 # Why the first process cannot take a directory; told to the others by number.
@@ -56,6 +63,7 @@ class Retention(NamedTuple):
   save_minutes: float
   keep_checkpoints: int
   tensorboard: bool
+  allow_other_version: bool = False
 
 
 def read_retention() -> Retention:
@@ -64,7 +72,7 @@ def read_retention() -> Retention:
   Raises:
     ValueError: one is out of range, or TensorBoard's files cannot be written.
   """
-  chosen = Retention(FLAGS.save_minutes, FLAGS.keep_checkpoints, FLAGS.tensorboard)
+  chosen = Retention(**{name: FLAGS[name].value for name in Retention._fields})
   if not 0 <= chosen.save_minutes < math.inf:
     raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number, 0 or above")
   if chosen.keep_checkpoints < 1:
@@ -84,6 +92,7 @@ class Keeper:
     work: the seed under way.
     epoch: what the chunks of the epoch under way reported.
     steps_left: as `methods.planned_work` plans them; counted down while they are done.
+    environments: versions and devices that the run had, each with where it began (`from`).
   """
 
   def __init__(
@@ -107,6 +116,7 @@ class Keeper:
     self._lock = Lock(workdir)
     self._metrics: MetricsFile | None = None
     self._tensorboard, self._board = retention.tensorboard, None
+    self._any_version = retention.allow_other_version
     self._begun = self._last = time.monotonic()
     self._fetching = 0.0
     self._resumed = False
@@ -114,6 +124,7 @@ class Keeper:
     self.work = Work(0)
     self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
     self.steps_left: dict[int, int] = {}
+    self.environments: list[dict[str, Any]] = []
 
   def open(
     self,
@@ -148,9 +159,12 @@ class Keeper:
         size = self._take_up(found, settings, task)
       else:
         self.work, size = first() or Work(settings.seed), 0
-      finished = (run_directory.read_results(self._workdir) or {}).get("seeds", [])
+      results = run_directory.read_results(self._workdir) or {}
+      finished = results.get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
         self.seeds, self.work = finished, Work(settings.seed + len(finished))
+        self.environments = environments_of(results)
+      self._enter_environment(found.number or finished)
       if is_writer():
         metrics = self._workdir / run_directory.METRICS_FILE
         self._metrics = MetricsFile(metrics, size)
@@ -173,6 +187,17 @@ class Keeper:
         "finished)"
       )
     return said
+
+  def _enter_environment(self, goes_on):
+    """Notes the versions and devices of this process where they are others than before."""
+    now = storage.plain(environment())
+    if not goes_on:
+      self.environments = [{"from": "the start", "environment": now}]
+      return
+    if not self._any_version:
+      check_version(self._workdir, self.environments[-1]["environment"], now)
+    if now != self.environments[-1]["environment"]:
+      self.environments.append({"from": self.work.position(), "environment": now})
 
   def _find(self, flagfile):
     """Locks the directory, and walks back to its newest whole checkpoint.
@@ -217,6 +242,7 @@ class Keeper:
       }
       self.steps_left = {int(k): n for k, n in meta["steps_left"].items()}
       self._begun -= meta["seconds"]
+      self.environments = environments_of(meta) or environments_of(meta["run"])
       self.work = unpacked(
         found.arrays,
         meta["work"],
@@ -308,6 +334,7 @@ class Keeper:
         "steps_left": self.steps_left,
         "seconds": self.seconds(),
         "metrics_bytes": self._metrics.flush(),
+        "environments": self.environments,
       }
       self._series.save(arrays, storage.plain(meta))
     self._last = time.monotonic()
@@ -322,6 +349,21 @@ class Keeper:
       self._metrics.append(line)
     if self._board is not None:
       self._board.add(line)
+
+  def check(self) -> None:
+    """Raises OSError where the directory is not where it was, or not this run's any more.
+
+    Nothing may be written then: folders would be made where it was.
+    """
+    self._lock.check()
+
+  def is_there(self) -> bool:
+    """Whether the directory is still where it was."""
+    try:
+      self._lock.check()
+    except OSError as error:
+      return not isinstance(error, Moved)
+    return True
 
   def seconds(self) -> float:
     """How long the run has taken so far, all its processes together."""

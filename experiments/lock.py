@@ -24,6 +24,10 @@ class Busy(ValueError):
   """Another process runs there."""
 
 
+class Moved(OSError):
+  """The directory is not where it was: nothing may be written there any more."""
+
+
 class Lock:
   """Held from `acquire` to `release`, or to the end of the process."""
 
@@ -31,6 +35,7 @@ class Lock:
     """`path`: the run directory, which must exist."""
     self._path = storage.as_path(path)
     self._token = secrets.token_hex(8)
+    self._folder: tuple[int, int] | None = None
     self._handle: int | None = None
     self._released = threading.Event()
     self._beating = threading.Thread(target=self._keep_beating, daemon=True)
@@ -48,6 +53,7 @@ class Lock:
     # The lock of a process on this machine would be held if it were alive.
     if holder and not (locked and holder.get("host") == socket.gethostname()):
       self._watch(holder)
+    self._folder = self._identity()
     self._beat()
     if not locked:
       time.sleep(BEAT / 10)  # another one may have begun at the same moment: the later wins
@@ -56,7 +62,12 @@ class Lock:
     self._beating.start()
 
   def check(self) -> None:
-    """Raises OSError where another process has taken the directory over."""
+    """Raises OSError where the directory is another process's by now, or another one."""
+    if self._folder is not None and self._identity() != self._folder:
+      raise Moved(
+        f"{self._path} was renamed or removed while this run was in it: go on with the "
+        "same flags and its new place as --workdir"
+      )
     if self._lost:
       raise OSError(f"another process has taken {self._path} over: this one stops")
 
@@ -92,6 +103,16 @@ class Lock:
     self._handle = handle
     return True
 
+  def _identity(self):
+    """What tells a folder on a disk from another one of its name; None for a store."""
+    if storage.is_remote(self._path):
+      return None
+    try:
+      found = os.stat(self._path)
+    except OSError:
+      return (0, 0)
+    return found.st_dev, found.st_ino
+
   def _watch(self, holder):
     """Waits for the next sign of life of who may be there."""
     print(
@@ -106,9 +127,11 @@ class Lock:
         self._refuse(self._holder())
 
   def _refuse(self, holder):
+    who = ""  # it may not have written down yet who it is
+    if holder.get("pid") and holder.get("host"):
+      who = f"(pid {holder['pid']} on {holder['host']}) "
     raise Busy(
-      f"another process (pid {holder.get('pid')} on {holder.get('host')}) runs in "
-      f"{self._path}: wait for it, or choose another --workdir"
+      f"another process {who}runs in {self._path}: wait for it, or choose another --workdir"
     )
 
   def _holder(self):

@@ -5,19 +5,27 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.results_check import fits_line
 from jaxsms import storage
 
 
 def read_lines(data: bytes) -> Iterator[dict[str, Any]]:
-  """Lines of epochs and of evaluations; what is damaged or half written is left out."""
+  """Lines of epochs and of evaluations; what is damaged or half written is left out.
+
+  So are lines of an epoch with another number of copies than the one before it had.
+  """
+  copies: dict[tuple, int] = {}
   for text in data.splitlines():
     try:
       line = json.loads(text)
-      line["seed"], line["method"], line["phase"]
-      if "evaluation" not in line:
-        line["epoch"], line["loss"], line["accuracy"], line["learning_rate"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, RecursionError):
       continue
+    if not fits_line(line):
+      continue
+    if "evaluation" not in line:
+      training = line["seed"], line["method"], line["phase"]
+      if copies.setdefault(training, len(line["loss"])) != len(line["loss"]):
+        continue
     yield line
 
 

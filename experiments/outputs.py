@@ -53,7 +53,7 @@ def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
         f"{name} is {array.dtype.name}, which .npz files do not have: let --out end in "
         ".safetensors"
       )
-  with whole_file(path) as partial, open(partial, "wb") as file:
+  with whole_file(path) as file:
     np.savez(file, **arrays)
 
 
@@ -71,5 +71,5 @@ def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
       "let --out end in .safetensors"
     ) from error
   state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-  with whole_file(path) as partial:
-    torch.save(state, partial)
+  with whole_file(path) as file:
+    torch.save(state, file)

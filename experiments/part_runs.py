@@ -113,6 +113,7 @@ def run_part(
       "part": part._asdict(),
       "flags": {**run_flags, "workdir": str(folder)},
       "environment": environment(),
+      "environments": keeper.environments,
       "ood_sources": task.ood_sources,
       "seeds": keeper.seeds,
       "seconds": keeper.seconds(),

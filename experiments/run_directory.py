@@ -1,5 +1,6 @@
 """The folder of one run: what is in it, and whose run it is."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from experiments.hardware import Hardware, bfloat16
 from experiments.method_flags import MethodFlags
 from experiments.ood import prepared_digests
 from experiments.reporting import dataset_title
+from experiments.results_check import check_results, check_run
 from experiments.settings import Settings
 from jaxsms import checkpoint, storage
 from jaxsms.data import Dataset, StreamedDataset
@@ -102,21 +104,21 @@ def read_run(path: str | os.PathLike) -> dict[str, Any] | None:
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir {path} is a file: give a folder")
   try:
-    return storage.read_json(path / RUN_FILE)
+    run = storage.read_json(path / RUN_FILE)
+    check_run(path / RUN_FILE, run)
+    return run
   except (storage.Damaged, FileNotFoundError):
     pass
   except OSError as error:
     raise ValueError(f"--workdir {path} cannot be read ({error.strerror})") from error
-  traces = (RUN_FILE, FLAGS_FILE, RESULTS_FILE, CHECKPOINTS)
-  if not any((path / name).exists() for name in traces):
+  folders = list((path / CHECKPOINTS).iterdir()) if (path / CHECKPOINTS).is_dir() else []
+  traces = (RUN_FILE, FLAGS_FILE, RESULTS_FILE)
+  if not folders and not any((path / name).exists() for name in traces):
     return None
-  folders = (path / CHECKPOINTS).iterdir() if (path / CHECKPOINTS).exists() else []
   for folder in sorted(folders, key=lambda f: f.name, reverse=True):
-    try:
+    with contextlib.suppress(ValueError):
       run = checkpoint.read_manifest(folder)["meta"].get("run")
-    except ValueError:
-      continue
-    if isinstance(run, dict):
+      check_run(folder, run)
       return run
   raise ValueError(
     f"{path} holds a run of another version of jaxsms, or its {RUN_FILE} is lost: choose "
@@ -170,7 +172,7 @@ def begin(path: str | os.PathLike, run: dict[str, Any], flagfile: str) -> None:
   """
   path = storage.as_path(path)
   try:
-    storage.read_json(path / RUN_FILE)
+    check_run(path / RUN_FILE, storage.read_json(path / RUN_FILE))
   except FileNotFoundError:
     storage.write_json(path / RUN_FILE, run)
   except storage.Damaged:
@@ -187,10 +189,33 @@ def read_results(path: str | os.PathLike, holds: str = "seeds") -> dict[str, Any
     ValueError: it is of another version.
   """
   try:
-    results = storage.read_json(storage.as_path(path) / RESULTS_FILE)
+    results = checked_results(path)
   except (storage.Damaged, OSError):
     return None
-  return results if isinstance(results.get(holds), list) else None
+  return results if results and holds in results else None
+
+
+def checked_results(path: str | os.PathLike) -> dict[str, Any] | None:
+  """results.json, for readers who want to know what is wrong with it.
+
+  Args:
+    path: the folder of a run or a comparison.
+
+  Returns:
+    Its content, which has the form that `results_check` tells; None where there is none.
+
+  Raises:
+    Damaged: a ValueError; it does not have its digest, or another form.
+    ValueError: it is of another version.
+    OSError: it cannot be read.
+  """
+  path = storage.as_path(path) / RESULTS_FILE
+  try:
+    results = storage.read_json(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  check_results(path, results)
+  return results
 
 
 def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
@@ -199,15 +224,14 @@ def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
   Raises:
     OSError: it cannot be written.
   """
-  path = storage.as_path(path) / RESULTS_FILE
   if not is_writer():
     return
-  if path.exists():
-    try:
-      storage.read_json(path)
-    except storage.Damaged:
-      storage.set_aside(path)
-  storage.write_json(path, results)
+  path = storage.as_path(path)
+  try:
+    checked_results(path)
+  except storage.Damaged:
+    storage.set_aside(path / RESULTS_FILE)
+  storage.write_json(path / RESULTS_FILE, results)
 
 
 def soup_folder(path: str | os.PathLike, seed: int) -> storage.epath.Path:

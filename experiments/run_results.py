@@ -11,6 +11,7 @@ from experiments import comparison, run_directory
 from experiments.methods import SOUP
 from experiments.metrics_file import read_lines
 from experiments.reporting import Case, Origin, flag_text
+from experiments.results_check import KNOWN_FLAGS, Unfit
 from jaxsms import storage
 
 # Their model of the goal sparsity is that of their last phase alone.
@@ -34,7 +35,7 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
   path = storage.as_path(path)
   if not path.exists():
     raise ValueError(f"there is no {path}: give the --workdir of a run or a comparison")
-  results = run_directory.read_results(path, "cells") or run_directory.read_results(path)
+  results = _results(path)
   run = {} if results else run_directory.read_run(path) or {}
   if not run and results is None:
     raise ValueError(
@@ -42,10 +43,13 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     )
   results = results or {"seeds": []}
   known = {**run.get("flags", {}), **results.get("flags", {})}
-  if not {"model", "dataset", "ingredients"} <= known.keys():
+  try:
+    KNOWN_FLAGS(known)
+  except Unfit as error:
     raise ValueError(
-      f"{path} does not say with what flags it ran: another version wrote it"
-    )
+      f"{path} does not say with what flags it ran ({error.where.lstrip('.')} should be "
+      f"{error.expected}): another version wrote it"
+    ) from error
   if "cells" in results:
     cases = comparison_cases(path, results, known, with_name)
     command = comparison_command(known, results)
@@ -69,6 +73,17 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     comparison_warnings(results) if "cells" in results else [],
     "cells" in results and not fills_grid(results),
   )
+
+
+def _results(path):
+  """results.json, or None; what is wrong with it is said with what to do."""
+  try:
+    return run_directory.checked_results(path)
+  except storage.Damaged as error:
+    raise ValueError(
+      f"{error}; the command that began the run or comparison writes it anew from what "
+      "else is saved"
+    ) from error
 
 
 def run_case(path: storage.epath.Path, results: dict[str, Any], known: dict) -> Case:

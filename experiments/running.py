@@ -166,6 +166,7 @@ class Listener:
         if resumes:
           keeper.save(keeper.work)
       case methods.Soup():
+        keeper.check()
         save_soup(self._workdir, keeper.work.seed, event._asdict())
 
   def _chunk(self, method, chunk):

@@ -1,6 +1,7 @@
 """The flags of the binaries, and what they mean for each data set."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -205,7 +206,7 @@ def read_settings() -> Settings:
   for name, example in (("hidden", "256,256"), ("milestones", "60,80")):
     if values[name] is None:
       continue
-    if any(not str(number).strip().isdigit() for number in values[name]):
+    if any(not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(n)) for n in values[name]):
       raise ValueError(
         f"--{name} is {','.join(values[name])}: give whole numbers, such as {example}"
       )

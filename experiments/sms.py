@@ -26,7 +26,7 @@ import pathlib
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
 from experiments import (
   keeping,
@@ -38,6 +38,7 @@ from experiments import (
   tuning,
 )
 from experiments.environment import environment
+from experiments.flag_files import run_with_flags
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
 from experiments.report import write_report
@@ -88,12 +89,14 @@ def main(argv: list[str]) -> None:
   results = {
     "flags": {**run_flags, "workdir": str(workdir)},
     "environment": versions,
+    "environments": keeper.environments,
     "ood_sources": task.ood_sources,
     "seeds": keeper.seeds,
   }
 
   def write_results():
     if keeper.seeds:
+      keeper.check()
       results["summary"] = reporting.summarize(keeper.seeds)
       results["seconds"] = keeper.seconds()
       results["finished"] = len(keeper.seeds) == chosen.seeds
@@ -124,17 +127,24 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130
   if stopped:
-    if results.get("summary"):
+    if results.get("summary") and keeper.is_there():
       with contextlib.suppress(OSError):  # such as a full disk
         show(workdir, results)
-    done = len(keeper.seeds)
-    what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
-    print(
-      f"{stopped} ({what}; in {keeper.work.position()}; the same flags with "
-      f"--workdir={workdir} go on from what is saved)",
-      file=sys.stderr,
-    )
+    print(f"{stopped} ({where_it_stands(keeper, chosen, workdir)})", file=sys.stderr)
     sys.exit(status)
+
+
+def where_it_stands(
+  keeper: keeping.Keeper, chosen: settings.Settings, workdir: storage.epath.Path
+) -> str:
+  """How far a run has come that ends early, and how it goes on."""
+  done = len(keeper.seeds)
+  what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
+  if done < chosen.seeds:
+    what += f"; in {keeper.work.position()}"
+  if not keeper.is_there():
+    return what
+  return f"{what}; the same flags with --workdir={workdir} go on from what is saved"
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:
@@ -142,7 +152,8 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   if not run_directory.is_writer():
     return
   console = terminal()
-  tables = reporting.rows(results["summary"], results["flags"]["ingredients"])
+  summary = reporting.summarize(results["seeds"])
+  tables = reporting.rows(summary, results["flags"]["ingredients"])
   console.print(reporting.console_table(tables, reporting.caption(results)))
   for note in reporting.notes(results["seeds"]):
     say(console, note, "bold red")
@@ -159,4 +170,4 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run_with_flags(main)

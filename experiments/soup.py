@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import hardware, method_flags, outputs, pretraining_flags, settings
+from experiments.flag_files import run_with_flags
 from experiments.soup_checks import (
   Arrays,
   averaged,
@@ -250,4 +251,4 @@ def write(out: str, soup: Arrays, models: list[Arrays], weights: np.ndarray) -> 
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run_with_flags(main)

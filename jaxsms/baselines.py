@@ -110,11 +110,11 @@ def imp_reprune(
     )
     return runs._replace(models=unstack(Model(end.params, end.batch_stats))), {}
 
-  def average(key, runs):
+  def average(key, runs, record):
     candidates, reprune = stack(runs.models), repruned(runs.sparsity, prune)
     merging = Merging(lambda engine, key: reprune)
-    soup, record = merge_candidates(engine, key, candidates, merging)
-    return runs._replace(healthy=healthy_copies(candidates), average=soup), record
+    soup, merged = merge_candidates(engine, key, candidates, merging)
+    return runs._replace(healthy=healthy_copies(candidates), average=soup), merged
 
   start = Runs([dense] * copies, [None] * copies, list(range(copies)), [], dense)
   return soup_phases(
@@ -205,7 +205,7 @@ def swamp(
     )
     return Model(average.params, end.batch_stats), {}
 
-  def merge(key, candidates):
+  def merge(key, candidates, record):
     return merge_candidates(engine, key, candidates)
 
   rounds = {0: 0.0, **sparsities}

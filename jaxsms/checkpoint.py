@@ -1,5 +1,6 @@
 """Models on disk, with a digest of every leaf. The one place that knows orbax."""
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -36,21 +37,23 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
     meta: what JSON can hold, to be kept beside them.
 
   Raises:
-    ValueError: the folder exists, or a leaf is no array.
+    ValueError: the folder exists, or a leaf is no array, or not of numbers.
     OSError: it cannot be written.
   """
   path = storage.as_path(path)
   if path.exists():
     raise ValueError(f"{path} exists already: choose another folder for this checkpoint")
-  tree = fetch(tree)
-  leaves = {name: _described(leaf) for name, leaf in by_path(tree).items()}
+  tree = jax.tree.map(_native, fetch(tree))
+  by_name = by_path(tree)
+  _check_dtypes(by_name)
+  leaves = {name: _described(leaf) for name, leaf in by_name.items()}
   try:
     path.mkdir(parents=True)
-    (path / UNFINISHED).write_bytes(b"")
+    storage.write_bytes(path / UNFINISHED, b"")
     fault_point("save begins")
     if leaves:
       with storage.written_to(path / ARRAYS) as folder, _orbax() as checkpointer:
-        checkpointer.save(folder, tree)
+        checkpointer.save(folder, jax.tree.map(_never_empty, tree))
     fault_point("save arrays")
     storage.write_json(path / MANIFEST, {"leaves": leaves, "meta": meta or {}})
     (path / UNFINISHED).unlink()
@@ -85,7 +88,8 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
     if leaves or (path / ARRAYS).exists():
       with storage.read_from(path / ARRAYS) as folder, _orbax() as checkpointer:
         tree = checkpointer.restore(folder)
-    found = by_path(tree)
+    found = {k: _empty_again(x, leaves.get(k)) for k, x in by_path(tree).items()}
+    tree = jax.tree.unflatten(jax.tree.structure(tree), found.values())
     described = {name: _described(leaf) for name, leaf in found.items()}
   except Exception as error:  # whatever damage makes orbax and TensorStore raise
     raise Damaged(f"checkpoint {path} is damaged ({first_sentence(error)})") from error
@@ -186,16 +190,18 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_unfinished(path: str | os.PathLike) -> bool:
-  """Whether a folder is what a killed save or removal left.
+  """Whether a folder is what a failed or killed save, or a killed removal, left.
 
   Args:
     path: an existing folder.
 
   Returns:
-    True where it is empty or marked as unfinished.
+    True where it is marked as unfinished, or holds neither arrays nor a manifest.
   """
   path = storage.as_path(path)
-  return (path / UNFINISHED).exists() or not any(path.iterdir())
+  if (path / UNFINISHED).exists():
+    return True
+  return not any((path / name).exists() for name in (ARRAYS, MANIFEST))
 
 
 def remove(path: str | os.PathLike) -> None:
@@ -205,7 +211,8 @@ def remove(path: str | os.PathLike) -> None:
     path: a folder that `save` wrote.
   """
   path = storage.as_path(path)
-  (path / UNFINISHED).write_bytes(b"")
+  if not (path / UNFINISHED).exists():
+    (path / UNFINISHED).write_bytes(b"")
   for child in path.iterdir():
     fault_point("remove")
     if child.name != UNFINISHED:
@@ -213,6 +220,34 @@ def remove(path: str | os.PathLike) -> None:
   (path / UNFINISHED).unlink()
   if path.exists():  # an object store has no empty folders
     path.rmdir()
+
+
+def _native(leaf):
+  """The same numbers in the order of this machine's bytes: the only one that is stored."""
+  if not isinstance(leaf, np.ndarray | np.generic):
+    return leaf
+  return np.asarray(leaf, leaf.dtype.newbyteorder("="))
+
+
+def _check_dtypes(leaves):
+  """Raises ValueError where a leaf holds something else than numbers."""
+  for name, leaf in leaves.items():
+    known = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    known = known or np.dtype(leaf.dtype).kind in "biufc"
+    if not known and not jax.dtypes.issubdtype(leaf.dtype, np.number):
+      raise ValueError(f"leaf {name} is {leaf.dtype}: give arrays of numbers or bools")
+
+
+def _never_empty(leaf):
+  """What is written of a leaf: a zero where it has no elements, which orbax refuses."""
+  return leaf if np.size(leaf) else np.zeros([1], np.uint8)
+
+
+def _empty_again(leaf, described):
+  """What a leaf is after all, by its entry in the manifest."""
+  if described is None or 0 not in described["shape"]:
+    return leaf
+  return np.zeros(described["shape"], described["dtype"])
 
 
 def _described(leaf):
@@ -230,7 +265,7 @@ def _described(leaf):
 
 def _reason(error):
   """Why something cannot be written, in a few words."""
-  for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+  for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
     if os.strerror(known) in str(error):
       return os.strerror(known)
   return first_sentence(error)
@@ -238,13 +273,51 @@ def _reason(error):
 
 @contextlib.contextmanager
 def _orbax():
-  """A checkpointer of this process alone, whose errors are raised and not logged."""
+  """A checkpointer of this process alone, whose errors are raised and not logged.
+
+  Reading and writing end when all arrays are done or have failed, and not with the first
+  failure: what is still under way then finds its event loop closed, prints so, and goes on
+  making files in a folder that is being removed.
+  """
   import orbax.checkpoint as ocp
 
+  class Handler(ocp.type_handlers.NumpyHandler):
+    async def _open_and_write(self, *arguments, **options):
+      try:
+        await super()._open_and_write(*arguments, **options)
+      except Exception as error:  # raised below
+        failures.append(error)
+
+    async def deserialize(self, infos, args=None):
+      args = args or [ocp.RestoreArgs()] * len(infos)
+      one_by_one = map(super().deserialize, [[i] for i in infos], [[a] for a in args])
+      found = await asyncio.gather(*one_by_one, return_exceptions=True)
+      for error in found:
+        if isinstance(error, BaseException):
+          raise error
+      return [array for (array,) in found]
+
+  failures: list[Exception] = []
+  kept = ocp.type_handlers.get_type_handler
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, Handler()),
+    (jax.Array, kept(jax.Array)),  # typed keys
+    *((kind, kept(kind)) for kind in (np.number, int, float)),  # of older checkpoints
+  )
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-  with _quiet(), ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
-    yield checkpointer
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=registry, multiprocessing_options=options
+  )
+  checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
+  with _quiet(), checkpointer:
+    try:
+      yield checkpointer
+    except Exception:
+      if not failures:
+        raise
+    if failures:
+      raise failures[0]
 
 
 @contextlib.contextmanager

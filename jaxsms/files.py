@@ -5,34 +5,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 from jaxsms import storage
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[str]:
-  """A name on a disk to write to; the file gets its own name when all of it is there.
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  """A new file to write to; it gets its name when all of it is on the disk for certain.
 
   Args:
     path: the file, on a disk or (gs://...) an object store; its folder is made where it is
       missing, and an older file replaced.
   """
   path = storage.as_path(path)
-  if storage.is_remote(path):
-    with tempfile.TemporaryDirectory() as folder:
-      local = os.path.join(folder, path.name)
-      yield local
-      with open(local, "rb") as file:
-        storage.write_bytes(path, file.read())
-    return
-  os.makedirs(path.parent, exist_ok=True)
-  partial = f"{path}.{os.getpid()}.partial"
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
+  if not storage.is_remote(path):
+    os.makedirs(path.parent, exist_ok=True)
+  with storage.whole_file(path) as file:
+    yield file
 
 
 @contextlib.contextmanager

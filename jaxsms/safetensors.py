@@ -81,6 +81,8 @@ def read_with_metadata(
 
 
 def _read(path):
+  if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+    raise ValueError("it is no file")
   with open(path, "rb") as file:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
@@ -175,7 +177,7 @@ def write_safetensors(
     header[name], begin = entry, end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
-  with whole_file(path) as partial, open(partial, "wb") as file:
+  with whole_file(path) as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
       array = np.asarray(arrays[name])

@@ -1,6 +1,7 @@
 """The checkpoints of a run: saved beside the training, and found again after a break."""
 
 import os
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 from jaxsms import checkpoint, storage
 from jaxsms.storage import Damaged
 from jaxsms.trees import PyTree
+
+NUMBER = re.compile("[0-9]+")  # str.isdigit takes superscripts, which int does not
 
 
 class Found(NamedTuple):
@@ -123,5 +126,5 @@ class Series:
     """The folders of checkpoints, oldest first."""
     if not self._path.exists():
       return []
-    children = [child for child in self._path.iterdir() if child.name.isdigit()]
+    children = [child for child in self._path.iterdir() if NUMBER.fullmatch(child.name)]
     return sorted(children, key=lambda child: int(child.name))

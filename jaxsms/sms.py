@@ -85,7 +85,7 @@ def soup_phases(
   *,
   prune: Callable[[PyTree, PyTree | None, float], tuple[PyTree, PyTree, Record]],
   retrain: Callable[[jax.Array, PyTree, PyTree, Record], Retraining],
-  merge: Callable[[jax.Array, PyTree], tuple[PyTree, Record]],
+  merge: Callable[[jax.Array, PyTree, Record], tuple[PyTree, Record]],
   masks: PyTree | None = None,
 ) -> Iterator[Any]:
   """The loop: params <- merge(retrain(prune(params))), once for each sparsity.
@@ -102,7 +102,7 @@ def soup_phases(
     retrain: `retrain(key, params, masks, record)`, a generator that yields what it has to
       report on the way and returns the candidates, leaves [m, ...], and a record. `record`
       is that of `prune`, with the number of the `phase`.
-    merge: `merge(key, candidates)` giving a model and a record.
+    merge: `merge(key, candidates, record)` giving a model and a record.
     masks: of a model that is sparse already; None means dense.
 
   Yields:
@@ -115,7 +115,7 @@ def soup_phases(
     >>> model = {"Dense_0": {"kernel": jnp.arange(4.0).reshape(2, 2)}}
     >>> (last,) = soup_phases(
     ...   jax.random.key(0), model, {1: 0.5}, prune=prune_phase, retrain=train,
-    ...   merge=lambda key, candidates: (uniform_soup(candidates), {}),
+    ...   merge=lambda key, candidates, record: (uniform_soup(candidates), {}),
     ... )
     >>> last.params["Dense_0"]["kernel"].tolist()
     [[0.0, 0.0], [2.0, 3.0]]
@@ -128,7 +128,7 @@ def soup_phases(
     params, masks, record = prune(params, masks, sparsity)
     record = {"phase": number, **record}
     candidates, report = yield from retrain(phase_key, params, masks, record)
-    params, merged = merge(phase_key, candidates)
+    params, merged = merge(phase_key, candidates, record)
     yield Phase(params, masks, candidates, {**record, **merged, **report})
 
 
@@ -231,7 +231,7 @@ def sparse_model_soup(
     return candidates, {"retrain": report}
     yield  # a generator, as the loop asks for; one program has nothing to report
 
-  def merge_all(key, candidates):
+  def merge_all(key, candidates, record):
     soup, weights = merge_phase(candidates, merge)
     return soup, {"weights": weights}
 

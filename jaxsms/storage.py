@@ -10,12 +10,15 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
 from jaxsms.faults import fault_point
 
+# Of a name that is not taken, not even by a link to nowhere.
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NEW_FILE |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 FORMAT = 1  # of run directories and checkpoints; another one is refused
 
 
@@ -53,15 +56,37 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     fault_point(f"write {path.name}")
     path.write_bytes(data)
     return
-  partial = f"{path}.{secrets.token_hex(4)}.partial"  # others may write it too
+  with whole_file(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  """A new file to write to; it gets its name when all of it is on the disk for certain.
+
+  Until then it has a name that nobody can foresee, beside the other one. Where that is
+  taken, by a link for instance, nothing is written.
+
+  Args:
+    path: the file, on a disk or (gs://...) an object store; an older file is replaced.
+  """
+  path = as_path(path)
+  if is_remote(path):
+    with tempfile.TemporaryFile() as file:
+      yield file
+      file.seek(0)
+      write_bytes(path, file.read())
+    return
+  partial = os.path.join(path.parent, f"{path.name[:80]}.{secrets.token_hex(8)}.partial")
+  handle = os.open(partial, _NEW_FILE, 0o666)
   try:
-    with open(partial, "wb") as file:
-      file.write(data)
+    with os.fdopen(handle, "wb") as file:
+      yield file
       file.flush()
       os.fsync(file.fileno())
     fault_point(f"write {path.name}")
     os.replace(partial, path)
-  except OSError:
+  except BaseException:
     with contextlib.suppress(OSError):
       os.remove(partial)
     raise
@@ -160,6 +185,8 @@ def content_digest(path: str | os.PathLike) -> str:
   """
   path, digest = as_path(path), hashlib.sha256()
   for file in _files(path):
+    if not file.is_file():  # a pipe may never end
+      raise OSError(f"{file} is no file")
     digest.update(f"{file.relative_to(path)}\0".encode())
     with file.open("rb") as reader:
       digest.update(hashlib.file_digest(reader, "sha256").digest())

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import pathlib
+import resource
 import shutil
 import tempfile
 
@@ -185,6 +187,103 @@ def test_what_cannot_be_written_is_no_checkpoint(
 def test_an_unfinished_save_is_no_checkpoint(saved, rejects):
   with copied(saved) as (path, _):
     (path / checkpoint.UNFINISHED).write_bytes(b"")
+    with rejects("there is no checkpoint"):
+      checkpoint.restore(path)
+    checkpoint.remove(path)
+    assert not path.exists()
+
+
+DTYPES = ("bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16",
+          "float32", "float64", "complex64", "bfloat16", "float8_e4m3fn")  # fmt: skip
+
+
+@st.composite
+def arrays(draw):
+  """An array of any dtype, order of bytes, layout and shape."""
+  dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
+  shape = draw(st.lists(st.integers(0, 3), max_size=3))
+  values = draw(st.integers(0, 2**32 - 1))
+  array = np.random.default_rng(values).integers(0, 2, shape) * values % 251
+  array = np.asarray(array, dtype, order=draw(st.sampled_from("CF")))
+  if dtype.kind != "V" and draw(st.booleans()):
+    array = array.astype(dtype.newbyteorder())
+  return array[..., ::-1] if shape and draw(st.booleans()) else array
+
+
+@hypothesis.given(
+  st.dictionaries(st.sampled_from("abc"), arrays() | st.lists(arrays(), min_size=1))
+)
+def test_arrays_of_any_kind_are_restored_as_they_were(tree):
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "a"
+    checkpoint.save(path, tree)
+    for like in (None, tree):
+      again = checkpoint.restore(path, like)
+      assert jax.tree.structure(again) == jax.tree.structure(tree)
+      for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(again), strict=True):
+        assert b.dtype == (a.dtype if like else a.dtype.newbyteorder("="))
+        np.testing.assert_array_equal(a, b)
+        assert a.shape == b.shape
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(path, like), tree)
+
+
+@pytest.mark.parametrize("leaf", [np.array(["a"]), np.array([None]), np.zeros(2, "M8[s]")])
+def test_what_holds_no_numbers_is_refused_before_anything_is_written(
+  leaf, tmp_path, rejects
+):
+  with rejects(f"leaf a/0 is {leaf.dtype}: give arrays of numbers"):
+    checkpoint.save(tmp_path / "new", {"a": [leaf]})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_and_scalars_are_restored(tmp_path):
+  tree = {"key": jax.random.key(3), "n": np.int64(4), "yes": np.bool_(True)}
+  checkpoint.save(tmp_path / "a", tree)
+  again = checkpoint.restore(tmp_path / "a")
+  assert (again["n"], again["yes"]) == (4, True)
+  np.testing.assert_array_equal(
+    jax.random.key_data(again["key"]), jax.random.key_data(tree["key"])
+  )
+
+
+@contextlib.contextmanager
+def small_files(size):
+  """No file of this process can be longer: what a disk that fills up does to some."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_leaves_nothing_under_way_and_nothing_behind(
+  tmp_path, capfd, rejects, caplog
+):
+  """Of many arrays some can be written and some cannot, at the same time."""
+  rng = np.random.default_rng(0)
+  tree = {f"l{i}": rng.normal(size=(40 + 200 * (i % 2), 100)) for i in range(24)}
+  for number in range(5):
+    with small_files(100_000), rejects("File too large", OSError):
+      checkpoint.save(tmp_path / "run" / str(number), tree)
+    assert list((tmp_path / "run").iterdir()) == []
+  gc.collect()  # asyncio complains of what nobody waited for when it goes
+  assert caplog.text == ""
+  assert capfd.readouterr().err == ""
+  assert list((tmp_path / "run").iterdir()) == []
+  checkpoint.save(tmp_path / "run" / "0", tree)
+  jax.tree.map(
+    np.testing.assert_array_equal, checkpoint.restore(tmp_path / "run" / "0"), tree
+  )
+
+
+def test_what_orbax_left_before_its_rename_is_unfinished(saved, rejects):
+  """As where a power cut took the mark away, or it could not be written any more."""
+  with copied(saved) as (path, _):
+    (path / checkpoint.MANIFEST).unlink()
+    (path / checkpoint.ARRAYS).rename(path / "arrays.orbax-checkpoint-tmp")
+    assert checkpoint.is_unfinished(path)
     with rejects("there is no checkpoint"):
       checkpoint.restore(path)
     checkpoint.remove(path)

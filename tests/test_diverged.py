@@ -8,12 +8,19 @@ from engine import finish, run_phases
 from engine import train as train_to_the_end
 
 from experiments import reporting
+from experiments.reporting.summary import sentences
 from jaxsms import Phase, models, training
 from jaxsms.baselines import imp_reprune
 from jaxsms.sms import finite_models, phase_sparsities
 from jaxsms.training import Engine, Model, Splits, TrainState
-from jaxsms.training.failures import MARGIN, averaging_failure
+from jaxsms.training.failures import (
+  MARGIN,
+  averaging_failure,
+  collapsed_copies,
+  merged_copies,
+)
 from jaxsms.training.measurements import best_candidate
+from jaxsms.training.phases import merge_candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -118,6 +125,197 @@ def test_a_loss_that_was_not_finite_once_ends_a_copy(dense):
   np.testing.assert_array_equal(np.isnan(losses[:, 2]), [False, True, True])
   assert np.isfinite(losses[0, 1])
   np.testing.assert_array_equal(finite_models(trained), [False, True, False])
+
+
+TEN = np.repeat(np.arange(10), 12)  # of each class the same number: chance is 10 %
+
+
+@pytest.mark.parametrize(
+  "accuracies, start, expected",
+  [
+    # The run that showed it: one copy, at chance, from a model that knew all.
+    ([0.1], 0.967, [0]),
+    ([0.97, 0.98, 0.1, 0.97, 0.98], 0.95, [2]),
+    ([0.97, 0.98, 0.40, 0.97, 0.98], 0.95, [2]),
+    # Several do not hide one another, whether a median is among them or not.
+    ([0.1, 0.97, 0.1, 0.12, 0.1], 0.95, [0, 2, 3, 4]),
+    ([0.1, 0.12, 0.1], 0.95, [0, 1, 2]),
+    ([np.nan, 0.97, 0.1], 0.95, [2]),
+    # Worse than the others, or than the start, is no collapse.
+    ([0.97, 0.98, 0.85], 0.95, []),
+    ([0.70, 0.68, 0.71], 0.95, []),
+    ([0.5], 0.95, []),
+    # After heavy pruning all begin near chance, and some may learn little.
+    ([0.6, 0.55, 0.2, 0.62], 0.11, []),
+    ([0.1, 0.6, 0.6], 0.1, []),
+    ([0.11, 0.1], 0.12, []),
+    ([0.3, 0.2], 0.35, []),
+    # A start that nobody measured: near chance, and others know far more.
+    ([0.1, 0.95, 0.97], None, [0]),
+    ([0.4, 0.95, 0.97], None, []),
+    ([0.1, 0.12, 0.1], None, []),
+  ],
+)
+def test_what_counts_as_collapsed(accuracies, start, expected):
+  assert collapsed_copies(accuracies, TEN, start) == expected
+
+
+def test_chance_is_that_of_the_most_frequent_class():
+  labels = np.repeat([0, 1], [900, 100])
+  assert collapsed_copies([0.99, 0.9], labels, 0.98) == []  # 8 points are not far
+  labels = np.repeat([0, 1], [700, 300])
+  assert collapsed_copies([0.99, 0.7], labels, 0.98) == [1]
+  assert collapsed_copies([0.7], labels, 0.98) == [0]
+  assert collapsed_copies([0.99, 0.85], labels, 0.98) == []  # 0.15 of 0.29 above chance
+
+
+def test_few_examples_ask_for_more():
+  few = np.arange(9) % 3
+  assert collapsed_copies([1.0, 3 / 9], few, 8 / 9) == []  # 5 of 9 may be chance
+  assert collapsed_copies([1.0, 1 / 9], few, 8 / 9) == [1]
+
+
+def copies_of(model, changed):
+  """Four copies of a model that differ a little; functions by index change some more."""
+  rng = np.random.default_rng(0)
+
+  def copy(i):
+    params = jax.tree.map(
+      lambda x: x + 0.01 * rng.normal(size=x.shape).astype(x.dtype), model.params
+    )
+    return changed.get(i, lambda p: p)(params)
+
+  copies = [copy(i) for i in range(4)]
+  return Model(jax.tree.map(lambda *x: jnp.stack(x), *copies), model.batch_stats)
+
+
+def negated(params):
+  """All that the network says is turned around, and no value is out of the ordinary."""
+  return {**params, "Dense_1": jax.tree.map(jnp.negative, params["Dense_1"])}
+
+
+def lost(params):
+  return jax.tree.map(lambda x: x.at[...].set(jnp.nan), params)
+
+
+MANY = Splits(examples(24), examples(150, 1), examples(60, 2))
+
+
+@pytest.fixture(scope="module")
+def trained(programs, dense):
+  return phases(programs, dense, [0.1], number=3).model
+
+
+def merged(programs, candidates, **options):
+  return merge_candidates(Engine(programs, MANY), jax.random.key(1), candidates, **options)
+
+
+def test_a_collapsed_copy_is_left_out_of_everything_but_its_own_figures(
+  programs, trained, assert_trees_equal, caplog
+):
+  whole = copies_of(trained, {})
+  model, record = merged(programs, copies_of(trained, {2: negated, 0: lost}), start=0.95)
+  assert record["collapsed"] == [2]
+  assert record["diverged"] == [0]
+  assert record["weights"] == [0, 0.5, 0, 0.5]
+  assert "all_collapsed" not in record
+  assert merged_copies(record) == [1, 3]
+  assert "copies [2] collapsed" in caplog.text
+  assert record["candidates"][2]["validation_accuracy"] < 0.5
+  rest = Model(jax.tree.map(lambda x: x[jnp.array([1, 3])], whole.params), {})
+  expected_model, expected = merged(programs, rest, start=0.95)
+  assert_trees_equal(model, expected_model, atol=1e-6)
+  for name in (
+    "soup", "mean_candidate", "max_candidate", "prediction_ensemble", "geometry",
+    "ensemble_agreement", "best_candidate",
+  ):  # fmt: skip
+    assert record[name] == pytest.approx(expected[name], rel=1e-5), name
+  assert "averaging_failed" not in record
+  (first, second) = reporting.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
+  assert first == "Seed 7, phase 1: 1 of 4 copies diverged and is left out (from 0: 0)."
+  assert second == "Seed 7, phase 1: 1 of 4 copies collapsed and is left out (from 0: 2)."
+
+
+def test_averaging_that_fails_is_not_hidden_by_a_collapsed_copy(programs, trained):
+  """The soup is held against the worst candidate: that one would make any soup good."""
+
+  def half_bad(candidates):
+    bad = jax.tree.map(lambda x: -x[0], candidates.params)
+    return candidates._replace(params=bad)
+
+  copies = copies_of(trained, {3: negated})
+  _, record = merged(programs, copies, start=0.95, merge=half_bad)
+  assert record["collapsed"] == [3]
+  failed = record["averaging_failed"]
+  good = [record["candidates"][i]["validation_accuracy"] for i in range(3)]
+  assert failed["worst_candidate_validation_accuracy"] == min(good)
+  assert failed["copies"] == [0, 1]
+
+
+def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
+  _, record = merged(
+    programs, copies_of(trained, dict.fromkeys(range(4), negated)), start=1
+  )
+  assert record["collapsed"] == [0, 1, 2, 3]
+  assert record["all_collapsed"]
+  assert record["weights"] == [0.25] * 4
+  assert merged_copies(record) == [0, 1, 2, 3]
+  (note,) = reporting.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
+  assert "all its copies collapsed on validation data (from 0: 0, 1, 2, 3)" in note
+  _, record = merged(programs, copies_of(trained, {}), start=1)
+  assert record["collapsed"] == []
+
+
+def test_greedy_merging_leaves_a_collapsed_copy_out(programs, trained):
+  _, record = merged(programs, copies_of(trained, {1: negated}), start=0.95, greedy=True)
+  assert record["collapsed"] == [1]
+  assert record["weights"][1] == 0
+  assert sum(record["weights"]) == pytest.approx(1)
+
+
+def test_a_phase_that_makes_its_only_copy_collapse_says_so(programs, dense):
+  """Steps far too large, whose values stay finite; as IMP with many epochs may take."""
+  varied = {
+    "seed": np.zeros(1, np.int32),
+    "weight_decay": np.zeros(1, np.float32),
+    "steps": np.full(1, 12, np.int32),
+  }
+
+  def plan(record):
+    rate = {1: 0.1, 2: 0.1, 3: 300.0}[record["phase"]]
+    return varied, np.full((1, 12), rate, np.float32)
+
+  found = run_phases(
+    programs, MANY, jax.random.key(0), dense, plan, goal_sparsity=0.3, phases=3,
+    chunk_steps=6,
+  )  # fmt: skip
+  first, before, second = found.records
+  assert [first["collapsed"], before["collapsed"]] == [[], []]
+  assert second["diverged"] == []
+  assert second["collapsed"] == [0]
+  assert second["all_collapsed"]
+  assert second["weights"] == [1]
+  assert (
+    second["soup"]["validation_accuracy"] < 0.5 < second["pruned"]["validation_accuracy"]
+  )
+
+
+def test_a_method_that_collapsed_is_named_wherever_it_is_compared():
+  entry = {"seed": 5, "dense": {"test_accuracy": 0.98}, "phases": []}
+  imp = {"test_accuracy": 0.12, "collapsed": [0], "all_collapsed": True}
+  soup = {"test_accuracy": 0.97}
+  entry["phases"] = [{"phase": 1, "sparsity": 0.5, "soup": soup, "imp": imp}]
+  (note,) = reporting.notes([entry])
+  assert note.startswith("Seed 5, phase 1, IMP: its copy collapsed on validation data")
+  flags = {"ingredients": 3}
+  text = " ".join(sentences(reporting.Case("", flags, [entry])))
+  assert (
+    "above IMP, which trains as many steps as one copy, which collapsed with seed 5"
+    in (text)
+  )
+  entry["phases"][0]["all_collapsed"] = True
+  text = " ".join(sentences(reporting.Case("", flags, [entry])))
+  assert "With seed 5 all its copies collapsed: the soup is not to be trusted." in text
 
 
 def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):

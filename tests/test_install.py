@@ -152,12 +152,6 @@ for name in ("digits", "cifar10"):
     assert "pip install 'jaxsms[data]'" in str(error), error
   else:
     raise AssertionError(name)
-try:
-  jaxsms.report.accuracy_figure({"flags": {}, "seeds": []}, "a.png")
-except ImportError as error:
-  assert "pip install 'jaxsms[experiments]'" in str(error), error
-except (KeyError, ValueError):
-  pass
 for name in ("tensorflow_datasets", "pyarrow", "sklearn", "matplotlib", "PIL", "grain"):
   assert name not in sys.modules
 print(jaxsms.__file__)

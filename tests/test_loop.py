@@ -94,7 +94,7 @@ def test_the_loop_passes_on_what_it_is_told_and_goes_on_after_a_break():
     yield f"training in {record['phase']}"
     return [x + 1, x + 2], {"report": record["sparsity"]}
 
-  def merge(key, candidates):
+  def merge(key, candidates, record):
     return sum(candidates), {"weights": [1, 1]}
 
   loop = functools.partial(
@@ -118,7 +118,7 @@ def test_each_phase_has_its_own_key():
     return [x], {}
     yield
 
-  merge = lambda key, candidates: (candidates[0], {})  # noqa: E731
+  merge = lambda key, candidates, record: (candidates[0], {})  # noqa: E731
   prune = lambda x, masks, sparsity: (x, masks, {})  # noqa: E731
   list(soup_phases(KEY, 0, {1: 0.1, 3: 0.2}, prune=prune, retrain=retrain, merge=merge))
   assert seen == [

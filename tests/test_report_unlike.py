@@ -59,7 +59,8 @@ def test_a_run_before_its_goal_is_not_drawn_at_it(tmp_path):
 def part(path, method, entries, lines):
   """The own run of a part of a comparison; under way without entries."""
   flags = fake_runs.run_flags(seeds=1, baselines=[] if method == "sms" else [method])
-  return fake_runs.write_run(path, entries, lines, flags, **{"part": {"method": method}})
+  of = {"method": method, "seed": 0, "goal_sparsity": 0.9, "ingredients": None}
+  return fake_runs.write_run(path, entries, lines, flags, part=of)
 
 
 def lines_of(entry, method):

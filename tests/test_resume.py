@@ -11,6 +11,7 @@ import store
 from main_job import SMALL, TWO, assert_same_run, parse, results, run
 
 from experiments import (
+  environment,
   hardware,
   keeping,
   lock,
@@ -251,6 +252,56 @@ def test_runs_of_other_versions_are_refused(
   (tmp_path / "old" / "results.json").write_text("{}")
   assert again(tmp_path / "old") == 2
   assert "holds a run of another version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["jaxsms", "jax"])
+def test_a_run_that_another_version_began_is_refused(
+  package, copy, undisturbed, monkeypatch, capsys
+):
+  """Unless it may go on: then results.json says which version did which steps."""
+  real = environment.environment()
+  other = {**real, package: "99.1"}
+  monkeypatch.setattr(keeping, "environment", lambda: other)
+  before = sorted(copy.rglob("*"))
+  assert again(copy) == 2
+  message = capsys.readouterr().err.strip()
+  assert f"holds a run of {package} {real[package]}, and this is {package} 99.1" in message
+  assert "--allow_other_version" in message
+  assert message.count("\n") == 0
+  assert {p for p in copy.rglob("*") if p.name != "lock"} == {
+    p for p in before if p.name != "lock"
+  }
+  assert stopped_at(monkeypatch, 3, copy, "--allow_other_version") == 143
+  assert again(copy) == 0  # the same version as the last one
+  monkeypatch.setattr(keeping, "environment", lambda: real)
+  first, second = results(copy)["environments"]
+  assert first == {"from": "the start", "environment": real}
+  assert second["environment"] == other
+  assert second["from"].startswith("seed 1, sms, 0 phases finished, step ")
+  assert results(copy)["seeds"] == results(undisturbed)["seeds"]
+  assert len(results(undisturbed)["environments"]) == 1
+
+
+def test_a_run_directory_that_is_renamed_is_not_made_again(
+  tmp_path, monkeypatch, capsys, undisturbed
+):
+  """What is saved goes on from its new place; nothing is left at the old one."""
+  old, new, passed = tmp_path / "old", tmp_path / "new", []
+
+  def rename(name):
+    passed.append(name)
+    if len(passed) == 12:
+      old.rename(new)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(keeping, "fault_point", rename)
+    assert again(old) == 1
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert f"{old} was renamed or removed while this run was in it" in message
+  assert f"--workdir={old}" not in message
+  assert not old.exists()
+  assert again(new) == 0
+  assert_same_run(new, undisturbed)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from jaxsms.training import (
   train_copies,
 )
 from jaxsms.training.engine import Plan, Record, one_model
+from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
 from jaxsms.training.phases import MERGES, training_phases
 from jaxsms.trees import model_at
@@ -250,9 +251,9 @@ def records_of(events: Iterator[Any], first: int = 1) -> Events:
 
 
 def metrics_by_phase(records: list[Record]) -> dict[int, Record]:
-  """Metrics of the soups, with the copies that diverged, if any did."""
+  """Metrics of the soups, with the copies that diverged or collapsed, if any did."""
   return {
     record["phase"]: record["soup"]
-    | ({"diverged": record["diverged"]} if record.get("diverged") else {})
+    | {name: record[name] for name in COPY_FAULTS if record.get(name)}
     for record in records
   }

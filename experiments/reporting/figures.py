@@ -17,6 +17,7 @@ from experiments.reporting.drawing import (
   legend,
 )
 from experiments.reporting.statistics import Results, method_title, summarize
+from jaxsms.files import whole_file
 
 PERCENT = {
   "test_accuracy": "Test accuracy in percent",
@@ -36,7 +37,7 @@ def accuracy_figure(results: Results, path: str | os.PathLike) -> None:
   """
   case = Case("", results["flags"], results["seeds"])
   figure = over_sparsity(case, "test_accuracy")
-  with open(path, "wb") as file:
+  with whole_file(path) as file:
     file.write(file_of(figure, os.path.splitext(path)[1].removeprefix(".")))
 
 

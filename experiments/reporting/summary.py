@@ -45,7 +45,8 @@ def sentences(case: Case) -> list[str]:
   if compared := [
     _compared(
       row[name],
-      (what + cost.get(name, "")).format(title=method_title(name, case.m), m=case.m),
+      (what + cost.get(name, "")).format(title=method_title(name, case.m), m=case.m)
+      + _collapsed(case, row["phase"], name),
     )
     for name, what in AGAINST.items()
     if name in row
@@ -54,6 +55,10 @@ def sentences(case: Case) -> list[str]:
   found = [f"{text}."]
   if _failed(case, row["phase"]):
     found.append("With some seed averaging failed: the soup is not to be trusted.")
+  if with_seeds := _collapsed_seeds(case, row["phase"]):
+    found.append(
+      f"With {with_seeds} all its copies collapsed: the soup is not to be trusted."
+    )
   how = "In brackets: 95 % intervals of the differences, paired by seed."
   return [*found, how if n > 1 else ONE_SEED]
 
@@ -84,6 +89,24 @@ def _failed(case, number):
     for phase in seed["phases"]
     if phase["phase"] == number
   )
+
+
+def _collapsed(case, number, name):
+  """What to add to the name of a method that collapsed."""
+  with_seeds = _collapsed_seeds(case, number, name)
+  return f", which collapsed with {with_seeds}" if with_seeds else ""
+
+
+def _collapsed_seeds(case, number, name=None):
+  """The seeds with which all copies of the soup, or of a method, collapsed, in words."""
+  seeds = [
+    str(seed["seed"])
+    for seed in case.seeds
+    for phase in seed["phases"]
+    if phase["phase"] == number
+    and (phase if name is None else phase.get(name) or {}).get("all_collapsed")
+  ]
+  return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
 
 
 def _compared(entry: Results, what: str) -> str:

@@ -103,26 +103,41 @@ def notes(seeds: list[Results]) -> list[str]:
   for seed in seeds:
     for phase in seed["phases"]:
       where = f"Seed {seed['seed']}, phase {phase['phase']}"
-      if diverged := phase.get("diverged"):
-        copies = ", ".join(map(str, diverged))
-        found.append(
-          f"{where}: {len(diverged)} of {len(phase['candidates'])} copies diverged and are "
-          f"left out (from 0: {copies})."
-        )
+      found += _copies(where, phase)
       for name in looks():
-        if diverged := (phase.get(name) or {}).get("diverged"):
-          copies = ", ".join(map(str, diverged))
+        if entry := phase.get(name):
           title = method_title(name, len(phase.get("candidates", ())))
-          found.append(
-            f"{where}, {title}: copies that diverged are left out (from 0: {copies})."
-          )
+          found += _copies(f"{where}, {title}", entry)
       if failed := phase.get("averaging_failed"):
         found.append(
           f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "
           f"data, its worst candidate {_of(failed, 'worst_candidate')} %; between copies "
-          f"{' and '.join(map(str, failed['copies']))} the loss rises by "
-          f"{failed['barrier']:.3g}."
+          f"{' and '.join(map(str, failed['copies']))} the loss rises"
+          + ("." if failed["barrier"] is None else f" by {failed['barrier']:.3g}.")
         )
+  return found
+
+
+def _copies(where: str, entry: Results) -> list[str]:
+  """What became of the copies of a phase, or of a method in it."""
+  found = []
+  number = len(entry.get("candidates", ()))
+  for name in ("diverged", "collapsed"):
+    copies = entry.get(name)
+    if not copies:
+      continue
+    listed = f"(from 0: {', '.join(map(str, copies))})"
+    if name == "collapsed" and entry.get("all_collapsed"):
+      all_of = "its copy" if len(copies) == 1 else "all its copies"
+      found.append(
+        f"{where}: {all_of} collapsed on validation data {listed}. Nothing better is left: "
+        "do not trust its figures."
+      )
+      continue
+    of = f" of {number}" if number else ""
+    one = len(copies) == 1
+    what = f"{len(copies)}{of} {'copy' if one and not of else 'copies'} {name}"
+    found.append(f"{where}: {what} and {'is' if one else 'are'} left out {listed}.")
   return found
 
 

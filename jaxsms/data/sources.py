@@ -1,5 +1,6 @@
 """Where images and labels come from: digits, an .npz file or TFDS."""
 
+import math
 import os
 import zipfile
 from typing import NamedTuple
@@ -185,8 +186,13 @@ def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.nd
   """
   wanted = f" with {', '.join(names)}" if names else ""
   allowed = f"give an .npz file written by numpy.savez{wanted}"
-  if not os.path.isfile(path):
-    raise ValueError(f"there is no file {path}: {allowed}")
+  if not os.path.isfile(path):  # nor a folder, a pipe or a device, which may never end
+    raise ValueError(
+      f"{path} is no file: {allowed}"
+      if os.path.exists(path)
+      else f"there is no file {path}: {allowed}"
+    )
+  _check_sizes(path, names)
   try:
     # A damaged header can make numpy stop short of the checksum: check it first.
     with zipfile.ZipFile(path) as archive:
@@ -208,6 +214,52 @@ def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.nd
     has = ", ".join(found) or "nothing"
     raise ValueError(f"{path} lacks {', '.join(missing)} and holds {has}: {allowed}")
   return arrays
+
+
+def _check_sizes(path, names):
+  """Raises ValueError where the arrays wanted need more memory than there is.
+
+  From their headers alone: a file may unpack to a thousand times its size. Which are wrong
+  in another way is left to whoever reads them.
+  """
+  needed = 0
+  try:
+    with zipfile.ZipFile(path) as archive:
+      for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if names is None or name in names:
+          needed += max(member.file_size, _declared(archive, member))
+  except Exception:  # zlib, zipfile and numpy raise a dozen kinds
+    return
+  available = _available_memory()
+  if available is not None and needed > available:
+    raise ValueError(
+      f"{path} unpacks to {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
+      "are available: give fewer or smaller arrays, or stream the data from TFDS"
+    )
+
+
+def _declared(archive, member):
+  """Bytes of an array, as the header of its .npy says."""
+  with archive.open(member) as file:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+      read = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+  return math.prod(shape) * dtype.itemsize
+
+
+def _available_memory():
+  """Bytes that are free or can be made so; None where nothing tells."""
+  try:
+    with open("/proc/meminfo") as file:
+      for line in file:
+        if line.startswith("MemAvailable:"):
+          return 1024 * int(line.split()[1])
+  except OSError:
+    pass
+  return None
 
 
 def _npz(name):

@@ -8,12 +8,12 @@ import json
 import os
 import re
 import shlex
-import tempfile
 
 import numpy as np
 from absl import logging
 
 from jaxsms.data.sources import read_npz
+from jaxsms.files import whole_file
 from jaxsms.names import check_name
 
 # TFDS's name/config:version, and nothing that could leave its directory, reach a
@@ -318,14 +318,7 @@ def _modified(file):
 def _write_cache(path, images, labels):
   """Writes all or nothing; where that fails, the next run decodes again."""
   try:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
-    try:
-      with os.fdopen(handle, "wb") as file:
-        np.savez(file, images=images, labels=labels)
-      os.replace(temporary, path)
-    except BaseException:
-      os.unlink(temporary)
-      raise
+    with whole_file(path) as file:
+      np.savez(file, images=images, labels=labels)
   except OSError as error:
     logging.warning("decoded images are not cached: %s", error)

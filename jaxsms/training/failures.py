@@ -1,6 +1,6 @@
-"""What tells that an average is no good."""
+"""What tells that a copy is no good, or an average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,59 @@ import numpy as np
 from jaxsms.geometry import interpolate, loss_barrier
 from jaxsms.trees import PyTree
 
+# What a record says of copies that are left out.
+COPY_FAULTS = ("diverged", "collapsed", "all_collapsed")
 MARGIN = 0.01  # validation accuracy by which a soup may be below its worst candidate
 POINTS = 11  # on the line between two candidates
+FAR = 0.1  # validation accuracy that a copy loses at least, to count as collapsed
+
+
+def collapsed_copies(
+  accuracies: Sequence[float], labels: np.ndarray, start: float | None = None
+) -> list[int]:
+  """The copies that collapsed: values are finite, but what they knew is gone.
+
+  A copy collapsed where it ends clearly below the model that it started from, and either
+  has less than half of the best copy's accuracy above chance or is near chance itself.
+  Where that start is not known, both are asked for: near chance, and far below the best.
+  Clearly means by `FAR`, or four standard errors where there are few examples; near chance
+  means by half of that. Chance is the share of the most frequent class. The best copy is
+  what others are held against, so that several that collapse do not hide one another.
+
+  Args:
+    accuracies: on validation data, one for each copy; NaN where it diverged.
+    labels: int [n], of those data.
+    start: the accuracy on them of the model that all copies started from, as it was pruned.
+
+  Returns:
+    Their indices, in order; those of all copies where none is better.
+  """
+  n = len(labels)
+  chance = float(np.bincount(labels).max()) / n
+  clearly = max(FAR, 4 * 0.5 / n**0.5)
+  best = float(np.nanmax(accuracies))
+
+  def collapsed(accuracy):
+    near_chance = accuracy <= chance + clearly / 2
+    far_below = accuracy < best - clearly and accuracy - chance < (best - chance) / 2
+    if start is None:
+      return near_chance and far_below
+    return accuracy < start - clearly and (far_below or near_chance)
+
+  return [i for i, accuracy in enumerate(accuracies) if collapsed(accuracy)]
+
+
+def merged_copies(record: dict[str, Any]) -> list[int]:
+  """The copies of a phase that count: those that neither diverged nor collapsed.
+
+  Args:
+    record: of the phase, see `merge_candidates`.
+
+  Returns:
+    Their indices; where all others collapsed, of those that did not diverge.
+  """
+  finite = [i for i in range(len(record["weights"])) if i not in record["diverged"]]
+  return [i for i in finite if i not in record["collapsed"]] or finite
 
 
 def averaging_failure(
@@ -28,7 +79,7 @@ def averaging_failure(
     candidates: leaves [m, ...].
     weights: float [m], of the merge.
     soup: its metrics.
-    scores: those of the candidates, NaN for those that diverged.
+    scores: those of the candidates, NaN for those that diverged or are left out otherwise.
 
   Returns:
     None where the soup's validation accuracy is at most `MARGIN` below that of the worst

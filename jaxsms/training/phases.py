@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from jaxsms.faults import fault_point
 from jaxsms.ingredients import take_ingredients
@@ -24,7 +25,11 @@ from jaxsms.sms import (
 )
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
-from jaxsms.training.failures import averaging_failure
+from jaxsms.training.failures import (
+  averaging_failure,
+  collapsed_copies,
+  merged_copies,
+)
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import train_copies
 from jaxsms.training.measurements import (
@@ -105,22 +110,25 @@ def training_phases(
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
     return chosen, learning_rates
 
+  def merge(key, candidates, record):
+    start = record["pruned"]["validation_accuracy"]
+    return merge_candidates(engine, key, candidates, merging, start)
+
   for event in soup_phases(
     key,
     dense,
     sparsities,
     prune=functools.partial(prune_and_measure, engine, prune),
     retrain=retraining(engine, counted_plan, state),
-    merge=functools.partial(merge_candidates, engine, merging=merging),
+    merge=merge,
     masks=masks,
   ):
     if isinstance(event, Phase) and event.record["phase"] in landscapes:
-      diverged = event.record["diverged"]
       found = measure_landscape(
         engine,
         jax.random.fold_in(key, event.record["phase"]),
         event.candidates,
-        [i for i in range(len(event.record["weights"])) if i not in diverged],
+        merged_copies(event.record),
         event.params.params,
         trained_images,
       )
@@ -181,7 +189,11 @@ def retraining(
 
 
 def merge_candidates(
-  engine: Engine, key: jax.Array, candidates: Model, merging: Merging | None = None
+  engine: Engine,
+  key: jax.Array,
+  candidates: Model,
+  merging: Merging | None = None,
+  start: float | None = None,
 ) -> tuple[Model, Record]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
@@ -190,6 +202,8 @@ def merge_candidates(
     key: of the phase.
     candidates: leaves [m, ...].
     merging: of them; None means `MERGES["uniform"]`. One candidate is its own soup.
+    start: validation accuracy of the pruned model that all candidates started from, where
+      there is one.
 
   Returns:
     The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
@@ -199,7 +213,9 @@ def merge_candidates(
     `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
     each split). Where the merge selects, those of the set `selected` as well. Candidates
     that diverged are listed as `diverged` and count in nothing else; their own metrics are
-    NaN. Where averaging failed, `averaging_failed` says so, see `averaging_failure`.
+    NaN. Nor do those that `collapsed`, see `collapsed_copies`, but for their own metrics;
+    where no other is left, `all_collapsed` says so and they are merged after all. Where
+    averaging failed, `averaging_failed` says so, see `averaging_failure`.
 
   Raises:
     FloatingPointError: all candidates diverged.
@@ -213,18 +229,39 @@ def merge_candidates(
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
+  faults = {
+    "diverged": sorted(set(range(m)) - set(healthy)),
+    "collapsed": collapsed_copies(
+      [one["validation_accuracy"] for one in scores],
+      np.asarray(fetch(predictions["validation"].labels)),
+      start,
+    ),
+  }
+  counted = merged_copies({"weights": scores, **faults})
+  left_out = sorted(set(healthy) - set(counted))
+  if left_out:
+    logging.warning("copies %s collapsed and are left out", left_out)
+    finite = take_ingredients(candidates, counted)
+    _, ensemble, predictions = measure(engine, finite)
+    measured = [by_copy[i] for i in counted]
+  elif faults["collapsed"]:
+    faults["all_collapsed"] = True
   fault_point("merge")
   failure = None
   if m == 1:  # nothing to merge: plain IMP
     model, weights = merge_phase(candidates, uniform_soup)
     soup, of_soup = scores[0], predictions
   else:
-    model, weights = merge_phase(candidates, merging.of(engine, key))
+    model, weights = merge_some(candidates, merging.of(engine, key), left_out)
     alone = recalibrated(engine, key, one_model(model))
     (soup,), _, of_soup = measure(engine, alone)
     model = model_at(alone, 0)
     failure = averaging_failure(
-      functools.partial(on_validation, engine, key), candidates, weights, soup, scores
+      functools.partial(on_validation, engine, key),
+      candidates,
+      weights,
+      soup,
+      [scores[i] if i in counted else lost for i in range(m)],
     )
   record = {
     "weights": weights.tolist(),
@@ -232,7 +269,7 @@ def merge_candidates(
     "best_candidate": scores[best_candidate(scores)],
     **of_set(measured, finite.params),
     "candidates": scores,
-    "diverged": sorted(set(range(m)) - set(healthy)),
+    **faults,
     "prediction_ensemble": ensemble,
     "ensemble_agreement": {
       split: float(
@@ -248,6 +285,18 @@ def merge_candidates(
     chosen = take_ingredients(candidates.params, taken)
     record["selected"] = of_set([scores[i] for i in taken], chosen)
   return model, record
+
+
+def merge_some(
+  candidates: Model, merge: Merge, left_out: list[int]
+) -> tuple[Model, np.ndarray]:
+  """Merges the candidates but for those of these indices, which have weight 0."""
+  if not left_out:
+    return merge_phase(candidates, merge)
+  m = number_of_models(candidates)
+  indices, weights = np.setdiff1d(np.arange(m), left_out), np.zeros([m])
+  model, weights[indices] = merge_phase(take_ingredients(candidates, indices), merge)
+  return model, weights
 
 
 def greedy_merge(engine: Engine, key: jax.Array) -> Merge:

@@ -1,0 +1,41 @@
+"""How the binaries read their flags: also those in a file."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app
+
+
+def run_with_flags(main: Callable[[list[str]], None]) -> None:
+  """Runs a binary; what is no flag file ends it with one sentence and exit status 2."""
+  app.run(main, flags_parser=_parsed)
+
+
+def _parsed(argv: Sequence[str]) -> list[str]:
+  for file in flag_files(argv):
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe may never end
+      _refuse(file, "is no file")
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except UnicodeDecodeError:
+    _refuse(" or ".join(flag_files(argv)) or "--flagfile", "is not text")
+
+
+def flag_files(argv: Sequence[str]) -> list[str]:
+  """What --flagfile names on a command line, in one word or two."""
+  found = []
+  for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    name, equals, value = word.partition("=")
+    if name in ("--flagfile", "-flagfile"):
+      found.append(os.path.expanduser(value if equals else after))
+  return found
+
+
+def _refuse(file, problem):
+  print(
+    f"error: --flagfile {file} {problem}: give a text file with a flag on each line, such "
+    "as --epochs=30",
+    file=sys.stderr,
+  )
+  sys.exit(2)
