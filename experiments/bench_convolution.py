@@ -1,7 +1,7 @@
 """Times ways to run a convolution of m copies and its two gradients.
 
-python -m experiments.benchmarks.bench_convolution --json=convolution.json
-python -m experiments.benchmarks.bench_convolution --layers=3x3/16/32,1x1/64/32 --minutes=2
+python -m experiments.bench_convolution --json=convolution.json
+python -m experiments.bench_convolution --layers=3x3/16/32,1x1/64/32 --minutes=2
 
 A layer is kernel/channels/size, with /2 behind it for stride 2: 3x3/64/32/2. What is not
 done when the time is over is left out, and said.
