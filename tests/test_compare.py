@@ -198,7 +198,7 @@ def test_a_damaged_dense_model_is_set_aside_and_trained_again(tmp_path, capsys):
     (["--sparsities=0.9,x"], "--sparsities is 0.9,x: give numbers"),
     (["--copies=2.5"], "--copies is 2.5: give numbers"),
     (["--copies=3,3"], "give each number once"),
-    (["--sparsities=0.9,1.0"], "--goal_sparsity is 1"),
+    (["--sparsities=0.9,1.0"], "--sparsities is 1"),
     (["--copies=0,2"], "--ingredients is 0"),
     (["--copies=2,3", "--values=1,2,3"], "--values gives 3 values for --ingredients=2"),
     (["--baselines=imp,magic"], "magic"),
