@@ -199,7 +199,7 @@ def test_a_damaged_dense_model_is_set_aside_and_trained_again(tmp_path, capsys):
     (["--copies=2.5"], "--copies is 2.5: give numbers"),
     (["--copies=3,3"], "give each number once"),
     (["--sparsities=0.9,1.0"], "--sparsities is 1"),
-    (["--copies=0,2"], "--ingredients is 0"),
+    (["--copies=0,2"], "--copies is 0"),
     (["--copies=2,3", "--values=1,2,3"], "--values gives 3 values for --ingredients=2"),
     (["--baselines=imp,magic"], "magic"),
   ],
