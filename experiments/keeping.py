@@ -357,13 +357,13 @@ class Keeper:
     """
     self._lock.check()
 
-  def is_there(self) -> bool:
-    """Whether the directory is still where it was."""
+  def moved(self) -> OSError | None:
+    """What to say where the directory is not where it was."""
     try:
       self._lock.check()
     except OSError as error:
-      return not isinstance(error, Moved)
-    return True
+      return error if isinstance(error, Moved) else None
+    return None
 
   def seconds(self) -> float:
     """How long the run has taken so far, all its processes together."""

@@ -6,7 +6,8 @@ python -m experiments.sms --dataset=cifar10 --data_dir=DIR --model=resnet20
 The flags by subject; below each in full, by name. Without any, a small network is trained
 on handwritten digits, in about a minute.
 
-The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps, tensorboard
+The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps,
+              tensorboard, allow_other_version
 The data      dataset, data_dir, cache_dir, augmentation; stream, image_size
 The network   model, init; hidden, dropout, width, widening, stem
 Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
@@ -121,13 +122,13 @@ def main(argv: list[str]) -> None:
     if keeper.seeds:
       show(workdir, results)
   except (FloatingPointError, MemoryError, OSError) as error:
-    stopped, status = f"error: {error}", 1
+    stopped, status = f"error: {keeper.moved() or error}", 1
   except Stopped as error:
     stopped, status = str(error), error.status
   except KeyboardInterrupt:
     stopped, status = "interrupted", 130
   if stopped:
-    if results.get("summary") and keeper.is_there():
+    if results.get("summary") and not keeper.moved():
       with contextlib.suppress(OSError):  # such as a full disk
         show(workdir, results)
     print(f"{stopped} ({where_it_stands(keeper, chosen, workdir)})", file=sys.stderr)
@@ -142,7 +143,7 @@ def where_it_stands(
   what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
   if done < chosen.seeds:
     what += f"; in {keeper.work.position()}"
-  if not keeper.is_there():
+  if keeper.moved():
     return what
   return f"{what}; the same flags with --workdir={workdir} go on from what is saved"
 

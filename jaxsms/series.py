@@ -112,6 +112,8 @@ class Series:
 
   def _save(self, arrays, meta):
     started = time.monotonic()
+    if not storage.is_remote(self._path):  # alone: a run's folder that is gone stays gone
+      self._path.mkdir(exist_ok=True)
     last = max((int(folder.name) for folder in self._folders()), default=0)
     checkpoint.save(self._folder(last + 1), arrays, meta)
     for folder in self._folders()[: -self._keep]:
