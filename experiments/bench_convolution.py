@@ -25,7 +25,7 @@ from experiments.environment import environment
 from experiments.terminal import terminal
 from jaxsms.convolution import conv_general_dilated
 from jaxsms.lowerings import NHWC
-from jaxsms.storage import plain
+from jaxsms.storage import plain, whole_file
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01
@@ -276,8 +276,9 @@ def main(argv: list[str]) -> None:
   if len(rows) < planned:
     console.print(f"The time was over after {len(rows)} of {planned} rows.")
   if given.json:
-    with open(given.json, "w", encoding="utf-8") as file:
-      json.dump(plain({"environment": environment(), "rows": rows}), file, indent=1)
+    figures = plain({"environment": environment(), "rows": rows})
+    with whole_file(given.json) as file:
+      file.write(json.dumps(figures, indent=1).encode())
 
 
 if __name__ == "__main__":
