@@ -1,6 +1,7 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
+- Whole channels: `channel_masks`, `masks_of_channels`, `sensitivity`.
 - Training: `masked` around any optax optimizer, `retrain_schedule`.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
@@ -9,6 +10,15 @@
 
 import importlib
 
+from jaxsms.channel_budgets import channel_masks
+from jaxsms.channel_places import masks_of_channels
+from jaxsms.channel_scores import (
+  batch_norm_scores,
+  l2_scores,
+  random_scores,
+  taylor_scores,
+)
+from jaxsms.channel_table import GroupSensitivity, sensitivity
 from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -65,6 +75,7 @@ from jaxsms.trees import prunable, stack, unstack
 __version__ = "0.1.0"
 
 __all__ = [
+  "GroupSensitivity",
   "Phase",
   "Plane",
   "SparseSoup",
@@ -72,7 +83,9 @@ __all__ = [
   "agreement",
   "apply_masks",
   "balanced_accuracy",
+  "batch_norm_scores",
   "calibration_error",
+  "channel_masks",
   "class_accuracies",
   "cross_entropy",
   "erk_masks",
@@ -80,6 +93,7 @@ __all__ = [
   "fit_mesh",
   "greedy_soup",
   "interpolate",
+  "l2_scores",
   "lamp_masks",
   "layer_sparsities",
   "loss_along_line",
@@ -90,6 +104,7 @@ __all__ = [
   "map_ingredients",
   "masked",
   "masks_from_keys",
+  "masks_of_channels",
   "merge_phase",
   "model_on_plane",
   "multiply_adds",
@@ -104,13 +119,16 @@ __all__ = [
   "prunable",
   "prune_phase",
   "random_masks",
+  "random_scores",
   "retrain_phase",
   "retrain_schedule",
+  "sensitivity",
   "soup_geometry",
   "sparse_model_soup",
   "sparse_multiply_adds",
   "sparsity",
   "stack",
+  "taylor_scores",
   "theoretical_speedup",
   "uniform_soup",
   "unstack",
