@@ -159,6 +159,8 @@ def _operation(how, index):
     a, b = (x if on else x[None] for x, on in zip((a, b), batched, strict=True))
     return stacked(a, b), True
 
+  stack.convolution = (how, index)  # by which `jaxsms.channels` knows it in a jaxpr
+
   @stacked.def_vmap
   def join(size, batched, a, b):
     # A mapped axis joins the copies, so that any nesting of vmaps is one axis here.

@@ -1,0 +1,5 @@
+"""Channels: groups of those that go together, and networks cut to the ones that stay."""
+
+from jaxsms.channels.groups import ChannelGroup, ChannelGroups, channel_groups
+
+__all__ = ["ChannelGroup", "ChannelGroups", "channel_groups"]

@@ -1,0 +1,218 @@
+"""Groups of channels that can only go together, read from the traced function."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsms.channels import calls, elementwise, products, reductions, shapes
+from jaxsms.channels.labels import FINITE, ZERO, Axis, Fixed
+from jaxsms.channels.values import Value, Walk
+from jaxsms.trees import PyTree, is_array, is_floating, is_parameter, path_names, path_string
+
+RULES = {
+  **elementwise.RULES, **shapes.RULES, **products.RULES, **reductions.RULES, **calls.RULES
+}  # fmt: skip
+
+
+class ChannelGroup(NamedTuple):
+  """Channels that have positions in the same leaves and that go one by one.
+
+  Attributes:
+    size: number of channels.
+    places: (path of the leaf, axis) of all that the channels have positions in.
+    indices: for each place int [size], the position of each channel, or [size, k] where
+      each has several.
+  """
+
+  size: int
+  places: tuple[tuple[str, int], ...]
+  indices: tuple[np.ndarray, ...]
+
+
+class ChannelGroups(Sequence):
+  """Groups of channels, and what is left alone.
+
+  Attributes:
+    left_alone: (place, reason) for each axis that has positions in no group; a place is
+      written "Dense_0/kernel, axis 1".
+  """
+
+  def __init__(self, groups: Sequence[ChannelGroup], left_alone: Sequence[tuple[str, str]]):
+    self._groups, self.left_alone = tuple(groups), tuple(left_alone)
+
+  def __len__(self) -> int:
+    return len(self._groups)
+
+  def __getitem__(self, index):
+    return self._groups[index]
+
+  def __iter__(self) -> Iterator[ChannelGroup]:
+    return iter(self._groups)
+
+  def __repr__(self) -> str:
+    return f"ChannelGroups({list(self._groups)}, left_alone={list(self.left_alone)})"
+
+
+def channel_groups(
+  apply: Callable[..., Any], params: PyTree, *inputs: Any
+) -> ChannelGroups:
+  """Finds the channels of a network that can only be removed together.
+
+  `apply` is traced, and nothing is computed: any network of any framework will do.
+  """
+  trace = Trace(apply, params, inputs)
+  return trace.groups()
+
+
+class Trace:
+  """A function, traced and walked.
+
+  Attributes:
+    paths: of the leaves of params that are arrays.
+    leaves: their shapes and dtypes.
+    axes: their labels, as the walk began.
+    walk: the walk, with its labels.
+    record: of the function.
+  """
+
+  def __init__(
+    self,
+    apply: Callable[..., Any],
+    params: PyTree,
+    inputs: Sequence[Any],
+    zeros: Sequence[Sequence[np.ndarray | None]] | None = None,
+  ):
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    arrays = [i for i, (_, leaf) in enumerate(with_paths) if is_array(leaf)]
+    self.paths = [with_paths[i][0] for i in arrays]
+    self.leaves = [shaped(with_paths[i][1]) for i in arrays]
+    others = [leaf for _, leaf in with_paths]
+
+    def function(leaves, *inputs):
+      every = list(others)
+      for i, leaf in zip(arrays, leaves, strict=True):
+        every[i] = leaf
+      return apply(jax.tree.unflatten(structure, every), *inputs)
+
+    inputs = jax.tree.map(lambda x: shaped(x) if is_array(x) else x, tuple(inputs))
+    closed, outs = jax.make_jaxpr(function, return_shape=True)(self.leaves, *inputs)
+    self.closed, self.out_tree = closed, jax.tree.structure(outs)
+    self.walk = Walk(RULES)
+    labels = self.walk.labels
+    self.axes = []
+    for i, (path, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
+      axes = []
+      for axis, n in enumerate(leaf.shape):
+        if not is_floating(leaf):
+          axes.append(labels.fixed("it holds no floating numbers"))
+          continue
+        one = labels.fresh(n, ZERO if is_parameter(path, leaf) else FINITE)
+        if zeros is not None and isinstance(one, Axis):
+          zero = zeros[i][axis]
+          one.values[:] = FINITE if zero is None else np.where(zero, ZERO, FINITE)
+        axes.append(one)
+      self.axes.append(tuple(axes))
+    own = [
+      Value(axes, layer=path_string(path))
+      for path, axes in zip(self.paths, self.axes, strict=True)
+    ]
+    jaxpr = closed.jaxpr
+    rest = [
+      self.walk.stays(v.aval.shape, "it is an input of the function")
+      for v in jaxpr.invars[len(own) :]
+    ]
+    self.record = self.walk.run(jaxpr, closed.consts, [*own, *rest])
+    self._outputs(outs)
+
+  def _outputs(self, outs):
+    """Outputs stay, but for those that are new values of a leaf of params."""
+    flat = jax.tree_util.tree_leaves_with_path(outs)
+    for (path, out), value in zip(flat, self.record.outs, strict=True):
+      leaf = self._same_leaf(path, out)
+      for i, axis in enumerate(value.axes):
+        if leaf is None:
+          self.walk.labels.freeze(axis, "it is an output of the function")
+        else:
+          self.walk.labels.tie(axis, self.axes[leaf][i])
+
+  def _same_leaf(self, path, out):
+    """The leaf of params that an output has the path (or most of it) and shape of."""
+    names, best = path_names(path), []
+    for i, (own, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
+      if leaf.shape != out.shape or not leaf.shape:
+        continue
+      own, common = path_names(own), 0
+      while common < min(len(own), len(names)) and own[-1 - common] == names[-1 - common]:
+        common += 1
+      if common:
+        best.append((common, i))
+    best.sort(reverse=True)
+    if not best or (len(best) > 1 and best[0][0] == best[1][0]):
+      return None
+    return best[0][1]
+
+  def channels(self) -> list[tuple[tuple, list[np.ndarray]]]:
+    """For each label that may go its places and its positions there.
+
+    A place is (leaf, axis, layer of labels, number of positions).
+    """
+    labels = self.walk.labels
+    found: dict[int, list] = {}
+    for leaf, axes in enumerate(self.axes):
+      for axis, one in enumerate(axes):
+        one = labels.normal(one)
+        if isinstance(one, Fixed):
+          continue
+        for layer, row in enumerate(one.labels):
+          order = np.argsort(row, kind="stable")
+          roots, starts = np.unique(row[order], return_index=True)
+          for root, where in zip(roots, np.split(order, starts[1:]), strict=True):
+            if labels.may_go(root):
+              place = (leaf, axis, layer, len(where))
+              found.setdefault(int(root), []).append((place, where))
+    return [
+      (root, tuple(p for p, _ in entry), [w for _, w in entry])
+      for root, entry in found.items()
+    ]
+
+  def groups(self) -> ChannelGroups:
+    """Channels with the same places, together."""
+    alike: dict[tuple, list] = {}
+    for _, places, positions in self.channels():
+      alike.setdefault(places, []).append(positions)
+    groups, gone = [], []
+    for places in sorted(alike):
+      channels = sorted(alike[places], key=lambda positions: positions[0][0])
+      names = tuple((path_string(self.paths[leaf]), axis) for leaf, axis, *_ in places)
+      indices = tuple(
+        np.stack([c[i] for c in channels]).reshape(
+          (len(channels), k) if k > 1 else len(channels)
+        )
+        for i, (*_, k) in enumerate(places)
+      )
+      whole = any(k == self.leaves[leaf].shape[axis] for leaf, axis, _, k in places)
+      if len(channels) == 1 and whole:
+        gone += names
+      else:
+        groups.append(ChannelGroup(len(channels), names, indices))
+    return ChannelGroups(groups, self._left_alone(gone))
+
+  def _left_alone(self, gone):
+    labels, left = self.walk.labels, []
+    for path, leaf, axes in zip(self.paths, self.leaves, self.axes, strict=True):
+      for i, axis in enumerate(axes):
+        axis, name = labels.normal(axis), path_string(path)
+        if leaf.shape[i] == 1 or not is_floating(leaf):
+          continue
+        if (name, i) in gone:
+          left.append((f"{name}, axis {i}", "all of its positions go together"))
+        elif isinstance(axis, Fixed) or not labels.may_go(axis.labels).any(0).all():
+          left.append((f"{name}, axis {i}", labels.why(axis)))
+    return left
+
+
+def shaped(array: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of an array."""
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
