@@ -135,6 +135,9 @@ _kernel_gradient.defvjp(
 )
 
 
+OPERATIONS = (_forward, _image_gradient, _kernel_gradient)
+
+
 @functools.cache
 def _operation(how, index):
   """The operation of that index among the three, run as the rule or the caller says."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
+from jaxsms.channels.derivatives import walk_derivative
 from jaxsms.channels.labels import Axis
 from jaxsms.channels.products import own_convolution
 from jaxsms.channels.shapes import joined
@@ -15,6 +16,8 @@ from jaxsms.channels.values import Record, Value, Walk
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
          "named_call", "xla_call", "core_closed_call")  # fmt: skip
+
+WITH_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def inner_function(equation: Any) -> tuple[Any, Sequence[Any]]:
@@ -46,7 +49,13 @@ def call(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   if own:
     return own_convolution(walk, own[1], ins)
   record = walk.run(*inner_function(equation), ins)
-  return record.outs, (record,)
+  if not walk.derivatives or equation.primitive.name not in WITH_DERIVATIVES:
+    return record.outs, (record,)
+  # Those inside the derivative are followed as plain functions: some hold themselves.
+  walk.derivatives = False
+  derivative = walk_derivative(walk, equation, ins, record.outs)
+  walk.derivatives = True
+  return record.outs, (record, derivative)
 
 
 def cond(walk: Walk, equation: Any, ins: list[Value]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxsms.channels.labels import BROKEN, FINITE, ZERO, Axis
-from jaxsms.channels.values import Value, Walk, reason
+from jaxsms.channels.values import Value, Walk, reason, unknown
 
 # f(0) = 0.
 _KEEP_ZERO = """neg sign floor ceil round sin tan asin atan sinh tanh asinh atanh expm1 log1p
@@ -172,7 +172,15 @@ def _clamp(equation, ins, values):
   return values[1] if inside else np.maximum(values[1], FINITE)
 
 
+def bitcast(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
+  """Other numbers from the same bits, where they are as many."""
+  if equation.invars[0].aval.shape != equation.outvars[0].aval.shape:
+    return unknown(walk, equation, ins)
+  return elementwise(_keep)(walk, equation, ins)
+
+
 RULES = {
+  "bitcast_convert_type": bitcast,
   **{name: elementwise(_keep) for name in _KEEP_ZERO},
   **{name: elementwise(_move) for name in _MOVE_ZERO},
   **{name: elementwise(_break) for name in _BREAK_ZERO},

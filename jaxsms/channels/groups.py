@@ -99,7 +99,7 @@ class Trace:
     inputs = jax.tree.map(lambda x: shaped(x) if is_array(x) else x, tuple(inputs))
     closed, outs = jax.make_jaxpr(function, return_shape=True)(self.leaves, *inputs)
     self.closed, self.out_tree = closed, jax.tree.structure(outs)
-    self.walk = Walk(RULES)
+    self.walk = Walk(RULES, derivatives=zeros is not None)
     labels = self.walk.labels
     self.axes = []
     for i, (path, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
@@ -153,49 +153,60 @@ class Trace:
       return None
     return best[0][1]
 
-  def channels(self) -> list[tuple[tuple, list[np.ndarray]]]:
-    """For each label that may go its places and its positions there.
+  def channels(self) -> list[tuple[np.ndarray, list, list[np.ndarray]]]:
+    """Labels that may go, by their places: (labels [n], places, positions [n, k] in each).
 
-    A place is (leaf, axis, layer of labels, number of positions).
+    A place is (leaf, axis, layer of labels, k).
     """
-    labels = self.walk.labels
-    found: dict[int, list] = {}
+    labels, places, parts = self.walk.labels, [], []
     for leaf, axes in enumerate(self.axes):
       for axis, one in enumerate(axes):
         one = labels.normal(one)
-        if isinstance(one, Fixed):
-          continue
-        for layer, row in enumerate(one.labels):
-          order = np.argsort(row, kind="stable")
-          roots, starts = np.unique(row[order], return_index=True)
-          for root, where in zip(roots, np.split(order, starts[1:]), strict=True):
-            if labels.may_go(root):
-              place = (leaf, axis, layer, len(where))
-              found.setdefault(int(root), []).append((place, where))
-    return [
-      (root, tuple(p for p, _ in entry), [w for _, w in entry])
-      for root, entry in found.items()
-    ]
+        for layer, row in enumerate(one.labels if isinstance(one, Axis) else ()):
+          where = np.flatnonzero(labels.may_go(row))
+          parts.append((row[where], np.full(len(where), len(places)), where))
+          places.append((leaf, axis, layer))
+    if not parts:
+      return []
+    roots, place, where = (np.concatenate(x) for x in zip(*parts, strict=True))
+    order = np.lexsort((where, place, roots))
+    roots, place, where = roots[order], place[order], where[order]
+    # Runs of positions of one label in one place, and of runs of one label.
+    new = np.append(True, (np.diff(roots) != 0) | (np.diff(place) != 0))
+    run = np.flatnonzero(new)
+    length = np.diff(np.append(run, len(roots)))
+    first = np.flatnonzero(np.append(True, np.diff(roots[run]) != 0))
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 2**63, (2, len(places)), dtype=np.uint64)
+    number = length.astype(np.uint64)
+    # Sums modulo 2^64 that tell sets of places with their numbers of positions apart.
+    marks = (weights[:, place[run]] * number + number * number).astype(np.uint64)
+    marks = np.add.reduceat(marks, first, axis=1)
+    runs = np.diff(np.append(first, len(run)))
+    _, kind = np.unique(np.stack([*marks, runs.astype(np.uint64)]), axis=1, return_inverse=True)
+    kind, found = kind.ravel(), []
+    by_kind = np.argsort(kind, kind="stable")
+    for members in np.split(by_kind, np.flatnonzero(np.diff(kind[by_kind])) + 1):
+      one, own, positions = members[0], [], []
+      for i in range(first[one], first[one] + runs[one]):
+        k, shift = length[i], i - first[one]
+        starts = run[first[members] + shift]
+        own.append((*places[place[run[i]]], int(k)))
+        positions.append(where[starts[:, None] + np.arange(k)])
+      sort = np.argsort(positions[0][:, 0])
+      found.append((roots[run[first[members]]][sort], own, [p[sort] for p in positions]))
+    return sorted(found, key=lambda entry: (entry[1], entry[2][0][0, 0]))
 
   def groups(self) -> ChannelGroups:
     """Channels with the same places, together."""
-    alike: dict[tuple, list] = {}
-    for _, places, positions in self.channels():
-      alike.setdefault(places, []).append(positions)
     groups, gone = [], []
-    for places in sorted(alike):
-      channels = sorted(alike[places], key=lambda positions: positions[0][0])
+    for channels, places, positions in self.channels():
       names = tuple((path_string(self.paths[leaf]), axis) for leaf, axis, *_ in places)
-      indices = tuple(
-        np.stack([c[i] for c in channels]).reshape(
-          (len(channels), k) if k > 1 else len(channels)
-        )
-        for i, (*_, k) in enumerate(places)
-      )
       whole = any(k == self.leaves[leaf].shape[axis] for leaf, axis, _, k in places)
       if len(channels) == 1 and whole:
         gone += names
       else:
+        indices = tuple(p[:, 0] if p.shape[1] == 1 else p for p in positions)
         groups.append(ChannelGroup(len(channels), names, indices))
     return ChannelGroups(groups, self._left_alone(gone))
 

@@ -72,6 +72,11 @@ class Labels:
       self._composite = np.concatenate([self._composite, np.zeros(size - old, bool)])
     return Axis(np.arange(first, first + n)[None], np.full((1, n), value, np.uint8))
 
+  @property
+  def number(self) -> int:
+    """How many labels there are; the last is one less."""
+    return self._used
+
   def find(self, labels: np.ndarray) -> np.ndarray:
     """The representative of each label."""
     roots = self._parent[labels]

@@ -46,8 +46,9 @@ class Record(NamedTuple):
 class Walk:
   """Follows labels through a traced function."""
 
-  def __init__(self, rules: dict[str, Callable]):
+  def __init__(self, rules: dict[str, Callable], derivatives: bool):
     self.labels = Labels()
+    self.derivatives = derivatives  # whether those of one's own are followed too
     self._rules = rules
 
   def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> Record:
@@ -58,6 +59,8 @@ class Walk:
 
     def read(variable):
       if isinstance(variable, Literal):
+        if np.shape(variable.val):
+          return self.stays(variable.aval.shape, "it meets a constant")
         return self.constant(variable.val)
       return values[variable]
 
