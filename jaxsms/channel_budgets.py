@@ -1,5 +1,6 @@
 """Which channels go: the weakest, until a budget of weights or multiply-adds is reached."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -105,6 +106,24 @@ def channel_masks(
     else:
       high = middle
   return masks_with(params, groups, order.without(low), masks)
+
+
+def check_reachable(
+  prune: Callable[..., PyTree],
+  params: PyTree,
+  goal: float,
+  masks: PyTree | None = None,
+  prunable: Prunable | None = None,
+) -> None:
+  """Raises ValueError where `prune` is `channel_masks`, and cannot remove as much."""
+  options = {}
+  function = prune
+  while isinstance(function, functools.partial):
+    options = {**function.keywords, **options}
+    function = function.func
+  if function is channel_masks and options.get("budget") != "latency":
+    given = {} if prunable is None else {"prunable": prunable}
+    prune(params, goal, masks=masks, **given)
 
 
 def masks_with(params: PyTree, groups: Sequence, kept: Kept, masks: PyTree | None):

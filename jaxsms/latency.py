@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxsms.channel_budgets import masks_with
 from jaxsms.channel_order import Kept, removal_order
+from jaxsms.channel_places import masks_of_channels
+from jaxsms.channels import compact
 from jaxsms.pruning import check_sparsity
 from jaxsms.trees import PyTree
 
@@ -51,8 +53,8 @@ def masks_for_latency(
   """
   if measure is None:
     raise ValueError(
-      "budget is 'latency' without a clock: pass measure(kept), which gives the seconds of "
-      "the network that has those channels"
+      "budget is 'latency' without a clock: pass measure=network_latency(apply, params, "
+      "groups, *inputs) of jaxsms.latency, or one of your own"
     )
   check_sparsity(sparsity)
   order = removal_order(params, groups=groups, masks=masks, **options)
@@ -76,6 +78,39 @@ def masks_for_latency(
       low, high = (middle, high) if seconds(middle) > goal else (low, middle)
   nearest = min(taken, key=lambda units: abs(taken[units] - goal))
   return masks_with(params, groups, order.without(nearest), masks)
+
+
+def network_latency(
+  apply: Callable[..., Any], params: PyTree, groups: Sequence, *inputs: Any, **timing: Any
+) -> Measure:
+  """A clock for `masks_for_latency`: the cut network's time on this machine.
+
+  Args:
+    apply: the network, called with params and the inputs.
+    params: tree of parameters.
+    groups: as `jaxsms.channel_groups` gives for these.
+    *inputs: arrays, as many at once as are to be fast.
+    **timing: `repeats` and `clock` of `seconds_per_call`.
+
+  Returns:
+    `measure(kept)`, seconds of one call; each is compiled.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxsms
+    >>> params = {"a": {"kernel": jnp.ones((4, 8))}, "b": {"kernel": jnp.ones((8, 2))}}
+    >>> apply = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 4)))
+    >>> measure = network_latency(apply, params, groups, jnp.ones((1, 4)))
+    >>> measure([jnp.arange(8) < 4]) > 0
+    True
+  """
+
+  def measure(kept):
+    masks = masks_of_channels(params, groups, kept)
+    network = compact(apply, params, masks, *inputs)
+    return seconds_per_call(network.apply, network.params, *inputs, **timing)
+
+  return measure
 
 
 def seconds_per_call(

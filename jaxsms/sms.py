@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jaxsms.channel_budgets import check_reachable
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.pruning import (
@@ -28,6 +29,7 @@ from jaxsms.pruning import (
   prunable_flags,
 )
 from jaxsms.retraining import Retrain, retrain_phase
+from jaxsms.shrinking import Shrinking, ShrunkPhase, ShrunkSoup
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (
   Prunable,
@@ -89,7 +91,8 @@ def sparse_model_soup(
   on_phase: Callable[[Phase], None] | None = None,
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
-) -> SparseSoup:
+  shrink: tuple | None = None,
+) -> SparseSoup | ShrunkSoup:
   """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
 
   The sparsity after phase t is `phase_sparsity(goal_sparsity, t, phases)`. Nothing is
@@ -116,9 +119,14 @@ def sparse_model_soup(
     masks: of a model that is sparse already; None means dense.
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
+    shrink: (apply, *inputs), the network and what it is called with after its params, to
+      cut it after each pruning. `prune`, by default `channel_masks`, gets `groups=` and
+      full shapes, zeros where it was cut. `retrain(key, params, masks, ingredient, cut)`
+      gets the smaller trees; `cut(fn)` makes a function of them of any function of
+      full-size params. It is compiled in each phase.
 
   Returns:
-    The soup, its masks and a record of each phase.
+    The soup, its masks and a record of each phase; with `shrink` a `ShrunkSoup`.
 
   Raises:
     ValueError: sparsity or phases out of range, no ingredient, nothing prunable, values
@@ -135,20 +143,32 @@ def sparse_model_soup(
   phase_sparsity(goal_sparsity, 1, phases)
   check_finite(params)
   prunable_flags(params, prunable)
+  network = None if shrink is None else Shrinking(shrink, params, prune)
+  prune = prune if network is None else network.prune
+  check_reachable(prune, params, goal_sparsity, masks, prunable)
+  prune_once = functools.partial(prune_phase, prune=prune, prunable=prunable)
+  prune_once = prune_once if network is None else network.pruning(prune_once)
 
   history = []
   for phase in range(1, phases + 1):
     varied = ingredients(phase) if callable(ingredients) else ingredients
     sparsity = phase_sparsity(goal_sparsity, phase, phases)
-    params, masks, record = prune_phase(params, masks, sparsity, prune, prunable)
+    params, masks, record = prune_once(params, masks, sparsity)
+    one = retrain if network is None else network.retrain(retrain)
     candidates, report = retrain_phase(
-      jax.random.fold_in(key, phase), params, masks, varied, retrain, mesh
+      jax.random.fold_in(key, phase), params, masks, varied, one, mesh
     )
-    params, weights = merge_phase(candidates, merge)
+    merge_all = merge if network is None else network.merge(merge)
+    params, weights = merge_phase(candidates, merge_all)
     record = {"phase": phase, **record, "weights": weights, "retrain": report}
     history.append(record)
     if on_phase is not None:
-      on_phase(Phase(params, masks, candidates, record))
+      shown = Phase(params, masks, candidates, record)
+      on_phase(
+        shown if network is None else ShrunkPhase(*shown, network.expand, network.cut)
+      )
+  if network is not None:
+    return ShrunkSoup(params, masks, history, network.expand, network.cut)
   return SparseSoup(params, masks, history)
 
 

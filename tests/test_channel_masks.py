@@ -20,7 +20,8 @@ from jaxsms import (
   taylor_scores,
 )
 from jaxsms.channel_places import kept_channels
-from jaxsms.latency import masks_for_latency, seconds_per_call
+from jaxsms.channels import channel_groups
+from jaxsms.latency import masks_for_latency, network_latency, seconds_per_call
 from jaxsms.trees import path_string
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -547,6 +548,20 @@ def test_median_time():
   ticks = iter([0.0, 3.0, 10.0, 11.0, 20.0, 27.0])
   time = seconds_per_call(jnp.sin, jnp.ones(3), repeats=3, clock=lambda: next(ticks))
   assert time == 3.0
+
+
+def test_the_clock_of_a_cut_network():
+  params = hidden(np.arange(1.0, 9))
+
+  def apply(params, x):
+    return jnp.tanh(x @ params["a"]["kernel"]) @ params["b"]["kernel"]
+
+  x = jnp.ones((2, 1))
+  groups = channel_groups(apply, params, x)
+  ticks = iter(range(0, 90, 3))
+  measure = network_latency(apply, params, groups, x, repeats=2, clock=lambda: next(ticks))
+  assert measure([np.arange(8) < 3]) == 3.0
+  assert next(ticks) == 12  # twice before and after a call
 
 
 def test_rejects(rejects):

@@ -1,6 +1,6 @@
 """Groups of channels that can only go together, read from the traced function."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jaxsms.channels import calls, elementwise, products, reductions, shapes
 from jaxsms.channels.labels import FINITE, ZERO, Axis, Fixed
 from jaxsms.channels.values import Value, Walk
+from jaxsms.trace import WeightUse, uses_in
 from jaxsms.trees import PyTree, is_array, is_floating, is_parameter, path_names, path_string
 
 RULES = {
@@ -35,12 +36,21 @@ class ChannelGroups(Sequence):
   """Groups of channels, and what is left alone.
 
   Attributes:
+    multiply_adds: of each leaf that is in a product, by its path, for these inputs.
+    outputs: which axes of such a leaf (or of a table of rows) are its layer's outputs.
     left_alone: (place, reason) for each axis that has positions in no group; a place is
       written "Dense_0/kernel, axis 1".
   """
 
-  def __init__(self, groups: Sequence[ChannelGroup], left_alone: Sequence[tuple[str, str]]):
+  def __init__(
+    self,
+    groups: Sequence[ChannelGroup],
+    left_alone: Sequence[tuple[str, str]],
+    uses: Mapping[str, WeightUse],
+  ):
     self._groups, self.left_alone = tuple(groups), tuple(left_alone)
+    self.multiply_adds = {name: use.multiply_adds for name, use in uses.items()}
+    self.outputs = {name: use.outputs for name, use in uses.items()}
 
   def __len__(self) -> int:
     return len(self._groups)
@@ -208,7 +218,9 @@ class Trace:
       else:
         indices = tuple(p[:, 0] if p.shape[1] == 1 else p for p in positions)
         groups.append(ChannelGroup(len(channels), names, indices))
-    return ChannelGroups(groups, self._left_alone(gone))
+    names = [path_string(path) for path in self.paths]
+    uses = uses_in(self.closed.jaxpr, names)
+    return ChannelGroups(groups, self._left_alone(gone), uses)
 
   def _left_alone(self, gone):
     labels, left = self.walk.labels, []
