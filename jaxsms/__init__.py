@@ -1,7 +1,7 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
-- Whole channels: `channel_masks`, `masks_of_channels`, `sensitivity`.
+- Whole channels: `channel_groups`, `channel_masks`, `compact`, `sensitivity`.
 - Training: `masked` around any optax optimizer, `retrain_schedule`.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
@@ -10,15 +10,17 @@
 
 import importlib
 
-from jaxsms.channel_budgets import channel_masks
-from jaxsms.channel_places import masks_of_channels
-from jaxsms.channel_scores import (
+from jaxsms.channels.budgets import channel_masks
+from jaxsms.channels.compact import Compact, compact
+from jaxsms.channels.groups import ChannelGroup, ChannelGroups, channel_groups
+from jaxsms.channels.places import masks_of_channels
+from jaxsms.channels.scores import (
   batch_norm_scores,
   l2_scores,
   random_scores,
   taylor_scores,
 )
-from jaxsms.channel_table import GroupSensitivity, sensitivity
+from jaxsms.channels.table import GroupSensitivity, sensitivity
 from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -61,6 +63,7 @@ from jaxsms.pruning import (
 )
 from jaxsms.retraining import retrain_phase
 from jaxsms.schedules import pretrain_schedule, retrain_schedule
+from jaxsms.shrinking import ShrunkPhase, ShrunkSoup
 from jaxsms.sms import (
   Phase,
   SparseSoup,
@@ -75,9 +78,14 @@ from jaxsms.trees import prunable, stack, unstack
 __version__ = "0.1.0"
 
 __all__ = [
+  "ChannelGroup",
+  "ChannelGroups",
+  "Compact",
   "GroupSensitivity",
   "Phase",
   "Plane",
+  "ShrunkPhase",
+  "ShrunkSoup",
   "SparseSoup",
   "accuracy",
   "agreement",
@@ -85,8 +93,10 @@ __all__ = [
   "balanced_accuracy",
   "batch_norm_scores",
   "calibration_error",
+  "channel_groups",
   "channel_masks",
   "class_accuracies",
+  "compact",
   "cross_entropy",
   "erk_masks",
   "filter_masks",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxsms.channel_budgets import channel_masks
 from jaxsms.channels import channel_groups, compact
+from jaxsms.channels.budgets import channel_masks
 from jaxsms.pruning import magnitude_masks
 from jaxsms.soups import uniform_soup
 from jaxsms.trees import PyTree

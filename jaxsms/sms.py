@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jaxsms.channel_budgets import check_reachable
+from jaxsms.channels.budgets import check_reachable
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.pruning import (

@@ -1,6 +1,7 @@
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,17 +12,20 @@ from hypothesis import strategies as st
 from jaxsms import (
   apply_masks,
   batch_norm_scores,
+  channel_groups,
   channel_masks,
+  compact,
   l2_scores,
   masks_of_channels,
+  multiply_adds,
+  prunable,
   prune_phase,
   random_masks,
   sensitivity,
   taylor_scores,
 )
-from jaxsms.channel_places import kept_channels
-from jaxsms.channels import channel_groups
-from jaxsms.latency import masks_for_latency, network_latency, seconds_per_call
+from jaxsms.channels.latency import masks_for_latency, network_latency, seconds_per_call
+from jaxsms.channels.places import kept_channels
 from jaxsms.trees import path_string
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -610,3 +614,54 @@ def test_rejects(rejects):
     masks_of_channels(params, GROUPS, [np.ones(3, bool)])
   with rejects("share is 1"):
     sensitivity(lambda p: 0.0, params, GROUPS, share=1.0)
+
+
+class Small(nn.Module):
+  """Convolution, normalization, attention with two heads, a layer after it."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.BatchNorm(True)(nn.Conv(8, (3, 3))(x))
+    x = nn.relu(nn.Conv(12, (1, 1))(nn.relu(x))).reshape(len(x), -1, 12)
+    x = nn.MultiHeadDotProductAttention(2, qkv_features=16, name="attention")(x)
+    return nn.Dense(3)(nn.relu(x).mean(1))
+
+
+@pytest.fixture(scope="module")
+def small():
+  images = jnp.ones((1, 4, 4, 2))
+  variables = jax.jit(Small().init)(jax.random.key(0), images)
+  return Small().apply, variables, images
+
+
+@pytest.mark.parametrize("budget", ["weights", "multiply_adds"])
+def test_the_cut_network_costs_what_was_asked(budget, small):
+  apply, variables, images = small
+  groups = channel_groups(apply, variables, images)
+  masks = channel_masks(variables, 0.6, groups=groups, budget=budget)
+  network = compact(apply, variables, masks, images)
+
+  def cost(apply, params):
+    if budget == "multiply_adds":
+      return sum(multiply_adds(apply, params, images).values())
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(x.size for path, x in leaves if prunable(path, x))
+
+  dense, cut = cost(apply, variables), cost(network.apply, network.params)
+  assert 0.3 * dense <= cut <= 0.4 * dense
+  expected = apply(apply_masks(variables, masks), images)
+  np.testing.assert_allclose(network.apply(network.params, images), expected, atol=1e-5)
+
+
+def test_layers_left_out_of_a_traced_network(small):
+  apply, variables, images = small
+  groups = channel_groups(apply, variables, images)
+
+  def rule(path, leaf):
+    return prunable(path, leaf) and "query" not in path_string(path)
+
+  masks = channel_masks(variables, 0.3, groups=groups, prunable=rule)
+  for g, kept in zip(groups, kept_channels(variables, groups, masks), strict=True):
+    axes = [axis for name, axis in g.places if name == "params/attention/query/kernel"]
+    # Its heads and its columns; what it takes as inputs goes.
+    assert kept.all() == bool({1, 2} & set(axes))

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxsms import (
+  channel_groups,
   channel_masks,
   greedy_soup,
   make_mesh,
@@ -14,7 +15,6 @@ from jaxsms import (
   sparse_model_soup,
   taylor_scores,
 )
-from jaxsms.channels import channel_groups
 from jaxsms.trees import path_string
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxsms.channel_order import Kept, RemovalOrder, removal_order
-from jaxsms.channel_places import (
+from jaxsms.channels.order import Kept, RemovalOrder, removal_order
+from jaxsms.channels.places import (
   EntryCount,
   channel_leaves,
   masks_of_channels,
   masks_on_host,
 )
-from jaxsms.channel_scores import Score
+from jaxsms.channels.scores import Score
 from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity, prunable_flags
 from jaxsms.trees import Prunable, PyTree, is_concrete, path_string
@@ -86,7 +86,7 @@ def channel_masks(
   options = {"groups": groups, "score": score, "scope": scope, "round_to": round_to}
   options |= {"masks": masks, "prunable": prunable, "key": key}
   if budget == "latency":
-    from jaxsms.latency import masks_for_latency  # which takes shares of channels
+    from jaxsms.channels.latency import masks_for_latency  # which takes shares of channels
 
     return masks_for_latency(params, sparsity, measure=measure, **options)
   if not is_concrete(sparsity):

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsms.channel_budgets import masks_with
-from jaxsms.channel_order import Kept, removal_order
-from jaxsms.channel_places import masks_of_channels
 from jaxsms.channels import compact
+from jaxsms.channels.budgets import masks_with
+from jaxsms.channels.order import Kept, removal_order
+from jaxsms.channels.places import masks_of_channels
 from jaxsms.pruning import check_sparsity
 from jaxsms.trees import PyTree
 
@@ -54,7 +54,7 @@ def masks_for_latency(
   if measure is None:
     raise ValueError(
       "budget is 'latency' without a clock: pass measure=network_latency(apply, params, "
-      "groups, *inputs) of jaxsms.latency, or one of your own"
+      "groups, *inputs) of jaxsms.channels.latency, or one of your own"
     )
   check_sparsity(sparsity)
   order = removal_order(params, groups=groups, masks=masks, **options)

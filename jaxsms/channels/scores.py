@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.channel_places import channel_leaves
+from jaxsms.channels.places import channel_leaves
 from jaxsms.meshes import fetch
 from jaxsms.names import check_name
 from jaxsms.trees import Path, PyTree, is_parameter, path_names

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsms.channel_places import channel_leaves, kept_channels
-from jaxsms.channel_scores import Score, channel_scores
+from jaxsms.channels.places import channel_leaves, kept_channels
+from jaxsms.channels.scores import Score, channel_scores
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, apply_masks, prunable_flags
 from jaxsms.trees import (

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxsms.channel_budgets import Cost
-from jaxsms.channel_order import removal_order
-from jaxsms.channel_places import EntryCount, channel_leaves, masks_of_channels
-from jaxsms.channel_scores import Score
+from jaxsms.channels.budgets import Cost
+from jaxsms.channels.order import removal_order
+from jaxsms.channels.places import EntryCount, channel_leaves, masks_of_channels
+from jaxsms.channels.scores import Score
 from jaxsms.pruning import apply_masks
 from jaxsms.trees import Prunable, PyTree
 
