@@ -10,8 +10,8 @@ from jaxsms.channels.order import Kept, RemovalOrder, removal_order
 from jaxsms.channels.places import (
   EntryCount,
   channel_leaves,
-  masks_of_channels,
   masks_on_host,
+  masks_with,
 )
 from jaxsms.channels.scores import Score
 from jaxsms.names import check_name
@@ -124,20 +124,6 @@ def check_reachable(
   if function is channel_masks and options.get("budget") != "latency":
     given = {} if prunable is None else {"prunable": prunable}
     prune(params, goal, masks=masks, **given)
-
-
-def masks_with(params: PyTree, groups: Sequence, kept: Kept, masks: PyTree | None):
-  """Masks of the channels `kept`, without what earlier masks removed."""
-  new = masks_of_channels(params, groups, kept)
-  if masks is None:
-    return new
-  old = masks_on_host(params, masks)
-  leaves, structure = jax.tree.flatten(new)
-  leaves = [
-    x if earlier is None or earlier.all() else x & earlier
-    for x, earlier in zip(leaves, old, strict=True)
-  ]
-  return jax.tree.unflatten(structure, leaves)
 
 
 class Cost:

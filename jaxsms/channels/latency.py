@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from jaxsms.channels import compact
-from jaxsms.channels.budgets import masks_with
 from jaxsms.channels.order import Kept, removal_order
-from jaxsms.channels.places import masks_of_channels
+from jaxsms.channels.places import masks_of_channels, masks_with
 from jaxsms.pruning import check_sparsity
 from jaxsms.trees import PyTree
 

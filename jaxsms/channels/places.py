@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.meshes import fetch
-from jaxsms.trees import Path, PyTree, is_concrete, match_masks, path_string
+from jaxsms.pruning import with_all_kept
+from jaxsms.trees import Path, PyTree, is_array, is_concrete, match_masks, path_string
 
 
 class ChannelLeaf(NamedTuple):
@@ -49,21 +50,24 @@ def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTre
   Raises:
     ValueError: groups of other params, or `kept` does not fit the groups.
   """
+  return masks_with(params, groups, kept)
+
+
+def masks_with(
+  params: PyTree, groups: Sequence, kept: Sequence, masks: PyTree | None = None
+) -> PyTree:
+  """As `masks_of_channels`, without what earlier masks removed as well."""
   kept = _check_kept(groups, kept)
-  new = {}
+  earlier = masks_on_host(params, masks)
+  new = {i: mask for i, mask in enumerate(earlier) if mask is not None}
   for place in channel_leaves(params, groups):
-    mask = np.ones(np.shape(place.leaf), bool)
+    mask = new.get(place.number)
+    mask = np.ones(np.shape(place.leaf), bool) if mask is None else mask.copy()
     for axis, alive in alive_positions(place, kept).items():
       if not alive.all():
         mask &= np.expand_dims(alive, [a for a in range(mask.ndim) if a != axis])
     new[place.number] = mask
-  leaves, structure = jax.tree.flatten(params)
-  masks = [new.get(i) for i in range(len(leaves))]
-  masks = [
-    np.ones(np.shape(leaf), bool) if mask is None else mask
-    for leaf, mask in zip(leaves, masks, strict=True)
-  ]
-  return jax.tree.unflatten(structure, [jnp.asarray(mask) for mask in masks])
+  return with_all_kept(params, {i: jnp.asarray(mask) for i, mask in new.items()})
 
 
 def kept_channels(params: PyTree, groups: Sequence, masks: PyTree) -> list[np.ndarray]:
@@ -84,6 +88,7 @@ def kept_channels(params: PyTree, groups: Sequence, masks: PyTree) -> list[np.nd
   masks = masks_on_host(params, masks)
   for place in channel_leaves(params, groups):
     mask = masks[place.number]
+    mask = np.ones(np.shape(place.leaf), bool) if mask is None else mask
     for axis, members in place.axes.items():
       left = any_along(mask, axis)
       for number, indices in members:
@@ -92,13 +97,17 @@ def kept_channels(params: PyTree, groups: Sequence, masks: PyTree) -> list[np.nd
 
 
 def masks_on_host(params: PyTree, masks: PyTree | None) -> list[np.ndarray | None]:
-  """The masks of the leaves, as NumPy arrays of their shapes; None where there are none."""
-  leaves = jax.tree.leaves(params)
+  """The mask of each leaf, in its shape; None where it is no array, or has none."""
+  leaves, structure = jax.tree.flatten(params)
   if masks is None:
     return [None] * len(leaves)
-  masks = fetch(jax.tree.leaves(match_masks(params, masks)))
-  pairs = zip(masks, leaves, strict=True)
-  return [np.broadcast_to(np.asarray(m, bool), np.shape(leaf)) for m, leaf in pairs]
+  masks = structure.flatten_up_to(match_masks(params, masks))
+  return [
+    np.broadcast_to(np.asarray(fetch(mask), bool), leaf.shape)
+    if is_array(leaf) and mask is not None
+    else None
+    for mask, leaf in zip(masks, leaves, strict=True)
+  ]
 
 
 def channel_leaves(params: PyTree, groups: Sequence) -> list[ChannelLeaf]:
