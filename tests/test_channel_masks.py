@@ -580,6 +580,9 @@ def test_rejects(rejects):
     run(0.999, budget="multiply_adds")
   with rejects("no channel may go"):
     channel_masks(params, 0.1, groups=[])
+  with rejects("no channel may go"):
+    channel_masks(params, 0.1, groups=[], budget="channels")
+  assert all(np.all(x) for x in jax.tree.leaves(channel_masks(params, 0, groups=[])))
   with rejects("groups have no multiply_adds"):
     channel_masks(params, 0.5, groups=list(GROUPS), budget="multiply_adds")
   with rejects("unknown budget 'flops'"):

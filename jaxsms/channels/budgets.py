@@ -96,7 +96,7 @@ def channel_masks(
   cost = Cost(params, groups, budget, order.may_go, masks, prunable)
   units = len(order.ends) - 1
   goal = (sparsity - 1e-9) * cost.total  # shares are rounded numbers
-  if cost.removed(order.without(units)) < goal:
+  if cost.removed(order.without(units)) < goal or (sparsity and not cost.total):
     raise ValueError(_unreachable(groups, order, cost, sparsity, budget))
   low, high = 0, units  # the fewest that are enough
   while low < high:
