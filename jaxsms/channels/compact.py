@@ -11,8 +11,7 @@ from jaxsms.channels.evaluate import Cut, evaluate, take
 from jaxsms.channels.groups import Trace, shaped
 from jaxsms.channels.labels import ZERO, Axis, Fixed
 from jaxsms.channels.values import Record
-from jaxsms.pruning import apply_masks
-from jaxsms.trees import PyTree, is_array, match_masks, path_string
+from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_string
 
 Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
 
@@ -108,7 +107,7 @@ class Compact:
 
   def shrink(self, tree: PyTree) -> PyTree:
     """Of a tree of full-size arrays, such as masks, what stays; leaves [...]."""
-    return self._each(tree, lambda x, leaf, masks: take(x, masks))
+    return self._each(tree, lambda x, leaf, masks: _taken(x, masks))
 
   def expand(self, tree: PyTree) -> PyTree:
     """A cut tree in the full shapes, zeros where it was cut."""
@@ -131,7 +130,7 @@ def compact(
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
   network = Compact(apply, trace.leaves, zeros, kept)
-  network.params = network.shrink(apply_masks(params, masks))
+  network.params = network.shrink(jax.tree.map(_masked, params, masks))
   return network
 
 
@@ -187,6 +186,26 @@ def _leave_some(trace, gone):
           visit(record)
 
   visit(trace.record)
+
+
+def _taken(x, masks):
+  if all(mask is None for mask in masks):
+    return x
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(_shape(x, masks), x.dtype)
+  alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
+  if not alone:
+    return take(x, masks)
+  return jax.device_put(take(np.asarray(x), masks), x.sharding)  # no program to compile
+
+
+def _masked(x, mask):
+  """What is left of a leaf, on the host where that takes no program."""
+  if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
+    return x
+  if isinstance(x, jax.Array) and is_concrete(x) and len(x.devices()) == 1:
+    return jax.device_put(np.where(mask, x, np.zeros((), x.dtype)), x.sharding)
+  return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def _shape(leaf, masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:

@@ -124,7 +124,8 @@ def take(array: Any, masks: Sequence[np.ndarray | None]) -> Any:
   """Of an array, what stays along each axis."""
   for axis, mask in enumerate(masks):
     if mask is not None:
-      array = jnp.take(jnp.asarray(array), np.flatnonzero(mask), axis=axis)
+      numbers = np if isinstance(array, np.ndarray) else jnp
+      array = numbers.take(array, np.flatnonzero(mask), axis=axis)
   return array
 
 
