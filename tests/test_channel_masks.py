@@ -355,6 +355,14 @@ def test_uniform_takes_the_same_share_of_each_group():
   assert left == [3, 6, 1, 2]
   masks = channel_masks(params, 0.5, groups=GROUPS[:2], scope="uniform", budget="channels")
   assert [int(k.sum()) for k in kept_channels(params, GROUPS[:2], masks)] == [3, 5]
+  # What a group lost before is part of its share.
+  kept = [np.arange(6) > 2, np.ones(10, bool)]
+  old = masks_of_channels(params, GROUPS[:2], kept)
+  masks = channel_masks(
+    params, 0.5, groups=GROUPS[:2], scope="uniform", budget="channels", masks=old
+  )
+  after = kept_channels(params, GROUPS[:2], masks)
+  assert after[0].sum() == 3 and not after[0][:3].any() and after[1].sum() == 5
 
 
 def test_multiples_for_hardware():
