@@ -9,6 +9,14 @@
 
 import importlib
 
+from jaxsms.channels import (
+  ChannelGroup,
+  ChannelGroups,
+  Compact,
+  channel_groups,
+  compact,
+  compact_from,
+)
 from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -65,6 +73,9 @@ from jaxsms.trees import prunable, stack, unstack
 __version__ = "0.1.0"
 
 __all__ = [
+  "ChannelGroup",
+  "ChannelGroups",
+  "Compact",
   "Phase",
   "Plane",
   "SparseSoup",
@@ -73,7 +84,10 @@ __all__ = [
   "apply_masks",
   "balanced_accuracy",
   "calibration_error",
+  "channel_groups",
   "class_accuracies",
+  "compact",
+  "compact_from",
   "cross_entropy",
   "erk_masks",
   "filter_masks",
