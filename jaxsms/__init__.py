@@ -10,6 +10,7 @@
 
 import importlib
 
+<<<<<<< HEAD
 from jaxsms.channels.budgets import channel_masks
 from jaxsms.channels.compact import Compact, compact
 from jaxsms.channels.groups import ChannelGroup, ChannelGroups, channel_groups
@@ -21,6 +22,16 @@ from jaxsms.channels.scores import (
   taylor_scores,
 )
 from jaxsms.channels.table import GroupSensitivity, sensitivity
+=======
+from jaxsms.channels import (
+  ChannelGroup,
+  ChannelGroups,
+  Compact,
+  channel_groups,
+  compact,
+  compact_from,
+)
+>>>>>>> w-channels
 from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -81,7 +92,10 @@ __all__ = [
   "ChannelGroup",
   "ChannelGroups",
   "Compact",
+<<<<<<< HEAD
   "GroupSensitivity",
+=======
+>>>>>>> w-channels
   "Phase",
   "Plane",
   "ShrunkPhase",
@@ -94,9 +108,15 @@ __all__ = [
   "batch_norm_scores",
   "calibration_error",
   "channel_groups",
+<<<<<<< HEAD
   "channel_masks",
   "class_accuracies",
   "compact",
+=======
+  "class_accuracies",
+  "compact",
+  "compact_from",
+>>>>>>> w-channels
   "cross_entropy",
   "erk_masks",
   "filter_masks",

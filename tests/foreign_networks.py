@@ -1,5 +1,6 @@
 """Networks as others write them: each a function, its parameters and its inputs."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from jaxsms.trees import is_floating
 
 KEY = jax.random.key(0)
 
@@ -25,9 +28,11 @@ def _arrays(tree, seed=0):
   rng = np.random.default_rng(seed)
 
   def fill(x):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not is_floating(x):
       return x
-    return jnp.asarray(rng.uniform(0.2, 0.8, x.shape) * rng.choice([-1, 1], x.shape), x.dtype)
+    return jnp.asarray(
+      rng.uniform(0.2, 0.8, x.shape) * rng.choice([-1, 1], x.shape), x.dtype
+    )
 
   def positive(path, x):
     return jnp.abs(x) if "var" in jax.tree_util.keystr(path) else x
@@ -48,7 +53,7 @@ def by_hand():
   """A list of (W, b), with activations that keep 0 and that do not."""
   sizes = (3, 8, 7, 6, 9, 4)
   params = [
-    {"W": jnp.zeros((a, b)), "b": jnp.zeros(b)} for a, b in zip(sizes, sizes[1:], strict=False)
+    {"W": jnp.zeros((a, b)), "b": jnp.zeros(b)} for a, b in itertools.pairwise(sizes)
   ]
 
   def apply(params, x):
@@ -155,9 +160,7 @@ def decoder():
     @jax.checkpoint
     def block(x, p):
       qkv = norm(x, p["norm1"]) @ p["qkv"]
-      q, k, v = (
-        y.reshape(batch, length, heads, head) for y in jnp.split(qkv, 3, axis=-1)
-      )
+      q, k, v = (y.reshape(batch, length, heads, head) for y in jnp.split(qkv, 3, axis=-1))
       scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / head**0.5
       weights = jax.nn.softmax(jnp.where(mask, scores, -1e9))
       y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, -1)
@@ -177,17 +180,16 @@ class _Nnx(nnx.Module):
     self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
     self.norm = nnx.BatchNorm(8, rngs=rngs)
     self.hidden = nnx.Conv(8, 6, (3, 3), strides=2, rngs=rngs)
-    self.dropout = nnx.Dropout(0.0, rngs=rngs)
     self.head = nnx.Linear(6, 3, rngs=rngs)
 
   def __call__(self, x):
     x = nnx.relu(self.norm(self.conv(x)))
-    return self.head(self.dropout(nnx.relu(self.hidden(x))).mean((1, 2)))
+    return self.head(nnx.relu(self.hidden(x)).mean((1, 2)))
 
 
 def nnx_network():
   """Flax NNX, as a State; new batch statistics are among the outputs."""
-  graph, state = nnx.split(_Nnx(nnx.Rngs(0)))
+  graph, state = nnx.split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
 
   def apply(state, x):
     module = nnx.merge(graph, state)
@@ -216,7 +218,8 @@ class _Equinox(eqx.Module):
 
 def equinox():
   """An Equinox module, its activation function among the leaves."""
-  return Network(lambda m, x: jax.vmap(m)(x), _Equinox(), (_input(2, 3, 5, 5),))
+  module = _arrays(eqx.filter_eval_shape(_Equinox))
+  return Network(lambda m, x: jax.vmap(m)(x), module, (_input(2, 3, 5, 5),))
 
 
 def haiku():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxsms.channels.derivatives import walk_derivative
 from jaxsms.channels.labels import Axis
@@ -31,6 +31,18 @@ def inner_function(equation: Any) -> tuple[Any, Sequence[Any]]:
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
   """A closed or open jaxpr as a jaxpr and its constants."""
   return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+
+
+def used(jaxpr: Any) -> list[bool]:
+  """Which inputs of a function an operation or an output has."""
+  found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+  for equation in jaxpr.eqns:
+    operands = equation.invars
+    if equation.primitive.name in ("jit", "pjit"):
+      flags = used(opened(equation.params["jaxpr"])[0])
+      operands = [v for v, flag in zip(operands, flags, strict=True) if flag]
+    found |= {v for v in operands if not isinstance(v, Literal)}
+  return [v in found for v in jaxpr.invars]
 
 
 def own_operation(equation: Any) -> tuple[tuple, int] | None:
@@ -79,9 +91,7 @@ def _until_settled(walk: Walk, carry: Sequence[Value], step: Callable) -> list[V
   while True:
     after = step(carry)
     merged = [_one_of(walk, pair) for pair in zip(carry, after, strict=True)]
-    settled = all(
-      _same(walk, old, new) for old, new in zip(carry, merged, strict=True)
-    )
+    settled = all(_same(walk, old, new) for old, new in zip(carry, merged, strict=True))
     carry = merged
     if settled:
       return carry
@@ -91,7 +101,9 @@ def _same(walk, old, new):
   if old.known != new.known:
     return False
   for a, b in zip(old.axes, new.axes, strict=True):
-    if isinstance(b, Axis) and not np.array_equal(walk.labels.values(a, b.labels), b.values):
+    if isinstance(b, Axis) and not np.array_equal(
+      walk.labels.values(a, b.labels), b.values
+    ):
       return False
   return True
 

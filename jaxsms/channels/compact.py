@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.channels.evaluate import Cut, evaluate, take
-from jaxsms.channels.groups import Trace, shaped
+from jaxsms.channels.groups import Trace
+from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
 from jaxsms.channels.values import Record
 from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_string
@@ -17,62 +18,73 @@ Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or
 
 
 class Compact:
-  """A network whose arrays are smaller.
+  """A network whose arrays are smaller: what `compact` gives.
 
   Attributes:
     params: the tree of the full network, with smaller arrays.
-    apply: the network's function, on these.
+    masks: its masks, cut alike: what stays may have single weights removed.
+    apply: the network's function on smaller params and any inputs. It works under `jit`,
+      `grad` and `vmap`, with other batch sizes, and in training. Random numbers inside,
+      of dropout say, are of the same distribution and not the same.
+    layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
   """
 
-  def __init__(self, apply, leaves, zeros, kept):
-    self._leaves, self._zeros, self._kept = leaves, zeros, kept
-    self.params: PyTree = None
+  def __init__(self, apply, paths, leaves, zeros, kept, params, masks=None):
+    self._paths, self._leaves, self._zeros, self._kept = paths, leaves, zeros, kept
+    self.params, self.masks = params, masks
     self.apply = self.cut(apply)
 
+  @property
+  def layout(self) -> list[dict[str, Any]]:
+    """For each array its path, full shape, dtype, and by axis which positions stay."""
+    rows = zip(self._paths, self._leaves, self._kept, self._zeros, strict=True)
+    return [
+      {
+        "path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype),
+        "kept": _listed(kept), "empty": _listed(zeros),
+      }
+      for path, leaf, kept, zeros in rows
+    ]  # fmt: skip
+
   def cut(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of full-size params, on the cut ones."""
+    """A function of full-size params, on the cut ones.
+
+    Args:
+      function: such as a loss or another way to call the network; called with params of
+        the full shapes first. It is traced once for the shapes of its arguments.
+
+    Returns:
+      The function on smaller params. It raises ValueError where what `function` does with
+      the channels that were cut would change other values.
+    """
     traces: dict[Any, tuple[Trace, Cut]] = {}
 
     def smaller(params, *args, **kwargs):
-      flat, structure = jax.tree_util.tree_flatten_with_path(params)
-      self._check(flat)
-      full = list(x for _, x in flat)
-      arrays = [i for i, x in enumerate(full) if is_array(x)]
-      leaves = [full[i] for i in arrays]
-      for i, leaf in zip(arrays, self._leaves, strict=True):
-        full[i] = leaf
-      inputs, of_inputs = jax.tree.flatten((args, kwargs))
-      moving = [i for i, x in enumerate(inputs) if is_array(x) or isinstance(x, float)]
-      key = (structure, of_inputs, *(
-        (np.shape(x), str(jnp.result_type(x)), isinstance(x, float)) if i in moving else x
-        for i, x in enumerate(inputs)
-      ))  # fmt: skip
+      leaves, full = self._leaves_and_full(params)
+      inputs = Inputs(args, kwargs)
+      key = jax.tree.structure(params), inputs.key
       if key not in traces:
-
-        def rebuilt(params, *some):
-          every = list(inputs)
-          for i, x in zip(moving, some, strict=True):
-            every[i] = x
-          args, kwargs = jax.tree.unflatten(of_inputs, every)
-          return function(params, *args, **kwargs)
-
-        trace = Trace(
-          rebuilt, jax.tree.unflatten(structure, full), [inputs[i] for i in moving],
-          self._zeros,
-        )  # fmt: skip
+        trace = Trace(inputs.bound(function), full, inputs.arrays, self._zeros)
         traces[key] = trace, Cut(trace.walk, self._gone(trace))
       trace, cut = traces[key]
-      outs = evaluate(cut, trace.record, [*leaves, *(inputs[i] for i in moving)])
+      outs = evaluate(cut, trace.record, [*leaves, *inputs.arrays])
       return jax.tree.unflatten(trace.out_tree, outs)
 
     return smaller
 
+  def _leaves_and_full(self, params):
+    """The arrays of cut params, and the tree of the shapes that they had."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    self._check(flat)
+    full = iter(self._leaves)
+    every = [next(full) if is_array(x) else x for _, x in flat]
+    return [x for _, x in flat if is_array(x)], jax.tree.unflatten(structure, every)
+
   def _check(self, flat):
     flat = [(path, x) for path, x in flat if is_array(x)]
-    if len(flat) != len(self._leaves):
+    if [path_string(path) for path, _ in flat] != self._paths:
       raise ValueError(
-        f"params has {len(flat)} arrays and the cut network {len(self._leaves)}: pass "
-        "the tree of its params"
+        "params does not have the leaves of the cut network: pass a tree like its params"
       )
     for (path, x), leaf, masks in zip(flat, self._leaves, self._kept, strict=True):
       shape = _shape(leaf, masks)
@@ -106,11 +118,25 @@ class Compact:
     return gone
 
   def shrink(self, tree: PyTree) -> PyTree:
-    """Of a tree of full-size arrays, such as masks, what stays; leaves [...]."""
+    """Cuts another tree alike, such as masks or the state of an optimizer.
+
+    Args:
+      tree: tree with the structure of the network's params, in the full shapes.
+
+    Returns:
+      The tree with what stays of its arrays.
+    """
     return self._each(tree, lambda x, leaf, masks: _taken(x, masks))
 
   def expand(self, tree: PyTree) -> PyTree:
-    """A cut tree in the full shapes, zeros where it was cut."""
+    """Gives a cut tree its full shapes back.
+
+    Args:
+      tree: tree with the structure and shapes of `params`.
+
+    Returns:
+      The tree in the full shapes, zeros where it was cut.
+    """
     return self._each(tree, lambda x, leaf, masks: _expanded(x, masks))
 
   def _each(self, tree, function):
@@ -124,14 +150,101 @@ class Compact:
 def compact(
   apply: Callable[..., Any], params: PyTree, masks: PyTree, *inputs: Any
 ) -> Compact:
-  """Cuts what the masks emptied out of a network."""
+  """Cuts out of a network the channels that its masks emptied.
+
+  A channel goes where the masked network does not depend on it: where all that reads it
+  is removed, or where it is exactly 0 because all that makes it is. That holds for masks
+  of channels (`channel_masks`) and for those of single weights alike. At least one
+  position of every axis stays. `compact.apply(compact.params, x)` equals
+  `apply(apply_masks(params, masks), x)` to rounding.
+
+  Args:
+    apply: the network, called with `params` and `inputs`.
+    params: tree of parameters, arrays or shapes. May hold other leaves.
+    masks: tree of bool arrays with the structure of `params`, True where kept; concrete.
+    *inputs: arrays, or their `jax.ShapeDtypeStruct`s, such as one batch.
+
+  Returns:
+    The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
+
+  Raises:
+    ValueError: `apply` cannot be traced with these arguments, or masks and params do not
+      fit.
+
+  Example:
+    >>> params = {"w": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"]
+    >>> masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+    >>> masks["w"][:, 3:] = False
+    >>> small = compact(apply, params, masks, jnp.ones((1, 4)))
+    >>> jax.tree.map(jnp.shape, small.params)
+    {'out': (3, 2), 'w': (4, 3)}
+    >>> small.apply(small.params, jnp.ones((5, 4))).shape
+    (5, 2)
+  """
   masks = match_masks(params, masks)
   zeros = _zeros(params, masks)
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
-  network = Compact(apply, trace.leaves, zeros, kept)
+  paths = [path_string(path) for path in trace.paths]
+  network = Compact(apply, paths, trace.leaves, zeros, kept, None)
   network.params = network.shrink(jax.tree.map(_masked, params, masks))
+  network.masks = jax.tree.map(np.asarray, masks)
+  network.masks = network.shrink(network.masks)
   return network
+
+
+def compact_from(
+  apply: Callable[..., Any], params: PyTree, layout: Sequence[dict[str, Any]]
+) -> Compact:
+  """A cut network again, from what was saved of it.
+
+  Args:
+    apply: the network's function, of params of the full shapes.
+    params: tree of smaller arrays, the `params` of a `Compact` or trained from them.
+    layout: its `layout`.
+
+  Returns:
+    The network that they were saved from, but for `masks`, which is None.
+
+  Raises:
+    ValueError: params and layout do not fit.
+
+  Example:
+    >>> params, masks = {"w": jnp.ones((4, 2))}, {"w": np.ones((4, 2), bool)}
+    >>> small = compact(lambda p, x: x @ p["w"], params, masks, jnp.ones((1, 4)))
+    >>> again = compact_from(lambda p, x: x @ p["w"], small.params, small.layout)
+    >>> again.apply(small.params, jnp.ones((1, 4)))
+    Array([[4., 4.]], dtype=float32)
+  """
+  paths = [row["path"] for row in layout]
+  leaves = [
+    jax.ShapeDtypeStruct(tuple(row["shape"]), _dtype(row["dtype"])) for row in layout
+  ]
+  kept, zeros = (
+    [_masks(row[name], row["shape"]) for row in layout] for name in ("kept", "empty")
+  )
+  network = Compact(apply, paths, leaves, zeros, kept, params)
+  network._leaves_and_full(params)
+  return network
+
+
+def _listed(masks):
+  """By axis, the positions where a mask is True, as JSON holds them."""
+  return {str(i): np.flatnonzero(m).tolist() for i, m in enumerate(masks) if m is not None}
+
+
+def _masks(listed, shape):
+  masks: list[np.ndarray | None] = [None] * len(shape)
+  for axis, positions in listed.items():
+    masks[int(axis)] = np.isin(np.arange(shape[int(axis)]), positions)
+  return masks
+
+
+def _dtype(name):
+  if name.startswith("key<"):
+    return jax.random.key(0, impl=name[4:-1]).dtype
+  return jnp.dtype(name)
 
 
 def _zeros(params, masks) -> Kept:
@@ -146,9 +259,7 @@ def _zeros(params, masks) -> Kept:
     if mask.shape != leaf.shape or mask.all():
       zeros.append([None] * rank)
       continue
-    zeros.append(
-      [~mask.any(tuple(j for j in range(rank) if j != i)) for i in range(rank)]
-    )
+    zeros.append([~mask.any(tuple(j for j in range(rank) if j != i)) for i in range(rank)])
   return zeros
 
 
@@ -193,6 +304,8 @@ def _taken(x, masks):
     return x
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(_shape(x, masks), x.dtype)
+  if isinstance(x, np.ndarray):
+    return take(x, masks)
   alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
   if not alone:
     return take(x, masks)
@@ -203,6 +316,8 @@ def _masked(x, mask):
   """What is left of a leaf, on the host where that takes no program."""
   if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
     return x
+  if isinstance(x, np.ndarray):
+    return np.where(mask, x, np.zeros((), x.dtype))
   if isinstance(x, jax.Array) and is_concrete(x) and len(x.devices()) == 1:
     return jax.device_put(np.where(mask, x, np.zeros((), x.dtype)), x.sharding)
   return jnp.where(mask, x, jnp.zeros((), x.dtype))

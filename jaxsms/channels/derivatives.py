@@ -73,7 +73,10 @@ def walk_derivative(
   """Walks the derivative that a custom_jvp or custom_vjp has."""
   avals = [_shaped(v.aval) for v in equation.invars]
   out_avals = [_shaped(v.aval) for v in equation.outvars]
-  floating, floating_outs = list(map(_is_floating, avals)), list(map(_is_floating, out_avals))
+  floating, floating_outs = (
+    list(map(_is_floating, avals)),
+    list(map(_is_floating, out_avals)),
+  )
   function = _function(equation)
   if equation.primitive.name == "custom_jvp_call":
     records = _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs)

@@ -9,20 +9,33 @@ from jaxsms.channels.labels import BROKEN, FINITE, ZERO, Axis
 from jaxsms.channels.values import Value, Walk, reason, unknown
 
 # f(0) = 0.
-_KEEP_ZERO = """neg sign floor ceil round sin tan asin atan sinh tanh asinh atanh expm1 log1p
-  sqrt cbrt abs erf erf_inv square real imag conj convert_element_type reduce_precision copy
-  copy_p stop_gradient optimization_barrier sharding_constraint device_put pcast pvary
-  reshard mesh_cast population_count bessel_i1e preventing_cse name layout_constraint
-  to_edtype from_edtype""".split()
+_KEEP_ZERO = (
+  "neg", "sign", "floor", "ceil", "round", "sin", "tan", "asin", "atan", "sinh",
+  "tanh", "asinh", "atanh", "expm1", "log1p", "sqrt", "cbrt", "abs", "erf", "erf_inv",
+  "square", "real", "imag", "conj", "convert_element_type", "reduce_precision", "copy",
+  "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint",
+  "device_put", "pcast", "pvary", "reshard", "mesh_cast", "population_count",
+  "bessel_i1e", "preventing_cse", "name", "layout_constraint", "to_edtype",
+  "from_edtype",
+)  # fmt: skip
 # f(0) is some number.
-_MOVE_ZERO = """exp exp2 cos cosh acos acosh logistic erfc not is_finite bessel_i0e clz
-  """.split()
+_MOVE_ZERO = (
+  "exp", "exp2", "cos", "cosh", "acos", "acosh", "logistic", "erfc", "not",
+  "is_finite", "bessel_i0e", "clz",
+)  # fmt: skip
 # f(0) is infinite.
-_BREAK_ZERO = "log rsqrt digamma lgamma".split()
+_BREAK_ZERO = (
+  "log", "rsqrt", "digamma", "lgamma",
+)  # fmt: skip
 # f(0, ..., 0) = 0.
-_ALL_ZERO = """add sub add_any max min or xor atan2 shift_left shift_right_logical
-  shift_right_arithmetic""".split()
-_NUMBERS = "eq ne lt le gt ge eq_to le_to lt_to nextafter complex".split()
+_ALL_ZERO = (
+  "add", "sub", "add_any", "max", "min", "or", "xor", "atan2", "shift_left",
+  "shift_right_logical", "shift_right_arithmetic",
+)  # fmt: skip
+_NUMBERS = (
+  "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "nextafter",
+  "complex",
+)  # fmt: skip
 
 
 def elementwise(combine: Callable[..., Any]) -> Callable:
@@ -84,8 +97,9 @@ def _folded(name: str, ins: Sequence[Value]) -> float | None:
 
 _FOLD = {
   "convert_element_type": float, "copy": float, "stop_gradient": float, "neg": np.negative,
-  "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum,
-  "min": np.minimum, "sqrt": np.sqrt, "square": np.square, "copy_p": float,
+  "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide,
+  "max": np.maximum, "min": np.minimum, "sqrt": np.sqrt,
+  "square": np.square, "copy_p": float,
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Runs a walked function on the positions that stay."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from jax.extend.core import Literal
 
 from jaxsms import convolution
 from jaxsms.channels.calls import CALLS, own_operation
-from jaxsms.channels.derivatives import Derivative
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
 

@@ -10,7 +10,14 @@ from jaxsms.channels import calls, elementwise, products, reductions, shapes
 from jaxsms.channels.labels import FINITE, ZERO, Axis, Fixed
 from jaxsms.channels.values import Value, Walk
 from jaxsms.trace import WeightUse, uses_in
-from jaxsms.trees import PyTree, is_array, is_floating, is_parameter, path_names, path_string
+from jaxsms.trees import (
+  PyTree,
+  is_array,
+  is_floating,
+  is_parameter,
+  path_names,
+  path_string,
+)
 
 RULES = {
   **elementwise.RULES, **shapes.RULES, **products.RULES, **reductions.RULES, **calls.RULES
@@ -70,10 +77,36 @@ def channel_groups(
 ) -> ChannelGroups:
   """Finds the channels of a network that can only be removed together.
 
-  `apply` is traced, and nothing is computed: any network of any framework will do.
+  `apply` is traced and nothing is computed, so a network of any framework will do. Each
+  position of each axis that operations tie to others, from leaf to leaf, belongs to one
+  channel: a neuron, a filter with its bias and normalization and all that reads it, a head
+  of an attention, a column that all heads share. Axes of length 1 are not cut.
+
+  Args:
+    apply: the network, called with `params` and `inputs`. In training it may return new
+      batch statistics too.
+    params: tree of parameters; shapes are enough (`jax.eval_shape`). May hold other leaves,
+      such as batch statistics.
+    *inputs: arrays, or their `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    The groups, each of channels that have positions in the same places. Whatever reaches an
+    input, an output or a place where other values would change is in none, and
+    `.left_alone` says why.
+
+  Raises:
+    ValueError: `apply` cannot be traced with these arguments.
+
+  Example:
+    >>> params = {"w": jnp.ones((4, 8)), "b": jnp.ones(8), "out": jnp.ones((8, 2))}
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["out"]
+    >>> groups = channel_groups(apply, params, jnp.ones((1, 4)))
+    >>> [(group.size, group.places) for group in groups]
+    [(8, (('b', 0), ('out', 0), ('w', 1)))]
+    >>> groups.left_alone[0]
+    ('out, axis 1', 'it is an output of the function')
   """
-  trace = Trace(apply, params, inputs)
-  return trace.groups()
+  return Trace(apply, params, inputs).groups()
 
 
 class Trace:
@@ -107,7 +140,14 @@ class Trace:
       return apply(jax.tree.unflatten(structure, every), *inputs)
 
     inputs = jax.tree.map(lambda x: shaped(x) if is_array(x) else x, tuple(inputs))
-    closed, outs = jax.make_jaxpr(function, return_shape=True)(self.leaves, *inputs)
+    try:
+      closed, outs = jax.make_jaxpr(function, return_shape=True)(self.leaves, *inputs)
+    except Exception as error:
+      line = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+      raise ValueError(
+        "apply cannot be traced with these params and inputs, called as apply(params, "
+        f"*inputs): {type(error).__name__}: {line}"
+      ) from error
     self.closed, self.out_tree = closed, jax.tree.structure(outs)
     self.walk = Walk(RULES, derivatives=zeros is not None)
     labels = self.walk.labels
@@ -119,7 +159,7 @@ class Trace:
           axes.append(labels.fixed("it holds no floating numbers"))
           continue
         one = labels.fresh(n, ZERO if is_parameter(path, leaf) else FINITE)
-        if zeros is not None and isinstance(one, Axis):
+        if zeros is not None and isinstance(one, Axis) and is_parameter(path, leaf):
           zero = zeros[i][axis]
           one.values[:] = FINITE if zero is None else np.where(zero, ZERO, FINITE)
         axes.append(one)
@@ -133,6 +173,9 @@ class Trace:
       self.walk.stays(v.aval.shape, "it is an input of the function")
       for v in jaxpr.invars[len(own) :]
     ]
+    for value, flag in zip(own, calls.used(jaxpr), strict=False):
+      for axis in () if flag else value.axes:
+        labels.freeze(axis, "the function does not use it")
     self.record = self.walk.run(jaxpr, closed.consts, [*own, *rest])
     self._outputs(outs)
 
@@ -140,14 +183,14 @@ class Trace:
     """Outputs stay, but for those that are new values of a leaf of params."""
     flat = jax.tree_util.tree_leaves_with_path(outs)
     for (path, out), value in zip(flat, self.record.outs, strict=True):
-      leaf = self._same_leaf(path, out)
+      leaf = self._same_leaf(path, out, value)
       for i, axis in enumerate(value.axes):
         if leaf is None:
           self.walk.labels.freeze(axis, "it is an output of the function")
         else:
           self.walk.labels.tie(axis, self.axes[leaf][i])
 
-  def _same_leaf(self, path, out):
+  def _same_leaf(self, path, out, value):
     """The leaf of params that an output has the path (or most of it) and shape of."""
     names, best = path_names(path), []
     for i, (own, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
@@ -156,12 +199,26 @@ class Trace:
       own, common = path_names(own), 0
       while common < min(len(own), len(names)) and own[-1 - common] == names[-1 - common]:
         common += 1
-      if common:
+      if common >= max(len(own) - 1, 1):  # all of the path but its root
         best.append((common, i))
     best.sort(reverse=True)
     if not best or (len(best) > 1 and best[0][0] == best[1][0]):
       return None
-    return best[0][1]
+    leaf = best[0][1]
+    return leaf if self._is_state(leaf, value) else None
+
+  def _is_state(self, leaf, value):
+    """Whether an output is a batch statistic, or made from the leaf of its name."""
+    if not is_parameter(self.paths[leaf], self.leaves[leaf]):
+      return True
+    normal = self.walk.labels.normal
+    for own, axis in zip(self.axes[leaf], value.axes, strict=True):
+      own, axis = normal(own), normal(axis)
+      if isinstance(own, Axis) and not (
+        isinstance(axis, Axis) and np.array_equal(own.labels, axis.labels)
+      ):
+        return False
+    return True
 
   def channels(self) -> list[tuple[np.ndarray, list, list[np.ndarray]]]:
     """Labels that may go, by their places: (labels [n], places, positions [n, k] in each).
@@ -193,7 +250,9 @@ class Trace:
     marks = (weights[:, place[run]] * number + number * number).astype(np.uint64)
     marks = np.add.reduceat(marks, first, axis=1)
     runs = np.diff(np.append(first, len(run)))
-    _, kind = np.unique(np.stack([*marks, runs.astype(np.uint64)]), axis=1, return_inverse=True)
+    _, kind = np.unique(
+      np.stack([*marks, runs.astype(np.uint64)]), axis=1, return_inverse=True
+    )
     kind, found = kind.ravel(), []
     by_kind = np.argsort(kind, kind="stable")
     for members in np.split(by_kind, np.flatnonzero(np.diff(kind[by_kind])) + 1):

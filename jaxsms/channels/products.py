@@ -61,7 +61,7 @@ def convolution(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   groups, batches = p["feature_group_count"], p["batch_group_count"]
   shapes = [v.aval.shape for v in equation.invars]
   n, c = (shapes[0][i] for i in lhs[:2])
-  o, i = (shapes[1][i] for i in rhs[:2])
+  o = shapes[1][rhs[0]]
   n_axis, c_axis = (image.axes[i] for i in lhs[:2])
   o_axis, i_axis = (kernel.axes[i] for i in rhs[:2])
   if groups > 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsms.channels.labels import BROKEN, FINITE, ZERO, Axis
+from jaxsms.channels.labels import FINITE, ZERO, Axis
 from jaxsms.channels.shapes import joined
 from jaxsms.channels.values import Value, Walk
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxsms.channels.labels import FINITE, LONGEST, ZERO, Axis, Fixed
+from jaxsms.channels.labels import FINITE, LONGEST, Axis, Fixed
 from jaxsms.channels.values import Value, Walk, reason
 
 
-def merged(
-  walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]
-) -> Axis | Fixed:
+def merged(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Axis | Fixed:
   """The axis that several make when they are flattened into one."""
   axes = [walk.labels.normal(axis) for axis in axes]
   if len(axes) == 1 or all(isinstance(axis, Fixed) for axis in axes):
@@ -187,9 +185,7 @@ def slice_(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   p = equation.params
   strides = p["strides"] or (1,) * len(ins[0].axes)
   limits = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-  axes = [
-    taken(a, slice(*limit)) for a, limit in zip(ins[0].axes, limits, strict=True)
-  ]
+  axes = [taken(a, slice(*limit)) for a, limit in zip(ins[0].axes, limits, strict=True)]
   return [Value(tuple(axes), ins[0].known)]
 
 
@@ -229,9 +225,7 @@ def joined(walk: Walk, axes: Sequence[Axis | Fixed]) -> Axis | Fixed:
   return Axis(first.labels, np.maximum.reduce(values))
 
 
-def beside(
-  walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]
-) -> Axis | Fixed:
+def beside(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Axis | Fixed:
   """Axes one after the other."""
   labels = walk.labels
   axes = [labels.normal(axis) for axis in axes]
