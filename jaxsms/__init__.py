@@ -10,19 +10,6 @@
 
 import importlib
 
-<<<<<<< HEAD
-from jaxsms.channels.budgets import channel_masks
-from jaxsms.channels.compact import Compact, compact
-from jaxsms.channels.groups import ChannelGroup, ChannelGroups, channel_groups
-from jaxsms.channels.places import masks_of_channels
-from jaxsms.channels.scores import (
-  batch_norm_scores,
-  l2_scores,
-  random_scores,
-  taylor_scores,
-)
-from jaxsms.channels.table import GroupSensitivity, sensitivity
-=======
 from jaxsms.channels import (
   ChannelGroup,
   ChannelGroups,
@@ -31,7 +18,15 @@ from jaxsms.channels import (
   compact,
   compact_from,
 )
->>>>>>> w-channels
+from jaxsms.channels.budgets import channel_masks
+from jaxsms.channels.places import masks_of_channels
+from jaxsms.channels.scores import (
+  batch_norm_scores,
+  l2_scores,
+  random_scores,
+  taylor_scores,
+)
+from jaxsms.channels.table import GroupSensitivity, sensitivity
 from jaxsms.criteria import erk_masks, filter_masks, lamp_masks, n_m_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -92,10 +87,7 @@ __all__ = [
   "ChannelGroup",
   "ChannelGroups",
   "Compact",
-<<<<<<< HEAD
   "GroupSensitivity",
-=======
->>>>>>> w-channels
   "Phase",
   "Plane",
   "ShrunkPhase",
@@ -108,15 +100,10 @@ __all__ = [
   "batch_norm_scores",
   "calibration_error",
   "channel_groups",
-<<<<<<< HEAD
   "channel_masks",
   "class_accuracies",
   "compact",
-=======
-  "class_accuracies",
-  "compact",
   "compact_from",
->>>>>>> w-channels
   "cross_entropy",
   "erk_masks",
   "filter_masks",
