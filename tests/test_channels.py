@@ -19,7 +19,7 @@ def ones(**shapes):
 
 
 def places(groups):
-  """(size, {(path, axis): positions of the first channel}) of each group, in their order."""
+  """(size, {(path, axis): positions of the first channel}) of each group."""
   return [
     (
       g.size,

@@ -15,7 +15,7 @@ from jaxsms.channels.values import Record, Value, Walk
 # Operations that stand for the one function that they hold.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
-         "named_call", "xla_call", "core_closed_call")  # fmt: skip
+         "named_call", "xla_call", "core_closed_call", "composite")  # fmt: skip
 
 WITH_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 

@@ -12,7 +12,7 @@ from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
 from jaxsms.channels.values import Record
-from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_string
+from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_names, path_string
 
 Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
 
@@ -140,11 +140,14 @@ class Compact:
     return self._each(tree, lambda x, leaf, masks: _expanded(x, masks))
 
   def _each(self, tree, function):
-    flat, structure = jax.tree.flatten(tree)
-    places = iter(zip(self._leaves, self._kept, strict=True))
-    return jax.tree.unflatten(
-      structure, [function(x, *next(places)) if is_array(x) else x for x in flat]
-    )
+    rows = zip(self._leaves, self._kept, strict=True)
+    places = dict(zip(self._paths, rows, strict=True))
+
+    def one(path, x):
+      place = places.get(path_string(path))
+      return x if place is None or not is_array(x) else function(x, *place)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def compact(
@@ -182,7 +185,7 @@ def compact(
     >>> small.apply(small.params, jnp.ones((5, 4))).shape
     (5, 2)
   """
-  masks = match_masks(params, masks)
+  masks = _matched(params, masks)
   zeros = _zeros(params, masks)
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
@@ -245,6 +248,20 @@ def _dtype(name):
   if name.startswith("key<"):
     return jax.random.key(0, impl=name[4:-1]).dtype
   return jnp.dtype(name)
+
+
+def _matched(params, masks):
+  """The masks in the structure of `params`; True where a leaf is no array."""
+  flat = jax.tree_util.tree_leaves_with_path(masks)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  arrays = [i for i, (_, x) in enumerate(leaves) if is_array(x)]
+  if len(flat) == len(arrays):  # of the arrays alone
+    own = iter(x for _, x in flat)
+    every = [next(own) if is_array(x) else True for _, x in leaves]
+    names = [path_names(leaves[i][0]) for i in arrays]
+    if names == [path_names(path) for path, _ in flat]:
+      masks = jax.tree.unflatten(structure, every)
+  return match_masks(params, masks)
 
 
 def _zeros(params, masks) -> Kept:

@@ -33,8 +33,9 @@ _ALL_ZERO = (
   "shift_right_logical", "shift_right_arithmetic",
 )  # fmt: skip
 _NUMBERS = (
-  "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "nextafter",
-  "complex",
+  "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "nextafter", "complex",
+  "igamma", "igammac", "igamma_grad_a", "regularized_incomplete_beta", "zeta", "polygamma",
+  "mulhi", "random_gamma_grad",
 )  # fmt: skip
 
 

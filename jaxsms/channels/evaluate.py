@@ -150,6 +150,13 @@ def _iota(step, ins):
   return [take(x, step.out_masks()) for x in step.bind(ins)]
 
 
+def _stack(step, ins):
+  mask = step.out_masks()[step.params["axis"]]
+  if mask is not None:
+    ins = [x for x, stays in zip(ins, mask, strict=True) if stays]
+  return step.bind(ins)
+
+
 def _random_bits(step, ins):
   keys = len(step.in_shape(0))
   return step.bind(ins, shape=step.out_shape()[keys:])
@@ -289,6 +296,8 @@ _RULES: dict[str, Callable] = {
   "reshape": _reshape,
   "tile": _tile,
   "iota": _iota,
+  "empty": _iota,
+  "stack": _stack,
   "random_bits": _random_bits,
   "pad": _pad,
   "slice": _slice,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsms.channels import calls, elementwise, products, reductions, shapes
+from jaxsms.channels import calls, elementwise, indexing, products, reductions, shapes
 from jaxsms.channels.labels import FINITE, ZERO, Axis, Fixed
 from jaxsms.channels.values import Value, Walk
 from jaxsms.trace import WeightUse, uses_in
@@ -20,8 +20,10 @@ from jaxsms.trees import (
 )
 
 RULES = {
-  **elementwise.RULES, **shapes.RULES, **products.RULES, **reductions.RULES, **calls.RULES
-}  # fmt: skip
+  name: rule
+  for room in (elementwise, shapes, indexing, products, reductions, calls)
+  for name, rule in room.RULES.items()
+}
 
 
 class ChannelGroup(NamedTuple):
