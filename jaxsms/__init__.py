@@ -1,6 +1,7 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
+- Whole channels: `channel_groups`, `channel_masks`, `compact`, `sensitivity`.
 - Training: `masked` around any optax optimizer, `assert_sparse`, `retrain_schedule`.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
@@ -10,6 +11,23 @@
 
 import importlib
 
+from jaxsms.channels import (
+  ChannelGroup,
+  ChannelGroups,
+  Compact,
+  channel_groups,
+  compact,
+  compact_from,
+)
+from jaxsms.channels.budgets import channel_masks
+from jaxsms.channels.places import masks_of_channels
+from jaxsms.channels.scores import (
+  batch_norm_scores,
+  l2_scores,
+  random_scores,
+  taylor_scores,
+)
+from jaxsms.channels.table import GroupSensitivity, sensitivity
 from jaxsms.criteria import erk_masks, lamp_masks
 from jaxsms.flops import (
   layer_sparsities,
@@ -53,6 +71,7 @@ from jaxsms.pruning import (
 )
 from jaxsms.retraining import retrain_phase
 from jaxsms.schedules import pretrain_schedule, retrain_schedule
+from jaxsms.shrinking import ShrunkPhase, ShrunkSoup
 from jaxsms.sms import (
   Phase,
   SparseSoup,
@@ -68,8 +87,14 @@ from jaxsms.weights import Weights
 __version__ = "0.1.0"
 
 __all__ = [
+  "ChannelGroup",
+  "ChannelGroups",
+  "Compact",
+  "GroupSensitivity",
   "Phase",
   "Plane",
+  "ShrunkPhase",
+  "ShrunkSoup",
   "SparseSoup",
   "Weights",
   "accuracy",
@@ -77,14 +102,20 @@ __all__ = [
   "apply_masks",
   "assert_sparse",
   "balanced_accuracy",
+  "batch_norm_scores",
   "calibration_error",
+  "channel_groups",
+  "channel_masks",
   "class_accuracies",
+  "compact",
+  "compact_from",
   "cross_entropy",
   "erk_masks",
   "filter_masks",
   "fit_mesh",
   "greedy_soup",
   "interpolate",
+  "l2_scores",
   "lamp_masks",
   "layer_sparsities",
   "loss_along_line",
@@ -95,6 +126,7 @@ __all__ = [
   "map_ingredients",
   "masked",
   "masks_from_keys",
+  "masks_of_channels",
   "merge_phase",
   "model_on_plane",
   "multiply_adds",
@@ -109,13 +141,16 @@ __all__ = [
   "prunable",
   "prune_phase",
   "random_masks",
+  "random_scores",
   "retrain_phase",
   "retrain_schedule",
+  "sensitivity",
   "soup_geometry",
   "sparse_model_soup",
   "sparse_multiply_adds",
   "sparsity",
   "stack",
+  "taylor_scores",
   "theoretical_speedup",
   "uniform_soup",
   "unstack",

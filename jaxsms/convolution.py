@@ -141,6 +141,9 @@ kernel_gradient.defvjp(
 )
 
 
+OPERATIONS = (_forward, _image_gradient, _kernel_gradient)
+
+
 @functools.cache
 def _operation(how, index):
   """The operation of that index among the three, run as the rule or the caller says."""
@@ -164,6 +167,8 @@ def _operation(how, index):
   def stack(size, batched, a, b):
     a, b = (x if on else x[None] for x, on in zip((a, b), batched, strict=True))
     return stacked(a, b), True
+
+  stack.convolution = (how, index)  # by which `jaxsms.channels` knows it in a jaxpr
 
   @stacked.def_vmap
   def join(size, batched, a, b):

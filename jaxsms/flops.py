@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
 
 from jaxsms.pruning import prunable_flags
+from jaxsms.trace import weight_uses
 from jaxsms.trees import Prunable, PyTree, path_string
 
 
@@ -45,13 +45,8 @@ def multiply_adds(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (theoretical speed-up)
   """
   weights = _weights(params, prunable)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  owners = [path_string(path) for path, _ in leaves]
-  owners = [name if name in weights else None for name in owners]
-  jaxpr = jax.make_jaxpr(apply)(params, images).jaxpr
-  owners += [None] * (len(jaxpr.invars) - len(owners))
-  counts = dict.fromkeys(weights, 0)
-  _count(jaxpr, owners, 1, counts)
+  uses = weight_uses(apply, params, images)
+  counts = {name: uses[name].multiply_adds if name in uses else 0 for name in weights}
   unused = [name for name, count in counts.items() if not count]
   if unused:
     raise ValueError(
@@ -133,64 +128,3 @@ def _weights(params: PyTree, prunable: Prunable | None) -> dict[str, Any]:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   flags = prunable_flags(params, prunable)
   return {path_string(p): x for (p, x), flag in zip(leaves, flags, strict=True) if flag}
-
-
-def _count(
-  jaxpr: Any, owners: list[str | None], repeats: int, counts: dict[str, int]
-) -> list[str | None]:
-  """Adds the products of a traced function to the counts of the weights in them.
-
-  Args:
-    jaxpr: of the function.
-    owners: for each of its inputs, the weight that it is, if any.
-    repeats: how often the function runs.
-    counts: of each weight so far; added to.
-
-  Returns:
-    For each of its outputs, the weight that it is, if any.
-  """
-  owned = dict(zip(jaxpr.invars, owners, strict=True))
-
-  def owner(variable):
-    return None if isinstance(variable, Literal) else owned.get(variable)
-
-  for equation in jaxpr.eqns:
-    inputs = [owner(v) for v in equation.invars]
-    weight = next((name for name in inputs if name), None)
-    if weight is None:
-      continue
-    name, outputs = equation.primitive.name, None
-    if name in _PRODUCTS:
-      counts[weight] += repeats * _PRODUCTS[name](equation)
-      continue
-    if name == "cond":  # of the platforms' lowerings the default, which is the plain one
-      inner, inputs = equation.params["branches"][-1], inputs[1:]
-    else:
-      inner = next((v for v in equation.params.values() if hasattr(v, "eqns")), None)
-    if inner is None:
-      # Reshaped, transposed, cast, scaled: a weight stays the weight that it was.
-      out = equation.outvars[0]
-      sizes = {v.aval.size for v, n in zip(equation.invars, inputs, strict=True) if n}
-      outputs = [weight if out.aval.size in sizes else None]
-    elif name != "while":  # how often it runs is not known
-      inner = getattr(inner, "jaxpr", inner)
-      times = equation.params["length"] if name == "scan" else 1
-      outputs = _count(inner, inputs, repeats * times, counts)
-    if outputs:
-      owned |= dict(zip(equation.outvars, outputs, strict=False))
-  return [owner(v) for v in jaxpr.outvars]
-
-
-def _dense(equation: Any) -> int:
-  (contracted, _), _ = equation.params["dimension_numbers"]
-  shape = equation.invars[0].aval.shape
-  return equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-
-
-def _convolution(equation: Any) -> int:
-  kernel = equation.invars[1].aval
-  features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-  return equation.outvars[0].aval.size * (kernel.size // features)
-
-
-_PRODUCTS = {"dot_general": _dense, "conv_general_dilated": _convolution}

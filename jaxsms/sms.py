@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms import counts
+from jaxsms.channels.budgets import check_reachable
 from jaxsms.checks import check_call, check_goal, check_indices, check_phases
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch, gather
@@ -27,6 +28,7 @@ from jaxsms.pruning import (
   prunable_flags,
 )
 from jaxsms.retraining import Retrain, retrain_phase
+from jaxsms.shrinking import Shrinking, ShrunkPhase, ShrunkSoup
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (
   Arrays,
@@ -169,7 +171,8 @@ def sparse_model_soup(
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
   regrow: bool = False,
-) -> SparseSoup:
+  shrink: tuple | None = None,
+) -> SparseSoup | ShrunkSoup:
   """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
 
   The sparsity after phase t is `phase_sparsity(goal_sparsity, t, phases)`. Nothing is
@@ -200,9 +203,14 @@ def sparse_model_soup(
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
     regrow: allows `prune` to keep weights that were removed before.
+    shrink: (apply, *inputs), the network and what it is called with after its params, to
+      cut it after each pruning. `prune`, by default `channel_masks`, gets `groups=` and
+      full shapes, zeros where it was cut. `retrain(key, params, masks, ingredient, cut)`
+      gets the smaller trees; `cut(fn)` makes a function of them of any function of
+      full-size params. It is compiled in each phase.
 
   Returns:
-    The soup, its masks and a record of each phase.
+    The soup, its masks and a record of each phase; with `shrink` a `ShrunkSoup`.
 
   Raises:
     ValueError: sparsity or phases out of range, a goal that removes every weight, no
@@ -224,15 +232,22 @@ def sparse_model_soup(
   check_finite(params)
   flags = prunable_flags(params, prunable)
   check_goal(goal_sparsity, _total(flags, params))
+  network = None if shrink is None else Shrinking(shrink, params, prune)
+  prune = prune if network is None else network.prune
+  check_reachable(prune, params, goal_sparsity, masks, prunable)
+  prune_once = functools.partial(prune_phase, prune=prune, prunable=prunable, regrow=regrow)
+  prune_once = prune_once if network is None else network.pruning(prune_once)
 
   def retrain_all(key, params, masks, record):
     varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
-    candidates, report = retrain_phase(key, params, masks, varied, retrain, mesh, at_once)
+    one = retrain if network is None else network.retrain(retrain)
+    candidates, report = retrain_phase(key, params, masks, varied, one, mesh, at_once)
     return candidates, {"retrain": report}
     yield  # a generator, as the loop asks for; one program has nothing to report
 
   def merge_all(key, candidates, record):
-    soup, weights = merge_phase(candidates, merge)
+    merge_one = merge if network is None else network.merge(merge)
+    soup, weights = merge_phase(candidates, merge_one)
     return soup, {"weights": weights}
 
   history = []
@@ -240,15 +255,19 @@ def sparse_model_soup(
     key,
     params,
     phase_sparsities(goal_sparsity, phases),
-    prune=functools.partial(prune_phase, prune=prune, prunable=prunable, regrow=regrow),
+    prune=prune_once,
     retrain=retrain_all,
     merge=merge_all,
     masks=masks,
   ):
     params, masks = phase.params, phase.masks
     history.append(phase.record)
+    if network is not None:
+      phase = ShrunkPhase(*phase, network.expand, network.cut)
     if on_phase is not None:
       on_phase(phase)
+  if network is not None:
+    return ShrunkSoup(params, masks, history, network.expand, network.cut)
   return SparseSoup(params, masks, history)
 
 

@@ -48,6 +48,22 @@ SIGNATURES = {
   ),
   "stack": ({"models": REQUIRED}, {}),
   "unstack": ({"stacked": REQUIRED}, {}),
+  "masks_of_channels": (
+    {"params": REQUIRED, "groups": REQUIRED, "kept": REQUIRED},
+    {},
+  ),
+  "channel_masks": (
+    {"params": REQUIRED, "sparsity": REQUIRED},
+    {
+      "groups": REQUIRED,
+      "score": "l2",
+      "scope": "global",
+      "budget": "weights",
+      "round_to": 1,
+      "masks": None,
+      "prunable": None,
+    },
+  ),
   "uniform_soup": ({"stacked": REQUIRED, "weights": None}, {}),
   "greedy_soup": ({"stacked": REQUIRED, "evaluate": REQUIRED}, {}),
   "soup_geometry": ({"stacked": REQUIRED}, {}),
@@ -65,6 +81,7 @@ SIGNATURES = {
       "merge": jaxsms.uniform_soup,
       "mesh": None,
       "on_phase": None,
+      "shrink": None,
     },
   ),
 }

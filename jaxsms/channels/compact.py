@@ -1,0 +1,354 @@
+"""Networks cut to the channels that their masks leave."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.channels.evaluate import Cut, evaluate, take
+from jaxsms.channels.groups import Trace
+from jaxsms.channels.inputs import Inputs
+from jaxsms.channels.labels import ZERO, Axis, Fixed
+from jaxsms.channels.values import Record
+from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_names, path_string
+
+Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
+
+
+class Compact:
+  """A network whose arrays are smaller: what `compact` gives.
+
+  Attributes:
+    params: the tree of the full network, with smaller arrays.
+    masks: its masks, cut alike: what stays may have single weights removed.
+    apply: the network's function on smaller params and any inputs. It works under `jit`,
+      `grad` and `vmap`, with other batch sizes, and in training. Random numbers inside,
+      of dropout say, are of the same distribution and not the same.
+    layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
+  """
+
+  def __init__(self, apply, paths, leaves, zeros, kept, params, masks=None):
+    self._paths, self._leaves, self._zeros, self._kept = paths, leaves, zeros, kept
+    self.params, self.masks = params, masks
+    self.apply = self.cut(apply)
+
+  @property
+  def layout(self) -> list[dict[str, Any]]:
+    """For each array its path, full shape, dtype, and by axis which positions stay."""
+    rows = zip(self._paths, self._leaves, self._kept, self._zeros, strict=True)
+    return [
+      {
+        "path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype),
+        "kept": _listed(kept), "empty": _listed(zeros),
+      }
+      for path, leaf, kept, zeros in rows
+    ]  # fmt: skip
+
+  def cut(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of full-size params, on the cut ones.
+
+    Args:
+      function: such as a loss or another way to call the network; called with params of
+        the full shapes first. It is traced once for the shapes of its arguments.
+
+    Returns:
+      The function on smaller params. It raises ValueError where what `function` does with
+      the channels that were cut would change other values.
+    """
+    traces: dict[Any, tuple[Trace, Cut]] = {}
+
+    def smaller(params, *args, **kwargs):
+      leaves, full = self._leaves_and_full(params)
+      inputs = Inputs(args, kwargs)
+      key = jax.tree.structure(params), inputs.key
+      if key not in traces:
+        trace = Trace(inputs.bound(function), full, inputs.arrays, self._zeros)
+        traces[key] = trace, Cut(trace.walk, self._gone(trace))
+      trace, cut = traces[key]
+      outs = evaluate(cut, trace.record, [*leaves, *inputs.arrays])
+      return jax.tree.unflatten(trace.out_tree, outs)
+
+    return smaller
+
+  def _leaves_and_full(self, params):
+    """The arrays of cut params, and the tree of the shapes that they had."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    self._check(flat)
+    full = iter(self._leaves)
+    every = [next(full) if is_array(x) else x for _, x in flat]
+    return [x for _, x in flat if is_array(x)], jax.tree.unflatten(structure, every)
+
+  def _check(self, flat):
+    flat = [(path, x) for path, x in flat if is_array(x)]
+    if [path_string(path) for path, _ in flat] != self._paths:
+      raise ValueError(
+        "params does not have the leaves of the cut network: pass a tree like its params"
+      )
+    for (path, x), leaf, masks in zip(flat, self._leaves, self._kept, strict=True):
+      shape = _shape(leaf, masks)
+      if x.shape != shape:
+        raise ValueError(
+          f"{path_string(path)} has shape {list(x.shape)} and the cut network "
+          f"{list(shape)}: pass its params, not the full ones"
+        )
+
+  def _gone(self, trace: Trace) -> np.ndarray:
+    """Which labels of another trace go, so that these positions of the leaves do."""
+    labels = trace.walk.labels
+    normal = [[labels.normal(axis) for axis in axes] for axes in trace.axes]
+    seen, stays = (np.zeros(labels.number, bool) for _ in range(2))
+    for axes, masks in zip(normal, self._kept, strict=True):
+      for axis, mask in zip(axes, masks, strict=True):
+        if isinstance(axis, Axis):
+          seen[axis.labels] = True
+          stays[axis.labels if mask is None else axis.labels[:, mask]] = True
+    gone = seen & ~stays & labels.may_go(np.arange(labels.number))
+    gone[0] = False
+    for path, axes, masks in zip(trace.paths, normal, self._kept, strict=True):
+      for axis, mask in zip(axes, masks, strict=True):
+        if mask is None:
+          continue
+        if isinstance(axis, Fixed) or not np.array_equal(~gone[axis.labels].any(0), mask):
+          raise ValueError(
+            f"this function cannot have the channels of {path_string(path)} cut that "
+            f"the network has not: {labels.why(axis)}"
+          )
+    return gone
+
+  def shrink(self, tree: PyTree) -> PyTree:
+    """Cuts another tree alike, such as masks or the state of an optimizer.
+
+    Args:
+      tree: tree with the structure of the network's params, in the full shapes.
+
+    Returns:
+      The tree with what stays of its arrays.
+    """
+    return self._each(tree, lambda x, leaf, masks: _taken(x, masks))
+
+  def expand(self, tree: PyTree) -> PyTree:
+    """Gives a cut tree its full shapes back.
+
+    Args:
+      tree: tree with the structure and shapes of `params`.
+
+    Returns:
+      The tree in the full shapes, zeros where it was cut.
+    """
+    return self._each(tree, lambda x, leaf, masks: _expanded(x, masks))
+
+  def _each(self, tree, function):
+    rows = zip(self._leaves, self._kept, strict=True)
+    places = dict(zip(self._paths, rows, strict=True))
+
+    def one(path, x):
+      place = places.get(path_string(path))
+      return x if place is None or not is_array(x) else function(x, *place)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def compact(
+  apply: Callable[..., Any], params: PyTree, masks: PyTree, *inputs: Any
+) -> Compact:
+  """Cuts out of a network the channels that its masks emptied.
+
+  A channel goes where the masked network does not depend on it: where all that reads it
+  is removed, or where it is exactly 0 because all that makes it is. That holds for masks
+  of channels (`channel_masks`) and for those of single weights alike. At least one
+  position of every axis stays. `compact.apply(compact.params, x)` equals
+  `apply(apply_masks(params, masks), x)` to rounding.
+
+  Args:
+    apply: the network, called with `params` and `inputs`.
+    params: tree of parameters, arrays or shapes. May hold other leaves.
+    masks: tree of bool arrays with the structure of `params`, True where kept; concrete.
+    *inputs: arrays, or their `jax.ShapeDtypeStruct`s, such as one batch.
+
+  Returns:
+    The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
+
+  Raises:
+    ValueError: `apply` cannot be traced with these arguments, or masks and params do not
+      fit.
+
+  Example:
+    >>> params = {"w": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["out"]
+    >>> masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+    >>> masks["w"][:, 3:] = False
+    >>> small = compact(apply, params, masks, jnp.ones((1, 4)))
+    >>> jax.tree.map(jnp.shape, small.params)
+    {'out': (3, 2), 'w': (4, 3)}
+    >>> small.apply(small.params, jnp.ones((5, 4))).shape
+    (5, 2)
+  """
+  masks = _matched(params, masks)
+  zeros = _zeros(params, masks)
+  trace = Trace(apply, params, inputs, zeros)
+  kept = _kept(trace, zeros)
+  paths = [path_string(path) for path in trace.paths]
+  network = Compact(apply, paths, trace.leaves, zeros, kept, None)
+  network.params = network.shrink(jax.tree.map(_masked, params, masks))
+  network.masks = jax.tree.map(np.asarray, masks)
+  network.masks = network.shrink(network.masks)
+  return network
+
+
+def compact_from(
+  apply: Callable[..., Any], params: PyTree, layout: Sequence[dict[str, Any]]
+) -> Compact:
+  """A cut network again, from what was saved of it.
+
+  Args:
+    apply: the network's function, of params of the full shapes.
+    params: tree of smaller arrays, the `params` of a `Compact` or trained from them.
+    layout: its `layout`.
+
+  Returns:
+    The network that they were saved from, but for `masks`, which is None.
+
+  Raises:
+    ValueError: params and layout do not fit.
+
+  Example:
+    >>> params, masks = {"w": jnp.ones((4, 2))}, {"w": np.ones((4, 2), bool)}
+    >>> small = compact(lambda p, x: x @ p["w"], params, masks, jnp.ones((1, 4)))
+    >>> again = compact_from(lambda p, x: x @ p["w"], small.params, small.layout)
+    >>> again.apply(small.params, jnp.ones((1, 4)))
+    Array([[4., 4.]], dtype=float32)
+  """
+  paths = [row["path"] for row in layout]
+  leaves = [
+    jax.ShapeDtypeStruct(tuple(row["shape"]), _dtype(row["dtype"])) for row in layout
+  ]
+  kept, zeros = (
+    [_masks(row[name], row["shape"]) for row in layout] for name in ("kept", "empty")
+  )
+  network = Compact(apply, paths, leaves, zeros, kept, params)
+  network._leaves_and_full(params)
+  return network
+
+
+def _listed(masks):
+  """By axis, the positions where a mask is True, as JSON holds them."""
+  return {str(i): np.flatnonzero(m).tolist() for i, m in enumerate(masks) if m is not None}
+
+
+def _masks(listed, shape):
+  masks: list[np.ndarray | None] = [None] * len(shape)
+  for axis, positions in listed.items():
+    masks[int(axis)] = np.isin(np.arange(shape[int(axis)]), positions)
+  return masks
+
+
+def _dtype(name):
+  if name.startswith("key<"):
+    return jax.random.key(0, impl=name[4:-1]).dtype
+  return jnp.dtype(name)
+
+
+def _matched(params, masks):
+  """The masks in the structure of `params`; True where a leaf is no array."""
+  flat = jax.tree_util.tree_leaves_with_path(masks)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  arrays = [i for i, (_, x) in enumerate(leaves) if is_array(x)]
+  if len(flat) == len(arrays):  # of the arrays alone
+    own = iter(x for _, x in flat)
+    every = [next(own) if is_array(x) else True for _, x in leaves]
+    names = [path_names(leaves[i][0]) for i in arrays]
+    if names == [path_names(path) for path, _ in flat]:
+      masks = jax.tree.unflatten(structure, every)
+  return match_masks(params, masks)
+
+
+def _zeros(params, masks) -> Kept:
+  """For each leaf and axis, bool [n]: at which positions the masks leave nothing."""
+  zeros = []
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
+  for leaf, mask in pairs:
+    if not is_array(leaf):
+      continue
+    mask = np.asarray(mask)
+    rank = len(leaf.shape)
+    if mask.shape != leaf.shape or mask.all():
+      zeros.append([None] * rank)
+      continue
+    zeros.append([~mask.any(tuple(j for j in range(rank) if j != i)) for i in range(rank)])
+  return zeros
+
+
+def _kept(trace: Trace, zeros: Kept) -> Kept:
+  """Which positions of the leaves stay, where a label goes that nothing depends on."""
+  labels = trace.walk.labels
+  gone = np.zeros(labels.number, bool)
+  normal = [[labels.normal(axis) for axis in axes] for axes in trace.axes]
+  for axes in normal:
+    for axis in axes:
+      if isinstance(axis, Axis):
+        gone[axis.labels[axis.values == ZERO]] = True
+  gone &= labels.may_go(np.arange(labels.number))
+  gone[0] = False
+  _leave_some(trace, gone)
+  cut = Cut(trace.walk, gone)
+  return [[cut.kept(axis) for axis in axes] for axes in normal]
+
+
+def _leave_some(trace, gone):
+  """No axis of any value is left without positions: of each, the first stays."""
+  labels, seen = trace.walk.labels, set()
+
+  def visit(record: Record):
+    for value in record.values.values():
+      for axis in value.axes:
+        if isinstance(axis, Axis) and id(axis) not in seen:
+          seen.add(id(axis))
+          normal = labels.normal(axis)
+          if isinstance(normal, Axis) and gone[normal.labels].any(0).all():
+            gone[normal.labels[:, 0]] = False
+    for inner in record.inner.values():
+      for one in inner:
+        for record in getattr(one, "records", (one,)):
+          visit(record)
+
+  visit(trace.record)
+
+
+def _taken(x, masks):
+  if all(mask is None for mask in masks):
+    return x
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(_shape(x, masks), x.dtype)
+  if isinstance(x, np.ndarray):
+    return take(x, masks)
+  alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
+  if not alone:
+    return take(x, masks)
+  return jax.device_put(take(np.asarray(x), masks), x.sharding)  # no program to compile
+
+
+def _masked(x, mask):
+  """What is left of a leaf, on the host where that takes no program."""
+  if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
+    return x
+  if isinstance(x, np.ndarray):
+    return np.where(mask, x, np.zeros((), x.dtype))
+  if isinstance(x, jax.Array) and is_concrete(x) and len(x.devices()) == 1:
+    return jax.device_put(np.where(mask, x, np.zeros((), x.dtype)), x.sharding)
+  return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _shape(leaf, masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
+  pairs = zip(leaf.shape, masks, strict=True)
+  return tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
+
+
+def _expanded(x, masks):
+  for axis, mask in enumerate(masks):
+    if mask is not None:
+      zero = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+      where = np.where(mask, np.cumsum(mask) - 1, x.shape[axis])
+      x = jnp.take(jnp.concatenate([x, zero], axis), where, axis=axis)
+  return x

@@ -1,0 +1,189 @@
+"""Derivatives of one's own (custom_jvp, custom_vjp), walked like any function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxsms.channels.labels import FINITE, Axis
+from jaxsms.channels.values import Record, Value, Walk
+
+
+class Derivative(NamedTuple):
+  """The derivative of an operation, as walked functions.
+
+  Attributes:
+    records: of the jvp; or of the forward pass and of the backward pass.
+    floating: which operands have a derivative.
+    floating_outs: which results have one.
+  """
+
+  records: tuple[Record, ...]
+  floating: list[bool]
+  floating_outs: list[bool]
+
+  def function(self, run: Callable, primal: Record) -> Callable:
+    """The operation as a function with this derivative."""
+    if len(self.records) == 1:
+      return self._with_jvp(run, primal)
+    return self._with_vjp(run, primal)
+
+  def _with_jvp(self, run, primal):
+    function = jax.custom_jvp(lambda *ins: run(primal, ins))
+
+    def jvp(ins, tangents):
+      some = [t for t, f in zip(tangents, self.floating, strict=True) if f]
+      outs = run(self.records[0], [*ins, *some])
+      n = len(self.floating_outs)
+      rest = iter(outs[n:])
+      return outs[:n], [
+        next(rest) if f else _no_tangent(out)
+        for out, f in zip(outs[:n], self.floating_outs, strict=True)
+      ]
+
+    function.defjvp(jvp)
+    return function
+
+  def _with_vjp(self, run, primal):
+    function = jax.custom_vjp(lambda *ins: run(primal, ins))
+    n = len(self.floating_outs)
+
+    def forward(*ins):
+      outs = run(self.records[0], ins)
+      return outs[:n], (outs[n:], ins)
+
+    def backward(kept, cotangents):
+      residuals, ins = kept
+      some = [c for c, f in zip(cotangents, self.floating_outs, strict=True) if f]
+      grads = iter(run(self.records[1], [*residuals, *some]))
+      return tuple(
+        next(grads) if f else _no_tangent(x)
+        for x, f in zip(ins, self.floating, strict=True)
+      )
+
+    function.defvjp(forward, backward)
+    return function
+
+
+def walk_derivative(
+  walk: Walk, equation: Any, ins: Sequence[Value], outs: Sequence[Value]
+) -> Derivative:
+  """Walks the derivative that a custom_jvp or custom_vjp has."""
+  avals = [_shaped(v.aval) for v in equation.invars]
+  out_avals = [_shaped(v.aval) for v in equation.outvars]
+  floating, floating_outs = (
+    list(map(_is_floating, avals)),
+    list(map(_is_floating, out_avals)),
+  )
+  function = _function(equation)
+  if equation.primitive.name == "custom_jvp_call":
+    records = _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs)
+  else:
+    records = _walk_vjp(walk, function, avals, floating, floating_outs, ins, outs)
+  return Derivative(records, floating, floating_outs)
+
+
+def _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs):
+  def jvp(primals, some):
+    some = iter(some)
+    tangents = [
+      next(some) if f else _no_tangent(x) for x, f in zip(primals, floating, strict=True)
+    ]
+    out, out_tangents = jax.jvp(function, primals, tangents)
+    return out, [t for t, f in zip(out_tangents, floating_outs, strict=True) if f]
+
+  of = [x for x, f in zip(avals, floating, strict=True) if f]
+  closed = jax.make_jaxpr(jvp)(avals, of)
+  # What is 0 whatever the parameters are has no tangent either.
+  tangents = [
+    v._replace(known=0.0 if v.known == 0 else None)
+    for v, f in zip(ins, floating, strict=True)
+    if f
+  ]
+  record = walk.run(closed.jaxpr, closed.consts, [*ins, *tangents])
+  of_outs = [v for v, f in zip(outs, floating_outs, strict=True) if f]
+  _tie(walk, record.outs, [*outs, *of_outs])
+  return (record,)
+
+
+def _walk_vjp(walk, function, avals, floating, floating_outs, ins, outs):
+  def forward(*primals):
+    def of_floating(*some):
+      some = iter(some)
+      return function(
+        *(next(some) if f else x for x, f in zip(primals, floating, strict=True))
+      )
+
+    some = [x for x, f in zip(primals, floating, strict=True) if f]
+    return jax.vjp(of_floating, *some)
+
+  closed, (out_shapes, residuals) = jax.make_jaxpr(forward, return_shape=True)(*avals)
+  first = walk.run(closed.jaxpr, closed.consts, ins)
+  _tie(walk, first.outs[: len(outs)], outs)
+  leaves, structure = jax.tree.flatten(residuals)
+
+  def backward(leaves, some):
+    some, pull_back = iter(some), jax.tree.unflatten(structure, leaves)
+    return pull_back([
+      next(some) if f else _no_tangent(x)
+      for x, f in zip(out_shapes, floating_outs, strict=True)
+    ])  # fmt: skip
+
+  of_outs = [x for x, f in zip(out_shapes, floating_outs, strict=True) if f]
+  closed = jax.make_jaxpr(backward)(leaves, of_outs)
+  cotangents = [_unknown(v) for v, f in zip(outs, floating_outs, strict=True) if f]
+  args = [*first.outs[len(outs) :], *cotangents]
+  second = walk.run(closed.jaxpr, closed.consts, args)
+  _tie(walk, second.outs, [v for v, f in zip(ins, floating, strict=True) if f])
+  return first, second
+
+
+def _function(equation):
+  """The operation as a function of its operands, with its own derivative."""
+  operands = [v for v in equation.invars if not isinstance(v, Literal)]
+  operands = list(dict.fromkeys(operands))
+  jaxpr = _inner(equation).replace(
+    eqns=[equation], invars=operands, outvars=list(equation.outvars), constvars=[]
+  )
+
+  def function(*args):
+    by_variable = {
+      v: x for v, x in zip(equation.invars, args, strict=True) if not isinstance(v, Literal)
+    }
+    return jax.core.eval_jaxpr(jaxpr, (), *(by_variable[v] for v in operands))
+
+  return function
+
+
+def _inner(equation):
+  closed = equation.params.get("call_jaxpr", equation.params.get("fun_jaxpr"))
+  return getattr(closed, "jaxpr", closed)
+
+
+def _tie(walk, values, others):
+  for a, b in zip(values, others, strict=True):
+    for one, other in zip(a.axes, b.axes, strict=True):
+      walk.labels.tie(one, other)
+
+
+def _unknown(value):
+  """A value of the same labels, of which nothing else is known."""
+  axes = tuple(
+    Axis(a.labels, np.full_like(a.values, FINITE)) if isinstance(a, Axis) else a
+    for a in value.axes
+  )
+  return Value(axes, layer=value.layer)
+
+
+def _is_floating(aval):
+  return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def _shaped(aval):
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _no_tangent(x):
+  return np.zeros(np.shape(x), jax.dtypes.float0)

@@ -1,0 +1,311 @@
+"""Runs a walked function on the positions that stay."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+from jaxsms import convolution
+from jaxsms.channels.calls import CALLS, own_operation
+from jaxsms.channels.labels import Axis, Fixed
+from jaxsms.channels.values import Record, Value, Walk
+
+
+class Cut:
+  """Which labels go, and what that leaves of an axis.
+
+  Attributes:
+    gone: bool for each label.
+  """
+
+  def __init__(self, walk: Walk, gone: np.ndarray):
+    self._labels, self.gone = walk.labels, gone
+    self._kept: dict[int, tuple[Axis, np.ndarray | None]] = {}
+
+  def kept(self, axis: Axis | Fixed) -> np.ndarray | None:
+    """bool [n], which positions stay; None where all do."""
+    if isinstance(axis, Fixed):
+      return None
+    if id(axis) not in self._kept:
+      normal = self._labels.normal(axis)
+      mask = None
+      if isinstance(normal, Axis):
+        gone = self.gone[normal.labels].any(0)
+        mask = ~gone if gone.any() else None
+      self._kept[id(axis)] = axis, mask
+    return self._kept[id(axis)][1]
+
+  def masks(self, value: Value) -> list[np.ndarray | None]:
+    """For each axis of a value, which positions stay."""
+    return [self.kept(axis) for axis in value.axes]
+
+  def touches(self, value: Value) -> bool:
+    """Whether a value has positions that go."""
+    return any(self.kept(axis) is not None for axis in value.axes)
+
+  def shape(self, value: Value, full: Sequence[int]) -> tuple[int, ...]:
+    """The shape that is left."""
+    masks = self.masks(value)
+    return tuple(
+      n if mask is None else int(mask.sum()) for n, mask in zip(full, masks, strict=True)
+    )
+
+
+def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
+  """The outputs of a walked function, from the positions of its inputs that stay."""
+  jaxpr, known = record.jaxpr, record.values
+  env = dict(zip(jaxpr.invars, args, strict=True))
+  for variable, const in zip(jaxpr.constvars, record.consts, strict=True):
+    env[variable] = take(const, cut.masks(known[variable]))
+
+  def read(variable):
+    return variable.val if isinstance(variable, Literal) else env[variable]
+
+  for index, equation in enumerate(jaxpr.eqns):
+    ins = [read(v) for v in equation.invars]
+    values = [None if isinstance(v, Literal) else known[v] for v in equation.invars]
+    out_values = [known[v] for v in equation.outvars]
+    if any(v is not None and cut.touches(v) for v in values + out_values):
+      step = _Step(cut, equation, values, out_values, record.inner.get(index, ()))
+      outs = _RULES.get(equation.primitive.name, _same)(step, ins)
+    else:
+      outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
+    env |= zip(equation.outvars, outs, strict=True)
+  return [read(v) for v in jaxpr.outvars]
+
+
+class _Step:
+  """An operation on values with positions that go."""
+
+  def __init__(self, cut, equation, values, outs, inner):
+    self.cut, self.equation, self.inner = cut, equation, inner
+    self.values, self.outs = values, outs
+    self.params = equation.params
+
+  def in_shape(self, i):
+    return self.equation.invars[i].aval.shape
+
+  def in_masks(self, i):
+    return self.cut.masks(self.values[i])
+
+  def out_shape(self, i=0):
+    return self.cut.shape(self.outs[i], self.equation.outvars[i].aval.shape)
+
+  def out_masks(self, i=0):
+    return self.cut.masks(self.outs[i])
+
+  def bind(self, ins, **params):
+    out = self.equation.primitive.bind(*ins, **{**self.params, **params})
+    return out if self.equation.primitive.multiple_results else [out]
+
+
+def alone(jaxpr: Any, equation: Any) -> Any:
+  """A function of one operation."""
+  variables = _of_variables(equation, equation.invars)
+  return jaxpr.replace(
+    eqns=[equation], invars=variables, outvars=list(equation.outvars), constvars=[]
+  )
+
+
+def _of_variables(equation, values):
+  """Of values that belong to the operands, those of each variable, once."""
+  pairs = zip(equation.invars, values, strict=True)
+  return list({v: x for v, x in pairs if not isinstance(v, Literal)}.values())
+
+
+def take(array: Any, masks: Sequence[np.ndarray | None]) -> Any:
+  """Of an array, what stays along each axis."""
+  for axis, mask in enumerate(masks):
+    if mask is not None:
+      numbers = np if isinstance(array, np.ndarray) else jnp
+      array = numbers.take(array, np.flatnonzero(mask), axis=axis)
+  return array
+
+
+def _same(step, ins):
+  return step.bind(ins)
+
+
+def _broadcast(step, ins):
+  return [lax.broadcast_in_dim(
+    ins[0], step.out_shape(), step.params["broadcast_dimensions"]
+  )]  # fmt: skip
+
+
+def _reshape(step, ins):
+  return [lax.reshape(ins[0], step.out_shape())]
+
+
+def _tile(step, ins):
+  pairs = zip(step.out_shape(), jnp.shape(ins[0]), strict=True)
+  return [jnp.tile(ins[0], [out // old for out, old in pairs])]
+
+
+def _iota(step, ins):
+  return [take(x, step.out_masks()) for x in step.bind(ins)]
+
+
+def _stack(step, ins):
+  mask = step.out_masks()[step.params["axis"]]
+  if mask is not None:
+    ins = [x for x, stays in zip(ins, mask, strict=True) if stays]
+  return step.bind(ins)
+
+
+def _random_bits(step, ins):
+  keys = len(step.in_shape(0))
+  return step.bind(ins, shape=step.out_shape()[keys:])
+
+
+def _pad(step, ins):
+  config = []
+  for old, new, n, (low, high, inside) in zip(
+    step.in_masks(0), step.out_masks(), step.in_shape(0), step.params["padding_config"],
+    strict=True,
+  ):  # fmt: skip
+
+    def left(k, ends, old=old, new=new, n=n):
+      """Of k positions at an end, added or (negative) dropped, those that stay."""
+      if k >= 0:
+        return k if new is None else int(new[ends(k, len(new))].sum())
+      return k if old is None else -int(old[ends(-k, n)].sum())
+
+    start = left(low, lambda k, n: slice(0, k))
+    end = left(high, lambda k, n: slice(n - k, n))
+    config.append((start, end, inside))
+  return step.bind(ins, padding_config=tuple(config))
+
+
+def _slice(step, ins):
+  x, p = ins[0], step.params
+  strides = p["strides"] or (1,) * len(p["start_indices"])
+  for axis, (mask, start, limit, stride) in enumerate(
+    zip(step.in_masks(0), p["start_indices"], p["limit_indices"], strides, strict=True)
+  ):
+    positions = np.arange(start, limit, stride)
+    if mask is not None:
+      positions = (np.cumsum(mask) - 1)[positions[mask[positions]]]
+    steps = np.unique(np.diff(positions))
+    if len(positions) and len(steps) <= 1:
+      by = int(steps[0]) if len(steps) else 1
+      x = lax.slice_in_dim(x, int(positions[0]), int(positions[-1]) + 1, by, axis)
+    else:
+      x = jnp.take(x, positions, axis=axis)
+  return [x]
+
+
+def _split(step, ins):
+  axis = step.params["axis"]
+  sizes = tuple(step.out_shape(i)[axis] for i in range(len(step.outs)))
+  return step.bind(ins, sizes=sizes)
+
+
+def _dynamic_slice(step, ins):
+  return step.bind(ins, slice_sizes=step.out_shape())
+
+
+def _gather(step, ins):
+  pairs = zip(step.params["slice_sizes"], step.in_masks(0), strict=True)
+  sizes = tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
+  return step.bind(ins, slice_sizes=sizes)
+
+
+def _convolution(step, ins):
+  lhs, rhs, _ = step.params["dimension_numbers"]
+  counts = {}
+  for name, axis in (("feature_group_count", lhs[1]), ("batch_group_count", lhs[0])):
+    groups, mask = step.params[name], step.in_masks(0)[axis]
+    if groups > 1 and mask is None:
+      mask = step.in_masks(1)[rhs[0]]
+      # Where the channels of each group go, the groups stay.
+    if groups > 1 and mask is not None:
+      counts[name] = int(mask.reshape(groups, -1).any(1).sum())
+  return step.bind(ins, **counts)
+
+
+def _call(step, ins):
+  own = own_operation(step.equation)
+  if own:
+    how, index = own
+    return [convolution.OPERATIONS[index](how, *ins)]
+  if len(step.inner) > 1:
+    return _custom(step, ins)
+  return evaluate(step.cut, step.inner[0], ins)
+
+
+def _custom(step, ins):
+  primal, derivative = step.inner
+  run = functools.partial(evaluate, step.cut)
+  return derivative.function(run, primal)(*ins)
+
+
+def _remat(step, ins):
+  run = functools.partial(evaluate, step.cut, step.inner[0])
+  options = {"prevent_cse": step.params["prevent_cse"], "policy": step.params["policy"]}
+  return jax.checkpoint(lambda *args: run(args), **options)(*ins)
+
+
+def _cond(step, ins):
+  branches = [
+    lambda *args, record=record: evaluate(step.cut, record, args) for record in step.inner
+  ]
+  platforms = step.params.get("branches_platforms")
+  if platforms is None:
+    return lax.switch(ins[0], branches, *ins[1:])
+  ways = {
+    name: branch
+    for names, branch in zip(platforms, branches, strict=True)
+    for name in names or ("default",)
+  }
+  return lax.platform_dependent(*ins[1:], **ways)
+
+
+def _scan(step, ins):
+  p = step.params
+  consts, ins = ins[: p["num_consts"]], ins[p["num_consts"] :]
+  carry, xs = ins[: p["num_carry"]], ins[p["num_carry"] :]
+
+  def body(carry, xs):
+    outs = evaluate(step.cut, step.inner[0], [*consts, *carry, *xs])
+    return outs[: len(carry)], outs[len(carry) :]
+
+  carry, ys = lax.scan(body, carry, xs, p["length"], p["reverse"], p["unroll"])
+  return [*carry, *ys]
+
+
+def _while(step, ins):
+  p, (test, body) = step.params, step.inner
+  of_test, ins = ins[: p["cond_nconsts"]], ins[p["cond_nconsts"] :]
+  of_body, carry = ins[: p["body_nconsts"]], ins[p["body_nconsts"] :]
+  return lax.while_loop(
+    lambda carry: evaluate(step.cut, test, [*of_test, *carry])[0],
+    lambda carry: evaluate(step.cut, body, [*of_body, *carry]),
+    carry,
+  )
+
+
+_RULES: dict[str, Callable] = {
+  **dict.fromkeys(CALLS, _call),
+  **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
+  "broadcast_in_dim": _broadcast,
+  "reshape": _reshape,
+  "tile": _tile,
+  "iota": _iota,
+  "empty": _iota,
+  "stack": _stack,
+  "random_bits": _random_bits,
+  "pad": _pad,
+  "slice": _slice,
+  "split": _split,
+  "dynamic_slice": _dynamic_slice,
+  "gather": _gather,
+  "conv_general_dilated": _convolution,
+  "cond": _cond,
+  "scan": _scan,
+  "while": _while,
+}

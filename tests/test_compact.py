@@ -1,0 +1,427 @@
+"""Cut networks compute what the masked ones do: values, gradients, and in training."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cut_networks import (
+  apply_masks,
+  assert_close,
+  masks_of,
+  number_of_weights,
+  outputs_and_gradients,
+  random_kept,
+  stays,
+)
+from flax import nnx
+from foreign_networks import NETWORKS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsms import channel_groups, compact, compact_from, magnitude_masks, models
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY = jax.random.key(0)
+
+
+def numbers(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def filled(shapes, seed=0):
+  """Numbers for a tree of shapes; variances positive."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, x):
+    value = rng.uniform(0.2, 0.8, x.shape) * rng.choice([-1, 1], x.shape)
+    value = np.abs(value) if "var" in jax.tree_util.keystr(path) else value
+    return jnp.asarray(value / np.sqrt(max(x.size // max(x.shape[-1:] or [1]), 1)), x.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def cut_at_random(apply, params, inputs, seed=0):
+  """(compact network, masks) with half of the channels of each group."""
+  groups = channel_groups(apply, params, *inputs)
+  masks = masks_of(params, groups, random_kept(groups, seed))
+  return compact(apply, params, masks, *inputs), masks
+
+
+def check(apply, params, inputs, seed=0, tolerance=1e-5):
+  """A cut network gives what the masked one does, and no more weights than stay."""
+  small, masks = cut_at_random(apply, params, inputs, seed)
+  assert number_of_weights(small.params) == stays(params, masks)
+  masked = apply_masks(params, masks)
+  outs, gradient = outputs_and_gradients(apply, masked, inputs)
+  small_outs, small_gradient = outputs_and_gradients(small.apply, small.params, inputs)
+  assert_close(jax.tree.leaves(outs)[0], jax.tree.leaves(small_outs)[0], tolerance)
+  assert_close(small.shrink(gradient), small_gradient, tolerance)
+  return small, outs, small_outs
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_others(name):
+  network = NETWORKS[name]()
+  small, *_ = check(network.apply, network.params, network.inputs)
+  full, cut = number_of_weights(network.params), number_of_weights(small.params)
+  assert cut < 0.7 * full
+
+
+def ours(name, side=8, **options):
+  module = models.create(name, 10, **options)
+  images = numbers(4, side, side, 3)
+  return module, filled(jax.eval_shape(module.init, KEY, images)), images
+
+
+OURS = [
+  ("mlp", 8, {"hidden": (16, 12)}),
+  ("resnet8", 8, {"width": 4}),
+  ("vit_tiny", 8, {"depth": 1, "width": 12}),
+  pytest.param("resnet20", 8, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("resnet56", 8, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("resnet18", 8, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("resnet50", 8, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("resnet50", 32, {"width": 4, "stem": "imagenet"}, marks=pytest.mark.slow),
+  pytest.param("vgg16", 32, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("wide_resnet22_10", 8, {"widening": 1}, marks=pytest.mark.slow),
+  pytest.param("wide_resnet28_10", 8, {"widening": 1}, marks=pytest.mark.slow),
+  pytest.param("resnet8", 8, {"width": 4, "remat": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "options"), OURS)
+def test_our_networks(name, side, options):
+  module, variables, images = ours(name, side, **options)
+  check(module.apply, variables, (images,))
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("resnet8", {"width": 4}),
+    pytest.param("resnet18", {"width": 4}, marks=pytest.mark.slow),
+    pytest.param("wide_resnet22_10", {"widening": 1, "dropout": 0}, marks=pytest.mark.slow),
+  ],
+)
+def test_training_with_batch_statistics(name, options):
+  """Gradients through the batch's own statistics, and new running ones."""
+  module, variables, images = ours(name, **options)
+
+  def apply(variables, images):
+    return module.apply(variables, images, train=True, mutable=["batch_stats"])
+
+  small, (_, state), (_, small_state) = check(apply, variables, (images,))
+  rest = {"params": variables["params"]}
+  assert_close(small.shrink(state | rest), small_state | {"params": small.params["params"]})
+
+
+def test_dropout_draws_from_the_same_distribution():
+  module, variables, images = ours("mlp", hidden=(16, 12), dropout=0.5)
+
+  def apply(variables, images, key):
+    return module.apply(variables, images, train=True, rngs={"dropout": key})
+
+  small, masks = cut_at_random(apply, variables, (images, KEY))
+  assert number_of_weights(small.params) < number_of_weights(variables)
+  keys = jax.random.split(KEY, 4000)
+
+  def moments(apply, params):
+    outs = jax.jit(jax.vmap(lambda key: apply(params, images, key)))(keys)
+    return outs.mean(0), outs.std(0)
+
+  mean, std = moments(apply, apply_masks(variables, masks))
+  small_mean, small_std = moments(small.apply, small.params)
+  error = np.asarray(std) / np.sqrt(len(keys))
+  assert np.all(np.abs(mean - small_mean) < 8 * error)
+  np.testing.assert_allclose(std, small_std, rtol=0.1)
+
+
+def test_other_batches_jit_and_copies():
+  network = NETWORKS["decoder"]()
+  small, masks = cut_at_random(*network)
+  masked = apply_masks(network.params, masks)
+  for batch, length in ((1, 5), (3, 7)):
+    words = jnp.zeros((batch, length), int)
+    outs = jax.jit(network.apply)(masked, words), jax.jit(small.apply)(small.params, words)
+    assert outs[0].shape == (batch, length, 11)
+    assert_close(*outs)
+
+  module, variables, images = ours("resnet8", width=4)
+  small, masks = cut_at_random(module.apply, variables, (images,))
+  masked = apply_masks(variables, masks)
+
+  copies = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), masked)
+  small_copies = jax.vmap(small.shrink)(copies)
+  loss = lambda apply: lambda p: jnp.mean(apply(p, images) ** 2)  # noqa: E731
+  several = jax.jit(jax.vmap(jax.value_and_grad(loss(module.apply))))(copies)
+  cut = jax.jit(jax.vmap(jax.value_and_grad(loss(small.apply))))(small_copies)
+  assert_close(several[0], cut[0])
+  assert_close(jax.vmap(small.shrink)(several[1]), cut[1])
+
+
+def test_a_loss_cut_trains_like_the_masked_network():
+  network = NETWORKS["by_hand"]()
+  small, masks = cut_at_random(network.apply, network.params, network.inputs)
+  labels = jnp.array([0, 1, 2, 3, 0])
+
+  def loss(params, x, *, temperature):
+    logits = network.apply(params, x) / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  def train(loss, params, masks):
+    @jax.jit
+    def step(params):
+      gradient = jax.grad(loss)(params, *network.inputs, temperature=2.0)
+      return apply_masks(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), masks)
+
+    for _ in range(5):
+      params = step(params)
+    return params
+
+  full = train(loss, apply_masks(network.params, masks), masks)
+  cut = train(small.cut(loss), small.params, small.masks)
+  assert_close(full, small.expand(cut))
+  assert_close(small.shrink(full), cut)
+
+
+def test_what_masks_of_single_weights_emptied():
+  """Outgoing weights gone: whatever comes in. Incoming and bias gone: where f(0) = 0."""
+  params = {"a": numbers(3, 6), "b": numbers(6), "c": numbers(6, 5), "d": numbers(5, 2)}
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+  masks["c"][0] = False  # neuron 0 is read by no one
+  masks["a"][:, 1] = False  # neuron 1 is relu(b)
+  masks["a"][:, 2], masks["b"][2] = False, False  # neuron 2 is relu(0)
+  masks["c"][:, 3] = False  # second layer: sigmoid(0) is not 0
+  masks["c"][4, 1:4] = False  # some weights
+
+  def apply(params, x):
+    x = jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
+    return jax.nn.sigmoid(x) @ params["d"]
+
+  x = numbers(7, 3)
+  small = compact(apply, params, masks, x)
+  shapes = jax.tree.map(np.shape, small.params)
+  assert shapes == {"a": (3, 4), "b": (4,), "c": (4, 5), "d": (5, 2)}
+  assert not small.masks["c"][2, 1:4].any()
+  np.testing.assert_array_equal(small.params["c"][2, 1:4], 0)
+  assert_close(apply(apply_masks(params, masks), x), small.apply(small.params, x))
+  back = small.expand(small.params)
+  gone = [0, 2]
+  np.testing.assert_array_equal(back["a"][:, gone], 0)
+  np.testing.assert_array_equal(np.delete(back["a"], gone, 1), small.params["a"])
+
+
+def test_magnitude_masks_and_nothing_to_cut():
+  network = NETWORKS["by_hand"]()
+  masks = magnitude_masks(network.params, 0.5, prunable=lambda path, leaf: leaf.ndim == 2)
+  small = compact(network.apply, network.params, masks, *network.inputs)
+  masked = apply_masks(network.params, masks)
+  assert_close(
+    network.apply(masked, *network.inputs), small.apply(small.params, *network.inputs)
+  )
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), network.params)
+  small = compact(network.apply, network.params, masks, *network.inputs)
+  assert number_of_weights(small.params) == number_of_weights(network.params)
+
+
+def test_one_position_of_each_axis_stays():
+  params = {"a": numbers(3, 6), "c": numbers(6, 2)}
+  masks = jax.tree.map(lambda x: np.zeros(x.shape, bool), params)
+  apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["c"]  # noqa: E731
+  small = compact(apply, params, masks, numbers(2, 3))
+  assert jax.tree.map(np.shape, small.params) == {"a": (3, 1), "c": (1, 2)}
+  np.testing.assert_array_equal(small.apply(small.params, numbers(2, 3)), np.zeros((2, 2)))
+
+
+def test_derivatives_of_ones_own_stay():
+  """A straight-through estimator, and relu's derivative at 0."""
+
+  @jax.custom_vjp
+  def rounded(x):
+    return jnp.round(x)
+
+  rounded.defvjp(lambda x: (rounded(x), jnp.cos(x)), lambda kept, g: (7 * g * kept,))
+  params = {"a": numbers(3, 6).at[:, 0].set(0), "c": numbers(6, 2)}
+  kept = [np.array([1, 1, 0, 1, 0, 1], bool)]
+  x = numbers(4, 3)
+  for act in (rounded, jax.nn.relu, jax.nn.relu6, jax.nn.silu, jax.nn.softmax):
+    axis = {"axis": 0} if act is jax.nn.softmax else {}
+    apply = lambda p, x, act=act, axis=axis: act(3 * x @ p["a"], **axis) @ p["c"]  # noqa: E731
+    groups = channel_groups(apply, params, x)
+    masks = masks_of(params, groups, kept)
+    small = compact(apply, params, masks, x)
+    assert small.params["a"].shape == (3, 4)
+    _, gradient = outputs_and_gradients(apply, apply_masks(params, masks), (x,))
+    _, cut = outputs_and_gradients(small.apply, small.params, (x,))
+    assert_close(small.shrink(gradient), cut)
+
+
+def test_what_is_saved_loads_again():
+  network = NETWORKS["decoder"]()
+  small, _ = cut_at_random(network.apply, network.params, network.inputs)
+  layout = json.loads(json.dumps(small.layout))
+  arrays = [np.asarray(x) for x in jax.tree.leaves(small.params)]
+  params = jax.tree.unflatten(jax.tree.structure(network.params), arrays)
+  again = compact_from(network.apply, params, layout)
+  np.testing.assert_array_equal(
+    small.apply(small.params, *network.inputs), again.apply(again.params, *network.inputs)
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, small.expand(small.params), again.expand(params)
+  )
+
+
+class Module(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.head = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def test_an_nnx_module_comes_back_and_trains_in_its_own_loop():
+  graph, state = nnx.split(nnx.eval_shape(lambda: Module(nnx.Rngs(0))))
+  state, images = filled(state), numbers(4, 8, 8, 3)
+
+  def apply(state, x):
+    module = nnx.merge(graph, state)
+    return module(x), nnx.state(module)
+
+  small, masks = cut_at_random(apply, state, (images,))
+  labels = jnp.array([0, 1, 2, 0])
+
+  def trained(state):
+    module = nnx.merge(graph, state)
+    optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(module, optimizer):
+      def loss(module):
+        logits = module(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+      value, gradient = nnx.value_and_grad(loss)(module)
+      optimizer.update(module, gradient)
+      return value
+
+    losses = [float(step(module, optimizer)) for _ in range(3)]
+    return losses, nnx.state(module)
+
+  assert small.params["conv"]["kernel"][...].shape[-1] < 8
+  logits, masked_logits = (
+    f(state, images)[0]
+    for f, state in ((small.apply, small.params), (apply, apply_masks(state, masks)))
+  )
+  assert_close(masked_logits, logits)
+  module = nnx.merge(graph, jax.tree.map(jnp.copy, small.params))
+  assert_close(module(images), logits)  # its own call
+  losses, after = trained(small.params)
+  assert losses[-1] < losses[0]
+  assert small.expand(after)["conv"]["kernel"][...].shape[-1] == 8
+
+
+def test_an_equinox_module_comes_back_as_one():
+  module = filled_module = eqx.nn.MLP(4, 3, 8, 2, key=KEY)
+  apply = lambda m, x: jax.vmap(m)(x)  # noqa: E731
+  x = numbers(5, 4)
+  small, masks = cut_at_random(apply, filled_module, (x,))
+  assert isinstance(small.params, eqx.nn.MLP)
+  assert small.params.activation is module.activation
+
+  @eqx.filter_jit
+  def loss_and_gradient(module):
+    return eqx.filter_value_and_grad(lambda m: jnp.mean(jax.vmap(m)(x) ** 2))(module)
+
+  loss, gradient = loss_and_gradient(apply_masks(module, masks))
+  small_loss, small_gradient = loss_and_gradient(small.params)  # its own call
+  assert_close(loss, small_loss)
+  assert_close(
+    eqx.filter(small.shrink(gradient), eqx.is_array),
+    eqx.filter(small_gradient, eqx.is_array),
+  )
+
+
+ACTS = {
+  "relu": jax.nn.relu, "gelu": jax.nn.gelu, "sigmoid": jax.nn.sigmoid, "cos": jnp.cos,
+  "glu": lambda x: jnp.multiply(*jnp.split(x, 2, -1)),
+  "heads": lambda x: jax.nn.softmax(x.reshape(*x.shape[:-1], 2, -1), -2).reshape(x.shape),
+  "softmax": jax.nn.softmax, "norm": jax.nn.standardize,
+  "double": lambda x: jnp.concatenate([x, jnp.sin(x)], -1),
+  "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2))), "slice": lambda x: x[:, 1::2],
+  "shuffle": lambda x: x.reshape(-1, 2, x.shape[-1] // 2).swapaxes(1, 2).reshape(x.shape),
+  "residual": lambda x: x + jnp.flip(x, -1), "sum": lambda x: x * x.sum(-1, keepdims=True),
+}  # fmt: skip
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4), st.integers(0, 99))
+def test_any_network(names, seed):
+  """Whatever the operations between its layers: a cut network is the masked one."""
+  rng = np.random.default_rng(seed)
+  x = numbers(3, 4)
+  params, width = [], 4
+  for name in names:
+    features = 2 * int(rng.integers(2, 5))
+    params.append({
+      "w": jnp.asarray(rng.normal(size=(width, features)), jnp.float32),
+      "b": jnp.asarray(rng.normal(size=features), jnp.float32),
+    })  # fmt: skip
+    width = ACTS[name](jnp.zeros((3, features))).shape[-1]
+  params.append({"w": jnp.asarray(rng.normal(size=(width, 2)), jnp.float32)})
+
+  def apply(params, x):
+    for layer, name in zip(params, names, strict=False):
+      x = ACTS[name](x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"]
+
+  small, masks = cut_at_random(apply, params, (x,), seed)
+  assert number_of_weights(small.params) == stays(params, masks)
+  masked = apply_masks(params, masks)
+  assert_close(apply(masked, x), small.apply(small.params, x), 1e-4, nonzero=False)
+  # Of any masks at all, also of those that no group makes.
+  masks = jax.tree.map(lambda x: rng.random(x.shape) < 0.3, params)
+  small = compact(apply, params, masks, x)
+  masked = apply_masks(params, masks)
+  assert_close(apply(masked, x), small.apply(small.params, x), 1e-4, nonzero=False)
+
+
+def test_refuses(rejects):
+  params = {"a": {"w": numbers(3, 4)}, "c": {"w": numbers(4, 2)}}
+  x = numbers(2, 3)
+  apply = lambda p, x: jnp.tanh(x @ p["a"]["w"]) @ p["c"]["w"]  # noqa: E731
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+  masks["a"]["w"][:, 0] = False
+  small = compact(apply, params, masks, x)
+  assert small.params["a"]["w"].shape == (3, 3)
+  with rejects("a/w has shape [3, 4] and the cut network [3, 3]"):
+    small.apply(params, x)
+  with rejects("does not have the leaves"):
+    small.apply({"a": params["a"]}, x)
+  with rejects("cannot have the channels of a/w cut"):
+    small.cut(lambda p, x: x @ p["a"]["w"])(small.params, x)
+  with rejects("different tree structures"):
+    compact(apply, params, {"a": masks["a"]}, x)
+  with rejects("differ in shape at a/w"):
+    compact(apply, params, masks | {"a": {"w": np.ones((2, 4), bool)}}, x)
+  with rejects("apply cannot be traced"):
+    compact(apply, params, masks, numbers(2, 5))
+  with rejects("does not have the leaves"):
+    compact_from(apply, {"a": params["a"]}, small.layout)
+
+
+def test_shapes_alone():
+  """Parameters that are shapes are cut to shapes, and nothing is computed."""
+  module, variables, images = ours("resnet8", width=4)
+  shapes = jax.eval_shape(lambda: variables)
+  groups = channel_groups(module.apply, shapes, images)
+  masks = masks_of(shapes, groups, random_kept(groups))
+  small = compact(module.apply, shapes, masks, images)
+  assert stays(variables, masks) == sum(x.size for x in jax.tree.leaves(small.params))
+  assert jax.eval_shape(small.apply, small.params, images).shape == (4, 10)
