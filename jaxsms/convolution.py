@@ -141,7 +141,7 @@ kernel_gradient.defvjp(
 )
 
 
-OPERATIONS = (_forward, _image_gradient, _kernel_gradient)
+OPERATIONS = (_forward, image_gradient, kernel_gradient)
 
 
 @functools.cache
