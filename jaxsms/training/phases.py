@@ -15,15 +15,14 @@ from jaxsms.metrics import agreement
 from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import (
   Merge,
-  Phase,
   Prune,
-  Retraining,
   healthy_copies,
   merge_phase,
   prune_phase,
   soup_phases,
 )
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
+from jaxsms.training.cutting import Cut
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
 from jaxsms.training.failures import (
   averaging_failure,
@@ -71,6 +70,7 @@ def training_phases(
   landscapes: Collection[int] = (),
   masks: PyTree | None = None,
   state: TrainState | None = None,
+  shrink: Callable[[Engine, Model, PyTree], Cut] | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
@@ -90,6 +90,9 @@ def training_phases(
     landscapes: phases in which the loss between the candidates is measured.
     masks: of a soup that is gone on from.
     state: of the copies in the first of these phases, as `train_copies` gave it.
+    shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
+      `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
+      shapes; candidates have those of their phase.
 
   Yields:
     What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
@@ -102,38 +105,42 @@ def training_phases(
     ValueError: see `jaxsms.prune_phase`.
     FloatingPointError: all copies of a phase diverged.
   """
-  trained_images = 0
+  cut, trained_images = Cut(engine), 0
 
-  def counted_plan(record):
-    nonlocal trained_images
+  def retrain(key, pruned, masks, record):
+    nonlocal cut, trained_images, state
+    cut = Cut(engine) if shrink is None else shrink(engine, pruned, masks)
     chosen, learning_rates = plan(record)
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
-    return chosen, learning_rates
+    begin, state = state, None
+    if begin is None:
+      copies = number_of_models(chosen, "ingredients")
+      begin = cut.engine.start(cut.shrink(pruned), copies)
+    masks, phase = cut.masks(masks), record["phase"]
+    end = yield from train_copies(
+      cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
+    )
+    return Model(end.params, end.batch_stats), {}
 
   def merge(key, candidates, record):
     start = record["pruned"]["validation_accuracy"]
-    return merge_candidates(engine, key, candidates, merging, start)
+    soup, merged = merge_candidates(cut.engine, key, candidates, merging, start)
+    if record["phase"] in landscapes:
+      found = measure_landscape(
+        cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
+      )
+      merged |= {} if found is None else {"landscape": found}
+    return cut.expand(soup), merged
 
-  for event in soup_phases(
+  return soup_phases(
     key,
     dense,
     sparsities,
     prune=functools.partial(prune_and_measure, engine, prune),
-    retrain=retraining(engine, counted_plan, state),
+    retrain=retrain,
     merge=merge,
     masks=masks,
-  ):
-    if isinstance(event, Phase) and event.record["phase"] in landscapes:
-      found = measure_landscape(
-        engine,
-        jax.random.fold_in(key, event.record["phase"]),
-        event.candidates,
-        merged_copies(event.record),
-        event.params.params,
-        trained_images,
-      )
-      event.record.update({} if found is None else {"landscape": found})
-    yield event
+  )
 
 
 def prune_and_measure(
@@ -158,34 +165,6 @@ def prune_and_measure(
   (scores,) = measure(engine, one_model(pruned)).scores
   lost = instability(before, scores["test_accuracy"])
   return pruned, masks, {**record, "pruned": scores, "pruning_instability": lost}
-
-
-def retraining(
-  engine: Engine, plan: Plan, state: TrainState | None = None
-) -> Callable[[jax.Array, Model, PyTree, Record], Retraining]:
-  """The engine's retraining, for `jaxsms.sms.soup_phases`.
-
-  Args:
-    engine: the network and its data.
-    plan: see `training_phases`.
-    state: of the copies in the first phase, to go on from there; None begins at step 0.
-
-  Returns:
-    A function of a phase's key, pruned model, masks and record, see `soup_phases`.
-  """
-
-  def retrain(key, pruned, masks, record):
-    nonlocal state
-    chosen, learning_rates = plan(record)
-    begin, state = state, None
-    if begin is None:
-      begin = engine.start(pruned, number_of_models(chosen, "ingredients"))
-    end = yield from train_copies(
-      engine, masks, key, begin, chosen, learning_rates, phase=record["phase"]
-    )
-    return Model(end.params, end.batch_stats), {}
-
-  return retrain
 
 
 def merge_candidates(

@@ -1,0 +1,142 @@
+"""Networks that are cut between phases, in the engine."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.channels import Compact, compact
+from jaxsms.flops import multiply_adds, sparse_multiply_adds
+from jaxsms.training.engine import Engine, Model, Record
+from jaxsms.training.programs import Programs
+from jaxsms.trees import PyTree, is_parameter
+
+
+class CutModule:
+  """A network on cut variables: it stands where its linen module does in the programs."""
+
+  def __init__(self, module: nn.Module, network: Compact):
+    """Cuts nothing yet.
+
+    Args:
+      module: the full network.
+      network: made of its variables, `params` and `batch_stats`.
+    """
+    self._module, self._network = module, network
+    self._called = functools.cache(self._called_with)
+
+  def apply(
+    self,
+    variables: PyTree,
+    images: jax.Array,
+    train: bool = False,
+    rngs: dict[str, jax.Array] | None = None,
+    mutable: tuple[str, ...] | list[str] = (),
+  ) -> Any:
+    """As the module's `apply`, on smaller variables."""
+    return self._called(train, tuple(mutable))(variables, images, rngs or {})
+
+  def clone(self, **fields: Any) -> "CutModule":
+    """The same on the module with other fields."""
+    return CutModule(self._module.clone(**fields), self._network)
+
+  def _called_with(self, train, mutable):
+    options = {"mutable": list(mutable)} if mutable else {}
+
+    def full(variables, images, rngs):
+      return self._module.apply(variables, images, train=train, rngs=rngs, **options)
+
+    return self._network.cut(full)
+
+
+class Cut(NamedTuple):
+  """The network of one phase.
+
+  Attributes:
+    engine: that trains and measures it.
+    network: how it was cut; None where it was not.
+  """
+
+  engine: Engine
+  network: Compact | None = None
+
+  def shrink(self, model: Model) -> Model:
+    """A model in the shapes of this phase, leaves [...]."""
+    if self.network is None:
+      return model
+    return Model(**self.network.shrink(model._asdict()))
+
+  def masks(self, masks: PyTree) -> PyTree:
+    """Masks of parameters in the shapes of this phase."""
+    if self.network is None:
+      return masks
+    return self.network.shrink({"params": masks})["params"]
+
+  def expand(self, model: Model) -> Model:
+    """A model of this phase in the full shapes, zeros where it was cut."""
+    if self.network is None:
+      return model
+    return Model(**self.network.expand(model._asdict()))
+
+
+def cut_engine(
+  engine: Engine,
+  model: Model,
+  masks: PyTree,
+  *,
+  module: nn.Module,
+  programs_of: Callable[[Any], Programs],
+  image_shape: tuple[int, ...],
+) -> Cut:
+  """Cuts out of a network what masks emptied, and makes the programs of what is left.
+
+  Args:
+    engine: of the full network.
+    model: pruned, leaves [...]; only its shapes are used.
+    masks: of its parameters, True where kept; concrete.
+    module: the full network.
+    programs_of: makes the programs of a network, see `make_programs`.
+    image_shape: height, width and channels of an image.
+
+  Returns:
+    The network of the phase. What it is described by counts the parameters and
+    multiply-adds that are left; shares are those of the full network.
+
+  Raises:
+    ValueError: see `jaxsms.compact`.
+  """
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model._asdict())
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  everything = jax.tree.map(lambda x: np.ones(x.shape, bool), shapes["batch_stats"])
+
+  def apply(variables, images):
+    return module.apply(variables, images, train=False)
+
+  network = compact(apply, shapes, {"params": masks, "batch_stats": everything}, images)
+  left = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network.shrink(shapes)
+  )
+  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  costs = {
+    name.removeprefix("params/"): count
+    for name, count in multiply_adds(network.apply, left, one_image).items()
+  }
+
+  def describe(params: PyTree) -> Record:
+    expanded = network.expand({"params": params})["params"]
+    record, leaves = engine.describe(expanded), jax.tree_util.tree_leaves_with_path(params)
+    if "parameters" in record:
+      record["parameters"] = sum(x.size for path, x in leaves if is_parameter(path, x))
+    if "multiply_adds" in record:
+      dense, sparse = record["multiply_adds"], sparse_multiply_adds(costs, params)
+      record["multiply_adds"] = sum(costs.values())
+      record["sparse_multiply_adds"] = total = sum(sparse.values())
+      record["theoretical_speedup"] = dense / total if total else np.inf
+    return record
+
+  programs = programs_of(CutModule(module, network))
+  return Cut(engine._replace(programs=programs, describe=describe), network)
