@@ -33,7 +33,16 @@ class ShrunkSoup(NamedTuple):
 
 
 class ShrunkPhase(NamedTuple):
-  """What `on_phase` is called with where the network shrinks: see `Phase`, `ShrunkSoup`."""
+  """What `on_phase` is called with where the network shrinks.
+
+  Attributes:
+    params: the soup, in the shapes that are left.
+    masks: its masks.
+    candidates: the m retrained copies, leaves [m, ...].
+    record: the entry of `ShrunkSoup.history`.
+    expand: see `ShrunkSoup`.
+    cut: see `ShrunkSoup`.
+  """
 
   params: PyTree
   masks: PyTree

@@ -64,7 +64,10 @@ class Compact:
       inputs = Inputs(args, kwargs)
       key = jax.tree.structure(params), inputs.key
       if key not in traces:
-        trace = Trace(inputs.bound(function), full, inputs.arrays, self._zeros)
+        # In training mode a function does not use the batch statistics that are cut.
+        trace = Trace(
+          inputs.bound(function), full, inputs.arrays, self._zeros, unused_stay=False
+        )
         traces[key] = trace, Cut(trace.walk, self._gone(trace))
       trace, cut = traces[key]
       outs = evaluate(cut, trace.record, [*leaves, *inputs.arrays])

@@ -128,6 +128,7 @@ class Trace:
     params: PyTree,
     inputs: Sequence[Any],
     zeros: Sequence[Sequence[np.ndarray | None]] | None = None,
+    unused_stay: bool = True,
   ):
     with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
     arrays = [i for i, (_, leaf) in enumerate(with_paths) if is_array(leaf)]
@@ -176,7 +177,7 @@ class Trace:
       for v in jaxpr.invars[len(own) :]
     ]
     for value, flag in zip(own, calls.used(jaxpr), strict=False):
-      for axis in () if flag else value.axes:
+      for axis in () if flag or not unused_stay else value.axes:
         labels.freeze(axis, "the function does not use it")
     self.record = self.walk.run(jaxpr, closed.consts, [*own, *rest])
     self._outputs(outs)
