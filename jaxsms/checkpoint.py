@@ -274,7 +274,7 @@ def _described(leaf: Any) -> LeafRecord:
   return {
     "shape": list(np.shape(leaf)),
     "dtype": str(array.dtype),
-    "sha256": hashlib.sha256(data).hexdigest(),
+    "sha256": hashlib.sha256(data.data).hexdigest(),
   }
 
 

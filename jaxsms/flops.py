@@ -46,8 +46,8 @@ def multiply_adds(
   """
   weights = _weights(params, prunable)
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  owners = [path_string(path) for path, _ in leaves]
-  owners = [name if name in weights else None for name in owners]
+  names = [path_string(path) for path, _ in leaves]
+  owners = [name if name in weights else None for name in names]
   jaxpr = jax.make_jaxpr(apply)(params, images).jaxpr
   owners += [None] * (len(jaxpr.invars) - len(owners))
   counts = dict.fromkeys(weights, 0)

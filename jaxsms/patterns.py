@@ -167,7 +167,7 @@ def filter_masks(
   if axis is None:
     axis = _default_axis(-1, "1 (whole heads) or 2 (a feature of all heads)")
   layers = _layers(params, axis, prunable, masks)
-  new = {}
+  new: dict[int, jax.Array] = {}
   for group in [layers] if scope == "global" else [[layer] for layer in layers]:
     scores = [_filter_scores(x.leaf, x.mask, x.axis) for x in group]
     norms, alive, earlier = map(list, zip(*scores, strict=True))

@@ -1,7 +1,7 @@
 """Which weights to remove: scores and scopes -> masks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -164,7 +164,7 @@ def scope_groups(
 
 def masks_of_groups(
   params: PyTree,
-  groups: list[Group],
+  groups: Sequence[Group],
   masks: PyTree | None = None,
   values: Callable[[int, Any, Any], jax.Array] | None = None,
   sort_key: SortKey = identity_key,
@@ -187,7 +187,7 @@ def masks_of_groups(
   """
   leaves = jax.tree.leaves(params)
   old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
-  new = {}
+  new: dict[int, jax.Array] = {}
   for numbers, goal in groups:
     chosen = [leaves[i] for i in numbers]
     if values is not None:

@@ -83,6 +83,7 @@ def pretrain_schedule(
     main = optax.constant_schedule(peak_lr)
   else:
     # The logarithm in float64: a factor rounded to float32 is off after many steps.
+    assert decay is not None  # checked above
     rate = math.log(decay)
 
     def main(i):
@@ -194,7 +195,7 @@ def retrain_schedule(
   return schedule
 
 
-def _whole_steps(fraction: float, steps: int | jax.Array) -> int | jax.Array:
+def _whole_steps(fraction: float, steps: int | jax.Array) -> np.ndarray | jax.Array:
   """int(fraction * steps), exact where `steps` is concrete."""
   if is_concrete(steps):
     return np.floor(fraction * np.asarray(steps, np.float64)).astype(np.int32)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from etils import epath
 
@@ -19,7 +19,7 @@ from jaxsms.faults import fault_point
 # Of a name that is not taken, not even by a link to nowhere.
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NEW_FILE |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-Path = epath.PathLike  # as callers give it; `as_path` makes an `epath.Path` of it
+Path: TypeAlias = str | os.PathLike  # what `as_path` makes an `epath.Path` of
 FORMAT = 1  # of run directories and checkpoints; another one is refused
 
 

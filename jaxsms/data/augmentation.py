@@ -135,7 +135,7 @@ AUGMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _checked(images):
+def _checked(images: ArrayLike) -> jax.Array:
   dtype = getattr(images, "dtype", type(images).__name__)
   if dtype != np.uint8 or np.ndim(images) != 4:
     raise ValueError(

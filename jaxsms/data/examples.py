@@ -63,13 +63,13 @@ class ArrayExamples:
     return f"ArrayExamples({self._images.shape}, {self._checksum:08x})"
 
 
-def chosen(source: Examples, indices: Sequence[int] | None) -> np.ndarray:
+def chosen(source: Examples, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
   """The indices to use, checked: int64 [n], all of the source for None."""
   n = len(source)
   if not n:
     raise ValueError(f"{source!r} holds no examples: give some")
-  indices = np.arange(n) if indices is None else integers("indices", indices, n)
-  return np.ascontiguousarray(indices, np.int64)
+  checked = np.arange(n) if indices is None else integers("indices", indices, n)
+  return np.ascontiguousarray(checked, np.int64)
 
 
 def read_example(

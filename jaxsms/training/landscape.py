@@ -72,6 +72,8 @@ def measure_landscape(
   programs, splits, chosen = engine.programs, engine.splits, healthy[:3]
   if len(chosen) < 2 or isinstance(splits.train, StreamedData):
     return None
+  if isinstance(splits.validation, StreamedData):
+    return None
   validation = evenly(splits.validation, IMAGES)
   batches = training_batches(programs, splits.train, candidates.batch_stats)
   models = take_ingredients(candidates.params, chosen)
@@ -178,7 +180,7 @@ def losses_and_accuracies(
   """
   groups = -(-len(weights) // m)
   last = len(weights) - 1  # repeated, to fill up the last group
-  weights = np.float32(weights)[np.minimum(np.arange(groups * m), last)]
+  weights = np.asarray(weights, np.float32)[np.minimum(np.arange(groups * m), last)]
   found = []
   for group in weights.reshape(groups, m, -1):
     params = settled(_combined(models, group))

@@ -245,13 +245,13 @@ def score(
   programs: Programs, predictions: dict[str, Predictions]
 ) -> list[dict[str, float]]:
   """A flat dict of metrics for each of m models, from their predictions on some splits."""
-  named = {}
+  by_name: dict[str, jax.Array] = {}
   for split, on_split in predictions.items():
     metrics = programs.evaluate(*on_split)
-    named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
-  named = fetch(named)
+    by_name |= {f"{split}_{name}": metric for name, metric in metrics.items()}
+  values = fetch(by_name)
   m = len(next(iter(predictions.values())).logits)
-  return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
+  return [{name: float(of[i]) for name, of in values.items()} for i in range(m)]
 
 
 def recalibrated(engine: Engine, key: jax.Array, models: Model) -> Model:

@@ -15,7 +15,7 @@ from jaxsms.training.state import Data, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
 
-Optimizer = Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+Optimizer = Callable[[float | jax.Array, float | jax.Array], optax.GradientTransformation]
 ORDER, STEP = 0, 1  # independent streams of one copy's key
 
 
