@@ -307,10 +307,12 @@ def _orbax():
       args = args or [ocp.RestoreArgs()] * len(infos)
       one_by_one = map(super().deserialize, [[i] for i in infos], [[a] for a in args])
       found = await asyncio.gather(*one_by_one, return_exceptions=True)
-      for error in found:
-        if isinstance(error, BaseException):
-          raise error
-      return [array for (array,) in found]
+      arrays = []
+      for one in found:
+        if isinstance(one, BaseException):
+          raise one
+        arrays.extend(one)
+      return arrays
 
   failures: list[Exception] = []
   kept = ocp.type_handlers.get_type_handler

@@ -7,20 +7,19 @@ its two gradients are three operations on m copies at once. How they run is a fi
 """
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsms.lowerings import LOWERINGS, NHWC, Geometry, vary_alike
+from jaxsms.lowerings import LOWERINGS, NHWC, Geometry, pair, vary_alike
 from jaxsms.names import check_name
 
 # How the operations run on a platform, by measurement on CPU alone: BUILD_NOTES.md.
 RULE = {"cpu": "loop", "default": "grouped"}
 CHOICES = ("auto", *LOWERINGS, "native")
-T = TypeVar("T")
 
 
 def conv_general_dilated(
@@ -88,16 +87,16 @@ def conv_general_dilated(
     and 0 not in lhs.shape + rhs.shape
   )
   if simple:
-    strides, image, kernel = map(_pair, (window_strides, lhs.shape[1:3], rhs.shape[:2]))
+    strides, image, kernel = map(pair, (window_strides, lhs.shape[1:3], rhs.shape[:2]))
     if isinstance(padding, str):
       padding = lax.padtype_to_pads(image, kernel, strides, padding)
-    pads = _pair((int(low), int(high)) for low, high in padding)
+    pads = pair((int(low), int(high)) for low, high in padding)
     if kernel == (1, 1) and pads == ((0, 0), (0, 0)):
       lhs = lhs[:, :: strides[0], :: strides[1]]
-      strides, image = (1, 1), _pair(lhs.shape[1:3])
+      strides, image = (1, 1), pair(lhs.shape[1:3])
     precision = tuple(precision) if isinstance(precision, list) else precision
     geometry = Geometry(strides, pads, image, kernel, precision)
-    if min(map(geometry.output_size, (0, 1))) > 0 and min(min(pair) for pair in pads) >= 0:
+    if min(map(geometry.output_size, (0, 1))) > 0 and min(map(min, pads)) >= 0:
       lhs, rhs = vary_alike(lhs, rhs)
       return _forward((geometry, lowering), lhs, rhs)
   # Not every version of JAX knows the argument.
@@ -116,12 +115,6 @@ def conv_general_dilated(
     preferred_element_type,
     **placed,
   )
-
-
-def _pair(values: Iterable[T]) -> tuple[T, T]:
-  """Two values, along height and along width."""
-  height, width = values
-  return height, width
 
 
 # The three operations. In the lowerings operands have a leading axis of copies, m long

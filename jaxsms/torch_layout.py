@@ -176,7 +176,8 @@ def _resnet(module):
 
 
 def _vgg(module):
-  layers, place = {}, 0
+  layers: dict[str, str] = {}
+  place = 0
   for number in module.convolutions:
     for _ in range(number):
       convolution = len(layers) // 2

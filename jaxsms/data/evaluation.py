@@ -99,7 +99,7 @@ def _batches(
   plan: _Plan, sharding: Sharding | None, threads: int
 ) -> Iterator[EvaluationBatch]:
   own, shape = len(plan.rows), (plan.batch_size,)
-  reads: Any = read_ahead(_Reads(plan), threads)
+  reads = read_ahead(_Reads(plan), threads)
   try:
     for _ in plan.starts:
       images = np.zeros((own, *plan.image_shape), np.uint8)

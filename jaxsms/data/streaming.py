@@ -17,7 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from jaxsms.data.examples import Examples, chosen, grain, read_ahead, read_example
+from jaxsms.data.examples import (
+  Examples,
+  ReadAhead,
+  chosen,
+  grain,
+  read_ahead,
+  read_example,
+)
 from jaxsms.data.placement import place, process_block, spread
 from jaxsms.data.splits import integer, integers
 from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS
@@ -56,7 +63,7 @@ class Stream:
     self._sharding = sharding
     self._threads = threads
     self._step = 0
-    self._reads: Any = None  # grain's iterator
+    self._reads: ReadAhead | None = None
     self._ahead: concurrent.futures.Future[Batches] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "jaxsms-stream")
 
@@ -123,11 +130,11 @@ class Stream:
     if self._reads is None:
       self._reads = read_ahead(_Reads(self._plan, step), self._threads)
     try:
-      return self._worker.submit(self._read, step)
+      return self._worker.submit(self._read, self._reads, step)
     except RuntimeError:
       raise ValueError("the stream is closed: make another") from None
 
-  def _read(self, step: int) -> Batches:
+  def _read(self, reads: ReadAhead, step: int) -> Batches:
     """The batches from a step on; in one thread, and in the order of the steps."""
     plan = self._plan
     taken = min(
@@ -138,12 +145,16 @@ class Stream:
     labels = np.zeros(local, np.int32)
     ranges = (range(taken), range(local[0]), range(local[2]))
     for at, copy, row in itertools.product(*ranges):
-      example = next(self._reads)
+      example = next(reads)
       if example is not None:
         images[copy, at, row], labels[copy, at, row] = example
     shape = (len(plan.seeds), self._chunk_steps, plan.batch_size)
-    placed = (place(x, self._sharding, shape) for x in (images, labels))
-    return Batches(*placed, step, taken)
+    return Batches(
+      place(images, self._sharding, shape),
+      place(labels, self._sharding, shape),
+      step,
+      taken,
+    )
 
 
 def stream(
@@ -279,7 +290,7 @@ class _Plan(NamedTuple):
     seeds = [seed for seed, n in zip(self.seeds, self.steps, strict=True) if n]
     return (
       f"Stream({self.source!r}, {_described(self.transform)}, "
-      f"indices={len(self.indices)}:{zlib.crc32(self.indices):08x}, key={self.key}, "
+      f"indices={len(self.indices)}:{zlib.crc32(self.indices.data):08x}, key={self.key}, "
       f"seeds={seeds}, batch_size={self.batch_size})"
     )
 

@@ -96,6 +96,7 @@ def bytes_of_copies(
       np.zeros([m, chunk_steps], np.float32),
     ).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None  # CPU, GPU and TPU tell it
     return (
       memory.argument_size_in_bytes
       + memory.temp_size_in_bytes

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -44,6 +44,20 @@ from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
+
+
+class Faults(TypedDict):
+  """Candidates that count in nothing but their own metrics, by index.
+
+  Attributes:
+    diverged: those with values that are not finite.
+    collapsed: see `collapsed_copies`.
+    all_collapsed: no other candidate is left, so that these are merged after all.
+  """
+
+  diverged: list[int]
+  collapsed: list[int]
+  all_collapsed: NotRequired[bool]
 
 
 class Merging(NamedTuple):
@@ -229,7 +243,7 @@ def merge_candidates(
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
-  faults = {
+  faults: Faults = {
     "diverged": sorted(set(range(m)) - set(healthy)),
     "collapsed": collapsed_copies(
       [one["validation_accuracy"] for one in scores],
