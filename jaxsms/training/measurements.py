@@ -1,7 +1,7 @@
 """What a model is measured by: its predictions on each split, and its weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,20 @@ class Predictions(NamedTuple):
 
   logits: jax.Array
   labels: jax.Array
+
+
+class SetRecord(TypedDict):
+  """What describes a set of models.
+
+  Attributes:
+    mean_candidate: the mean of each metric.
+    max_candidate: the largest of each metric.
+    geometry: how far apart their parameters are, see `jaxsms.soup_geometry`.
+  """
+
+  mean_candidate: Record
+  max_candidate: Record
+  geometry: dict[str, float]
 
 
 class Measured(NamedTuple):
@@ -135,15 +149,15 @@ def max_record(records: Sequence[Record]) -> Record:
   return jax.tree.map(lambda *values: float(np.max(values)), *records)
 
 
-def of_set(scores: Sequence[Record], params: PyTree) -> Record:
+def of_set(scores: Sequence[Record], params: PyTree) -> SetRecord:
   """What describes a set of models.
 
   Args:
-    scores: of each model.
+    scores: metrics of each model.
     params: leaves [m, ...].
 
   Returns:
-    `mean_candidate` and `max_candidate`, of single metrics, and `geometry`.
+    Means, maxima and geometry.
   """
   return {
     "mean_candidate": mean_record(scores),

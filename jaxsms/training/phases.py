@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from jaxsms.sms import (
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
 from jaxsms.training.failures import (
+  AveragingFailure,
+  Faults,
   averaging_failure,
   collapsed_copies,
   merged_copies,
@@ -33,6 +35,7 @@ from jaxsms.training.failures import (
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import train_copies
 from jaxsms.training.measurements import (
+  SetRecord,
   best_candidate,
   measure,
   of_set,
@@ -46,18 +49,29 @@ from jaxsms.trees import PyTree, model_at, number_of_models
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 
 
-class Faults(TypedDict):
-  """Candidates that count in nothing but their own metrics, by index.
+class MergeRecord(SetRecord, Faults):
+  """What `merge_candidates` measures. Means, maxima and geometry are of the candidates.
 
   Attributes:
-    diverged: those with values that are not finite.
-    collapsed: see `collapsed_copies`.
-    all_collapsed: no other candidate is left, so that these are merged after all.
+    weights: of each candidate in the soup.
+    soup: its metrics.
+    best_candidate: metrics of the candidate of best validation accuracy.
+    candidates: metrics of each; NaN for those that diverged.
+    prediction_ensemble: metrics of the candidates' prediction ensemble.
+    ensemble_agreement: share of predictions that soup and ensemble have in common, by
+      split.
+    averaging_failed: evidence, where averaging failed, see `averaging_failure`.
+    selected: of those that were taken, where the merge selects.
   """
 
-  diverged: list[int]
-  collapsed: list[int]
-  all_collapsed: NotRequired[bool]
+  weights: list[float]
+  soup: Record
+  best_candidate: Record
+  candidates: list[Record]
+  prediction_ensemble: Record
+  ensemble_agreement: dict[str, float]
+  averaging_failed: NotRequired[AveragingFailure]
+  selected: NotRequired[SetRecord]
 
 
 class Merging(NamedTuple):
@@ -208,7 +222,7 @@ def merge_candidates(
   candidates: Model,
   merging: Merging | None = None,
   start: float | None = None,
-) -> tuple[Model, Record]:
+) -> tuple[Model, MergeRecord]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
   Args:
@@ -220,16 +234,8 @@ def merge_candidates(
       there is one.
 
   Returns:
-    The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
-    one of best validation accuracy as `best_candidate`, the mean and the largest of single
-    metrics as `mean_candidate` and `max_candidate`, `geometry` (of the candidates'
-    parameters), metrics of the `soup` and of the candidates' `prediction_ensemble`, and
-    `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
-    each split). Where the merge selects, those of the set `selected` as well. Candidates
-    that diverged are listed as `diverged` and count in nothing else; their own metrics are
-    NaN. Nor do those that `collapsed`, see `collapsed_copies`, but for their own metrics;
-    where no other is left, `all_collapsed` says so and they are merged after all. Where
-    averaging failed, `averaging_failed` says so, see `averaging_failure`.
+    The soup and its record. Candidates that diverged or collapsed count in nothing but
+    their own metrics; where all that did not diverge collapsed, they are merged after all.
 
   Raises:
     FloatingPointError: all candidates diverged.
@@ -277,7 +283,7 @@ def merge_candidates(
       soup,
       [scores[i] if i in counted else lost for i in range(m)],
     )
-  record = {
+  record: MergeRecord = {
     "weights": weights.tolist(),
     "soup": soup,
     "best_candidate": scores[best_candidate(scores)],
