@@ -87,28 +87,41 @@ class Merging(NamedTuple):
   selects: bool = False
 
 
+class Start(NamedTuple):
+  """What the phases begin with; after a break, what the last finished phase left.
+
+  Attributes:
+    model: the dense model, or the soup of the phase before.
+    masks: of that soup; None means dense.
+    state: of the copies in the first of these phases, as `train_copies` gave it; None
+      begins at step 0.
+  """
+
+  model: Model
+  masks: PyTree | None = None
+  state: TrainState | None = None
+
+
 def training_phases(
   engine: Engine,
   key: jax.Array,
-  dense: Model,
+  start: Start,
   plan: Plan,
   sparsities: Mapping[int, float],
   *,
   prune: Prune = magnitude_masks,
   merging: Merging | None = None,
   landscapes: Collection[int] = (),
-  masks: PyTree | None = None,
-  state: TrainState | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
-  It goes on after a break where it is given the soup and masks of the last finished phase,
-  the sparsities of the phases after it, and the state of the training under way.
+  It goes on after a break where it starts from the soup of the last finished phase, and is
+  given the sparsities of the phases after it.
 
   Args:
     engine: the network and its data.
     key: each phase gets `fold_in(key, phase)`, the same for all copies.
-    dense: the trained model, or the soup of the phase before.
+    start: the dense model, or what is gone on from.
     plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
       `norm_drop`, `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`,
       each [m]) and learning rates [m, steps] of its copies.
@@ -116,8 +129,6 @@ def training_phases(
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merging: of the candidates; None means `MERGES["uniform"]`.
     landscapes: phases in which the loss between the candidates is measured.
-    masks: of a soup that is gone on from.
-    state: of the copies in the first of these phases, as `train_copies` gave it.
 
   Yields:
     What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
@@ -139,17 +150,17 @@ def training_phases(
     return chosen, learning_rates
 
   def merge(key, candidates, record):
-    start = record["pruned"]["validation_accuracy"]
-    return merge_candidates(engine, key, candidates, merging, start)
+    accuracy = record["pruned"]["validation_accuracy"]
+    return merge_candidates(engine, key, candidates, merging, accuracy)
 
   for event in soup_phases(
     key,
-    dense,
+    start.model,
     sparsities,
     prune=functools.partial(prune_and_measure, engine, prune),
-    retrain=retraining(engine, counted_plan, state),
+    retrain=retraining(engine, counted_plan, start.state),
     merge=merge,
-    masks=masks,
+    masks=start.masks,
   ):
     if isinstance(event, Phase) and event.record["phase"] in landscapes:
       found = measure_landscape(
