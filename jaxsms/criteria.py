@@ -19,7 +19,7 @@ from jaxsms.trees import (
   is_concrete,
   mask_leaves,
 )
-from jaxsms.weights import prunable_flags, say_what_is_left_out
+from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 
 def erk_masks(
@@ -59,7 +59,7 @@ def erk_masks(
   check_sparsity(sparsity)
   check_finite(params)
   flags = prunable_flags(params, prunable)
-  say_what_is_left_out(params, prunable)
+  warn_of_unpruned_matrices(params, prunable)
   leaves = jax.tree.leaves(params)
   numbers = [i for i, flag in enumerate(flags) if flag]
   shapes = [np.shape(leaves[i]) for i in numbers]

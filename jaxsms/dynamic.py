@@ -14,6 +14,7 @@ from jaxsms.training.engine import Engine, Model
 from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
+from jaxsms.training.state import Ingredients
 from jaxsms.trees import PyTree, mask_leaves, model_at, number_of_models
 
 
@@ -96,7 +97,7 @@ def prune_during_training(
   engine: Engine,
   key: jax.Array,
   fresh: Model,
-  ingredients: dict[str, np.ndarray],
+  ingredients: Ingredients,
   learning_rates: np.ndarray,
   pruning: GradualPruning,
   *,
@@ -113,7 +114,7 @@ def prune_during_training(
     engine: the network and its data.
     key: of the training.
     fresh: the model to begin with.
-    ingredients: `seed`, `weight_decay` and `steps` (the whole length), each [m].
+    ingredients: of the copies, each [m]; `steps` is the whole length.
     learning_rates: float [m, max(steps)].
     pruning: the ramp, and how masks are made.
     feedback_programs: made with `feedback`; given, the method is DPF, else GMP.
@@ -134,8 +135,11 @@ def prune_during_training(
   """
   m = number_of_models(ingredients, "ingredients")
   remask = gradual_masks(pruning, feedback_programs is not None)
-  first = {name: values[:1] for name, values in ingredients.items()}
-  first["steps"] = np.minimum(first["steps"], pruning.ramp_steps)
+  first = Ingredients(
+    seed=ingredients["seed"][:1],
+    weight_decay=ingredients["weight_decay"][:1],
+    steps=np.minimum(ingredients["steps"][:1], pruning.ramp_steps),
+  )
   ramp = engine._replace(
     programs=feedback_programs or engine.programs, chunk_steps=pruning.mask_steps
   )

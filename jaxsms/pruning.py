@@ -27,7 +27,7 @@ from jaxsms.trees import (
   is_floating,
   mask_leaves,
 )
-from jaxsms.weights import prunable_flags, say_what_is_left_out
+from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 SCOPES = ("global", "uniform")
 # Numbers of leaves, in the order of `jax.tree.leaves`, and how many entries to remove.
@@ -155,7 +155,7 @@ def scope_groups(
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)
   flags = prunable_flags(params, prunable)
-  say_what_is_left_out(params, prunable)
+  warn_of_unpruned_matrices(params, prunable)
   numbers = [i for i, flag in enumerate(flags) if flag]
   sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
   groups = [numbers] if scope == "global" else [[i] for i in numbers]

@@ -11,7 +11,7 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -51,6 +51,18 @@ class Batches(NamedTuple):
   taken: int
 
 
+class StreamState(TypedDict):
+  """Where a stream is.
+
+  Attributes:
+    step: the next one.
+    stream: which batches it gives.
+  """
+
+  step: int
+  stream: str
+
+
 class Stream:
   """An iterator over `Batches` that goes on from any step; made by `stream`."""
 
@@ -85,11 +97,11 @@ class Stream:
     self._ahead = self._start(self._step) if self._step < self._plan.total else None
     return batches
 
-  def get_state(self) -> dict[str, Any]:
+  def get_state(self) -> StreamState:
     """Where the stream is, for `set_state`: a small dict that JSON can hold."""
     return {"step": self._step, "stream": self._plan.identity()}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: StreamState) -> None:
     """Goes to another step, forwards or backwards.
 
     Args:
@@ -180,7 +192,7 @@ def stream(
 
   Args:
     source: random access to the examples, such as `TfdsExamples`.
-    key: of the phase, the same for all copies.
+    key: of the phase; all copies share it.
     seeds: int [m], from 0 to 2^32 - 1; equal seeds see equal batches.
     batch_size: examples of one copy in a step.
     steps: int [m], how many each copy takes; nothing is read for it afterwards.

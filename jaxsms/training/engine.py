@@ -13,6 +13,7 @@ from jaxsms.sms import Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import (
   Data,
+  Ingredients,
   TrainState,
   init_variables,
   make_in_parts,
@@ -22,7 +23,7 @@ from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
 # From a phase's pruning record: ingredients of m copies, and learning rates [m, steps].
-Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
+Plan = Callable[[Record], tuple[Ingredients, np.ndarray]]
 
 
 class Splits(NamedTuple):

@@ -46,7 +46,7 @@ class SetRecord(TypedDict):
   geometry: dict[str, float]
 
 
-class Measured(NamedTuple):
+class Measurements(NamedTuple):
   """What m models do.
 
   Attributes:
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
   predictions: dict[str, Predictions]
 
 
-def measure(engine: Engine, models: Model) -> Measured:
+def measure(engine: Engine, models: Model) -> Measurements:
   """Measures m models, and their prediction ensemble.
 
   Args:
@@ -85,7 +85,7 @@ def measure(engine: Engine, models: Model) -> Measured:
   params = fetch(models.params)
   for i, one in enumerate(scores):
     one |= engine.describe(jax.tree.map(lambda x, i=i: x[i], params))
-  return Measured(scores, ensemble, predictions)
+  return Measurements(scores, ensemble, predictions)
 
 
 @jax.jit
@@ -149,7 +149,7 @@ def max_record(records: Sequence[Record]) -> Record:
   return jax.tree.map(lambda *values: float(np.max(values)), *records)
 
 
-def of_set(scores: Sequence[Record], params: PyTree) -> SetRecord:
+def set_record(scores: Sequence[Record], params: PyTree) -> SetRecord:
   """What describes a set of models.
 
   Args:

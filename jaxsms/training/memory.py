@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState
+from jaxsms.training.state import Data, Ingredients, TrainState
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
 
 @contextlib.contextmanager
-def says_what_fits(
+def explain_out_of_memory(
   programs: Programs,
   data: Data | StreamedData,
   masks: PyTree,
@@ -82,11 +82,11 @@ def bytes_of_copies(
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), tree)
 
   def needed(m):
-    ingredients = {
-      "seed": np.zeros([m], np.int32),
-      "weight_decay": np.zeros([m], np.float32),
-      "steps": np.zeros([m], np.int32),
-    }
+    ingredients = Ingredients(
+      seed=np.zeros([m], np.int32),
+      weight_decay=np.zeros([m], np.float32),
+      steps=np.zeros([m], np.int32),
+    )
     compiled = train.lower(
       data,
       resized(masks, m) if programs.own_masks else masks,

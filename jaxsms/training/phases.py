@@ -38,10 +38,10 @@ from jaxsms.training.measurements import (
   SetRecord,
   best_candidate,
   measure,
-  of_set,
   predict,
   recalibrated,
   score,
+  set_record,
 )
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
@@ -123,8 +123,8 @@ def training_phases(
     key: each phase gets `fold_in(key, phase)`, the same for all copies.
     start: the dense model, or what is gone on from.
     plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
-      `norm_drop`, `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`,
-      each [m]) and learning rates [m, steps] of its copies.
+      `norm_drop`, `relative_norm_drop`), the ingredients of its copies and their learning
+      rates [m, steps].
     sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merging: of the candidates; None means `MERGES["uniform"]`.
@@ -143,7 +143,7 @@ def training_phases(
   """
   trained_images = 0
 
-  def counted_plan(record):
+  def plan_phase(record):
     nonlocal trained_images
     chosen, learning_rates = plan(record)
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
@@ -158,7 +158,7 @@ def training_phases(
     start.model,
     sparsities,
     prune=functools.partial(prune_and_measure, engine, prune),
-    retrain=retraining(engine, counted_plan, start.state),
+    retrain=retraining(engine, plan_phase, start.state),
     merge=merge,
     masks=start.masks,
   ):
@@ -268,13 +268,13 @@ def merge_candidates(
       start,
     ),
   }
-  counted = merged_copies({"weights": scores, **faults})
-  left_out = sorted(set(healthy) - set(counted))
+  included = merged_copies({"weights": scores, **faults})
+  left_out = sorted(set(healthy) - set(included))
   if left_out:
     logging.warning("copies %s collapsed and are left out", left_out)
-    finite = take_ingredients(candidates, counted)
+    finite = take_ingredients(candidates, included)
     _, ensemble, predictions = measure(engine, finite)
-    measured = [by_copy[i] for i in counted]
+    measured = [by_copy[i] for i in included]
   elif faults["collapsed"]:
     faults["all_collapsed"] = True
   fault_point("merge")
@@ -292,13 +292,13 @@ def merge_candidates(
       candidates,
       weights,
       soup,
-      [scores[i] if i in counted else lost for i in range(m)],
+      [scores[i] if i in included else lost for i in range(m)],
     )
   record: MergeRecord = {
     "weights": weights.tolist(),
     "soup": soup,
     "best_candidate": scores[best_candidate(scores)],
-    **of_set(measured, finite.params),
+    **set_record(measured, finite.params),
     "candidates": scores,
     **faults,
     "prediction_ensemble": ensemble,
@@ -314,7 +314,7 @@ def merge_candidates(
   if merging.selects:
     taken = np.flatnonzero(weights)
     chosen = take_ingredients(candidates.params, taken)
-    record["selected"] = of_set([scores[i] for i in taken], chosen)
+    record["selected"] = set_record([scores[i] for i in taken], chosen)
   return model, record
 
 

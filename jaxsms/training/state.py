@@ -1,11 +1,12 @@
 """What training carries from step to step, and the optimizer of the paper."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,6 +29,20 @@ class TrainState(NamedTuple):
   batch_stats: PyTree
   opt_state: PyTree
   step: jax.Array
+
+
+class Ingredients(TypedDict):
+  """What the copies of a phase differ in, each [m].
+
+  Attributes:
+    seed: int, of batch order, augmentation and dropout.
+    weight_decay: float.
+    steps: int, how many a copy takes.
+  """
+
+  seed: np.ndarray | jax.Array
+  weight_decay: np.ndarray | jax.Array
+  steps: np.ndarray | jax.Array
 
 
 class Data(NamedTuple):
