@@ -15,6 +15,9 @@ from jaxsms.meshes import params_sharding, place
 from jaxsms.trees import PyTree, number_of_models, settled
 
 
+Scalar = float | np.ndarray | jax.Array
+
+
 class TrainState(NamedTuple):
   """One copy in training; with a leading axis m on every leaf, all of them.
 
@@ -63,8 +66,8 @@ class Data(NamedTuple):
 
 
 def sgd(
-  learning_rate: float | jax.Array,
-  weight_decay: float | jax.Array = 0.0,
+  learning_rate: Scalar,
+  weight_decay: Scalar = 0.0,
   *,
   momentum: float = 0.9,
   nesterov: bool = False,

@@ -11,11 +11,11 @@ import optax
 
 from jaxsms.meshes import split_batch
 from jaxsms.pruning import apply_masks
-from jaxsms.training.state import Data, Ingredients, TrainState, sgd
+from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
 
-Optimizer = Callable[[float | jax.Array, float | jax.Array], optax.GradientTransformation]
+Optimizer = Callable[[Scalar, Scalar], optax.GradientTransformation]
 ORDER, STEP = 0, 1  # independent streams of one copy's key
 
 
