@@ -14,7 +14,6 @@ from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import params_sharding, place
 from jaxsms.trees import PyTree, number_of_models, settled
 
-
 Scalar = float | np.ndarray | jax.Array
 
 
