@@ -39,7 +39,7 @@ def main() -> None:
   try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
   except ModuleNotFoundError as error:
-    if error.name.partition(".")[0] in ("jaxsms", "experiments"):
+    if (error.name or "").partition(".")[0] in ("jaxsms", "experiments"):
       raise
     _stop(
       f"jaxsms {name} needs {error.name}, which is not installed: run "

@@ -103,7 +103,7 @@ def imp_reprune(
       engine,
       stack(masks),
       key,
-      start_each(*models, optimizer),
+      start_each(models.params, models.batch_stats, optimizer),
       plans[0][0],
       np.stack([rates[i] for i, (_, rates) in enumerate(plans)]),
       phase=record["phase"],

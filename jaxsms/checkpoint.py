@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import threading
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jax
 import numpy as np
@@ -25,7 +25,22 @@ UNFINISHED = "unfinished"  # lies in a folder while it is written or removed
 _one_at_a_time = threading.Lock()  # saves of two threads break one another in orbax
 
 
-def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = None) -> None:
+class LeafRecord(TypedDict):
+  """What a manifest says about a leaf."""
+
+  shape: list[int]
+  dtype: str
+  sha256: str
+
+
+class Manifest(TypedDict):
+  """What lies beside the arrays of a checkpoint: `meta`, and each leaf by its name."""
+
+  leaves: dict[str, LeafRecord]
+  meta: dict[str, Any]
+
+
+def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -> None:
   """Writes a tree of arrays to a new folder: when this returns, it is on the disk.
 
   A save that was killed is none: `restore` refuses it, and `remove` takes it away.
@@ -40,33 +55,33 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
     ValueError: the folder exists, or a leaf is no array, or not of numbers.
     OSError: it cannot be written.
   """
-  path = storage.as_path(path)
-  if path.exists():
-    raise ValueError(f"{path} exists already: choose another folder for this checkpoint")
+  root = storage.as_path(path)
+  if root.exists():
+    raise ValueError(f"{root} exists already: choose another folder for this checkpoint")
   tree = jax.tree.map(_native, fetch(tree))
   by_name = by_path(tree)
   _check_dtypes(by_name)
   leaves = {name: _described(leaf) for name, leaf in by_name.items()}
   try:
-    path.mkdir(parents=True)
-    storage.write_bytes(path / UNFINISHED, b"")
+    root.mkdir(parents=True)
+    storage.write_bytes(root / UNFINISHED, b"")
     fault_point("save begins")
     if leaves:
-      with storage.written_to(path / ARRAYS) as folder, _orbax() as checkpointer:
+      with storage.written_to(root / ARRAYS) as folder, _orbax() as checkpointer:
         checkpointer.save(folder, jax.tree.map(_never_empty, tree))
     fault_point("save arrays")
-    storage.write_json(path / MANIFEST, {"leaves": leaves, "meta": meta or {}})
-    (path / UNFINISHED).unlink()
-    if not storage.is_remote(path):
-      storage.sync(path)
-      storage.sync(path.parent)
+    storage.write_json(root / MANIFEST, {"leaves": leaves, "meta": meta or {}})
+    (root / UNFINISHED).unlink()
+    if not storage.is_remote(root):
+      storage.sync(root)
+      storage.sync(root.parent)
   except Exception as error:  # orbax and TensorStore raise many kinds
     with contextlib.suppress(Exception):
-      remove(path)
-    raise OSError(f"checkpoint {path} cannot be written ({_reason(error)})") from error
+      remove(root)
+    raise OSError(f"checkpoint {root} cannot be written ({_reason(error)})") from error
 
 
-def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
+def restore(path: storage.Path, like: PyTree | None = None) -> Any:
   """Reads a tree that `save` wrote, and checks that it is bit by bit what was saved.
 
   Args:
@@ -81,25 +96,25 @@ def restore(path: str | os.PathLike, like: PyTree | None = None) -> Any:
     Damaged: a ValueError; the checkpoint is not what was saved.
     ValueError: there is none, it is of another version, or it does not fit `like`.
   """
-  path = storage.as_path(path)
-  leaves = read_manifest(path)["leaves"]
+  root = storage.as_path(path)
+  leaves = read_manifest(root)["leaves"]
   tree: Any = {}
   try:
-    if leaves or (path / ARRAYS).exists():
-      with storage.read_from(path / ARRAYS) as folder, _orbax() as checkpointer:
+    if leaves or (root / ARRAYS).exists():
+      with storage.read_from(root / ARRAYS) as folder, _orbax() as checkpointer:
         tree = checkpointer.restore(folder)
     found = {k: _empty_again(x, leaves.get(k)) for k, x in by_path(tree).items()}
     tree = jax.tree.unflatten(jax.tree.structure(tree), found.values())
     described = {name: _described(leaf) for name, leaf in found.items()}
   except Exception as error:  # whatever damage makes orbax and TensorStore raise
-    raise Damaged(f"checkpoint {path} is damaged ({first_sentence(error)})") from error
+    raise Damaged(f"checkpoint {root} is damaged ({first_sentence(error)})") from error
   for name in leaves.keys() | described.keys():
     if leaves.get(name) != described.get(name):
-      raise Damaged(f"checkpoint {path} is damaged: {name} is not what was saved")
-  return tree if like is None else fill(like, found, f"checkpoint {path}")
+      raise Damaged(f"checkpoint {root} is damaged: {name} is not what was saved")
+  return tree if like is None else fill(like, found, f"checkpoint {root}")
 
 
-def restore_plain(path: str | os.PathLike) -> Any:
+def restore_plain(path: storage.Path) -> Any:
   """Reads a tree that orbax alone wrote, without a manifest.
 
   Args:
@@ -114,12 +129,12 @@ def restore_plain(path: str | os.PathLike) -> Any:
   """
   import orbax.checkpoint as ocp
 
-  path = storage.as_path(path)
-  item = path / "default"  # what a CheckpointManager calls its only one
+  root = storage.as_path(path)
+  item = root / "default"  # what a CheckpointManager calls its only one
   as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)  # saved on whatever devices
   try:
     with (
-      storage.read_from(item if item.is_dir() else path) as folder,
+      storage.read_from(item if item.is_dir() else root) as folder,
       _quiet(),
       ocp.PyTreeCheckpointer() as checkpointer,
     ):
@@ -129,7 +144,7 @@ def restore_plain(path: str | os.PathLike) -> Any:
       )
   except Exception as error:  # orbax and TensorStore raise many kinds
     raise ValueError(
-      f"{path} cannot be read ({first_sentence(error)}): give a folder that "
+      f"{root} cannot be read ({first_sentence(error)}): give a folder that "
       "jaxsms.checkpoint.save or an orbax StandardCheckpointer wrote"
     ) from error
 
@@ -161,7 +176,7 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+def read_manifest(path: storage.Path) -> Manifest:
   """Reads what lies beside the arrays of a checkpoint.
 
   Args:
@@ -174,22 +189,22 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     Damaged: a ValueError; it is not what was saved.
     ValueError: there is no checkpoint, or it is of another version.
   """
-  path = storage.as_path(path)
-  if not path.is_dir() or is_unfinished(path):
-    raise ValueError(f"there is no checkpoint {path}: give a folder that save() wrote")
+  root = storage.as_path(path)
+  if not root.is_dir() or is_unfinished(root):
+    raise ValueError(f"there is no checkpoint {root}: give a folder that save() wrote")
   try:
-    manifest = storage.read_json(path / MANIFEST)
+    manifest = storage.read_json(root / MANIFEST)
   except OSError as error:
     raise Damaged(
-      f"checkpoint {path} is damaged: its {MANIFEST} cannot be read, or another version "
+      f"checkpoint {root} is damaged: its {MANIFEST} cannot be read, or another version "
       "wrote it"
     ) from error
   if not all(isinstance(manifest.get(key), dict) for key in ("leaves", "meta")):
-    raise Damaged(f"checkpoint {path} is damaged: its {MANIFEST} lacks leaves or meta")
-  return manifest
+    raise Damaged(f"checkpoint {root} is damaged: its {MANIFEST} lacks leaves or meta")
+  return cast(Manifest, manifest)
 
 
-def is_unfinished(path: str | os.PathLike) -> bool:
+def is_unfinished(path: storage.Path) -> bool:
   """Whether a folder is what a failed or killed save, or a killed removal, left.
 
   Args:
@@ -198,38 +213,38 @@ def is_unfinished(path: str | os.PathLike) -> bool:
   Returns:
     True where it is marked as unfinished, or holds neither arrays nor a manifest.
   """
-  path = storage.as_path(path)
-  if (path / UNFINISHED).exists():
+  root = storage.as_path(path)
+  if (root / UNFINISHED).exists():
     return True
-  return not any((path / name).exists() for name in (ARRAYS, MANIFEST))
+  return not any((root / name).exists() for name in (ARRAYS, MANIFEST))
 
 
-def remove(path: str | os.PathLike) -> None:
+def remove(path: storage.Path) -> None:
   """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged.
 
   Args:
     path: a folder that `save` wrote.
   """
-  path = storage.as_path(path)
-  if not (path / UNFINISHED).exists():
-    (path / UNFINISHED).write_bytes(b"")
-  for child in path.iterdir():
+  root = storage.as_path(path)
+  if not (root / UNFINISHED).exists():
+    (root / UNFINISHED).write_bytes(b"")
+  for child in root.iterdir():
     fault_point("remove")
     if child.name != UNFINISHED:
       child.rmtree() if child.is_dir() else child.unlink()
-  (path / UNFINISHED).unlink()
-  if path.exists():  # an object store has no empty folders
-    path.rmdir()
+  (root / UNFINISHED).unlink()
+  if root.exists():  # an object store has no empty folders
+    root.rmdir()
 
 
-def _native(leaf):
-  """The same numbers in the order of this machine's bytes: the only one that is stored."""
+def _native(leaf: Any) -> Any:
+  """A leaf in this machine's byte order, the only one that is stored."""
   if not isinstance(leaf, np.ndarray | np.generic):
     return leaf
   return np.asarray(leaf, leaf.dtype.newbyteorder("="))
 
 
-def _check_dtypes(leaves):
+def _check_dtypes(leaves: dict[str, Any]) -> None:
   """Raises ValueError where a leaf holds something else than numbers."""
   for name, leaf in leaves.items():
     known = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -238,19 +253,19 @@ def _check_dtypes(leaves):
       raise ValueError(f"leaf {name} is {leaf.dtype}: give arrays of numbers or bools")
 
 
-def _never_empty(leaf):
+def _never_empty(leaf: Any) -> Any:
   """What is written of a leaf: a zero where it has no elements, which orbax refuses."""
   return leaf if np.size(leaf) else np.zeros([1], np.uint8)
 
 
-def _empty_again(leaf, described):
+def _empty_again(leaf: Any, described: LeafRecord | None) -> Any:
   """What a leaf is after all, by its entry in the manifest."""
   if described is None or 0 not in described["shape"]:
     return leaf
   return np.zeros(described["shape"], described["dtype"])
 
 
-def _described(leaf):
+def _described(leaf: Any) -> LeafRecord:
   """A leaf's shape, dtype and digest."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
@@ -259,11 +274,11 @@ def _described(leaf):
   return {
     "shape": list(np.shape(leaf)),
     "dtype": str(array.dtype),
-    "sha256": hashlib.sha256(data).hexdigest(),
+    "sha256": hashlib.sha256(data.data).hexdigest(),
   }
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
   """Why something cannot be written, in a few words."""
   for known in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
     if os.strerror(known) in str(error):
@@ -292,10 +307,12 @@ def _orbax():
       args = args or [ocp.RestoreArgs()] * len(infos)
       one_by_one = map(super().deserialize, [[i] for i in infos], [[a] for a in args])
       found = await asyncio.gather(*one_by_one, return_exceptions=True)
-      for error in found:
-        if isinstance(error, BaseException):
-          raise error
-      return [array for (array,) in found]
+      arrays = []
+      for one in found:
+        if isinstance(one, BaseException):
+          raise one
+        arrays.extend(one)
+      return arrays
 
   failures: list[Exception] = []
   kept = ocp.type_handlers.get_type_handler

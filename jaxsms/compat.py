@@ -12,7 +12,8 @@ def enable_x64() -> AbstractContextManager[None]:
   """
   if hasattr(jax, "enable_x64"):
     return jax.enable_x64(True)
-  from jax.experimental import enable_x64
+  # Later versions lack this one.
+  from jax.experimental import enable_x64  # type: ignore[attr-defined]
 
   return enable_x64()
 

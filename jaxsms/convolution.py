@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsms.lowerings import LOWERINGS, NHWC, Geometry, vary_alike
+from jaxsms.lowerings import LOWERINGS, NHWC, Geometry, pair, vary_alike
 from jaxsms.names import check_name
 
 # How the operations run on a platform, by measurement on CPU alone: BUILD_NOTES.md.
@@ -51,14 +51,16 @@ def conv_general_dilated(
     rhs: kernels [height, width, channels, features].
     window_strides: one for each spatial dimension.
     padding: "SAME", "VALID" or a pair (low, high) for each spatial dimension.
-    lhs_dilation: as in `jax.lax.conv_general_dilated`, like all that follow.
-    rhs_dilation: the same.
-    dimension_numbers: the same.
-    feature_group_count: the same.
-    batch_group_count: the same.
-    precision: the same.
-    preferred_element_type: the same.
-    out_sharding: the same; one that is given is left to `jax.lax.conv_general_dilated`.
+    lhs_dilation: of the images, one for each spatial dimension; None means 1.
+    rhs_dilation: of the kernels, one for each spatial dimension; None means 1.
+    dimension_numbers: layouts of images, kernels and outputs, such as
+      ("NHWC", "HWIO", "NHWC").
+    feature_group_count: into how many groups the channels are divided.
+    batch_group_count: into how many groups the batch is divided.
+    precision: of the products, such as "highest"; None is the platform's default.
+    preferred_element_type: dtype that sums are kept in and the result has; None leaves it
+      to XLA.
+    out_sharding: of the result; with one, XLA's own convolution runs.
     lowering: "auto" follows the rule of the platform that the program is compiled for;
       "loop", "grouped" or "unrolled" hold on all of them, see `jaxsms.lowerings`;
       "native" is `jax.lax.conv_general_dilated` itself.
@@ -85,23 +87,34 @@ def conv_general_dilated(
     and 0 not in lhs.shape + rhs.shape
   )
   if simple:
-    strides, image, kernel = tuple(window_strides), lhs.shape[1:3], rhs.shape[:2]
+    strides, image, kernel = map(pair, (window_strides, lhs.shape[1:3], rhs.shape[:2]))
     if isinstance(padding, str):
       padding = lax.padtype_to_pads(image, kernel, strides, padding)
-    padding = tuple((int(low), int(high)) for low, high in padding)
-    if kernel == (1, 1) and padding == ((0, 0), (0, 0)):
+    pads = pair((int(low), int(high)) for low, high in padding)
+    if kernel == (1, 1) and pads == ((0, 0), (0, 0)):
       lhs = lhs[:, :: strides[0], :: strides[1]]
-      strides, image = (1, 1), lhs.shape[1:3]
+      strides, image = (1, 1), pair(lhs.shape[1:3])
     precision = tuple(precision) if isinstance(precision, list) else precision
-    geometry = Geometry(strides, padding, image, kernel, precision)
-    if min(map(geometry.output_size, (0, 1))) > 0 and min(sum(padding, ())) >= 0:
+    geometry = Geometry(strides, pads, image, kernel, precision)
+    if min(map(geometry.output_size, (0, 1))) > 0 and min(map(min, pads)) >= 0:
       lhs, rhs = vary_alike(lhs, rhs)
       return _forward((geometry, lowering), lhs, rhs)
-  options = (lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count)
-  options += (batch_group_count, precision, preferred_element_type)
   # Not every version of JAX knows the argument.
-  placed = {} if out_sharding is None else {"out_sharding": out_sharding}
-  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options, **placed)
+  placed: dict[str, Any] = {} if out_sharding is None else {"out_sharding": out_sharding}
+  return lax.conv_general_dilated(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    precision,
+    preferred_element_type,
+    **placed,
+  )
 
 
 # The three operations. In the lowerings operands have a leading axis of copies, m long

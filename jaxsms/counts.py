@@ -14,6 +14,9 @@ _BITS = 16
 _BASE = 1 << _BITS
 
 
+Digits = np.ndarray | jax.Array
+
+
 def count(conditions: Sequence[jax.Array]) -> jax.Array:
   """How many entries of each array are True: uint32 [arrays], each of fewer than 2**32."""
   return unsigned(jnp.stack([jnp.sum(x, dtype=jnp.int32) for x in conditions]))
@@ -29,7 +32,7 @@ def on_host(of_arrays: np.ndarray) -> int:
   return int(np.sum(of_arrays, dtype=np.int64))
 
 
-def digits(number: int | jax.Array) -> np.ndarray | jax.Array:
+def digits(number: int | jax.Array) -> Digits:
   """The two digits of a number that is not negative."""
   if isinstance(number, jax.Array):
     number = unsigned(number) if number.dtype == jnp.int32 else number
@@ -37,28 +40,28 @@ def digits(number: int | jax.Array) -> np.ndarray | jax.Array:
   return np.array(divmod(int(number), _BASE), np.int32)
 
 
-def total(of_arrays: jax.Array) -> jax.Array:
+def total(of_arrays: jax.Array) -> Digits:
   """The digits of the sum of uint32 [arrays]."""
   high, low = of_arrays >> _BITS, of_arrays & (_BASE - 1)
   return _carry(jnp.sum(high, dtype=jnp.int32), jnp.sum(low, dtype=jnp.int32))
 
 
-def as_float(number: jax.Array) -> jax.Array:
+def as_float(number: Digits) -> jax.Array:
   """Digits as float32."""
   return number[0].astype(jnp.float32) * _BASE + number[1].astype(jnp.float32)
 
 
-def at_most(a: jax.Array, b: jax.Array) -> jax.Array:
+def at_most(a: Digits, b: Digits) -> jax.Array:
   """Whether a <= b, both in digits."""
   return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
 
 
-def minus(a: jax.Array, b: jax.Array) -> jax.Array:
+def minus(a: Digits, b: Digits) -> Digits:
   """a - b in digits, 0 where that would be negative."""
   return jnp.where(at_most(b, a), _carry(a[0] - b[0], a[1] - b[1]), 0)
 
 
-def share_out(number: jax.Array, most: jax.Array) -> jax.Array:
+def share_out(number: Digits, most: jax.Array) -> jax.Array:
   """Parts of a number, the first as large as they may be.
 
   Args:

@@ -19,7 +19,7 @@ from jaxsms.trees import (
   is_concrete,
   mask_leaves,
 )
-from jaxsms.weights import prunable_flags, say_what_is_left_out
+from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 
 def erk_masks(
@@ -59,12 +59,12 @@ def erk_masks(
   check_sparsity(sparsity)
   check_finite(params)
   flags = prunable_flags(params, prunable)
-  say_what_is_left_out(params, prunable)
+  warn_of_unpruned_matrices(params, prunable)
   leaves = jax.tree.leaves(params)
   numbers = [i for i, flag in enumerate(flags) if flag]
   shapes = [np.shape(leaves[i]) for i in numbers]
   sizes = [int(np.prod(shape)) for shape in shapes]
-  kept = sum(sizes) - removal_count(sparsity, sum(sizes))
+  kept = sum(sizes) - int(removal_count(sparsity, sum(sizes)))
   counts = _share_out(kept, [sum(shape) for shape in shapes], sizes)
   groups = [([i], n - k) for i, n, k in zip(numbers, sizes, counts, strict=True)]
   return masks_of_groups(params, groups, masks, sort_key=magnitude_sort_key(params))
@@ -76,19 +76,19 @@ def _share_out(total: int, weights: list[int], most: list[int]) -> list[int]:
   Webster's method: number k of a layer comes at the scale (k - 1/2) / weight, and the
   `total` that come first are taken; among equals, those of earlier layers.
   """
-  weights, most = np.asarray(weights, np.float64), np.asarray(most)
+  factors, largest = np.asarray(weights, np.float64), np.asarray(most)
 
   def counts(scale):
-    return np.minimum(np.floor(scale * weights + 0.5).astype(np.int64), most)
+    return np.minimum(np.floor(scale * factors + 0.5).astype(np.int64), largest)
 
-  low, high = 0.0, float(np.max((most + 1) / weights))
+  low, high = 0.0, float(np.max((largest + 1) / factors))
   for _ in range(100):
     middle = (low + high) / 2
     enough = counts(middle).sum() > total
     low, high = (low, middle) if enough else (middle, high)
   shares = counts(low)
   while shares.sum() < total:  # several come at the same scale
-    scales = np.where(shares < most, (shares + 0.5) / weights, np.inf)
+    scales = np.where(shares < largest, (shares + 0.5) / factors, np.inf)
     shares[np.argmin(scales)] += 1
   return shares.tolist()
 
@@ -147,7 +147,7 @@ def _magnitudes(leaf, mask) -> tuple[jax.Array, jax.Array | int]:
   return jnp.where(mask, size, 0).ravel(), mask.size - jnp.count_nonzero(mask)
 
 
-def _sorted(values: jax.Array) -> jax.Array:
+def _sorted(values: jax.Array) -> jax.Array | np.ndarray:
   """In ascending order; NumPy sorts some eight times faster than XLA does on a CPU."""
   if is_concrete(values) and jax.default_backend() == "cpu":
     return np.sort(np.asarray(values))
@@ -155,16 +155,16 @@ def _sorted(values: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _lamp_scores(sizes: jax.Array) -> jax.Array:
+def _lamp_scores(sizes: jax.Array | np.ndarray) -> jax.Array:
   """Square roots of the LAMP scores: they underflow less, in the same order.
 
   Args:
     sizes: magnitudes [n] of a layer in ascending order.
   """
-  sizes = over_largest(sizes)
-  rest = jnp.cumsum(sizes[::-1] ** 2)[::-1]
+  scaled = over_largest(jnp.asarray(sizes))
+  rest = jnp.cumsum(scaled[::-1] ** 2)[::-1]
   # Rounding in the sums must not change the order within the layer.
-  return jax.lax.cummax(sizes / jnp.sqrt(jnp.where(rest > 0, rest, 1)))
+  return jax.lax.cummax(scaled / jnp.sqrt(jnp.where(rest > 0, rest, 1)))
 
 
 @jax.jit

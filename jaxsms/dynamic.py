@@ -1,7 +1,7 @@
 """Pruning during training: GMP and DPF, alone and as soups."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxsms.training.engine import Engine, Model
 from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
+from jaxsms.training.state import Ingredients
 from jaxsms.trees import PyTree, mask_leaves, model_at, number_of_models
 
 
@@ -45,18 +46,28 @@ def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:
   return goal if step >= ramp_steps else goal * (1 - (1 - step / ramp_steps) ** 3)
 
 
-def gradual_masks(
-  goal_sparsity: float,
-  ramp_steps: int,
-  prune: Prune = magnitude_masks,
-  feedback: bool = False,
-) -> Remask:
+class GradualPruning(NamedTuple):
+  """How a model is pruned while it trains.
+
+  Attributes:
+    goal_sparsity: from step `ramp_steps` on, in [0, 1).
+    ramp_steps: after which the masks are fixed, at least 1.
+    mask_steps: most steps between two masks: an epoch is cut into equal parts of at most
+      so many.
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+  """
+
+  goal_sparsity: float
+  ramp_steps: int
+  mask_steps: int
+  prune: Prune = magnitude_masks
+
+
+def gradual_masks(pruning: GradualPruning, feedback: bool = False) -> Remask:
   """Masks that follow the cubic ramp, for `jaxsms.training.train_chunks`.
 
   Args:
-    goal_sparsity: from step `ramp_steps` on.
-    ramp_steps: length of the ramp.
-    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    pruning: the ramp, and how masks are made.
     feedback: makes them from all weights each time, so that removed ones may return, and
       leaves the weights as they are (DPF). Otherwise removed weights are set to 0 and stay
       so (GMP).
@@ -64,7 +75,7 @@ def gradual_masks(
   Returns:
     `remask(step, state)` giving the state and its masks; of one copy, leaves [1, ...].
   """
-  masks = None
+  masks: PyTree | None = None
 
   def remask(step, state):
     nonlocal masks
@@ -73,8 +84,8 @@ def gradual_masks(
         "the model has parameters that are not finite: lower the learning rate"
       )
     params = model_at(state.params, 0)
-    sparsity = cubic_sparsity(goal_sparsity, step, ramp_steps)
-    masks = prune(params, sparsity, masks=None if feedback else masks)
+    sparsity = cubic_sparsity(pruning.goal_sparsity, step, pruning.ramp_steps)
+    masks = pruning.prune(params, sparsity, masks=None if feedback else masks)
     if not feedback:
       state = state._replace(params=apply_masks(state.params, masks))
     return state, masks
@@ -86,14 +97,11 @@ def prune_during_training(
   engine: Engine,
   key: jax.Array,
   fresh: Model,
-  ingredients: dict[str, np.ndarray],
+  ingredients: Ingredients,
   learning_rates: np.ndarray,
+  pruning: GradualPruning,
   *,
-  goal_sparsity: float,
-  ramp_steps: int,
-  mask_steps: int,
   feedback_programs: Programs | None = None,
-  prune: Prune = magnitude_masks,
   phase: int = 1,
 ) -> Iterator[Any]:
   """GMP or DPF: one training from scratch, pruned on the way; as a soup from m copies.
@@ -106,14 +114,10 @@ def prune_during_training(
     engine: the network and its data.
     key: of the training.
     fresh: the model to begin with.
-    ingredients: `seed`, `weight_decay` and `steps` (the whole length), each [m].
+    ingredients: of the copies, each [m]; `steps` is the whole length.
     learning_rates: float [m, max(steps)].
-    goal_sparsity: in [0, 1).
-    ramp_steps: after which the masks are fixed, at least 1.
-    mask_steps: most steps between two masks: an epoch is cut into equal parts of at most
-      so many.
+    pruning: the ramp, and how masks are made.
     feedback_programs: made with `feedback`; given, the method is DPF, else GMP.
-    prune: `prune(params, sparsity, masks=masks)` giving masks.
     phase: number that its chunks and its record are marked with.
 
   Yields:
@@ -130,16 +134,19 @@ def prune_during_training(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (soups of both)
   """
   m = number_of_models(ingredients, "ingredients")
-  remask = gradual_masks(goal_sparsity, ramp_steps, prune, feedback_programs is not None)
-  first = {name: values[:1] for name, values in ingredients.items()}
-  first["steps"] = np.minimum(first["steps"], ramp_steps)
+  remask = gradual_masks(pruning, feedback_programs is not None)
+  first = Ingredients(
+    seed=ingredients["seed"][:1],
+    weight_decay=ingredients["weight_decay"][:1],
+    steps=np.minimum(ingredients["steps"][:1], pruning.ramp_steps),
+  )
   ramp = engine._replace(
-    programs=feedback_programs or engine.programs, chunk_steps=mask_steps
+    programs=feedback_programs or engine.programs, chunk_steps=pruning.mask_steps
   )
   state = yield from train_copies(
     ramp, remask, key, engine.start(fresh, 1), first, learning_rates[:1], phase=phase
   )
-  state, masks = remask(ramp_steps, state)
+  state, masks = remask(pruning.ramp_steps, state)
   state = model_at(state, 0)
   state = state._replace(params=apply_masks(state.params, masks))
   copies = repeat_model(state, m)

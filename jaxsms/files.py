@@ -11,22 +11,22 @@ from jaxsms import storage
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def whole_file(path: storage.Path) -> Iterator[IO[bytes]]:
   """A new file to write to; it gets its name when all of it is on the disk for certain.
 
   Args:
     path: the file, on a disk or (gs://...) an object store; its folder is made where it is
       missing, and an older file replaced.
   """
-  path = storage.as_path(path)
-  if not storage.is_remote(path):
-    os.makedirs(path.parent, exist_ok=True)
-  with storage.whole_file(path) as file:
+  target = storage.as_path(path)
+  if not storage.is_remote(target):
+    os.makedirs(target.parent, exist_ok=True)
+  with storage.whole_file(target) as file:
     yield file
 
 
 @contextlib.contextmanager
-def on_disk(path: str | os.PathLike) -> Iterator[str]:
+def on_disk(path: storage.Path) -> Iterator[str]:
   """The name of a file on a disk: itself, or a copy for as long as it is read.
 
   What is mapped of the copy stays readable: its bytes go when nobody has them open.
@@ -34,12 +34,12 @@ def on_disk(path: str | os.PathLike) -> Iterator[str]:
   Raises:
     OSError: it cannot be read.
   """
-  path = storage.as_path(path)
-  if not storage.is_remote(path):
-    yield os.fspath(path)
+  source = storage.as_path(path)
+  if not storage.is_remote(source):
+    yield os.fspath(source)
     return
   with tempfile.TemporaryDirectory() as folder:
-    local = os.path.join(folder, path.name)
-    with path.open("rb") as reader, open(local, "wb") as writer:
+    local = os.path.join(folder, source.name)
+    with source.open("rb") as reader, open(local, "wb") as writer:
       shutil.copyfileobj(reader, writer)
     yield local

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsms.soups import uniform_soup
 from jaxsms.trees import PyTree, is_floating, number_of_models
@@ -111,7 +112,7 @@ def loss_along_line(
   return positions, jax.lax.map(lambda t: loss(interpolate(a, b, t)), positions)
 
 
-def loss_barrier(losses: jax.Array) -> jax.Array:
+def loss_barrier(losses: jax.Array | np.ndarray) -> jax.Array:
   """How far the loss rises above the straight line between its ends.
 
   Args:

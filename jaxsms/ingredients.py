@@ -51,7 +51,7 @@ def map_ingredients(
     )
 
   @functools.cache  # one jitted program, so that eager calls do not compile again
-  def program(axes):
+  def program(mesh, axes):
     def on_each(*args):
       with constraint_mesh(mesh):
         return _map_in_groups(function, axes, at_once, *args)
@@ -81,8 +81,10 @@ def map_ingredients(
     if mesh is None:
       return _map_in_groups(function, axes, at_once, *args)
     padded = iter(pad_ingredients(stacked, mesh.shape[INGREDIENT_AXIS])[0])
-    args = [a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)]
-    result = settled(program(axes)(*args))
+    filled = [
+      a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)
+    ]
+    result = settled(program(mesh, axes)(*filled))
     if m % mesh.shape[INGREDIENT_AXIS] == 0:
       return result
     return first_ingredients(result, m)

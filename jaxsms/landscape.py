@@ -25,7 +25,7 @@ class Plane(NamedTuple):
   """
 
   models: PyTree
-  coordinates: jax.Array
+  coordinates: jax.Array | np.ndarray
 
 
 def plane_through(models: PyTree) -> Plane:
@@ -89,7 +89,7 @@ def model_on_plane(plane: Plane, point: jax.Array) -> PyTree:
 
 
 def plane_grid(
-  points: jax.Array, size: int = 11, margin: float = 0.2
+  points: jax.Array | np.ndarray, size: int = 11, margin: float = 0.2
 ) -> tuple[jax.Array, jax.Array]:
   """Evenly spaced coordinates around some points of a plane.
 

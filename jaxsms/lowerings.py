@@ -12,7 +12,8 @@ Each way has a forward, an image gradient and a kernel gradient:
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax import lax
 
 from jaxsms.partitioning import unless_partitioned
 
+T = TypeVar("T")
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 _GROUP = 16  # images in one step, for a CPU's second-level cache of 2 MB
@@ -63,14 +65,23 @@ class Geometry(NamedTuple):
     return blocks, padding, np.where((taps >= 0) & (taps < k), taps, k)
 
 
+def pair(values: Iterable[T]) -> tuple[T, T]:
+  """Two values, along height and along width."""
+  height, width = values
+  return height, width
+
+
 def vary_alike(*operands):
   """Makes all vary over the manual mesh axes that one does; gradients are summed."""
   kinds = [jax.typeof(x) for x in operands]
   # The names are those of jax 0.10, then of 0.8.
   kinds = [getattr(kind, "manual_axis_type", kind) for kind in kinds]
-  own = [getattr(k, "varying", getattr(k, "vma", frozenset())) for k in kinds]
-  vary = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
-  missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+  own: list[frozenset[str]] = [
+    getattr(k, "varying", getattr(k, "vma", frozenset())) for k in kinds
+  ]
+  cast = getattr(lax, "pcast", None)  # jax 0.7 has `pvary`, which later ones lack
+  vary = functools.partial(cast, to="varying") if cast else lax.pvary  # type: ignore[attr-defined]
+  missing = [tuple(frozenset[str]().union(*own) - axes) for axes in own]
   return [vary(x, a) if a else x for x, a in zip(operands, missing, strict=True)]
 
 
@@ -132,8 +143,8 @@ def _loop_image(geometry, outputs, kernels):
   taps = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
   taps = taps[:, tall][:, :, :, broad].transpose(0, 1, 3, 6, 2, 4, 5)
   taps = taps.reshape(*taps.shape[:4], -1)
-  shapes = outputs.shape[2:4], taps.shape[1:3]
-  stride_one = Geometry((1, 1), pads, *shapes, geometry.precision)
+  image, kernel = pair(outputs.shape[2:4]), pair(taps.shape[1:3])
+  stride_one = Geometry((1, 1), pads, image, kernel, geometry.precision)
 
   def one(outputs, taps):
     blocks = _convolve(stride_one, outputs, taps)

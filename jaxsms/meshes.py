@@ -99,7 +99,7 @@ def params_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool) -> NamedS
   Where m does not divide evenly, all devices along the copies have a part of each copy.
   """
   own = _longest(shape[1:] if stacked else shape, mesh.shape.get(DATA_AXIS, 1))
-  lead = ()
+  lead: tuple[str | None, ...] = ()
   if stacked:
     lead = (None if shape[0] % mesh.shape[INGREDIENT_AXIS] else INGREDIENT_AXIS,)
   return NamedSharding(mesh, PartitionSpec(*lead, *own))

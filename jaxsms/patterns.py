@@ -27,7 +27,7 @@ from jaxsms.trees import (
   path_string,
 )
 from jaxsms.weight_names import is_attention_projection
-from jaxsms.weights import Axis, Weights, prunable_flags, say_what_is_left_out
+from jaxsms.weights import Axis, Weights, prunable_flags, warn_of_unpruned_matrices
 
 
 def n_m_masks(
@@ -167,7 +167,7 @@ def filter_masks(
   if axis is None:
     axis = _default_axis(-1, "1 (whole heads) or 2 (a feature of all heads)")
   layers = _layers(params, axis, prunable, masks)
-  new = {}
+  new: dict[int, jax.Array] = {}
   for group in [layers] if scope == "global" else [[layer] for layer in layers]:
     scores = [_filter_scores(x.leaf, x.mask, x.axis) for x in group]
     norms, alive, earlier = map(list, zip(*scores, strict=True))
@@ -213,7 +213,7 @@ def _layers(
 ) -> list[_Layer]:
   """The prunable leaves, with their earlier masks (or None) and the axis of each."""
   flags = prunable_flags(params, prunable)
-  say_what_is_left_out(params, prunable)
+  warn_of_unpruned_matrices(params, prunable)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
   layers = []

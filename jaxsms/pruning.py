@@ -1,7 +1,7 @@
 """Which weights to remove: scores and scopes -> masks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jaxsms.trees import (
   is_floating,
   mask_leaves,
 )
-from jaxsms.weights import prunable_flags, say_what_is_left_out
+from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 SCOPES = ("global", "uniform")
 # Numbers of leaves, in the order of `jax.tree.leaves`, and how many entries to remove.
@@ -155,7 +155,7 @@ def scope_groups(
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)
   flags = prunable_flags(params, prunable)
-  say_what_is_left_out(params, prunable)
+  warn_of_unpruned_matrices(params, prunable)
   numbers = [i for i, flag in enumerate(flags) if flag]
   sizes = [np.size(leaf) for leaf in jax.tree.leaves(params)]
   groups = [numbers] if scope == "global" else [[i] for i in numbers]
@@ -164,7 +164,7 @@ def scope_groups(
 
 def masks_of_groups(
   params: PyTree,
-  groups: list[Group],
+  groups: Sequence[Group],
   masks: PyTree | None = None,
   values: Callable[[int, Any, Any], jax.Array] | None = None,
   sort_key: SortKey = identity_key,
@@ -187,7 +187,7 @@ def masks_of_groups(
   """
   leaves = jax.tree.leaves(params)
   old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
-  new = {}
+  new: dict[int, jax.Array] = {}
   for numbers, goal in groups:
     chosen = [leaves[i] for i in numbers]
     if values is not None:

@@ -21,6 +21,7 @@ from jaxsms.trees import (
   is_floating,
   mask_leaves,
   number_of_models,
+  same_structure,
   settled,
 )
 
@@ -144,12 +145,12 @@ def _hashed_retrain_program(
       )
     else:
       result = retrain(key, params, masks, ingredient)
-    report = {}
-    if jax.tree.structure(result) != structure:
+    report: PyTree = {}
+    if not same_structure(result, params):
       if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(_wrong_tree(structure, result))
       result, report = result
-      if jax.tree.structure(result) != structure:
+      if not same_structure(result, params):
         raise ValueError(_wrong_tree(structure, result))
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(result), strict=True):
       if not is_array(old):

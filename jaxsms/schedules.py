@@ -83,6 +83,7 @@ def pretrain_schedule(
     main = optax.constant_schedule(peak_lr)
   else:
     # The logarithm in float64: a factor rounded to float32 is off after many steps.
+    assert decay is not None  # checked above
     rate = math.log(decay)
 
     def main(i):
@@ -179,6 +180,7 @@ def retrain_schedule(
       return smallest + (largest - smallest) * (1 + jnp.cos(jnp.pi * t)) / 2
     first = largest if initial_lr is None else initial_lr
     if name == "ALLR":
+      assert relative_norm_drop is not None and pruned_fraction is not None  # checked above
       lowest = jnp.minimum(1.0, steps / len(lrs))
       # Where nothing was pruned the drop is 0: the lowest value then, not 0 / 0.
       drop = relative_norm_drop / jnp.sqrt(jnp.maximum(pruned_fraction, 1e-30))
@@ -194,14 +196,16 @@ def retrain_schedule(
   return schedule
 
 
-def _whole_steps(fraction: float, steps: int | jax.Array) -> int | jax.Array:
+def _whole_steps(fraction: float, steps: int | jax.Array) -> np.ndarray | jax.Array:
   """int(fraction * steps), exact where `steps` is concrete."""
   if is_concrete(steps):
     return np.floor(fraction * np.asarray(steps, np.float64)).astype(np.int32)
   return jnp.floor(fraction * steps).astype(jnp.int32)
 
 
-def _scaled(i: jax.Array, numerator: int, denominator: int | jax.Array) -> jax.Array:
+def _scaled(
+  i: jax.Array, numerator: int, denominator: int | np.ndarray | jax.Array
+) -> jax.Array:
   """i * numerator // denominator in int32, also where the product is beyond it.
 
   A float32 guess is off by one at most; its remainder is small, whatever wrapped around.

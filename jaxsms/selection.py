@@ -66,7 +66,7 @@ def keep_largest(
 def select(
   values: list[jax.Array],
   kept: list[jax.Array | None],
-  goal: jax.Array,
+  goal: counts.Digits,
   sort_key: SortKey,
 ) -> list[jax.Array]:
   """`keep_largest`, with the goal in digits, see `jaxsms.counts`."""
@@ -168,9 +168,10 @@ def _and(mask: jax.Array | None, condition: jax.Array) -> jax.Array:
   return condition if mask is None else mask & condition
 
 
-def _positions(shape: tuple[int, ...], one: int | jax.Array = 1) -> jax.Array:
+def _positions(shape: tuple[int, ...], one: int | jax.Array = 1) -> jax.Array | np.uint32:
   """Row-major positions, uint32; `one` is 1, and may be a 1 that no compiler sees."""
-  position, stride = np.uint32(0), 1
+  position: jax.Array | np.uint32 = np.uint32(0)
+  stride = 1
   for axis in reversed(range(len(shape))):
     along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     position += along * (np.uint32(stride) * jnp.asarray(one, jnp.uint32))

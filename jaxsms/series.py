@@ -1,10 +1,11 @@
 """The checkpoints of a run: saved beside the training, and found again after a break."""
 
-import os
 import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from jaxsms import checkpoint, storage
 from jaxsms.storage import Damaged
@@ -35,7 +36,7 @@ class Series:
   One process at a time may save into it, and one save runs at a time, in a thread.
   """
 
-  def __init__(self, path: str | os.PathLike, keep: int = 2):
+  def __init__(self, path: storage.Path, keep: int = 2):
     """Looks at nothing yet.
 
     Args:
@@ -60,7 +61,7 @@ class Series:
     for folder in self._folders():
       if checkpoint.is_unfinished(folder):
         checkpoint.remove(folder)
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(self._folders()):
       try:
         return Found(int(folder.name), *self.read(int(folder.name)), damaged)
@@ -110,7 +111,7 @@ class Series:
     for folder in self._folders()[:-1]:
       checkpoint.remove(folder)
 
-  def _save(self, arrays, meta):
+  def _save(self, arrays: PyTree, meta: dict[str, Any]) -> None:
     started = time.monotonic()
     if not storage.is_remote(self._path):  # alone: a run's folder that is gone stays gone
       self._path.mkdir(exist_ok=True)
@@ -121,10 +122,10 @@ class Series:
     if arrays:
       self.seconds = time.monotonic() - started
 
-  def _folder(self, number):
+  def _folder(self, number: int) -> epath.Path:
     return self._path / f"{number:06}"
 
-  def _folders(self):
+  def _folders(self) -> list[epath.Path]:
     """The folders of checkpoints, oldest first."""
     if not self._path.exists():
       return []

@@ -39,6 +39,7 @@ from jaxsms.trees import (
   is_parameter,
   mask_leaves,
   number_of_models,
+  same_structure,
 )
 
 Prune = Callable[..., PyTree]
@@ -381,7 +382,7 @@ def healthy_copies(candidates: PyTree) -> list[int]:
 
 def _is_one_of(stacked: PyTree, model: PyTree) -> bool:
   """Whether a tree has the structure and the shapes of each of the stacked ones."""
-  if jax.tree.structure(stacked) != jax.tree.structure(model):
+  if not same_structure(stacked, model):
     return False
   pairs = zip(jax.tree.leaves(stacked), jax.tree.leaves(model), strict=True)
   return all(np.shape(one) == np.shape(many)[1:] for many, one in pairs)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from etils import epath
 
@@ -19,6 +19,7 @@ from jaxsms.faults import fault_point
 # Of a name that is not taken, not even by a link to nowhere.
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NEW_FILE |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+Path: TypeAlias = str | os.PathLike  # what `as_path` makes an `epath.Path` of
 FORMAT = 1  # of run directories and checkpoints; another one is refused
 
 
@@ -26,20 +27,20 @@ class Damaged(ValueError):
   """Something on disk is not what was written."""
 
 
-def as_path(path: str | os.PathLike) -> epath.Path:
+def as_path(path: Path) -> epath.Path:
   """An absolute path of the kind that its prefix names, such as gs://.
 
   Raises:
     ValueError: nothing here knows that prefix.
   """
   try:
-    path = epath.Path(path).expanduser()
+    expanded = epath.Path(path).expanduser()
   except KeyError as error:  # of etils
     raise ValueError(
       f"{os.fspath(path)} is in no store that is known here: give a local path, or one of "
       "gs:// or s3://"
     ) from error
-  return path if is_remote(path) else epath.Path(os.path.abspath(path))
+  return expanded if is_remote(expanded) else epath.Path(os.path.abspath(expanded))
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -61,7 +62,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
   """A new file to write to; it gets its name when all of it is on the disk for certain.
 
   Until then it has a name that nobody can foresee, beside the other one. Where that is
@@ -70,30 +71,31 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
   Args:
     path: the file, on a disk or (gs://...) an object store; an older file is replaced.
   """
-  path = as_path(path)
-  if is_remote(path):
+  target = as_path(path)
+  if is_remote(target):
     with tempfile.TemporaryFile() as file:
       yield file
       file.seek(0)
-      write_bytes(path, file.read())
+      write_bytes(target, file.read())
     return
-  partial = os.path.join(path.parent, f"{path.name[:80]}.{secrets.token_hex(8)}.partial")
+  unfinished = f"{target.name[:80]}.{secrets.token_hex(8)}.partial"
+  partial = os.path.join(target.parent, unfinished)
   handle = os.open(partial, _NEW_FILE, 0o666)
   try:
-    with os.fdopen(handle, "wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    fault_point(f"write {path.name}")
-    os.replace(partial, path)
+    with os.fdopen(handle, "wb") as writer:
+      yield writer
+      writer.flush()
+      os.fsync(writer.fileno())
+    fault_point(f"write {target.name}")
+    os.replace(partial, target)
   except BaseException:
     with contextlib.suppress(OSError):
       os.remove(partial)
     raise
-  sync(path.parent)
+  sync(target.parent)
 
 
-def sync(path: str | os.PathLike) -> None:
+def sync(path: Path) -> None:
   """Waits until a file, or the names in a folder, are on the disk."""
   handle = os.open(path, os.O_RDONLY)
   try:
@@ -140,7 +142,7 @@ def read_from(path: epath.Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _plainly_named(folder):
+def _plainly_named(folder: epath.Path) -> Iterator[str]:
   """That folder by a name without brackets: orbax would look for files by them."""
   name = os.fspath(folder)
   if glob.escape(name) == name:
@@ -152,14 +154,14 @@ def _plainly_named(folder):
     yield link
 
 
-def _copy_tree(source, target):
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
   target.mkdir()
   for child in source.iterdir():
     copy = _copy_tree if child.is_dir() else _copy_file
     copy(child, target / child.name)
 
 
-def _copy_file(source, target):
+def _copy_file(source: epath.Path, target: epath.Path) -> None:
   with source.open("rb") as reader, target.open("wb") as writer:
     shutil.copyfileobj(reader, writer)
 
@@ -177,23 +179,23 @@ def set_aside(path: epath.Path) -> epath.Path:
   return path.rename(aside)
 
 
-def content_digest(path: str | os.PathLike) -> str:
+def content_digest(path: Path) -> str:
   """A digest of a file's bytes, or of the names and bytes of all files in a folder.
 
   Raises:
     OSError: it cannot be read.
   """
-  path, digest = as_path(path), hashlib.sha256()
-  for file in _files(path):
+  root, digest = as_path(path), hashlib.sha256()
+  for file in _files(root):
     if not file.is_file():  # a pipe may never end
       raise OSError(f"{file} is no file")
-    digest.update(f"{file.relative_to(path)}\0".encode())
+    digest.update(f"{file.relative_to(root)}\0".encode())
     with file.open("rb") as reader:
       digest.update(hashlib.file_digest(reader, "sha256").digest())
   return digest.hexdigest()
 
 
-def _files(path):
+def _files(path: epath.Path) -> list[epath.Path]:
   if not path.is_dir():
     return [path]
   return [file for child in sorted(path.iterdir()) for file in _files(child)]
@@ -231,13 +233,13 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   return document
 
 
-def _digest(document):
+def _digest(document: dict[str, Any]) -> str:
   text = json.dumps(document, sort_keys=True, allow_nan=False)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:
-  """The same in what JSON has: arrays as lists, NaN and infinities as None."""
+  """A value in terms of JSON: arrays as lists, NaN and infinities as None."""
   if isinstance(value, dict):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

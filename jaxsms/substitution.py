@@ -41,7 +41,8 @@ def with_own_convolutions(function: Callable, *arguments: Any) -> tuple[Any, int
   """
   leaves, structure = jax.tree.flatten(arguments)
   places = [i for i, leaf in enumerate(leaves) if _is_value(leaf)]
-  results, result_of = [], []
+  results: list[Any] = []
+  result_of: list[Any] = []
 
   def of_arrays(*arrays):
     filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -66,7 +66,7 @@ def to_torch_axes(array: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def layout(
-  module: nn.Module, image_shape: tuple[int, int, int]
+  module: nn.Module, image_shape: Sequence[int]
 ) -> tuple[PyTree, list[Tensor], str]:
   """Our variables, where PyTorch has each leaf, and what its last bias is called.
 
@@ -111,7 +111,7 @@ def fitting_options(
   """
   options = []
   first = next((x for name, x in found.items() if _FIRST.search(name)), None)
-  if isinstance(module, ResNet) and np.ndim(first) == 4:
+  if isinstance(module, ResNet) and first is not None and np.ndim(first) == 4:
     stem = "imagenet" if 7 in np.shape(first) else "cifar"
     options += [f'stem="{stem}"'] if stem != module.stem else []
   options += [f"num_classes={num_classes}"] if num_classes else []
@@ -176,7 +176,8 @@ def _resnet(module):
 
 
 def _vgg(module):
-  layers, place = {}, 0
+  layers: dict[str, str] = {}
+  place = 0
   for number in module.convolutions:
     for _ in range(number):
       convolution = len(layers) // 2

@@ -16,6 +16,7 @@ from jaxsms.trees import (
   mask_leaves,
   path_names,
   path_string,
+  same_structure,
 )
 
 
@@ -156,9 +157,9 @@ class _Watch:
 def _count_left(params: PyTree, masks: list[Any]) -> list[int]:
   """How many removed entries of each leaf are not 0."""
   pairs = zip(jax.tree.leaves(params), masks, strict=True)
-  pairs = [(0, True) if mask is None else (leaf, mask) for leaf, mask in pairs]
+  compared = [(0, True) if mask is None else (leaf, mask) for leaf, mask in pairs]
   with jax.ensure_compile_time_eval():  # concrete values stay so inside a jit
-    return [int(n) for n in jax.device_get(_count_nonzero_removed(pairs))]
+    return [int(n) for n in jax.device_get(_count_nonzero_removed(compared))]
 
 
 @jax.jit
@@ -174,7 +175,7 @@ def _arrays_alone(tree: PyTree) -> PyTree:
 def _trained_alone(updates: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
   """Updates and their parameters in one structure: None where either is no array."""
   updates, params = _arrays_alone(updates), _arrays_alone(params)
-  if jax.tree.structure(updates) == jax.tree.structure(params):
+  if same_structure(updates, params):
     return updates, params
 
   def is_none(x):

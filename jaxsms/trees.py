@@ -40,6 +40,12 @@ def path_string(path: Path) -> str:
   return "/".join(path_names(path)) or "(root)"
 
 
+def same_structure(a: PyTree, b: PyTree) -> bool:
+  """Whether two trees have equal containers and names, whatever their leaves are."""
+  one: Any = jax.tree.structure(a)  # the type is not known to mypy
+  return one == jax.tree.structure(b)
+
+
 def is_array(leaf: Any) -> bool:
   """Whether a leaf is an array (of any kind) and not, say, an activation function."""
   return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
@@ -134,11 +140,11 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   """
   if isinstance(models, dict) or not (models := list(models)):
     raise ValueError("got no models to stack: pass a list of at least one")
-  first, structure = jax.tree_util.tree_flatten_with_path(models[0])
+  first = jax.tree_util.tree_leaves_with_path(models[0])
   columns = []
   for number, model in enumerate(models):
-    leaves, other = jax.tree_util.tree_flatten(model)
-    if other != structure:
+    leaves = jax.tree.leaves(model)
+    if not same_structure(model, models[0]):
       raise ValueError(
         f"model {number} has another tree structure than model 0: all models of a "
         "soup must come from the same network"
@@ -198,7 +204,7 @@ def settled(tree: PyTree) -> PyTree:
   """
   for x in jax.tree.leaves(tree):
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-      devices = x.sharding.device_set
+      devices: set[Any] = x.sharding.device_set
       if len(devices) > 1 and next(iter(devices)).platform == "cpu":
         return jax.block_until_ready(tree)
       break
@@ -212,7 +218,8 @@ def number_of_models(stacked: PyTree, what: str = "models") -> int:
     ValueError: there is no array, an array has no leading axis, leaves disagree on m, or m
       is 0.
   """
-  m, first_path = None, None
+  m: int | None = None
+  first_path: Path = ()
   for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
     if not is_array(leaf):
       continue

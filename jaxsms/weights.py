@@ -87,7 +87,7 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
   return flags
 
 
-def say_what_is_left_out(params: PyTree, prunable: Prunable | None) -> None:
+def warn_of_unpruned_matrices(params: PyTree, prunable: Prunable | None) -> None:
   """Logs, once for each structure, the matrices that the default choice leaves out."""
   if isinstance(prunable, Weights):
     prunable = prunable.prunable
@@ -101,11 +101,11 @@ def say_what_is_left_out(params: PyTree, prunable: Prunable | None) -> None:
     if not flag and _is_matrix(path, leaf)
   )
   if left_out:
-    _say_once(left_out)
+    _warn_once(left_out)
 
 
 @functools.lru_cache(maxsize=256)
-def _say_once(left_out: tuple[str, ...]) -> None:
+def _warn_once(left_out: tuple[str, ...]) -> None:
   named = ", ".join(left_out[:8]) + (", ..." if len(left_out) > 8 else "")
   logging.warning(
     "not pruned are %s: pass prunable= to choose otherwise, such as "

@@ -5,7 +5,7 @@ import typing
 from jaxsms import Phase
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits, last_state, train_copies
-from jaxsms.training.phases import MERGES, Merging, training_phases
+from jaxsms.training.phases import MERGES, Merging, Start, training_phases
 
 
 class Finished(typing.NamedTuple):
@@ -27,14 +27,16 @@ def finish(events, on_event=lambda event: None):
 
 def run_phases(
   programs, splits, key, dense, plan, *, goal_sparsity, phases, merge=None, greedy=False,
-  chunk_steps=50, done=0, wants_state=lambda: False, on_event=lambda event: None, **options,
+  chunk_steps=50, done=0, masks=None, state=None, wants_state=lambda: False,
+  on_event=lambda event: None, **options,
 ):  # fmt: skip
   merging = MERGES["greedy" if greedy else "uniform"]
   if merge is not None:
     merging = Merging(lambda engine, key: merge)
   engine = Engine(programs, splits, chunk_steps=chunk_steps, wants_state=wants_state)
   sparsities = phase_sparsities(goal_sparsity, phases, done)
-  events = training_phases(engine, key, dense, plan, sparsities, merging=merging, **options)
+  start = Start(dense, masks, state)
+  events = training_phases(engine, key, start, plan, sparsities, merging=merging, **options)
   return finish(events, on_event)
 
 

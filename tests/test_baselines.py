@@ -22,7 +22,12 @@ from test_training import (
 
 from jaxsms import apply_masks, magnitude_masks, make_mesh, prunable, training
 from jaxsms.baselines import TimeAverage, imp_reprune, swamp
-from jaxsms.dynamic import cubic_sparsity, gradual_masks, prune_during_training
+from jaxsms.dynamic import (
+  GradualPruning,
+  cubic_sparsity,
+  gradual_masks,
+  prune_during_training,
+)
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.step import Recipe, train_step
@@ -135,7 +140,7 @@ def one_state(kernel):
 
 def test_removed_weights_stay_so_without_feedback_and_return_with_it():
   first, grown = [[4.0, 3.0, 2.0, 1.0]], [[4.0, 3.0, 2.0, 5.0]]
-  gmp, dpf = (gradual_masks(0.25, 1, feedback=f) for f in (False, True))
+  gmp, dpf = (gradual_masks(GradualPruning(0.25, 1, 1), feedback=f) for f in (False, True))
   for remask in (gmp, dpf):
     _, masks = remask(1, one_state(first))
     assert masks["Dense_0"]["kernel"].tolist() == [[True, True, True, False]]
@@ -159,8 +164,8 @@ def during(programs, dense, seeds, rates, feedback=None, **options):
   events = prune_during_training(
     Engine(programs, SPLITS), KEY, dense, ingredients(seeds, len(rates)),
     np.broadcast_to(np.float32(rates), [len(seeds), len(rates)]),
-    goal_sparsity=0.75, ramp_steps=10, mask_steps=3, feedback_programs=feedback,
-    prune=prune,
+    GradualPruning(0.75, ramp_steps=10, mask_steps=3, prune=prune),
+    feedback_programs=feedback,
   )  # fmt: skip
   model, masks, (record,) = finish(events, **options)
   return model, masks, record, asked

@@ -11,8 +11,8 @@ from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.measurements import (
   describe_weights,
   measure,
-  of_set,
   ood_metrics,
+  set_record,
 )
 
 
@@ -66,7 +66,7 @@ def test_ood_is_the_mean_over_corruptions_of_means_over_severities():
 
 def test_mean_and_largest_of_single_metrics():
   scores = [{"a": 1, "by": {"x": 2.0}}, {"a": 4, "by": {"x": 0.0}}]
-  found = of_set(scores, {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])})
+  found = set_record(scores, {"w": jnp.array([[3.0, 0.0], [0.0, 4.0]])})
   assert found["mean_candidate"] == {"a": 2.5, "by": {"x": 1.0}}
   assert found["max_candidate"] == {"a": 4.0, "by": {"x": 2.0}}
   assert found["geometry"]["mean_l2_distance"] == pytest.approx(5)

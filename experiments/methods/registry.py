@@ -25,7 +25,7 @@ from experiments.methods.seeds import (
   varied_ingredients,
 )
 from jaxsms.baselines import imp_reprune, swamp
-from jaxsms.dynamic import prune_during_training
+from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
 if TYPE_CHECKING:
@@ -143,6 +143,12 @@ def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
     lrs = budget_learning_rates(run)
     m = settings.ingredients if soup else 1
     most = min(MASK_STEPS[name], run.engine.chunk_steps)
+    pruning = GradualPruning(
+      settings.goal_sparsity,
+      ramp_steps=max(1, int(task.method.fixed_after * len(lrs))),
+      mask_steps=task.method.mask_steps or most,
+      prune=run.prune,
+    )
     records = yield from records_of(
       prune_during_training(
         run.engine,
@@ -150,11 +156,8 @@ def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
         fresh_model(run),
         varied_ingredients(run, m, len(lrs)),
         np.broadcast_to(lrs, [m, len(lrs)]),
-        goal_sparsity=settings.goal_sparsity,
-        ramp_steps=max(1, int(task.method.fixed_after * len(lrs))),
-        mask_steps=task.method.mask_steps or most,
+        pruning,
         feedback_programs=task.variant(feedback=True) if name == "dpf" else None,
-        prune=run.prune,
         phase=settings.phases,
       )
     )

@@ -22,7 +22,7 @@ from jaxsms.training import (
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
-from jaxsms.training.phases import MERGES, training_phases
+from jaxsms.training.phases import MERGES, Start, training_phases
 from jaxsms.trees import model_at
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
@@ -213,14 +213,12 @@ def prune_and_retrain(
   for event in training_phases(
     run.engine,
     run.stream(RETRAIN),
-    model,
+    Start(model, masks, take_state(run)),
     retraining_plan(run, m, steps),
     phase_sparsities(goal, settings.phases, done=len(records)),
     prune=run.prune,
     merging=MERGES[settings.merge],
     landscapes=landscape_phases(run) if method == "sms" else (),
-    masks=masks,
-    state=take_state(run),
   ):
     if isinstance(event, Phase):
       records.append(event.record)

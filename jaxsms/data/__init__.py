@@ -24,7 +24,7 @@ from jaxsms.data.sources import (
   open_streamed_test,
 )
 from jaxsms.data.splits import train_validation_split
-from jaxsms.data.streaming import Batches, Stream, stream
+from jaxsms.data.streaming import Batches, Stream, StreamState, stream
 from jaxsms.data.tfds_corrupted import corrupted_folders, corrupted_sets
 from jaxsms.data.tfds_source import TfdsExamples, load_split
 
@@ -36,6 +36,7 @@ __all__ = [
   "Dataset",
   "EvaluationBatch",
   "Stream",
+  "StreamState",
   "StreamedDataset",
   "TfdsExamples",
   "base_name",

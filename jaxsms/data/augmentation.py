@@ -121,7 +121,8 @@ def noise(key, images, mean, std):
 def shift_noise(key, images, mean, std):
   """A shift by up to one pixel, and noise; no mirroring: the data are digits."""
   shift_key, noise_key = jax.random.split(key)
-  rows, columns = _shift_flip(shift_key, *_pixels(images), 1, flip=False)
+  rows, columns = _pixels(images)
+  rows, columns = _shift_flip(shift_key, rows, columns, 1, flip=False)
   return noise(noise_key, _gather(images, rows, columns), mean, std)
 
 
@@ -135,7 +136,7 @@ AUGMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _checked(images):
+def _checked(images: ArrayLike) -> jax.Array:
   dtype = getattr(images, "dtype", type(images).__name__)
   if dtype != np.uint8 or np.ndim(images) != 4:
     raise ValueError(

@@ -225,9 +225,8 @@ def elastic_transform(key, image, constants):
   reach, sigma, shift = (min(image.shape[:2]) * c for c in constants)
   corner_key, step_key = jax.random.split(key)
   rows, columns = np.indices(image.shape[:2])
-  image = filters.resample(
-    image, *_affine_positions(corner_key, rows, columns, shift), "mirror"
-  )
+  from_rows, from_columns = _affine_positions(corner_key, rows, columns, shift)
+  image = filters.resample(image, from_rows, from_columns, "mirror")
   if not reach:
     return image
   steps = jax.random.uniform(step_key, (*rows.shape, 2), minval=-1.0)

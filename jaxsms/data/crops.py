@@ -44,7 +44,8 @@ def random_resized_crop(
   _check_range("scale", scale, 1.0)
   _check_range("ratio", ratio, math.inf)
   image = _as_pillow(image)
-  left, top, width, height = random_box(rng, *image.size, scale, ratio)
+  columns, rows = image.size
+  left, top, width, height = random_box(rng, columns, rows, scale, ratio)
   # Not `resize(box=...)`: its filter reaches beyond the box.
   part = image.crop((left, top, left + width, top + height))
   resized = as_array(part.resize((size, size), _bilinear()))

@@ -2,7 +2,8 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,26 @@ class Examples(Protocol):
 
   def __getitem__(self, index: int) -> tuple[Any, int]:
     """A Pillow image or uint8 [height, width, channels], and its class."""
+
+
+class Reads(Protocol):
+  """Random access to what `read_ahead` reads, from several threads at once."""
+
+  def __len__(self) -> int:
+    """How many there are."""
+
+  def __getitem__(self, position: int) -> Any:
+    """One of them; it may take long."""
+
+
+class ReadAhead(Protocol):
+  """What has been read, in order."""
+
+  def __next__(self) -> Any:
+    """The next one."""
+
+  def close(self) -> None:
+    """Ends the threads."""
 
 
 class ArrayExamples:
@@ -54,22 +75,22 @@ class ArrayExamples:
     return self._images[index], self._labels[index]
 
   @functools.cached_property
-  def _checksum(self):
+  def _checksum(self) -> int:
     arrays = (np.ascontiguousarray(a) for a in (self._images, self._labels))
-    return functools.reduce(lambda crc, array: zlib.crc32(array, crc), arrays, 0)
+    return functools.reduce(lambda crc, array: zlib.crc32(array.data, crc), arrays, 0)
 
   def __repr__(self) -> str:
-    """The same for equal arrays."""
+    """A text that is equal for equal arrays, in any process."""
     return f"ArrayExamples({self._images.shape}, {self._checksum:08x})"
 
 
-def chosen(source: Examples, indices: Sequence[int] | None) -> np.ndarray:
+def chosen(source: Examples, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
   """The indices to use, checked: int64 [n], all of the source for None."""
   n = len(source)
   if not n:
     raise ValueError(f"{source!r} holds no examples: give some")
-  indices = np.arange(n) if indices is None else integers("indices", indices, n)
-  return np.ascontiguousarray(indices, np.int64)
+  checked = np.arange(n) if indices is None else integers("indices", indices, n)
+  return np.ascontiguousarray(checked, np.int64)
 
 
 def read_example(
@@ -107,22 +128,22 @@ def read_example(
   return image, label
 
 
-def read_ahead(reads: Sequence, threads: int) -> Iterator:
+def read_ahead(reads: Reads, threads: int) -> ReadAhead:
   """An iterator over all of `reads`, in order, that threads read ahead of it.
 
   Args:
-    reads: whose items take long; None is allowed among them.
+    reads: what is read; None is allowed among it.
     threads: how many; 0 reads in line.
 
   Returns:
-    grain's iterator, with `close`.
+    grain's iterator.
   """
   g = grain()
   options = g.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
   return iter(g.MapDataset.source(reads).to_iter_dataset(options, allow_nones=True))
 
 
-def grain():
+def grain() -> ModuleType:
   """The module, or an ImportError that says what to install."""
   try:
     import grain

@@ -12,8 +12,8 @@ def spread(
 
   Args:
     mesh: None for one device.
-    axes: names of the mesh's axes, None for an axis that is whole on each device; the same
-      holds for names that the mesh does not have.
+    axes: names of the mesh's axes; None, or a name that the mesh does not have, for an axis
+      that is whole on each device.
     shape: of the array's first axes.
 
   Returns:
@@ -24,14 +24,14 @@ def spread(
   """
   if mesh is None:
     return None
-  axes = tuple(axis if axis in mesh.shape else None for axis in axes)
-  for axis, n in zip(axes, shape, strict=True):
+  on_mesh = [axis if axis in mesh.shape else None for axis in axes]
+  for axis, n in zip(on_mesh, shape, strict=True):
     if axis is not None and n % mesh.shape[axis]:
       raise ValueError(
         f"an array of shape {shape} does not divide over the {mesh.shape[axis]} devices "
         f"along {axis!r}: give a multiple of them"
       )
-  return NamedSharding(mesh, PartitionSpec(*axes))
+  return NamedSharding(mesh, PartitionSpec(*on_mesh))
 
 
 def process_block(sharding: Sharding | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -52,6 +52,7 @@ def process_block(sharding: Sharding | None, shape: tuple[int, ...]) -> tuple[sl
   parts = {
     tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
     for index in sharding.addressable_devices_indices_map(shape).values()
+    if index is not None
   }
   ends = [zip(*axis, strict=True) for axis in zip(*parts, strict=True)]
   block = tuple(slice(min(starts), max(stops)) for starts, stops in ends)

@@ -1,8 +1,10 @@
 """Which training examples are held out for validation."""
 
 import operator
+from typing import SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 
 def train_validation_split(
@@ -39,18 +41,18 @@ def train_validation_split(
   return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def integer(what: str, value: object, least: int) -> int:
+def integer(what: str, value: SupportsIndex, least: int) -> int:
   """An integer of at least `least`, or a ValueError that names it."""
   try:
-    value = operator.index(value)
+    number = operator.index(value)
   except TypeError:
     raise ValueError(f"{what} is {value!r}: give an integer") from None
-  if value < least:
-    raise ValueError(f"{what} is {value}: give an integer of at least {least}")
-  return value
+  if number < least:
+    raise ValueError(f"{what} is {number}: give an integer of at least {least}")
+  return number
 
 
-def integers(what: str, values: object, below: int) -> np.ndarray:
+def integers(what: str, values: npt.ArrayLike, below: int) -> np.ndarray:
   """Integers [n] from 0 to `below` - 1, at least one, or a ValueError that names them."""
   values = np.asarray(values)
   allowed = f"give integers from 0 to {below - 1}, at least one"

@@ -11,18 +11,26 @@ import itertools
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from jaxsms.data.examples import Examples, chosen, grain, read_ahead, read_example
+from jaxsms.data.examples import (
+  Examples,
+  ReadAhead,
+  chosen,
+  grain,
+  read_ahead,
+  read_example,
+)
 from jaxsms.data.placement import place, process_block, spread
 from jaxsms.data.splits import integer, integers
 from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS
 
 ORDER, CROP = 0, 1  # independent streams of one copy's key and seed
+Transform = Callable[[np.random.Generator, Any], np.ndarray]
 
 
 class Batches(NamedTuple):
@@ -43,6 +51,18 @@ class Batches(NamedTuple):
   taken: int
 
 
+class StreamState(TypedDict):
+  """Where a stream is.
+
+  Attributes:
+    step: the next one.
+    stream: which batches it gives.
+  """
+
+  step: int
+  stream: str
+
+
 class Stream:
   """An iterator over `Batches` that goes on from any step; made by `stream`."""
 
@@ -55,8 +75,8 @@ class Stream:
     self._sharding = sharding
     self._threads = threads
     self._step = 0
-    self._reads = None
-    self._ahead = None
+    self._reads: ReadAhead | None = None
+    self._ahead: concurrent.futures.Future[Batches] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "jaxsms-stream")
 
   def __iter__(self) -> "Stream":
@@ -77,11 +97,11 @@ class Stream:
     self._ahead = self._start(self._step) if self._step < self._plan.total else None
     return batches
 
-  def get_state(self) -> dict[str, Any]:
+  def get_state(self) -> StreamState:
     """Where the stream is, for `set_state`: a small dict that JSON can hold."""
     return {"step": self._step, "stream": self._plan.identity()}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: StreamState) -> None:
     """Goes to another step, forwards or backwards.
 
     Args:
@@ -118,15 +138,15 @@ class Stream:
     self._worker.shutdown(cancel_futures=True)
     self._ahead = None
 
-  def _start(self, step):
+  def _start(self, step: int) -> concurrent.futures.Future[Batches]:
     if self._reads is None:
       self._reads = read_ahead(_Reads(self._plan, step), self._threads)
     try:
-      return self._worker.submit(self._read, step)
+      return self._worker.submit(self._read, self._reads, step)
     except RuntimeError:
       raise ValueError("the stream is closed: make another") from None
 
-  def _read(self, step):
+  def _read(self, reads: ReadAhead, step: int) -> Batches:
     """The batches from a step on; in one thread, and in the order of the steps."""
     plan = self._plan
     taken = min(
@@ -137,24 +157,28 @@ class Stream:
     labels = np.zeros(local, np.int32)
     ranges = (range(taken), range(local[0]), range(local[2]))
     for at, copy, row in itertools.product(*ranges):
-      example = next(self._reads)
+      example = next(reads)
       if example is not None:
         images[copy, at, row], labels[copy, at, row] = example
     shape = (len(plan.seeds), self._chunk_steps, plan.batch_size)
-    images, labels = (place(x, self._sharding, shape) for x in (images, labels))
-    return Batches(images, labels, step, taken)
+    return Batches(
+      place(images, self._sharding, shape),
+      place(labels, self._sharding, shape),
+      step,
+      taken,
+    )
 
 
 def stream(
   source: Examples,
   key: jax.Array,
-  seeds: Sequence[int],
+  seeds: Sequence[int] | np.ndarray,
   *,
   batch_size: int,
-  steps: Sequence[int],
+  steps: Sequence[int] | np.ndarray,
   chunk_steps: int,
-  transform: Callable[[np.random.Generator, Any], np.ndarray] | None = None,
-  indices: Sequence[int] | None = None,
+  transform: Transform | None = None,
+  indices: Sequence[int] | np.ndarray | None = None,
   mesh: Mesh | None = None,
   copies: slice | None = None,
   batch_part: slice | None = None,
@@ -168,7 +192,7 @@ def stream(
 
   Args:
     source: random access to the examples, such as `TfdsExamples`.
-    key: of the phase, the same for all copies.
+    key: of the phase; all copies share it.
     seeds: int [m], from 0 to 2^32 - 1; equal seeds see equal batches.
     batch_size: examples of one copy in a step.
     steps: int [m], how many each copy takes; nothing is read for it afterwards.
@@ -193,45 +217,63 @@ def stream(
     https://google-grain.readthedocs.io (threads that read ahead)
   """
   grain()
-  seeds = integers("seeds", seeds, 2**32)
-  steps = integers("steps", steps, 2**31)
-  if len(steps) != len(seeds):
-    raise ValueError(
-      f"steps has {len(steps)} entries for {len(seeds)} seeds: give one each"
-    )
+  each_seed = integers("seeds", seeds, 2**32)
+  each_steps = integers("steps", steps, 2**31)
+  m = len(each_seed)
+  if len(each_steps) != m:
+    raise ValueError(f"steps has {len(each_steps)} entries for {m} seeds: give one each")
   batch_size = integer("batch_size", batch_size, 1)
   chunk_steps = integer("chunk_steps", chunk_steps, 1)
   threads = integer("threads", threads, 0)
-  indices = chosen(source, indices)
-  if batch_size > len(indices):
+  used = chosen(source, indices)
+  if batch_size > len(used):
     raise ValueError(
-      f"batch_size is {batch_size} for {len(indices)} examples: give at most that many"
+      f"batch_size is {batch_size} for {len(used)} examples: give at most that many"
     )
-  shape = (len(seeds), 1, batch_size)
+  shape = (m, 1, batch_size)
   sharding = spread(mesh, (INGREDIENT_AXIS, None, DATA_AXIS), shape)
   held_copies, _, held_rows = process_block(sharding, shape)
-  copies = range(len(seeds))[copies or held_copies]
-  rows = range(batch_size)[batch_part or held_rows]
-  if not copies or not rows:
+  own_copies = range(m)[copies or held_copies]
+  own_rows = range(batch_size)[batch_part or held_rows]
+  if not own_copies or not own_rows:
     raise ValueError(
-      f"this process is to read {len(copies)} of {len(seeds)} copies and {len(rows)} of "
+      f"this process is to read {len(own_copies)} of {m} copies and {len(own_rows)} of "
       f"{batch_size} examples in a batch: give copies and batch_part that hold some"
     )
-  key = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
   first = functools.partial(transform, np.random.default_rng(0)) if transform else None
-  image_shape = read_example(source, int(indices[0]), first)[0].shape
   plan = _Plan(
-    source, transform, indices, key, tuple(seeds.tolist()), tuple(steps.tolist()),
-    batch_size, copies, rows, image_shape,
-  )  # fmt: skip
+    source=source,
+    transform=transform,
+    indices=used,
+    key=tuple(int(word) for word in np.ravel(jax.random.key_data(key))),
+    seeds=tuple(each_seed.tolist()),
+    steps=tuple(each_steps.tolist()),
+    batch_size=batch_size,
+    copies=own_copies,
+    rows=own_rows,
+    image_shape=read_example(source, int(used[0]), first)[0].shape,
+  )
   return Stream(plan, chunk_steps, sharding, threads)
 
 
 class _Plan(NamedTuple):
-  """Which example every copy sees in every step, and which of them are read here."""
+  """Which example every copy sees in every step, and which of them are read here.
+
+  Attributes:
+    source: random access to the examples.
+    transform: of each image, if any.
+    indices: int [n], the examples to use.
+    key: of the phase, its words.
+    seeds: of all m copies.
+    steps: how many each of them takes.
+    batch_size: examples of one copy in a step.
+    copies: those that this process reads.
+    rows: the part of each batch that this process reads.
+    image_shape: height, width and channels after the transform.
+  """
 
   source: Examples
-  transform: Callable | None
+  transform: Transform | None
   indices: np.ndarray
   key: tuple[int, ...]
   seeds: tuple[int, ...]
@@ -242,25 +284,25 @@ class _Plan(NamedTuple):
   image_shape: tuple[int, ...]
 
   @property
-  def per_epoch(self):
+  def per_epoch(self) -> int:
     return len(self.indices) // self.batch_size
 
   @property
-  def total(self):
+  def total(self) -> int:
     # Of all copies: processes go on together, whichever copies they hold.
     return max(self.steps)
 
-  def order(self, seed, epoch):
+  def order(self, seed: int, epoch: int) -> np.ndarray:
     rng = np.random.default_rng([*self.key, seed, ORDER, epoch])
     return rng.permutation(self.indices)
 
-  def identity(self):
-    """The same for all streams of these batches, in any process and on any mesh."""
+  def identity(self) -> str:
+    """A text that all streams of these batches share, in any process, on any mesh."""
     # Copies that take no step only fill up the devices.
     seeds = [seed for seed, n in zip(self.seeds, self.steps, strict=True) if n]
     return (
       f"Stream({self.source!r}, {_described(self.transform)}, "
-      f"indices={len(self.indices)}:{zlib.crc32(self.indices):08x}, key={self.key}, "
+      f"indices={len(self.indices)}:{zlib.crc32(self.indices.data):08x}, key={self.key}, "
       f"seeds={seeds}, batch_size={self.batch_size})"
     )
 
@@ -268,16 +310,16 @@ class _Plan(NamedTuple):
 class _Reads:
   """Examples that one process reads from a step on, in the order of their use."""
 
-  def __init__(self, plan, first):
+  def __init__(self, plan: _Plan, first: int):
     self._plan, self._first = plan, first
     self._lock = threading.Lock()  # so that no two threads permute the same epoch
     self._order = functools.lru_cache(maxsize=2 * len(plan.copies))(plan.order)
 
-  def __len__(self):
+  def __len__(self) -> int:
     plan = self._plan
     return (plan.total - self._first) * len(plan.copies) * len(plan.rows)
 
-  def __getitem__(self, position):
+  def __getitem__(self, position: int) -> tuple[np.ndarray, int] | None:
     plan = self._plan
     position, row = divmod(position, len(plan.rows))
     step, copy = divmod(position, len(plan.copies))
@@ -289,14 +331,14 @@ class _Reads:
     with self._lock:
       order = self._order(seed, epoch)
     index = int(order[batch * plan.batch_size + row])
-    transform = plan.transform
-    if transform is not None:
+    transform = None
+    if plan.transform is not None:
       rng = np.random.default_rng([*plan.key, seed, CROP, epoch, index])
-      transform = functools.partial(transform, rng)
+      transform = functools.partial(plan.transform, rng)
     return read_example(plan.source, index, transform, plan.image_shape)
 
 
-def _described(function):
+def _described(function: Callable | None) -> str:
   """A name for a transform that is the same in every process."""
   if isinstance(function, functools.partial):
     options = [*map(repr, function.args)]

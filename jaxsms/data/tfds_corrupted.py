@@ -35,7 +35,7 @@ def corrupted_folders(
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.utils import file_utils
 
-  whole = re.match(r"\w*", name, re.ASCII)[0] + "_corrupted"
+  whole = re.split(r"\W", name, maxsplit=1, flags=re.ASCII)[0] + "_corrupted"
   data_dir = os.path.expanduser(data_dir) if data_dir else None
   found: dict[str, list[os.PathLike]] = {}
   for folder in file_utils.list_data_dirs(data_dir):

@@ -148,7 +148,7 @@ class TfdsExamples:
       return image if image.mode == self.mode else image.convert(self.mode), label
 
   def __repr__(self) -> str:
-    """The same in every process that reads the same data."""
+    """A text that is equal in all processes that read these data."""
     return f"TfdsExamples({self._name}, {self._split}, {len(self)} examples)"
 
 

@@ -21,8 +21,14 @@ def _mlp(num_classes: int, hidden=(512,), **options: Any) -> nn.Module:
 
 
 def _resnet50(num_classes: int, stem: str = "imagenet", **options: Any) -> nn.Module:
-  fields = {"bottleneck": True, "stem": stem, "conv_init": torchvision_init}
-  return ResNet(num_classes, blocks=(3, 4, 6, 3), **fields, **options)
+  return ResNet(
+    num_classes,
+    blocks=(3, 4, 6, 3),
+    bottleneck=True,
+    stem=stem,
+    conv_init=torchvision_init,
+    **options,
+  )
 
 
 def _of(network: type[nn.Module], **fields: Any) -> Callable[..., nn.Module]:

@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[batch, tokens, width] -> the same."""
+    """[batch, tokens, width] -> [batch, tokens, width]."""
     drop = nn.Dropout(self.dropout, deterministic=not train)
     y = nn.MultiHeadDotProductAttention(
       self.heads,

@@ -13,7 +13,7 @@ from jaxsms.training.loop import (
   train_copies,
 )
 from jaxsms.training.programs import METRICS, Programs, make_programs
-from jaxsms.training.state import Data, TrainState, init_variables, sgd, start
+from jaxsms.training.state import Data, Ingredients, TrainState, init_variables, sgd, start
 from jaxsms.training.streamed import StreamedData
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
   "Chunk",
   "Data",
   "Engine",
+  "Ingredients",
   "Model",
   "Programs",
   "Splits",

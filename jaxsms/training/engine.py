@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.sms import Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import (
   Data,
+  Ingredients,
   TrainState,
   init_variables,
   make_in_parts,
@@ -20,9 +22,8 @@ from jaxsms.training.state import (
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
-Record = dict[str, Any]
 # From a phase's pruning record: ingredients of m copies, and learning rates [m, steps].
-Plan = Callable[[Record], tuple[dict[str, np.ndarray], np.ndarray]]
+Plan = Callable[[Record], tuple[Ingredients, np.ndarray]]
 
 
 class Splits(NamedTuple):

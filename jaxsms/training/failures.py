@@ -1,7 +1,7 @@
 """What tells that a copy is no good, or an average."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -14,6 +14,40 @@ COPY_FAULTS = ("diverged", "collapsed", "all_collapsed")
 MARGIN = 0.01  # validation accuracy by which a soup may be below its worst candidate
 POINTS = 11  # on the line between two candidates
 FAR = 0.1  # validation accuracy that a copy loses at least, to count as collapsed
+
+
+class Faults(TypedDict):
+  """The copies of a phase that count in nothing but their own metrics, by index.
+
+  Attributes:
+    diverged: those with values that are not finite.
+    collapsed: see `collapsed_copies`.
+    all_collapsed: no other copy is left, so that these are merged after all.
+  """
+
+  diverged: list[int]
+  collapsed: list[int]
+  all_collapsed: NotRequired[bool]
+
+
+class AveragingFailure(TypedDict):
+  """The evidence that a soup is worse than all that it was merged from.
+
+  Attributes:
+    soup_validation_accuracy: of the soup.
+    worst_candidate_validation_accuracy: of the worst candidate.
+    copies: the first two candidates that were merged.
+    positions: on the line between those two, from 0 to 1.
+    losses: on validation data, at those positions.
+    barrier: how far they rise above the line between both ends, see `jaxsms.loss_barrier`.
+  """
+
+  soup_validation_accuracy: float
+  worst_candidate_validation_accuracy: float
+  copies: list[int]
+  positions: list[float]
+  losses: list[float]
+  barrier: float
 
 
 def collapsed_copies(
@@ -51,7 +85,7 @@ def collapsed_copies(
   return [i for i, accuracy in enumerate(accuracies) if collapsed(accuracy)]
 
 
-def merged_copies(record: dict[str, Any]) -> list[int]:
+def merged_copies(record: Mapping[str, Any]) -> list[int]:
   """The copies of a phase that count: those that neither diverged nor collapsed.
 
   Args:
@@ -70,7 +104,7 @@ def averaging_failure(
   weights: np.ndarray,
   soup: dict[str, float],
   scores: list[dict[str, float]],
-) -> dict[str, Any] | None:
+) -> AveragingFailure | None:
   """The evidence that averaging failed, where a soup is worse than every candidate.
 
   Args:
@@ -83,9 +117,7 @@ def averaging_failure(
 
   Returns:
     None where the soup's validation accuracy is at most `MARGIN` below that of the worst
-    candidate. Else both accuracies, and of the line between the first two candidates that
-    were merged (`copies`) the validation `losses` at `positions` from 0 to 1, and the
-    `barrier`, see `jaxsms.loss_barrier`.
+    candidate.
 
   References:
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671

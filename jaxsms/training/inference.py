@@ -46,7 +46,8 @@ def recalibrate(
   images = images.reshape(batches, batch_size, *images.shape[1:])
 
   def body(total, now):
-    return batch_statistics(module, prepare, key, *now, params, total), None
+    index, batch = now
+    return batch_statistics(module, prepare, key, index, batch, params, total), None
 
   zeros = jax.tree.map(jnp.zeros_like, batch_stats)
   total, _ = jax.lax.scan(body, zeros, (jnp.arange(batches), images))

@@ -1,6 +1,8 @@
 """The validation loss between the candidates of a phase, while they are still there."""
 
+from collections.abc import Callable
 from itertools import combinations
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,14 @@ from jaxsms.landscape import (
   plane_weights,
 )
 from jaxsms.meshes import fetch
-from jaxsms.training.engine import Engine, Model, Record
+from jaxsms.training.engine import Engine, Model
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree, settled
 
+# Losses and accuracies, [points] each, of combinations with weights [points, k].
+OnPoints = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 STREAM = 2**32 - 2  # of the phase's key: no seed uses it
 IMAGES = 500  # of the validation data
 BATCHES = 2  # of training images, for the batch statistics of each point
@@ -34,6 +38,66 @@ LEAST = 65_000  # ... but so many images it may see in any case
 PASSES = 3  # forward passes that a training step is worth
 
 
+class LineRecord(TypedDict):
+  """The line between two copies.
+
+  Attributes:
+    between: their indices.
+    positions: from 0 to 1.
+    loss: at each position.
+    accuracy: at each position.
+    barrier: of the losses, see `jaxsms.loss_barrier`.
+  """
+
+  between: list[int]
+  positions: list[float]
+  loss: list[float]
+  accuracy: list[float]
+  barrier: float
+
+
+class PlaneRecord(TypedDict):
+  """The plane through three copies.
+
+  Attributes:
+    through: their indices.
+    x: coordinates of the grid.
+    y: coordinates of the grid.
+    loss: [y][x].
+    accuracy: [y][x].
+    points: where those copies are, by their index, and `soup`, projected.
+    distance_from_plane: of the `soup`.
+    unit: of coordinates and distance.
+  """
+
+  through: list[int]
+  x: list[float]
+  y: list[float]
+  loss: list[list[float]]
+  accuracy: list[list[float]]
+  points: dict[str, list[float]]
+  distance_from_plane: dict[str, float]
+  unit: str
+
+
+class LandscapeRecord(TypedDict):
+  """Loss and accuracy between the candidates of a phase.
+
+  Attributes:
+    split: of the data that they are measured on.
+    images: how many of them.
+    batch_norm_batches: training batches, for the batch statistics of each point.
+    lines: between each pair of the candidates.
+    plane: through three; None where there are no three that span one.
+  """
+
+  split: str
+  images: int
+  batch_norm_batches: int
+  lines: list[LineRecord]
+  plane: PlaneRecord | None
+
+
 def measure_landscape(
   engine: Engine,
   key: jax.Array,
@@ -41,7 +105,7 @@ def measure_landscape(
   healthy: list[int],
   soup: PyTree,
   trained_images: int,
-) -> Record | None:
+) -> LandscapeRecord | None:
   """Loss and accuracy on the lines between candidates and on the plane through three.
 
   Of the first three that are healthy, on evenly spaced validation images; for each point
@@ -58,12 +122,7 @@ def measure_landscape(
       were few, the grid is coarser.
 
   Returns:
-    `split`, `images` and `batch_norm_batches` that were used; `lines`: for each pair
-    (`between`) the `positions` from 0 to 1, `loss`, `accuracy` and the `barrier`, see
-    `jaxsms.loss_barrier`; and the `plane`: the copies it goes `through`, `x`, `y`, `loss`
-    and `accuracy` [y][x], the `points` of those copies and (projected) of the soup, the
-    soup's `distance_from_plane`, and the `unit`; None without three that span one. None
-    instead of all this with fewer than two healthy candidates or where data are streamed.
+    Lines and plane; None with fewer than two healthy candidates, or with streamed data.
 
   References:
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671
@@ -71,6 +130,8 @@ def measure_landscape(
   """
   programs, splits, chosen = engine.programs, engine.splits, healthy[:3]
   if len(chosen) < 2 or isinstance(splits.train, StreamedData):
+    return None
+  if isinstance(splits.validation, StreamedData):
     return None
   validation = evenly(splits.validation, IMAGES)
   batches = training_batches(programs, splits.train, candidates.batch_stats)
@@ -95,7 +156,7 @@ def measure_landscape(
   }
 
 
-def lines_between(chosen, on_points) -> list[Record]:
+def lines_between(chosen: list[int], on_points: OnPoints) -> list[LineRecord]:
   """A record for each pair of the chosen copies."""
   positions = np.arange(LINE_POINTS) / (LINE_POINTS - 1)
   ends = np.eye(len(chosen))
@@ -118,7 +179,9 @@ def lines_between(chosen, on_points) -> list[Record]:
   ]
 
 
-def plane_of(chosen, models, soup, on_points, size: int) -> Record | None:
+def plane_of(
+  chosen: list[int], models: PyTree, soup: PyTree, on_points: OnPoints, size: int
+) -> PlaneRecord | None:
   """A record of the plane through three copies; None where there is none."""
   if len(chosen) < 3:
     return None
@@ -161,7 +224,7 @@ def losses_and_accuracies(
   weights: np.ndarray,
   m: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Those of affine combinations of models.
+  """Losses and accuracies of affine combinations of models.
 
   Args:
     programs: of the network.
@@ -174,11 +237,11 @@ def losses_and_accuracies(
     m: how many models to evaluate at once.
 
   Returns:
-    Losses and accuracies, float [points] each.
+    Both, float [points] each.
   """
   groups = -(-len(weights) // m)
   last = len(weights) - 1  # repeated, to fill up the last group
-  weights = np.float32(weights)[np.minimum(np.arange(groups * m), last)]
+  weights = np.asarray(weights, np.float32)[np.minimum(np.arange(groups * m), last)]
   found = []
   for group in weights.reshape(groups, m, -1):
     params = settled(_combined(models, group))

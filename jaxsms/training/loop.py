@@ -12,9 +12,9 @@ from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
 from jaxsms.sms import finite_models
 from jaxsms.training.engine import Engine
-from jaxsms.training.memory import says_what_fits
+from jaxsms.training.memory import explain_out_of_memory
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState
+from jaxsms.training.state import Data, Ingredients, TrainState
 from jaxsms.training.streamed import StreamedData, training_batches
 from jaxsms.trees import PyTree, number_of_models
 
@@ -53,7 +53,7 @@ def train_copies(
   masks: PyTree | Remask,
   key: jax.Array,
   state: TrainState,
-  ingredients: dict[str, np.ndarray],
+  ingredients: Ingredients,
   learning_rates: np.ndarray,
   *,
   phase: int = 0,
@@ -72,7 +72,7 @@ def train_copies(
     key: of the phase, the same for all copies.
     state: of all copies, leaves [m, ...], as `Engine.start` or an earlier training gives
       it; donated.
-    ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
+    ingredients: of the copies, each [m].
     learning_rates: float [m, max(steps)], from step 0 on.
     phase: number that the chunks are marked with.
     on_state: called with the state of the copies and its chunk, both possibly unfinished.
@@ -95,7 +95,7 @@ def train_copies(
   length = chunk_length(engine.steps_per_epoch, engine.chunk_steps)
   like = _one_mask(state.params) if callable(masks) else masks
   running = None  # the host looks at a chunk once the next one is on the device
-  with says_what_fits(programs, data, like, key, state, length):
+  with explain_out_of_memory(programs, data, like, key, state, length):
     for latest, chunk in train_chunks(
       programs, data, masks, key, state, ingredients, learning_rates, engine.chunk_steps
     ):
@@ -139,7 +139,7 @@ def _one_mask(params: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], bool), params)
 
 
-def fetched(chunk: Chunk, steps: np.ndarray) -> Chunk:
+def fetched(chunk: Chunk, steps: np.ndarray | jax.Array) -> Chunk:
   """Waits for a chunk's loss and accuracy.
 
   Args:
@@ -170,7 +170,7 @@ def train_chunks(
   masks: PyTree | Remask,
   key: jax.Array,
   state: TrainState,
-  ingredients: dict[str, np.ndarray],
+  ingredients: Ingredients,
   learning_rates: np.ndarray,
   chunk_steps: int = 50,
 ) -> Iterator[tuple[TrainState, Chunk]]:
@@ -186,7 +186,7 @@ def train_chunks(
       the step it begins with and the state, and the state to go on from.
     key: of the phase, the same for all copies.
     state: of all m copies, leaves [m, ...], as `start` or an earlier chunk gives it.
-    ingredients: `seed` int [m], `weight_decay` float [m], `steps` int [m].
+    ingredients: of the copies, each [m].
     learning_rates: float [m, max(steps)], from the first step of the phase on.
     chunk_steps: most steps of a chunk; an epoch is cut into equal chunks.
 

@@ -1,7 +1,7 @@
 """What a model is measured by: its predictions on each split, and its weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,21 @@ class Predictions(NamedTuple):
   labels: jax.Array
 
 
-class Measured(NamedTuple):
+class SetRecord(TypedDict):
+  """What describes a set of models.
+
+  Attributes:
+    mean_candidate: the mean of each metric.
+    max_candidate: the largest of each metric.
+    geometry: how far apart their parameters are, see `jaxsms.soup_geometry`.
+  """
+
+  mean_candidate: Record
+  max_candidate: Record
+  geometry: dict[str, float]
+
+
+class Measurements(NamedTuple):
   """What m models do.
 
   Attributes:
@@ -48,7 +62,7 @@ class Measured(NamedTuple):
   predictions: dict[str, Predictions]
 
 
-def measure(engine: Engine, models: Model) -> Measured:
+def measure(engine: Engine, models: Model) -> Measurements:
   """Measures m models, and their prediction ensemble.
 
   Args:
@@ -71,7 +85,7 @@ def measure(engine: Engine, models: Model) -> Measured:
   params = fetch(models.params)
   for i, one in enumerate(scores):
     one |= engine.describe(jax.tree.map(lambda x, i=i: x[i], params))
-  return Measured(scores, ensemble, predictions)
+  return Measurements(scores, ensemble, predictions)
 
 
 @jax.jit
@@ -135,15 +149,15 @@ def max_record(records: Sequence[Record]) -> Record:
   return jax.tree.map(lambda *values: float(np.max(values)), *records)
 
 
-def of_set(scores: Sequence[Record], params: PyTree) -> Record:
+def set_record(scores: Sequence[Record], params: PyTree) -> SetRecord:
   """What describes a set of models.
 
   Args:
-    scores: of each model.
+    scores: metrics of each model.
     params: leaves [m, ...].
 
   Returns:
-    `mean_candidate` and `max_candidate`, of single metrics, and `geometry`.
+    Means, maxima and geometry.
   """
   return {
     "mean_candidate": mean_record(scores),
@@ -245,13 +259,13 @@ def score(
   programs: Programs, predictions: dict[str, Predictions]
 ) -> list[dict[str, float]]:
   """A flat dict of metrics for each of m models, from their predictions on some splits."""
-  named = {}
+  by_name: dict[str, jax.Array] = {}
   for split, on_split in predictions.items():
     metrics = programs.evaluate(*on_split)
-    named |= {f"{split}_{name}": metric for name, metric in metrics.items()}
-  named = fetch(named)
+    by_name |= {f"{split}_{name}": metric for name, metric in metrics.items()}
+  values = fetch(by_name)
   m = len(next(iter(predictions.values())).logits)
-  return [{name: float(values[i]) for name, values in named.items()} for i in range(m)]
+  return [{name: float(of[i]) for name, of in values.items()} for i in range(m)]
 
 
 def recalibrated(engine: Engine, key: jax.Array, models: Model) -> Model:

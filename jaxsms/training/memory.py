@@ -7,18 +7,19 @@ import jax
 import numpy as np
 
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, TrainState
+from jaxsms.training.state import Data, Ingredients, TrainState
+from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
 
 @contextlib.contextmanager
-def says_what_fits(
+def explain_out_of_memory(
   programs: Programs,
-  data: Data,
+  data: Data | StreamedData,
   masks: PyTree,
   key: jax.Array,
   state: TrainState,
-  learning_rates: int,
+  chunk_steps: int,
 ) -> Iterator[None]:
   """Turns running out of device memory into a message that says what would fit.
 
@@ -28,7 +29,7 @@ def says_what_fits(
     masks: as `train_chunks` takes them.
     key: of the phase.
     state: of all m copies; only its shapes are used.
-    learning_rates: steps in a chunk.
+    chunk_steps: the length of a chunk.
 
   Raises:
     MemoryError: the device had too little memory.
@@ -42,8 +43,9 @@ def says_what_fits(
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     advice = "train fewer of them at once, or split the batch into micro-batches"
     if limit and isinstance(data, Data):
-      like = jax.tree.map(_shape, (data, masks, key, state))
-      fit = copies_that_fit(limit, m, *bytes_of_copies(programs, *like, learning_rates))
+      like, masks, key, state = jax.tree.map(_shape, (data, masks, key, state))
+      needed = bytes_of_copies(programs, like, masks, key, state, chunk_steps)
+      fit = copies_that_fit(limit, m, *needed)
       advice = (
         f"about {fit} of them fit at once: give at_once={fit} (--ingredients_at_once={fit})"
         if fit
@@ -59,7 +61,7 @@ def bytes_of_copies(
   masks: PyTree,
   key: jax.Array,
   state: TrainState,
-  learning_rates: int,
+  chunk_steps: int,
 ) -> tuple[int, int, int]:
   """What a training program needs on one device, from compiling it for one and two copies.
 
@@ -69,7 +71,7 @@ def bytes_of_copies(
     masks: shared by the copies, or with leading axis m.
     key: of the phase.
     state: leaves [m, ...].
-    learning_rates: steps in a chunk.
+    chunk_steps: the length of a chunk.
 
   Returns:
     Bytes that all copies share, of one copy's state, and of one copy at work.
@@ -80,20 +82,21 @@ def bytes_of_copies(
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), tree)
 
   def needed(m):
-    ingredients = {
-      "seed": np.zeros([m], np.int32),
-      "weight_decay": np.zeros([m], np.float32),
-      "steps": np.zeros([m], np.int32),
-    }
+    ingredients = Ingredients(
+      seed=np.zeros([m], np.int32),
+      weight_decay=np.zeros([m], np.float32),
+      steps=np.zeros([m], np.int32),
+    )
     compiled = train.lower(
       data,
       resized(masks, m) if programs.own_masks else masks,
       key,
       resized(state, m),
       ingredients,
-      np.zeros([m, learning_rates], np.float32),
+      np.zeros([m, chunk_steps], np.float32),
     ).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None  # CPU, GPU and TPU tell it
     return (
       memory.argument_size_in_bytes
       + memory.temp_size_in_bytes

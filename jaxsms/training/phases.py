@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import jax
 import numpy as np
@@ -25,6 +25,8 @@ from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training.cutting import Cut
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
 from jaxsms.training.failures import (
+  AveragingFailure,
+  Faults,
   averaging_failure,
   collapsed_copies,
   merged_copies,
@@ -32,17 +34,43 @@ from jaxsms.training.failures import (
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import train_copies
 from jaxsms.training.measurements import (
+  SetRecord,
   best_candidate,
   measure,
-  of_set,
   predict,
   recalibrated,
   score,
+  set_record,
 )
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
+
+
+class MergeRecord(SetRecord, Faults):
+  """What `merge_candidates` measures. Means, maxima and geometry are of the candidates.
+
+  Attributes:
+    weights: of each candidate in the soup.
+    soup: its metrics.
+    best_candidate: metrics of the candidate of best validation accuracy.
+    candidates: metrics of each; NaN for those that diverged.
+    prediction_ensemble: metrics of the candidates' prediction ensemble.
+    ensemble_agreement: share of predictions that soup and ensemble have in common, by
+      split.
+    averaging_failed: evidence, where averaging failed, see `averaging_failure`.
+    selected: of those that were taken, where the merge selects.
+  """
+
+  weights: list[float]
+  soup: Record
+  best_candidate: Record
+  candidates: list[Record]
+  prediction_ensemble: Record
+  ensemble_agreement: dict[str, float]
+  averaging_failed: NotRequired[AveragingFailure]
+  selected: NotRequired[SetRecord]
 
 
 class Merging(NamedTuple):
@@ -58,38 +86,49 @@ class Merging(NamedTuple):
   selects: bool = False
 
 
+class Start(NamedTuple):
+  """What the phases begin with; after a break, what the last finished phase left.
+
+  Attributes:
+    model: the dense model, or the soup of the phase before.
+    masks: of that soup; None means dense.
+    state: of the copies in the first of these phases, as `train_copies` gave it; None
+      begins at step 0.
+  """
+
+  model: Model
+  masks: PyTree | None = None
+  state: TrainState | None = None
+
+
 def training_phases(
   engine: Engine,
   key: jax.Array,
-  dense: Model,
+  start: Start,
   plan: Plan,
   sparsities: Mapping[int, float],
   *,
   prune: Prune = magnitude_masks,
   merging: Merging | None = None,
   landscapes: Collection[int] = (),
-  masks: PyTree | None = None,
-  state: TrainState | None = None,
   shrink: Callable[[Engine, Model, PyTree], Cut] | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
-  It goes on after a break where it is given the soup and masks of the last finished phase,
-  the sparsities of the phases after it, and the state of the training under way.
+  It goes on after a break where it starts from the soup of the last finished phase, and is
+  given the sparsities of the phases after it.
 
   Args:
     engine: the network and its data.
     key: each phase gets `fold_in(key, phase)`, the same for all copies.
-    dense: the trained model, or the soup of the phase before.
+    start: the dense model, or what is gone on from.
     plan: given a phase's pruning record (`phase`, `sparsity`, `pruned_fraction`,
-      `norm_drop`, `relative_norm_drop`), the ingredients (`seed`, `weight_decay`, `steps`,
-      each [m]) and learning rates [m, steps] of its copies.
+      `norm_drop`, `relative_norm_drop`), the ingredients of its copies and their learning
+      rates [m, steps].
     sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merging: of the candidates; None means `MERGES["uniform"]`.
     landscapes: phases in which the loss between the candidates is measured.
-    masks: of a soup that is gone on from.
-    state: of the copies in the first of these phases, as `train_copies` gave it.
     shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
       `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
       shapes; candidates have those of their phase.
@@ -107,6 +146,8 @@ def training_phases(
   """
   cut, trained_images = Cut(engine), 0
 
+  state = start.state
+
   def retrain(key, pruned, masks, record):
     nonlocal cut, trained_images, state
     cut = Cut(engine) if shrink is None else shrink(engine, pruned, masks)
@@ -123,8 +164,8 @@ def training_phases(
     return Model(end.params, end.batch_stats), {}
 
   def merge(key, candidates, record):
-    start = record["pruned"]["validation_accuracy"]
-    soup, merged = merge_candidates(cut.engine, key, candidates, merging, start)
+    accuracy = record["pruned"]["validation_accuracy"]
+    soup, merged = merge_candidates(cut.engine, key, candidates, merging, accuracy)
     if record["phase"] in landscapes:
       found = measure_landscape(
         cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
@@ -134,12 +175,12 @@ def training_phases(
 
   return soup_phases(
     key,
-    dense,
+    start.model,
     sparsities,
     prune=functools.partial(prune_and_measure, engine, prune),
     retrain=retrain,
     merge=merge,
-    masks=masks,
+    masks=start.masks,
   )
 
 
@@ -173,7 +214,7 @@ def merge_candidates(
   candidates: Model,
   merging: Merging | None = None,
   start: float | None = None,
-) -> tuple[Model, Record]:
+) -> tuple[Model, MergeRecord]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
   Args:
@@ -185,16 +226,8 @@ def merge_candidates(
       there is one.
 
   Returns:
-    The soup, and a record: the merge's `weights`, metrics of every one of `candidates`, the
-    one of best validation accuracy as `best_candidate`, the mean and the largest of single
-    metrics as `mean_candidate` and `max_candidate`, `geometry` (of the candidates'
-    parameters), metrics of the `soup` and of the candidates' `prediction_ensemble`, and
-    `ensemble_agreement` (share of predictions that soup and ensemble have in common, on
-    each split). Where the merge selects, those of the set `selected` as well. Candidates
-    that diverged are listed as `diverged` and count in nothing else; their own metrics are
-    NaN. Nor do those that `collapsed`, see `collapsed_copies`, but for their own metrics;
-    where no other is left, `all_collapsed` says so and they are merged after all. Where
-    averaging failed, `averaging_failed` says so, see `averaging_failure`.
+    The soup and its record. Candidates that diverged or collapsed count in nothing but
+    their own metrics; where all that did not diverge collapsed, they are merged after all.
 
   Raises:
     FloatingPointError: all candidates diverged.
@@ -208,7 +241,7 @@ def merge_candidates(
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
-  faults = {
+  faults: Faults = {
     "diverged": sorted(set(range(m)) - set(healthy)),
     "collapsed": collapsed_copies(
       [one["validation_accuracy"] for one in scores],
@@ -216,13 +249,13 @@ def merge_candidates(
       start,
     ),
   }
-  counted = merged_copies({"weights": scores, **faults})
-  left_out = sorted(set(healthy) - set(counted))
+  included = merged_copies({"weights": scores, **faults})
+  left_out = sorted(set(healthy) - set(included))
   if left_out:
     logging.warning("copies %s collapsed and are left out", left_out)
-    finite = take_ingredients(candidates, counted)
+    finite = take_ingredients(candidates, included)
     _, ensemble, predictions = measure(engine, finite)
-    measured = [by_copy[i] for i in counted]
+    measured = [by_copy[i] for i in included]
   elif faults["collapsed"]:
     faults["all_collapsed"] = True
   fault_point("merge")
@@ -240,13 +273,13 @@ def merge_candidates(
       candidates,
       weights,
       soup,
-      [scores[i] if i in counted else lost for i in range(m)],
+      [scores[i] if i in included else lost for i in range(m)],
     )
-  record = {
+  record: MergeRecord = {
     "weights": weights.tolist(),
     "soup": soup,
     "best_candidate": scores[best_candidate(scores)],
-    **of_set(measured, finite.params),
+    **set_record(measured, finite.params),
     "candidates": scores,
     **faults,
     "prediction_ensemble": ensemble,
@@ -262,7 +295,7 @@ def merge_candidates(
   if merging.selects:
     taken = np.flatnonzero(weights)
     chosen = take_ingredients(candidates.params, taken)
-    record["selected"] = of_set([scores[i] for i in taken], chosen)
+    record["selected"] = set_record([scores[i] for i in taken], chosen)
   return model, record
 
 

@@ -23,7 +23,7 @@ from jaxsms.trees import number_of_models, settled
 
 MeshOf = Callable[[int], Mesh | None]
 
-METRICS = {
+METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "loss": cross_entropy,
   "accuracy": accuracy,
   "balanced_accuracy": balanced_accuracy,
@@ -42,7 +42,7 @@ class Program(NamedTuple):
     in_axes: 0 for each argument that is stacked, None for one that the copies share.
   """
 
-  on: Callable[[Mesh | None, int], Callable]
+  on: Callable[[Mesh | None, int], jax.stages.Wrapped]
   mesh_of: MeshOf
   in_axes: tuple[int | None, ...]
 
@@ -50,10 +50,10 @@ class Program(NamedTuple):
     """Runs it where so many copies belong."""
     mesh, copies = self._where(arguments)
     if mesh is not None:
-      arguments = [
+      arguments = tuple(
         place_on(mesh, argument, axis == 0)
         for argument, axis in zip(arguments, self.in_axes, strict=True)
-      ]
+      )
     return settled(self.on(mesh, copies)(*arguments))
 
   def lower(self, *arguments):

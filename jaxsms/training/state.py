@@ -1,17 +1,20 @@
 """What training carries from step to step, and the optimizer of the paper."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import params_sharding, place
 from jaxsms.trees import PyTree, number_of_models, settled
+
+Scalar = float | np.ndarray | jax.Array
 
 
 class TrainState(NamedTuple):
@@ -28,6 +31,20 @@ class TrainState(NamedTuple):
   batch_stats: PyTree
   opt_state: PyTree
   step: jax.Array
+
+
+class Ingredients(TypedDict):
+  """What the copies of a phase differ in, each [m].
+
+  Attributes:
+    seed: int, of batch order, augmentation and dropout.
+    weight_decay: float.
+    steps: int, how many a copy takes.
+  """
+
+  seed: np.ndarray | jax.Array
+  weight_decay: np.ndarray | jax.Array
+  steps: np.ndarray | jax.Array
 
 
 class Data(NamedTuple):
@@ -48,8 +65,8 @@ class Data(NamedTuple):
 
 
 def sgd(
-  learning_rate: float | jax.Array,
-  weight_decay: float | jax.Array = 0.0,
+  learning_rate: Scalar,
+  weight_decay: Scalar = 0.0,
   *,
   momentum: float = 0.9,
   nesterov: bool = False,

@@ -11,11 +11,11 @@ import optax
 
 from jaxsms.meshes import split_batch
 from jaxsms.pruning import apply_masks
-from jaxsms.training.state import Data, TrainState, sgd
+from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
 
-Optimizer = Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+Optimizer = Callable[[Scalar, Scalar], optax.GradientTransformation]
 ORDER, STEP = 0, 1  # independent streams of one copy's key
 
 
@@ -51,14 +51,14 @@ class Copy(NamedTuple):
     masks: of its parameters; removed entries stay 0.
     key: of the phase, the same for all copies.
     state: its own.
-    ingredient: scalars `seed` (int), `weight_decay` (float) and `steps` (int).
+    ingredient: its own, scalars.
     learning_rates: float [chunk], for the next steps.
   """
 
   masks: PyTree
   key: jax.Array
   state: TrainState
-  ingredient: dict[str, jax.Array]
+  ingredient: Ingredients
   learning_rates: jax.Array
 
 

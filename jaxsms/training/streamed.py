@@ -13,6 +13,7 @@ from jaxsms.data.streaming import Batches, stream
 from jaxsms.meshes import fetch
 from jaxsms.training.inference import recalibration_batches
 from jaxsms.training.programs import Programs
+from jaxsms.training.state import Ingredients
 from jaxsms.trees import PyTree, number_of_models
 
 
@@ -45,7 +46,7 @@ def training_batches(
   programs: Programs,
   data: StreamedData,
   key: jax.Array,
-  ingredients: dict[str, np.ndarray],
+  ingredients: Ingredients,
   chunk_steps: int,
   first: int,
 ) -> Iterator[Batches]:
@@ -55,7 +56,7 @@ def training_batches(
     programs: of the network.
     data: to train on.
     key: of the phase.
-    ingredients: `seed` int [m] and `steps` int [m].
+    ingredients: of the copies, each [m].
     chunk_steps: steps in a chunk.
     first: step to begin with.
 
@@ -65,9 +66,9 @@ def training_batches(
   batches = stream(
     data.source,
     key,
-    ingredients["seed"],
+    np.asarray(ingredients["seed"]),
     batch_size=programs.batch_size,
-    steps=ingredients["steps"],
+    steps=np.asarray(ingredients["steps"]),
     chunk_steps=chunk_steps,
     transform=data.train_transform,
     indices=data.indices,
@@ -98,7 +99,11 @@ def recalibrate(
     New batch statistics, the mean over the batches.
   """
   batches = recalibration_batches(data.size, programs.batch_size)
-  one = {"seed": np.zeros([1], np.int32), "steps": np.array([batches], np.int32)}
+  one = Ingredients(
+    seed=np.zeros([1], np.int32),
+    weight_decay=np.zeros([1], np.float32),
+    steps=np.array([batches], np.int32),
+  )
   total = jax.tree.map(jnp.zeros_like, like)
   for chunk in training_batches(programs._replace(mesh_of=_no_mesh), data, key, one, 1, 0):
     total = programs.batch_statistics(
