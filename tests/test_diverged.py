@@ -20,7 +20,7 @@ from jaxsms.training.failures import (
   merged_copies,
 )
 from jaxsms.training.measurements import best_candidate
-from jaxsms.training.phases import merge_candidates
+from jaxsms.training.phases import MERGES, Merging, merge_candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -206,8 +206,12 @@ def trained(programs, dense):
   return phases(programs, dense, [0.1], number=3).model
 
 
-def merged(programs, candidates, **options):
-  return merge_candidates(Engine(programs, MANY), jax.random.key(1), candidates, **options)
+def merged(programs, candidates, merge=None, greedy=False, start=None):
+  merging = MERGES["greedy" if greedy else "uniform"]
+  if merge is not None:
+    merging = Merging(lambda engine, key: merge)
+  engine = Engine(programs, MANY)
+  return merge_candidates(engine, jax.random.key(1), candidates, merging, start)
 
 
 def test_a_collapsed_copy_is_left_out_of_everything_but_its_own_figures(
