@@ -1,7 +1,8 @@
 """Sparse Model Soups in JAX: prune, retrain m copies at once, average, phase after phase.
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
-- Training: `masked` around any optax optimizer, `assert_sparse`, `retrain_schedule`.
+- Training: `masked` around any optax optimizer, `pruned` with a schedule of sparsity in it,
+  `assert_sparse`, `retrain_schedule`, `recalibrate` for batch statistics.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
@@ -23,6 +24,7 @@ from jaxsms.geometry import (
   loss_barrier,
   soup_geometry,
 )
+from jaxsms.gradual import PrunedState, pruned
 from jaxsms.ingredients import map_ingredients, pad_ingredients
 from jaxsms.landscape import (
   Plane,
@@ -51,6 +53,7 @@ from jaxsms.pruning import (
   random_masks,
   sparsity,
 )
+from jaxsms.recalibration import recalibrate
 from jaxsms.retraining import retrain_phase
 from jaxsms.schedules import pretrain_schedule, retrain_schedule
 from jaxsms.sms import (
@@ -70,6 +73,7 @@ __version__ = "0.1.0"
 __all__ = [
   "Phase",
   "Plane",
+  "PrunedState",
   "SparseSoup",
   "Weights",
   "accuracy",
@@ -108,7 +112,9 @@ __all__ = [
   "pretrain_schedule",
   "prunable",
   "prune_phase",
+  "pruned",
   "random_masks",
+  "recalibrate",
   "retrain_phase",
   "retrain_schedule",
   "soup_geometry",

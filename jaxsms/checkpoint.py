@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxsms import storage
+from jaxsms.checks import check_outside_jit
 from jaxsms.faults import fault_point
 from jaxsms.meshes import fetch
 from jaxsms.safetensors import by_path, check_fit, first_sentence
@@ -36,9 +37,10 @@ def save(path: str | os.PathLike, tree: PyTree, meta: dict[str, Any] | None = No
     meta: what JSON can hold, to be kept beside them.
 
   Raises:
-    ValueError: the folder exists, or a leaf is no array.
+    ValueError: the folder exists, a leaf is no array, or values are traced.
     OSError: it cannot be written.
   """
+  check_outside_jit("save", tree, "call it outside of jit, on what the program gives")
   path = storage.as_path(path)
   if path.exists():
     raise ValueError(f"{path} exists already: choose another folder for this checkpoint")

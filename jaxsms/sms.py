@@ -16,7 +16,13 @@ import numpy as np
 from absl import logging
 
 from jaxsms import counts
-from jaxsms.checks import check_call, check_goal, check_indices, check_phases
+from jaxsms.checks import (
+  check_call,
+  check_goal,
+  check_indices,
+  check_outside_jit,
+  check_phases,
+)
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch, gather
 from jaxsms.pruning import (
@@ -55,11 +61,14 @@ class SparseSoup(NamedTuple):
       prunable weights), `pruned_fraction` (of the weights that remained before it),
       `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain`
       (what the retraining reported, leaves [m, ...]; None where it reported nothing).
+    candidates: the m retrained copies of the last phase, leaves [m, ...]; None where they
+      were not kept.
   """
 
   params: PyTree
   masks: PyTree
   history: list[dict[str, Any]]
+  candidates: PyTree | None = None
 
 
 class Phase(NamedTuple):
@@ -169,6 +178,7 @@ def sparse_model_soup(
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
   regrow: bool = False,
+  keep_candidates: bool = False,
 ) -> SparseSoup:
   """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
 
@@ -200,9 +210,11 @@ def sparse_model_soup(
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
     regrow: allows `prune` to keep weights that were removed before.
+    keep_candidates: keeps the copies of the last phase; `on_phase` sees those of each.
 
   Returns:
-    The soup, its masks and a record of each phase.
+    The soup, its masks, a record of each phase, and the copies of the last where they are
+    kept.
 
   Raises:
     ValueError: sparsity or phases out of range, a goal that removes every weight, no
@@ -216,6 +228,11 @@ def sparse_model_soup(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
   """
   check_call(key, mesh, retrain=retrain, prune=prune, merge=merge, on_phase=on_phase)
+  check_outside_jit(
+    "sparse_model_soup",
+    (key, params, masks, goal_sparsity, ingredients),
+    "call it outside of jit; it compiles retrain itself",
+  )
   check_sparsity(goal_sparsity, "goal_sparsity")
   phases = check_phases(phases)
   phase_sparsity(goal_sparsity, 1, phases)
@@ -234,7 +251,7 @@ def sparse_model_soup(
     soup, weights = merge_phase(candidates, merge)
     return soup, {"weights": weights}
 
-  history = []
+  history, candidates = [], None
   for phase in soup_phases(
     key,
     params,
@@ -246,9 +263,10 @@ def sparse_model_soup(
   ):
     params, masks = phase.params, phase.masks
     history.append(phase.record)
+    candidates = phase.candidates if keep_candidates else None
     if on_phase is not None:
       on_phase(phase)
-  return SparseSoup(params, masks, history)
+  return SparseSoup(params, masks, history, candidates)
 
 
 def prune_phase(
@@ -278,8 +296,13 @@ def prune_phase(
 
   Raises:
     ValueError: see `magnitude_masks`; or `prune` removes every weight, or keeps what was
-      removed before.
+      removed before, or values are traced.
   """
+  check_outside_jit(
+    "prune_phase",
+    (params, masks, sparsity),
+    "call it outside of jit, or magnitude_masks and apply_masks inside",
+  )
   flags = prunable_flags(params, prunable)
   if prunable is not None:
     prune = functools.partial(prune, prunable=prunable)
@@ -324,8 +347,11 @@ def merge_phase(
 
   Raises:
     FloatingPointError: every candidate has values that are not finite.
-    ValueError: `merge` gives something else.
+    ValueError: `merge` gives something else, or values are traced.
   """
+  check_outside_jit(
+    "merge_phase", candidates, "call it outside of jit, or uniform_soup inside"
+  )
   m, healthy = number_of_models(candidates), healthy_copies(candidates)
   if len(healthy) < m:
     left_out = sorted(set(range(m)) - set(healthy))
