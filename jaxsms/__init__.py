@@ -7,6 +7,7 @@
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
 - For your own network on a CPU: `jaxsms.convolution`.
+- How all this goes together: `jaxsms.guide`.
 """
 
 import importlib
@@ -129,8 +130,8 @@ __all__ = [
 ]
 
 _ROOMS = (
-  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "models",
-  "pretrained", "report", "training",
+  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "guide", "models",
+  "pretrained", "training",
 )  # fmt: skip
 
 
