@@ -45,4 +45,5 @@ def check(dense, sparse, weights, loss, goal=GOAL):
   assert not any(np.any(x == 0) for x in before)
   assert all(np.any((a != b) & (b != 0)) for a, b in zip(before, found, strict=True))
   assert len(found) > 1
-  assert float(loss(sparse)) < 0.9 * float(loss(dense))
+  before, after = float(loss(dense)), float(loss(sparse))
+  assert after < 0.9 * before, (before, after)

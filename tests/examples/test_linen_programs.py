@@ -42,7 +42,7 @@ def test_a_loop_with_train_state():
   dense = cnn.init(KEY, IMAGES[:1])
   tx = jaxsms.masked(optax.sgd(0.1, 0.9), jaxsms.magnitude_masks(dense, GOAL))
   state = train_state.TrainState.create(apply_fn=cnn.apply, params=dense, tx=tx)
-  for batch in batches(KEY, {"seed": 0}, steps=60):
+  for batch in batches(KEY, {"seed": 0}, steps=250):
     state = train_step(state, IMAGES[batch], LABELS[batch])
   check(dense, state.params, kernels, lambda p: cross_entropy(cnn.apply(p, IMAGES), LABELS))
 
@@ -101,7 +101,7 @@ def test_a_resnet_with_batch_stats():
   def retrain(key, variables, masks, ingredient):
     tx = jaxsms.masked(optax.sgd(0.05, 0.9, nesterov=True), masks["params"])
     state = TrainState.create(apply_fn=model.apply, tx=tx, **variables)
-    state, _ = jax.lax.scan(train_step, state, batches(key, ingredient))
+    state, _ = jax.lax.scan(train_step, state, batches(key, ingredient, steps=100))
     return {"params": state.params, "batch_stats": state.batch_stats}
 
   dense = jax.jit(model.init)(KEY, IMAGES[:1])

@@ -40,8 +40,8 @@ def nnx_loss(model):
 def test_a_loop_of_nnx_with_dropout_and_batch_norm():
   @nnx.jit
   def train_step(model, optimizer, images, labels, rngs):
-    loss = lambda model: cross_entropy(model(images, rngs), labels)  # noqa: E731
-    optimizer.update(model, nnx.grad(loss)(model))
+    loss = lambda model, rngs: cross_entropy(model(images, rngs), labels)  # noqa: E731
+    optimizer.update(model, nnx.grad(loss)(model, rngs))
 
   model, dense, rngs = CNN(nnx.Rngs(0)), CNN(nnx.Rngs(0)), nnx.Rngs(0)
   masks = jaxsms.magnitude_masks(nnx.state(model, nnx.Param), GOAL)
@@ -49,7 +49,7 @@ def test_a_loop_of_nnx_with_dropout_and_batch_norm():
     model, jaxsms.masked(optax.sgd(0.05, 0.9), masks), wrt=nnx.Param
   )
   model.train()
-  for batch in batches(KEY, {"seed": 0}, steps=60):
+  for batch in batches(KEY, {"seed": 0}, steps=150):
     train_step(model, optimizer, IMAGES[batch], LABELS[batch], rngs)
   check(dense, model, nnx_weights, nnx_loss)
 
@@ -98,9 +98,9 @@ def test_a_loop_of_equinox():
 
   dense = model = EquinoxCNN(KEY)
   masks = jaxsms.magnitude_masks(model, GOAL)
-  optim = jaxsms.masked(optax.adamw(3e-3))
+  optim = jaxsms.masked(optax.adamw(1e-2))
   opt_state = optim.init(eqx.filter(model, eqx.is_array))
-  for batch in batches(KEY, {"seed": 0}, steps=100):
+  for batch in batches(KEY, {"seed": 0}, steps=300):
     model, opt_state = make_step(model, opt_state, masks, batch)
   check(dense, model, equinox_weights, equinox_loss)
 
@@ -182,8 +182,8 @@ def test_a_soup_of_vision_transformers():
       updates, opt_state = optim.update(jax.grad(loss)(params), opt_state, params)
       return (optax.apply_updates(params, updates), opt_state), None
 
-    order = batches(key, ingredient, steps=60)
-    inputs = order, jax.random.split(jax.random.fold_in(key, ingredient["seed"]), 60)
+    order = batches(key, ingredient, steps=150)
+    inputs = order, jax.random.split(jax.random.fold_in(key, ingredient["seed"]), 150)
     (params, _), _ = jax.lax.scan(step, (params, optim.init(params)), inputs)
     return eqx.combine(params, static)
 
