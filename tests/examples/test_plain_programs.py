@@ -31,9 +31,9 @@ def trained(apply, steps=60, rate=0.1):
   return retrain
 
 
-def check_soup(dense, apply, weights, share=0.9):
+def check_soup(dense, apply, weights, share=0.9, **options):
   soup = jaxsms.sparse_model_soup(
-    KEY, dense, trained(apply), ingredients=SEEDS, goal_sparsity=GOAL, phases=2
+    KEY, dense, trained(apply, **options), ingredients=SEEDS, goal_sparsity=GOAL, phases=2
   )
   loss = lambda p: cross_entropy(apply(p, IMAGES), LABELS)  # noqa: E731
   check(dense, soup.params, weights, loss, share=share)
@@ -149,4 +149,4 @@ def test_a_flax_model_of_hugging_face():
     return [x for path, x in leaves if path[-1].key == "kernel"]
 
   # It learns slowly: any fall of the loss shows that it trained.
-  check_soup(model.params, apply, weights, share=1)
+  check_soup(model.params, apply, weights, share=1, rate=0.02)
