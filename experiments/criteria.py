@@ -16,7 +16,7 @@ from jaxsms import (
   random_masks,
 )
 from jaxsms import prunable as default_prunable
-from jaxsms.sms import Prune
+from jaxsms.phases import Prune
 from jaxsms.trees import path_names
 
 if TYPE_CHECKING:

@@ -2,11 +2,13 @@
 
 - Masks: `magnitude_masks`, `random_masks`, `apply_masks`, `sparsity`, `prunable`.
 - Whole channels: `channel_groups`, `channel_masks`, `compact`, `sensitivity`.
-- Training: `masked` around any optax optimizer, `assert_sparse`, `retrain_schedule`.
+- Training: `masked` around any optax optimizer, `pruned` with a schedule of sparsity in it,
+  `assert_sparse`, `retrain_schedule`, `recalibrate` for batch statistics.
 - Soups: `stack`, `uniform_soup`, `greedy_soup`, `soup_geometry`.
 - The loop: `sparse_model_soup`; its parts `prune_phase`, `retrain_phase`, `merge_phase`.
 - Networks, data, training and disk: `jaxsms.models`, `.data`, `.training`, `.checkpoint`.
 - For your own network on a CPU: `jaxsms.convolution`.
+- How all this goes together: `jaxsms.guide`.
 """
 
 import importlib
@@ -41,6 +43,7 @@ from jaxsms.geometry import (
   loss_barrier,
   soup_geometry,
 )
+from jaxsms.gradual import PrunedState, pruned
 from jaxsms.ingredients import map_ingredients, pad_ingredients
 from jaxsms.landscape import (
   Plane,
@@ -61,6 +64,7 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.patterns import filter_masks, n_m_masks
+from jaxsms.phases import merge_phase, prune_phase
 from jaxsms.pruning import (
   apply_masks,
   magnitude_masks,
@@ -69,16 +73,10 @@ from jaxsms.pruning import (
   random_masks,
   sparsity,
 )
+from jaxsms.recalibration import recalibrate
 from jaxsms.retraining import retrain_phase
 from jaxsms.schedules import pretrain_schedule, retrain_schedule
-from jaxsms.shrinking import ShrunkPhase, ShrunkSoup
-from jaxsms.sms import (
-  Phase,
-  SparseSoup,
-  merge_phase,
-  prune_phase,
-  sparse_model_soup,
-)
+from jaxsms.sms import Phase, SparseSoup, sparse_model_soup
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.transforms import assert_sparse, masked
 from jaxsms.trees import prunable, stack, unstack
@@ -93,8 +91,7 @@ __all__ = [
   "GroupSensitivity",
   "Phase",
   "Plane",
-  "ShrunkPhase",
-  "ShrunkSoup",
+  "PrunedState",
   "SparseSoup",
   "Weights",
   "accuracy",
@@ -140,8 +137,10 @@ __all__ = [
   "pretrain_schedule",
   "prunable",
   "prune_phase",
+  "pruned",
   "random_masks",
   "random_scores",
+  "recalibrate",
   "retrain_phase",
   "retrain_schedule",
   "sensitivity",
@@ -158,7 +157,7 @@ __all__ = [
 ]
 
 _ROOMS = (
-  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "models",
+  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "guide", "models",
   "pretrained", "training",
 )  # fmt: skip
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.phases import Merge, Prune, healthy_copies, prune_phase
 from jaxsms.pruning import apply_masks, magnitude_masks
-from jaxsms.sms import Merge, Prune, healthy_copies, prune_phase, soup_phases
+from jaxsms.sms import soup_phases
 from jaxsms.soups import uniform_soup
 from jaxsms.training.engine import Engine, Model, Plan, Record
 from jaxsms.training.loop import Chunk, train_copies

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxsms import storage
+from jaxsms.checks import check_outside_jit
 from jaxsms.faults import fault_point
 from jaxsms.meshes import fetch
 from jaxsms.safetensors import by_path, check_fit, first_sentence
@@ -52,9 +53,11 @@ def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -
     meta: what JSON can hold, to be kept beside them.
 
   Raises:
-    ValueError: the folder exists, or a leaf is no array, or not of numbers.
+    ValueError: the folder exists, a leaf is no array or not of numbers, or values are
+      traced.
     OSError: it cannot be written.
   """
+  check_outside_jit("save", tree, "call it outside of jit, on what the program gives")
   root = storage.as_path(path)
   if root.exists():
     raise ValueError(f"{root} exists already: choose another folder for this checkpoint")

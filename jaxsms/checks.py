@@ -34,6 +34,10 @@ def check_share(value: Any, what: str = "sparsity") -> None:
 
 def check_phases(phases: Any, what: str = "phases") -> int:
   """A number of phases as an int; ValueError unless it is a whole number in range."""
+  if not is_concrete(phases):
+    raise ValueError(
+      f"{what} is traced: give a Python int, or work out 1 - (1 - goal) ** (phase / phases)"
+    )
   try:
     number = operator.index(phases)
   except TypeError:
@@ -74,6 +78,19 @@ def check_call(key: Any, mesh: Any, **functions: Any) -> None:
   for name, function in functions.items():
     if not callable(function) and not (name == "on_phase" and function is None):
       raise ValueError(f"{name} is {_shown(function)}: give a function")
+
+
+def check_outside_jit(call: str, tree: Any, instead: str) -> None:
+  """Raises ValueError where a function that looks at values is traced.
+
+  Args:
+    call: the function's name.
+    tree: what it was given.
+    instead: what to do instead, for the message.
+  """
+  # What a program makes is traced, also where it was given values.
+  if not is_concrete((tree, jnp.zeros([]))):
+    raise ValueError(f"{call} looks at values, which traced ones do not have: {instead}")
 
 
 def check_indices(indices: Any, candidates: int) -> list[int]:

@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxsms.ingredients import repeat_model
 from jaxsms.meshes import fetch
+from jaxsms.phases import Prune, finite_models
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
-from jaxsms.sms import Phase, Prune, finite_models
+from jaxsms.sms import Phase
 from jaxsms.training.engine import Engine, Model
 from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates

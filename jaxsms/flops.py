@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsms.checks import check_outside_jit
 from jaxsms.pruning import prunable_flags
 from jaxsms.trace import weight_uses
 from jaxsms.trees import Prunable, PyTree, path_string
@@ -117,8 +118,11 @@ def layer_sparsities(params: PyTree, prunable: Prunable | None = None) -> dict[s
     Shares in [0, 1], by the path of the weight.
 
   Raises:
-    ValueError: nothing is prunable.
+    ValueError: nothing is prunable, or values are traced.
   """
+  check_outside_jit(
+    "layer_sparsities", params, "call it outside of jit, or sparsity inside"
+  )
   weights = jax.device_get(_weights(params, prunable))
   return {name: float(np.mean(leaf == 0)) for name, leaf in weights.items()}
 

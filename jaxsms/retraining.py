@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxsms.checks import check_outside_jit
 from jaxsms.ingredients import map_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, gather, place
 from jaxsms.pruning import apply_masks
@@ -55,9 +56,14 @@ def retrain_phase(
     one gets all of both, on its own devices.
 
   Raises:
-    ValueError: no ingredient, `at_once` below 1, or `retrain` gives another tree than it
-      got.
+    ValueError: no ingredient, `at_once` below 1, traced values, or `retrain` gives another
+      tree than it got.
   """
+  check_outside_jit(
+    "retrain_phase",
+    (key, params, masks, ingredients),
+    "call it outside of jit, or jax.vmap(retrain, (None, None, None, 0)) inside",
+  )
   leaves = jax.tree.leaves(ingredients)
   if not leaves or any(np.shape(leaf)[:1] in ((), (0,)) for leaf in leaves):
     raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms import storage
+from jaxsms.checks import check_outside_jit
 from jaxsms.files import on_disk, whole_file
 from jaxsms.trees import PyTree, is_array, path_string
 
@@ -186,7 +187,8 @@ def write_safetensors(
 
 
 def check_dtypes(arrays: Mapping[str, jax.Array]) -> None:
-  """Raises ValueError where a name or a dtype is none that the format has."""
+  """Raises ValueError where a name or a dtype is none that the format has, or no value."""
+  check_outside_jit("save", arrays, "call it outside of jit, on what the program gives")
   for name, array in arrays.items():
     if name == "__metadata__" or array.dtype.name not in _CODES:
       raise ValueError(

@@ -51,7 +51,7 @@ def pretrain_schedule(
 
   Args:
     name: one of the above.
-    peak_lr: the largest learning rate.
+    peak_lr: the largest learning rate; it may be traced.
     steps: length of the training in steps, warmup included.
     warmup_steps: steps of linear warmup from 0 to `peak_lr`.
     end_lr: learning rate one step after the last, of Linear and Cosine.
@@ -77,7 +77,10 @@ def pretrain_schedule(
   if name == "Linear":
     main = optax.linear_schedule(peak_lr, end_lr, length)
   elif name == "Cosine":
-    alpha = end_lr / peak_lr if peak_lr else 0.0
+    if is_concrete(peak_lr):
+      alpha = end_lr / peak_lr if peak_lr else 0.0
+    else:
+      alpha = jnp.where(peak_lr == 0, 0.0, end_lr / jnp.where(peak_lr == 0, 1, peak_lr))
     main = optax.cosine_decay_schedule(peak_lr, length, alpha=alpha)
   elif name == "Constant":
     main = optax.constant_schedule(peak_lr)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -12,44 +12,6 @@ from jaxsms.channels.budgets import channel_masks
 from jaxsms.pruning import magnitude_masks
 from jaxsms.soups import uniform_soup
 from jaxsms.trees import PyTree
-
-
-class ShrunkSoup(NamedTuple):
-  """What `sparse_model_soup` gives where the network shrinks.
-
-  Attributes:
-    params: the soup of the last phase, in the shapes that are left.
-    masks: tree of bool arrays of these shapes, True where kept.
-    history: as in `SparseSoup`; shares are those of the dense network.
-    expand: `expand(params)` gives the full shapes, zeros where they were cut; masks too.
-    cut: `cut(function)` makes a function of full-size params one of the cut ones.
-  """
-
-  params: PyTree
-  masks: PyTree
-  history: list[dict[str, Any]]
-  expand: Callable[[PyTree], PyTree]
-  cut: Callable[[Callable], Callable]
-
-
-class ShrunkPhase(NamedTuple):
-  """What `on_phase` is called with where the network shrinks.
-
-  Attributes:
-    params: the soup, in the shapes that are left.
-    masks: its masks.
-    candidates: the m retrained copies, leaves [m, ...].
-    record: the entry of `ShrunkSoup.history`.
-    expand: see `ShrunkSoup`.
-    cut: see `ShrunkSoup`.
-  """
-
-  params: PyTree
-  masks: PyTree
-  candidates: PyTree
-  record: dict[str, Any]
-  expand: Callable[[PyTree], PyTree]
-  cut: Callable[[Callable], Callable]
 
 
 class Shrinking:

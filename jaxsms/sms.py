@@ -6,44 +6,21 @@ what both are compared with. `sparse_model_soup` is the loop with `prune_phase`,
 """
 
 import functools
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import logging
 
-from jaxsms import counts
 from jaxsms.channels.budgets import check_reachable
-from jaxsms.checks import check_call, check_goal, check_indices, check_phases
-from jaxsms.ingredients import take_ingredients
-from jaxsms.meshes import fetch, gather
-from jaxsms.pruning import (
-  apply_masks,
-  check_sparsity,
-  magnitude_masks,
-  phase_sparsity,
-  prunable_flags,
-)
+from jaxsms.checks import check_call, check_goal, check_outside_jit, check_phases
+from jaxsms.meshes import gather
+from jaxsms.phases import Merge, Prune, entries, merge_phase, prune_phase
+from jaxsms.pruning import check_sparsity, magnitude_masks, phase_sparsity, prunable_flags
 from jaxsms.retraining import Retrain, retrain_phase
-from jaxsms.shrinking import Shrinking, ShrunkPhase, ShrunkSoup
-from jaxsms.soups import soup_weights, uniform_soup
-from jaxsms.trees import (
-  Arrays,
-  Prunable,
-  PyTree,
-  check_finite,
-  is_floating,
-  is_parameter,
-  mask_leaves,
-  number_of_models,
-  same_structure,
-)
+from jaxsms.shrinking import Shrinking
+from jaxsms.soups import uniform_soup
+from jaxsms.trees import Arrays, Prunable, PyTree, check_finite
 
-Prune = Callable[..., PyTree]
-Merge = Callable[[PyTree], Any]
 Record = dict[str, Any]
 Retraining = Generator[Any, None, tuple[PyTree, Record]]
 
@@ -58,11 +35,20 @@ class SparseSoup(NamedTuple):
       prunable weights), `pruned_fraction` (of the weights that remained before it),
       `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain`
       (what the retraining reported, leaves [m, ...]; None where it reported nothing).
+    candidates: the m retrained copies of the last phase, leaves [m, ...]; None where they
+      were not kept.
+    expand: where the network shrank, `expand(params)` gives the full shapes, zeros where
+      it was cut; masks too.
+    cut: where it shrank, `cut(function)` makes a function of full-size params one of the
+      cut ones.
   """
 
   params: PyTree
   masks: PyTree
   history: list[dict[str, Any]]
+  candidates: PyTree | None = None
+  expand: Callable[[PyTree], PyTree] | None = None
+  cut: Callable[[Callable], Callable] | None = None
 
 
 class Phase(NamedTuple):
@@ -73,12 +59,16 @@ class Phase(NamedTuple):
     masks: its masks.
     candidates: the m retrained copies, leaves [m, ...].
     record: the entry of `SparseSoup.history`.
+    expand: see `SparseSoup`.
+    cut: see `SparseSoup`.
   """
 
   params: PyTree
   masks: PyTree
   candidates: PyTree
   record: dict[str, Any]
+  expand: Callable[[PyTree], PyTree] | None = None
+  cut: Callable[[Callable], Callable] | None = None
 
 
 def soup_phases(
@@ -172,8 +162,9 @@ def sparse_model_soup(
   masks: PyTree | None = None,
   prunable: Prunable | None = None,
   regrow: bool = False,
+  keep_candidates: bool = False,
   shrink: tuple | None = None,
-) -> SparseSoup | ShrunkSoup:
+) -> SparseSoup:
   """Turns a trained dense model into a sparse one: prune, retrain m copies, average.
 
   The sparsity after phase t is `phase_sparsity(goal_sparsity, t, phases)`. Nothing is
@@ -204,6 +195,7 @@ def sparse_model_soup(
     prunable: which leaves to prune and count, handed on to `prune`; None means
       `jaxsms.prunable`.
     regrow: allows `prune` to keep weights that were removed before.
+    keep_candidates: keeps the copies of the last phase; `on_phase` sees those of each.
     shrink: (apply, *inputs), the network and what it is called with after its params, to
       cut it after each pruning. `prune`, by default `channel_masks`, gets `groups=` and
       full shapes, zeros where it was cut. `retrain(key, params, masks, ingredient, cut)`
@@ -211,7 +203,8 @@ def sparse_model_soup(
       full-size params. It is compiled in each phase.
 
   Returns:
-    The soup, its masks and a record of each phase; with `shrink` a `ShrunkSoup`.
+    The soup, its masks, a record of each phase, and the copies of the last where they are
+    kept; with `shrink` in the shapes that are left.
 
   Raises:
     ValueError: sparsity or phases out of range, a goal that removes every weight, no
@@ -225,6 +218,11 @@ def sparse_model_soup(
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
   """
   check_call(key, mesh, retrain=retrain, prune=prune, merge=merge, on_phase=on_phase)
+  check_outside_jit(
+    "sparse_model_soup",
+    (key, params, masks, goal_sparsity, ingredients),
+    "call it outside of jit; it compiles retrain itself",
+  )
   check_sparsity(goal_sparsity, "goal_sparsity")
   phases = check_phases(phases)
   phase_sparsity(goal_sparsity, 1, phases)
@@ -232,7 +230,7 @@ def sparse_model_soup(
   params = held.tree
   check_finite(params)
   flags = prunable_flags(params, prunable)
-  check_goal(goal_sparsity, _total(flags, params))
+  check_goal(goal_sparsity, entries(flags, params))
   network = None if shrink is None else Shrinking(shrink, params, prune)
   prune = prune if network is None else network.prune
   check_reachable(prune, params, goal_sparsity, masks, prunable)
@@ -251,7 +249,7 @@ def sparse_model_soup(
     soup, weights = merge_phase(candidates, merge_one)
     return soup, {"weights": weights}
 
-  history = []
+  history, candidates = [], None
   for phase in soup_phases(
     key,
     params,
@@ -263,200 +261,10 @@ def sparse_model_soup(
   ):
     params, masks = phase.params, phase.masks
     history.append(phase.record)
+    candidates = phase.candidates if keep_candidates else None
     if network is not None:
-      phase = ShrunkPhase(*phase, network.expand, network.cut)
+      phase = phase._replace(expand=network.expand, cut=network.cut)
     if on_phase is not None:
       on_phase(phase)
-  if network is not None:
-    return ShrunkSoup(params, masks, history, network.expand, network.cut)
-  return SparseSoup(params, masks, history)
-
-
-def prune_phase(
-  params: PyTree,
-  masks: PyTree | None,
-  sparsity: float,
-  prune: Prune = magnitude_masks,
-  prunable: Prunable | None = None,
-  regrow: bool = False,
-) -> tuple[PyTree, PyTree, dict[str, float]]:
-  """Prunes a model further, once.
-
-  Args:
-    params: one model.
-    masks: what was removed so far; None means nothing.
-    sparsity: share of the prunable weights to be removed afterwards, in [0, 1).
-    prune: `prune(params, sparsity, masks=masks)` giving new masks.
-    prunable: which leaves to prune and count, handed on to `prune`; None means
-      `jaxsms.prunable`.
-    regrow: allows `prune` to keep weights that were removed before.
-
-  Returns:
-    The pruned parameters, their masks, and a record: `sparsity` (share of the prunable
-    weights that are removed), `pruned_fraction` (share of those that remained before
-    which this step removed), `norm_drop` (norm of what it removed), and
-    `relative_norm_drop` (relative to the norm of all weights and biases).
-
-  Raises:
-    ValueError: see `magnitude_masks`; or `prune` removes every weight, or keeps what was
-      removed before.
-  """
-  flags = prunable_flags(params, prunable)
-  if prunable is not None:
-    prune = functools.partial(prune, prunable=prunable)
-  new = prune(params, sparsity, masks=masks)
-  pruned = apply_masks(params, new)
-  if masks is not None and not regrow:
-    _check_nested(params, masks, new)
-  total, before, after = _count_kept(flags, masks, new, params)
-  if after == 0:
-    raise ValueError(
-      f"prune removed all {total:,} prunable weights at sparsity {float(sparsity):g}: ask "
-      "for less"
-    )
-  parameters = [
-    (leaf, pruned_leaf)
-    for (path, leaf), pruned_leaf in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruned), strict=True
-    )
-    if is_parameter(path, leaf)
-  ]
-  norm, drop = fetch(_norm_and_drop(parameters))
-  record = {
-    "sparsity": 1 - after / total,
-    "pruned_fraction": (before - after) / before if before else 0.0,
-    "norm_drop": float(drop),
-    "relative_norm_drop": float(drop / norm) if norm else 0.0,
-  }
-  return pruned, new, record
-
-
-def merge_phase(
-  candidates: PyTree, merge: Merge = uniform_soup
-) -> tuple[PyTree, np.ndarray]:
-  """Merges the candidates of one phase, leaving out those that diverged.
-
-  Args:
-    candidates: tree with leaves [m, ...].
-    merge: gives a model, or (model, indices merged).
-
-  Returns:
-    The soup, leaves [...], and float [m], the weight of each candidate in it.
-
-  Raises:
-    FloatingPointError: every candidate has values that are not finite.
-    ValueError: `merge` gives something else.
-  """
-  m, healthy = number_of_models(candidates), healthy_copies(candidates)
-  if len(healthy) < m:
-    left_out = sorted(set(range(m)) - set(healthy))
-    logging.warning("copies %s diverged and are left out of the soup", left_out)
-    candidates = take_ingredients(Arrays(candidates), healthy).tree
-  merged = merge(candidates)
-  if _is_one_of(candidates, merged):
-    return merged, soup_weights(healthy, m)
-  if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):
-    soup, indices = merged
-    indices = check_indices(indices, len(healthy))
-    return soup, soup_weights([healthy[i] for i in indices], m)
-  raise ValueError(
-    "merge gave neither one model, with the structure and shapes of its candidates, nor "
-    f"(model, indices), but {jax.tree.map(np.shape, merged)}"
-  )
-
-
-def healthy_copies(candidates: PyTree) -> list[int]:
-  """Indices of the models, leaves [m, ...], whose values are all finite.
-
-  Raises:
-    FloatingPointError: there is none.
-  """
-  finite = fetch(finite_models(candidates))
-  if not finite.any():
-    raise FloatingPointError(
-      f"all {len(finite)} copies diverged to values that are not finite: lower the "
-      "learning rate"
-    )
-  return np.flatnonzero(finite).tolist()
-
-
-def _is_one_of(stacked: PyTree, model: PyTree) -> bool:
-  """Whether a tree has the structure and the shapes of each of the stacked ones."""
-  if not same_structure(stacked, model):
-    return False
-  pairs = zip(jax.tree.leaves(stacked), jax.tree.leaves(model), strict=True)
-  return all(np.shape(one) == np.shape(many)[1:] for many, one in pairs)
-
-
-def finite_models(stacked: PyTree) -> jax.Array:
-  """Whether all floating values of each model are finite: leaves [m, ...] -> bool [m]."""
-  return _finite_models(Arrays(stacked))
-
-
-@jax.jit
-def _finite_models(stacked: Arrays) -> jax.Array:
-  flags = [jnp.ones([number_of_models(stacked)], bool)]
-  flags += [
-    jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-    for x in jax.tree.leaves(stacked)
-    if is_floating(x)
-  ]
-  return jnp.stack(flags).all(axis=0)
-
-
-def _total(flags: list[bool], params: PyTree) -> int:
-  leaves = zip(jax.tree.leaves(params), flags, strict=True)
-  return sum(math.prod(np.shape(x)) for x, flag in leaves if flag)
-
-
-def _count_kept(flags, masks, new, params) -> tuple[int, int, int]:
-  """How many prunable entries there are, were kept before, and are kept now."""
-  total = _total(flags, params)
-
-  def kept(tree):
-    if tree is None:
-      return total
-    chosen = zip(jax.tree.leaves(params), mask_leaves(params, tree), flags, strict=True)
-    kept_entries = _count_true([_full(mask, leaf) for leaf, mask, flag in chosen if flag])
-    return counts.on_host(fetch(kept_entries))
-
-  return total, kept(masks), kept(new)
-
-
-def _check_nested(params: PyTree, masks: PyTree, new: PyTree) -> None:
-  """Raises ValueError where new masks keep what earlier ones removed."""
-  earlier, now = mask_leaves(params, masks), mask_leaves(params, new)
-  leaves = zip(jax.tree.leaves(params), earlier, now, strict=True)
-  pairs = [(old, _full(mask, x)) for x, old, mask in leaves if old is not None]
-  if regrown := int(_count_regrown(pairs)):
-    raise ValueError(
-      f"prune keeps {regrown:,} weights that were removed before: let it hand on the masks "
-      "it is given, or pass regrow=True"
-    )
-
-
-def _full(mask, leaf):
-  """The mask of a leaf, True where there is none."""
-  return np.ones(np.shape(leaf), bool) if mask is None or mask is True else mask
-
-
-@jax.jit
-def _count_regrown(pairs):
-  return sum((jnp.count_nonzero(new & ~old) for old, new in pairs), jnp.int32(0))
-
-
-@jax.jit
-def _count_true(masks):
-  return counts.count(masks)
-
-
-@jax.jit
-def _norm_and_drop(pairs):
-  """The norm of the first of each pair, and of the difference of both."""
-
-  def square(x):  # float16 would overflow
-    return jnp.sum(jnp.abs(x).astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2)
-
-  norm = sum(square(a) for a, _ in pairs)
-  drop = sum(square(a - b) for a, b in pairs)
-  return jnp.sqrt(norm), jnp.sqrt(drop)
+  ways = () if network is None else (network.expand, network.cut)
+  return SparseSoup(params, masks, history, candidates, *ways)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_outside_jit
 from jaxsms.trees import (
   PyTree,
   is_array,
@@ -100,11 +101,16 @@ def greedy_soup(
     model alone.
 
   Raises:
-    ValueError: leaves disagree on m, or no model has a score.
+    ValueError: leaves disagree on m, no model has a score, or values are traced.
 
   References:
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
   """
+  check_outside_jit(
+    "greedy_soup",
+    stacked,
+    "call it outside of jit, or uniform_soup(stacked, weights) inside",
+  )
   m = number_of_models(stacked)
   scores = np.array([float(evaluate(model_at(stacked, i))) for i in range(m)])
   order = [int(i) for i in np.argsort(-scores, kind="stable") if not np.isnan(scores[i])]

@@ -11,7 +11,8 @@ from experiments import reporting
 from experiments.reporting.summary import sentences
 from jaxsms import Phase, models, training
 from jaxsms.baselines import imp_reprune
-from jaxsms.sms import finite_models, phase_sparsities
+from jaxsms.phases import finite_models
+from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits, TrainState
 from jaxsms.training.failures import (
   MARGIN,

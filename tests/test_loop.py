@@ -13,7 +13,8 @@ from test_training import BATCH, Tiny, ingredients, make_data, make_programs
 
 import jaxsms
 from jaxsms import Phase, magnitude_masks, training
-from jaxsms.sms import phase_sparsities, prune_phase, soup_phases
+from jaxsms.phases import prune_phase
+from jaxsms.sms import phase_sparsities, soup_phases
 from jaxsms.training import Model, Splits
 
 STEPS, RATE, DECAY = 7, 0.1, 1e-3

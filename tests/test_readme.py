@@ -1,10 +1,10 @@
-"""README runs as written: every snippet, every command, every message, every link."""
+"""README and the guide run as written: snippets, commands, messages, links."""
 
 import ast
 import importlib
 import json
 import os
-import pathlib
+import pydoc
 import re
 import shlex
 import socket
@@ -14,37 +14,14 @@ import sys
 import jax
 import main_job
 import numpy as np
+import pages
 import pytest
+from pages import ALL, CHAPTERS, PAGES, README, ROOT, blocks, snippets
 
 import jaxsms
 from experiments import settings
 from experiments.methods import METHODS
 from jaxsms import prunable
-
-ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(
-  r"^```(\w*)\n(.*?)^```$|^(## [^\n]*)$", README, re.DOTALL | re.MULTILINE
-)
-
-
-def blocks(language):
-  return [text for kind, text, _ in BLOCKS if kind == language]
-
-
-def snippets():
-  """What is run of each Python block, or of both sides of a diff, by section."""
-  sections = [[]]
-  for kind, text, heading in BLOCKS:
-    if heading:
-      sections.append([])
-    elif kind == "python":
-      sections[-1].append(text)
-    elif kind == "diff":
-      for added in ("+", "-"):  # before, then after
-        lines = [line[1:] for line in text.splitlines() if line[:1] != added]
-        sections[-1].append("\n".join(lines))
-  return [section for section in sections if section]
 
 
 def share_removed(params):
@@ -54,41 +31,37 @@ def share_removed(params):
 
 
 N = 64 * 128 + 128 * 10
-OWN_CODE = snippets()[0]
-# Data, the loop before and after, and the first soup: what a new user tries.
-FIRST = 4
+OWN_CODE = CHAPTERS["own_code"]
+FIRST = 3  # the data, and the loop before and after
+
+
+def test_readmes_own_code(quick_compilation):
+  names = pages.run(README, {})
+  assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * N) / N)
+  accuracy = jaxsms.accuracy(names["logits"], names["labels"][1500:])
+  assert accuracy > 0.85
 
 
 @pytest.fixture(scope="module")
 def names(quick_compilation):
-  """What the first snippets define, run one after another."""
-  defined = {}
-  for block in OWN_CODE[: FIRST - 1]:
-    exec(compile(block, "README.md", "exec"), defined)
-  defined["fine_tuned"] = defined["params"]
-  exec(compile(OWN_CODE[FIRST - 1], "README.md", "exec"), defined)
-  return defined
+  """What the first snippets of the chapter define, run one after another."""
+  defined = pages.run(OWN_CODE, {}, slice(FIRST))
+  return {**defined, "fine_tuned": defined["params"]}
 
 
 def test_one_line_prunes_in_a_loop_that_was_there(names):
-  (diff,) = blocks("diff")
+  (diff,) = blocks(OWN_CODE, "diff")
   marks = [line[:1] for line in diff.splitlines()]
   assert marks.count("+") == marks.count("-") == 1
   assert share_removed(names["fine_tuned"]) == pytest.approx(round(0.9 * N) / N)
   assert names["accuracy"](names["fine_tuned"]) > 0.8
 
 
-def test_the_first_soup_is_sparse_and_works(names):
+@pytest.mark.slow
+def test_all_other_snippets_of_own_code(names, tmp_path):
+  pages.run(OWN_CODE, names, slice(FIRST, None))
   assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * N) / N)
   assert names["accuracy"](names["soup"].params) > 0.85
-
-
-@pytest.mark.slow
-def test_all_other_snippets(names, tmp_path, monkeypatch):
-  assert len(snippets()) == 1, "a section of its own needs a test"
-  for block in OWN_CODE[FIRST:]:
-    exec(compile(block, "README.md", "exec"), names)
-  assert sum(len(section) for section in snippets()) == len(blocks("python")) + 2
   assert share_removed(names["average"]) == pytest.approx(round(0.9 * N) / N)
   for soup in ("nnx_soup", "eqx_soup", "haiku_soup"):
     assert share_removed(names[soup].params) == pytest.approx(round(0.75 * N) / N), soup
@@ -98,7 +71,7 @@ def test_all_other_snippets(names, tmp_path, monkeypatch):
   leaves = zip(jax.tree.leaves(weighted), jax.tree.leaves(mean), strict=True)
   assert any(np.any(a != b) for a, b in leaves)
 
-  # The baseline of one's own, with its name and title where README says.
+  # The baseline of one's own, with its name and title where the chapter says.
   flags = ("--epochs=3", "--retrain_epochs=1", "--phases=2", "--ingredients=2")
   workdir = f"--workdir={tmp_path / 'own'}"
   assert main_job.run(*flags, "--baselines=one_shot", "--hidden=32", workdir) == 0
@@ -107,6 +80,37 @@ def test_all_other_snippets(names, tmp_path, monkeypatch):
   assert last["one_shot"]["sparsity"] == pytest.approx(last["sparsity"])
   assert last["one_shot"]["test_accuracy"] > 0.5
   del METHODS["one_shot"]
+
+
+@pytest.mark.slow
+def test_recipes():
+  names = pages.run(CHAPTERS["recipes"], {})
+  weights = 3 * 3 * 16 + 16 * 64 * 10
+  for tree in (names["sparse"]["params"], names["nnx_soup"].params):
+    assert share_removed(tree) == pytest.approx(round(0.9 * weights) / weights)
+  assert share_removed(names["gradual"]) == pytest.approx(round(0.9 * N) / N)
+  assert names["accuracy"](names["sparse"]) > 0.85
+  assert names["nnx_accuracy"] > 0.85
+  # Each candidate has batch statistics of its own weights.
+  means = names["candidates"]["batch_stats"]["BatchNorm_0"]["mean"]
+  assert np.ptp(means, axis=0).max() > 0
+  np.testing.assert_array_less(names["sparsities"][:200:20], 0.9)
+
+
+def test_jaxpruners_global_scope_normalizes(quick_compilation):
+  names = pages.run(CHAPTERS["coming_from_jaxpruner"], {})
+  params, masks = names["params"], names["masks"]
+  scores = [np.abs(params[layer]["kernel"]) for layer in "ab"]
+  scores = [x / np.sqrt(np.sum(x**2)) for x in scores]
+  threshold = np.sort(np.concatenate([x.ravel() for x in scores]))[round(0.8 * 900)]
+  for layer, x in zip("ab", scores, strict=True):
+    np.testing.assert_array_equal(masks[layer]["kernel"], x >= threshold)
+
+
+def test_every_page_with_snippets_is_run():
+  assert {name for name, text in PAGES.items() if snippets(text)} == {
+    "README", "own_code", "recipes", "coming_from_jaxpruner",
+  }  # fmt: skip
 
 
 # Commands: each is run by a test below, or named here with the reason why not.
@@ -125,8 +129,8 @@ NOT_RUN = {
 
 
 def commands():
-  """All commands in README's bash blocks, without their comments, one by one."""
-  text = "\n".join(blocks("bash")).replace("\\\n", " ")
+  """All commands in bash blocks, without their comments, one by one."""
+  text = "\n".join(blocks(ALL, "bash")).replace("\\\n", " ")
   lines = [line.split("  # ")[0].strip() for line in text.splitlines()]
   return [part for line in lines if line for part in line.split(" && ")]
 
@@ -259,7 +263,7 @@ def test_commands_use_flags_that_exist(known_flags):
 
 
 def test_flags_named_in_the_text_exist(known_flags):
-  named = set(re.findall(r"`--([a-z_]+)", README))
+  named = set(re.findall(r"`--([a-z_]+)", ALL))
   assert len(named) > 20
   assert named <= known_flags
 
@@ -269,20 +273,18 @@ def test_ci_calls_readmes_test_command():
   pattern = re.search(r"grep -E '(.*)' README.md", script).group(1)
   lines = [line for line in README.splitlines() if re.search(pattern, line)]
   assert len(lines) == 1
-  assert lines[0] in blocks("bash")[-1]
+  assert lines[0] in blocks(README, "bash")[-1]
   assert 'eval "$test_command"' in script
 
 
 # What the text says.
 
 
-def test_every_name_that_readme_shows_is_there():
-  text = README.replace("jaxsms/", "")
+def test_every_name_that_is_shown_is_there():
+  text = ALL.replace("jaxsms/", "")
   for name in re.findall(r"\bjaxsms\.([\w.]+\w)", text):
-    found = jaxsms
-    for part in name.split("."):
-      found = getattr(found, part)
-  table = README.split("### What there is")[1].split("## ")[0]
+    assert pydoc.locate(f"jaxsms.{name}") is not None, name
+  table = OWN_CODE.split("## What there is")[1].split("## ")[0]
   for name in re.findall(r"`([a-z_]+_[a-z_]+)`", table.split("| networks")[0]):
     assert hasattr(jaxsms, name), name
 
@@ -307,8 +309,9 @@ FOREIGN = ("An NVIDIA GPU may be present on this machine",)
 
 
 def test_messages_are_those_that_the_code_prints():
-  section = README.split("## Troubleshooting")[1].split("\n## ")[0]
-  found = re.findall(r"^(?:- |  )(?:``(.+?) ``|`([^`]{40,})`)", section, re.MULTILINE)
+  found = re.findall(
+    r"^(?:- |  )(?:``(.+?) ``|`([^`]{40,})`)", CHAPTERS["troubleshooting"], re.MULTILINE
+  )
   items = [quoted or plain for quoted, plain in found]
   assert len(items) >= 14
   patterns = [re.compile(pattern) for pattern in source_messages() if len(pattern) > 30]
@@ -319,14 +322,22 @@ def test_messages_are_those_that_the_code_prints():
 
 
 def test_links_lead_somewhere():
-  links = re.findall(r"\]\(([^)]+)\)", README)
   headings = {
     re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
     for line in README.splitlines()
     if line.startswith("#")
   }
-  for link in links:
+  for link in re.findall(r"\]\(([^)]+)\)", README):
     if link.startswith("#"):
       assert link[1:] in headings, link
     elif not link.startswith("https://"):
       assert (ROOT / link).exists(), link
+  for name in CHAPTERS:
+    assert f"](jaxsms/guide/{name}.md)" in README, name
+    # A chapter is a page of the reference, too, from where files cannot be reached.
+    for link in re.findall(r"\]\(([^)]+)\)", CHAPTERS[name]):
+      assert link.startswith("https://"), link
+
+
+def test_readme_is_short():
+  assert len(README.splitlines()) <= 250

@@ -11,7 +11,8 @@ import numpy as np
 
 from experiments.criteria import pruning
 from jaxsms import Phase
-from jaxsms.sms import Prune, phase_sparsities
+from jaxsms.phases import Prune
+from jaxsms.sms import phase_sparsities
 from jaxsms.training import (
   Engine,
   Model,

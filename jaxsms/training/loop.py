@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.ingredients import first_ingredients, pad_ingredients
 from jaxsms.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
-from jaxsms.sms import finite_models
+from jaxsms.phases import finite_models
 from jaxsms.training.engine import Engine
 from jaxsms.training.memory import explain_out_of_memory
 from jaxsms.training.programs import Programs

@@ -12,15 +12,9 @@ from jaxsms.faults import fault_point
 from jaxsms.ingredients import take_ingredients
 from jaxsms.meshes import fetch
 from jaxsms.metrics import agreement
+from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase, prune_phase
 from jaxsms.pruning import magnitude_masks
-from jaxsms.sms import (
-  Merge,
-  Prune,
-  healthy_copies,
-  merge_phase,
-  prune_phase,
-  soup_phases,
-)
+from jaxsms.sms import soup_phases
 from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
 from jaxsms.training.cutting import Cut
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model

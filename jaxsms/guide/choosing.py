@@ -1,0 +1,4 @@
+"""How many copies, which sparsity, which schedule.
+
+.. include:: choosing.md
+"""

@@ -1,0 +1,4 @@
+"""The names of jaxpruner and what they are here.
+
+.. include:: coming_from_jaxpruner.md
+"""

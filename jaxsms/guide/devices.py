@@ -1,0 +1,4 @@
+"""Speed, memory, several devices and hosts.
+
+.. include:: devices.md
+"""

@@ -1,0 +1,4 @@
+"""The method on one page.
+
+.. include:: method.md
+"""

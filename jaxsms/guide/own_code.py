@@ -1,0 +1,4 @@
+"""Your own network and training.
+
+.. include:: own_code.md
+"""

@@ -1,0 +1,4 @@
+"""Complete programs: batch norm, dropout, TrainState, a schedule of sparsity.
+
+.. include:: recipes.md
+"""

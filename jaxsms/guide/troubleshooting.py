@@ -1,0 +1,4 @@
+"""What the programs say, and what to do.
+
+.. include:: troubleshooting.md
+"""
