@@ -116,7 +116,7 @@ def restore_plain(path: str | os.PathLike) -> Any:
   try:
     with (
       storage.read_from(item if item.is_dir() else path) as folder,
-      _quiet(),
+      quiet(),
       ocp.PyTreeCheckpointer() as checkpointer,
     ):
       tree = checkpointer.metadata(folder).item_metadata.tree
@@ -243,12 +243,12 @@ def _orbax():
 
   me = jax.process_index()
   options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-  with _quiet(), ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
+  with quiet(), ocp.StandardCheckpointer(multiprocessing_options=options) as checkpointer:
     yield checkpointer
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
   """Keeps out what orbax would log, and other threads that use it."""
 
   def from_elsewhere(record):

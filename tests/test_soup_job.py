@@ -318,7 +318,7 @@ def test_pytorchs_names_other_dtypes_and_counters_stay(tmp_path):
     ("one two.safetensors --out=new --greedy --weights=0,1", "leave --weights out"),
     ("one wide.npz --out=new", "params/Dense_0/kernel is (64, 9) and should be (64, 8)"),
     ("one extra.npz --out=new", "(left over: params/more)"),
-    ("one half.npz --out=new", "is float16 in half.npz and float32 in one"),
+    ("one int.npz --out=new", "is int32 in int.npz and float32 in one"),
     ("one nan.npz --out=new", "nan.npz has NaN or infinite values"),
     ("bias.npz bias.npz --out=new", "no array of bias.npz is a weight (bias)"),
     ("one torn.npz --out=new", "torn.npz cannot be read"),
@@ -334,7 +334,7 @@ def test_wrong_use_gives_one_sentence_and_no_file(
   bad = {
     "wide": {**arrays, KERNELS[0]: np.zeros((64, 9), np.float32)},
     "extra": {**arrays, "params/more": np.zeros(2)},
-    "half": {name: x.astype(np.float16) for name, x in arrays.items()},
+    "int": {name: x.astype(np.int32) for name, x in arrays.items()},
     "nan": {**arrays, KERNELS[0]: arrays[KERNELS[0]] * np.nan},
     "bias": {"bias": np.ones(3)},
   }

@@ -1,0 +1,134 @@
+"""Merging models where there are data: chosen, recalibrated and measured on them."""
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import hardware, method_flags, settings
+from experiments.soup_checks import check_masks, result_specs
+from experiments.soup_flags import Choice
+from experiments.task import Task, load, make_task
+from jaxsms import pretrained
+from jaxsms.disk.merging import Found, Job, find_thresholds, merge
+from jaxsms.disk.other_writers import ToMemory
+from jaxsms.disk.passes import weighted
+from jaxsms.disk.tensors import InMemory, Tensors, prunable_names
+from jaxsms.export import nested
+from jaxsms.pruning import magnitude_masks
+from jaxsms.safetensors import by_path
+from jaxsms.soups import greedy_soup, soup_weights
+from jaxsms.training.measurements import Model, measure, one_model, recalibrated
+from jaxsms.training.phases import on_validation
+from jaxsms.trees import model_at
+
+FLAGS = flags.FLAGS
+Arrays = dict[str, np.ndarray]
+
+
+def make_data_task(m: int) -> Task:
+  """Network, data and programs that the flags describe, for m models.
+
+  Raises:
+    ValueError: see `experiments.task.make_task`.
+  """
+  chosen = settings.read_settings()
+  method = method_flags.read_method(chosen)._replace(init=None, ood=())
+  alone = {"coordinator": None, "processes": None, "process": None}
+  devices = hardware.read_hardware(chosen.model, m)._replace(**alone)
+  hardware.start(devices, chosen.model, m)
+  dataset = load(chosen)
+  chosen = settings.with_data(chosen._replace(ingredients=m), dataset)
+  return make_task(chosen, devices, method, dataset)
+
+
+def as_ours(model: Tensors, task: Task) -> InMemory:
+  """A model of any layout as variables of the network, by their names.
+
+  Raises:
+    ValueError: see `jaxsms.pretrained.fit_model`.
+  """
+  arrays = {
+    name: model.read(name, 0, spec.size).reshape(spec.shape)
+    for name, spec in model.specs.items()
+  }
+  fitting = pretrained.fit_model(arrays, task.module, task.image_shape, model.path)
+  return InMemory(model.path, by_path(fitting))
+
+
+def as_model(arrays: Arrays) -> Model:
+  """Variables by name as parameters and batch statistics."""
+  tree = nested(arrays)
+  return Model(tree["params"], tree.get("batch_stats", {}))
+
+
+def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
+  """Metrics of each model as it is."""
+  trees = [as_model(arrays) for arrays in models]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  return measure(task.programs, task.splits, stacked).scores
+
+
+def soup_in_memory(
+  choice: Choice, models: list[Tensors], task: Task, goal: float | None
+) -> tuple[InMemory, Found, np.ndarray, list[dict[str, float]]]:
+  """Merges models of the network, and estimates batch statistics anew.
+
+  Args:
+    choice: flags.
+    models: variables of the network, see `as_ours`.
+    task: the network on its data.
+    goal: sparsity to prune to; None prunes nothing.
+
+  Returns:
+    The soup, what was found on the way, the weights, and metrics of all models and the
+    soup.
+
+  Raises:
+    ValueError: the models do not share a mask, and no flag says what to do.
+  """
+  key = jax.random.key(FLAGS.seed)
+  arrays = [model.arrays for model in models]
+  weights = chosen_weights(choice, arrays, task, key, goal)
+  specs = result_specs(models[0], choice.dtype)
+  taken = np.flatnonzero(weights).tolist()
+  job = Job(models, weighted(weights), specs, taken)
+  thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
+  memory = ToMemory(specs)
+  found = merge(job, memory, thresholds)
+  if choice.masks is None:
+    check_masks(models, taken, found)
+  one = one_model(as_model(memory.arrays))
+  anew = recalibrated(task.programs, task.splits, key, one)
+  soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
+  return InMemory("the soup", soup), found, weights, measured(task, [*arrays, soup])
+
+
+def chosen_weights(
+  choice: Choice, arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
+) -> np.ndarray:
+  """The weight of each model in the average, float [m]."""
+  m = len(arrays)
+  if not choice.greedy:
+    return soup_weights(range(m), m) if choice.weights is None else choice.weights
+
+  def validation_accuracy(average):
+    average = jax.device_get(average)
+    if goal is not None:
+      average = pruned(average, goal, FLAGS.scope)
+    found = on_validation(task.programs, task.splits, key, as_model(average))
+    return found["validation_accuracy"]
+
+  stacked = {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
+  return soup_weights(greedy_soup(stacked, validation_accuracy)[1], m)
+
+
+def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:
+  """A model pruned by magnitude, see `jaxsms.magnitude_masks`."""
+  weights = {name: model[name] for name in prunable_names(InMemory("", model).specs)}
+  masks = jax.device_get(
+    magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
+  )
+  zero = np.float32(0)
+  return model | {
+    n: np.where(masks[n], x, zero.astype(x.dtype)) for n, x in weights.items()
+  }
