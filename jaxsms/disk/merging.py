@@ -13,6 +13,7 @@ from jaxsms.disk.passes import (
   blocks_of,
   in_order,
   read_finite,
+  scratch,
 )
 from jaxsms.disk.selection import Thresholds, smallest
 from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
@@ -115,20 +116,19 @@ def merge_block(
   spec = job.specs[block.name]
   if not spec.is_floating:
     return Part(block, job.models[job.taken[0]].read(*block))
-  models = [read_finite(model, block) for model in job.models]
+  models = [read_finite(model, block, i) for i, model in enumerate(job.models)]
   values = job.combine(block, models).astype(spec.dtype, copy=False)
-  result = as_float(values)
+  result = as_float(values, "result")
   if not np.isfinite(result).all():
     raise ValueError(
       f"{block.name} of the soup is not finite in {spec.dtype.name}: give a wider --dtype"
     )
   if thresholds is not None:
     values = thresholds.below(block, values)
-    result = as_float(values)
+    result = as_float(values, "result")
   gram = None
   if is_parameter(key_path(block.name), spec):
-    rows = np.stack([*(x - result for x in models), result])
-    gram = (rows @ rows.T).astype(np.float64)
+    gram = _gram(models, result)
   if block.name not in weights:
     return Part(block, values, gram=gram)
   zero = [x == 0 for x in models]
@@ -137,7 +137,22 @@ def merge_block(
   if zeros.any():
     differing = np.array([np.count_nonzero(z != zero[job.taken[0]]) for z in zero])
     shared = np.count_nonzero(np.all([zero[i] for i in job.taken], axis=0))
-  return Part(block, values, models, zeros, differing, shared, gram)
+  # The models' values are this thread's, to be overwritten.
+  held = [x.copy() for x in models] if thresholds else ()
+  return Part(block, values, held, zeros, differing, shared, gram)
+
+
+def _gram(models, result):
+  """Products of the models' differences from the result, and of the result."""
+  rows = [scratch(("difference", i), result.size, x.dtype) for i, x in enumerate(models)]
+  for x, row in zip(models, rows, strict=True):
+    np.subtract(x, result, out=row)
+  rows.append(result)
+  gram = np.zeros([len(rows), len(rows)])
+  for i, row in enumerate(rows):  # quicker than one product of such a wide matrix
+    for j in range(i + 1):
+      gram[i, j] = gram[j, i] = np.dot(row, rows[j])
+  return gram
 
 
 def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Found:

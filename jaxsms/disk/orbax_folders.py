@@ -51,7 +51,9 @@ class Chunks(Tensors):
     self._pieces: collections.OrderedDict = collections.OrderedDict()
     self._lock = threading.Lock()
 
-  def read(self, name: str, start: int, stop: int) -> np.ndarray:
+  def read(
+    self, name: str, start: int, stop: int, into: np.ndarray | None = None
+  ) -> np.ndarray:
     spec, rows = self.specs[name], self._rows(name)
     entries = rows * max(spec.size // max(spec.shape[0], 1), 1) if spec.shape else 1
     first, last = start // entries, max(stop - 1, start) // entries

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxsms.disk.tensors import Spec, Tensors
 
-BLOCK = 2**18  # entries: those of a few models fit into a processor's cache
+BLOCK = 2**17  # entries: those of a few models fit into a processor's cache
 
 
 class Block(NamedTuple):
@@ -30,6 +31,23 @@ class Block(NamedTuple):
 
 # Gives, of the entries of all models in a block, those of the result; in float32 or 64.
 Combine = Callable[[Block, list[np.ndarray]], np.ndarray]
+
+
+class _Scratch(threading.local):
+  """Arrays of this thread, used again and again: fresh memory takes longer than sums."""
+
+  def __init__(self):
+    self._arrays: dict[tuple[Any, np.dtype], np.ndarray] = {}
+
+  def __call__(self, what: Any, count: int, dtype: np.dtype) -> np.ndarray:
+    """An array [count] for one purpose, with whatever it held."""
+    key = what, np.dtype(dtype)
+    if key not in self._arrays or self._arrays[key].size < count:
+      self._arrays[key] = np.empty([max(count, BLOCK)], dtype)
+    return self._arrays[key][:count]
+
+
+scratch = _Scratch()
 
 
 def blocks_of(specs: dict[str, Spec], names: Iterable[str]) -> Iterator[Block]:
@@ -60,24 +78,34 @@ def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[A
         future.cancel()
 
 
-def as_float(values: np.ndarray) -> np.ndarray:
-  """Floating values in float32, those of float64 as they are."""
+def as_float(values: np.ndarray, what: Any = None) -> np.ndarray:
+  """Floating values in float32, those of float64 as they are.
+
+  Args:
+    values: [n].
+    what: of this thread's arrays, that to use; None takes a new one.
+  """
   if values.dtype in (np.float32, np.float64):
     return values
+  if what is None:
+    wide = np.empty(values.shape, np.float32)
+  else:
+    wide = scratch((what, "wide"), values.size, np.float32)
   if values.dtype == jnp.bfloat16:  # its bits are the first of a float32
-    wide = values.view(np.uint16).astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
-  return values.astype(np.float32)
+    np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
+  else:
+    wide[...] = values
+  return wide
 
 
-def read_finite(model: Tensors, block: Block) -> np.ndarray:
-  """A block of floating values as `as_float` gives them.
+def read_finite(model: Tensors, block: Block, what: Any) -> np.ndarray:
+  """A block of floating values as `as_float` gives them, in this thread's array.
 
   Raises:
     ValueError: some are not finite.
   """
-  values = as_float(model.read(*block))
+  into = scratch((what, "read"), block.stop - block.start, model.specs[block.name].dtype)
+  values = as_float(model.read(*block, into=into), what)
   if not np.isfinite(values).all():
     raise ValueError(
       f"{model.path} has NaN or infinite values in {block.name}: leave it out, or train it "
@@ -93,8 +121,9 @@ def weighted(weights: Sequence[float]) -> Combine:
   def combine(block, values):
     dtype = np.result_type(*(values[i] for i, _ in taken))
     (first, weight), *others = taken
-    total = np.multiply(values[first], weight.astype(dtype), dtype=dtype)
-    term = np.empty_like(total)
+    total = np.empty(values[first].shape, dtype)
+    np.multiply(values[first], weight.astype(dtype), out=total, dtype=dtype)
+    term = scratch("term", total.size, dtype)
     for i, weight in others:
       total += np.multiply(values[i], weight.astype(dtype), out=term, dtype=dtype)
     return total

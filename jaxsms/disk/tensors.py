@@ -66,10 +66,13 @@ class Tensors:
     self.metadata = dict(metadata or {})
     self.folder = folder
 
-  def read(self, name: str, start: int, stop: int) -> np.ndarray:
+  def read(
+    self, name: str, start: int, stop: int, into: np.ndarray | None = None
+  ) -> np.ndarray:
     """The entries from `start` to `stop`, in row-major order, [stop - start].
 
-    May be called from several threads at once.
+    May be called from several threads at once. `into`, of that shape and dtype, may be
+    used for them, and need not.
 
     Raises:
       ValueError: the file is not what it said it was.
@@ -95,7 +98,9 @@ class InMemory(Tensors):
     )
     self.arrays = arrays
 
-  def read(self, name: str, start: int, stop: int) -> np.ndarray:
+  def read(
+    self, name: str, start: int, stop: int, into: np.ndarray | None = None
+  ) -> np.ndarray:
     return np.asarray(self.arrays[name]).reshape(-1)[start:stop]
 
 
@@ -134,9 +139,11 @@ class InFiles(Tensors):
     """Where an array lies."""
     return self._ranges[name]
 
-  def read(self, name: str, start: int, stop: int) -> np.ndarray:
+  def read(
+    self, name: str, start: int, stop: int, into: np.ndarray | None = None
+  ) -> np.ndarray:
     file, begin = self._ranges[name]
-    values = np.empty([stop - start], self.specs[name].dtype)
+    values = np.empty([stop - start], self.specs[name].dtype) if into is None else into
     view = memoryview(values.view(np.uint8))
     at = begin + start * values.itemsize
     while view:
