@@ -254,6 +254,8 @@ def prune_and_retrain(
     goal_sparsity=settings.goal_sparsity if goal_sparsity is None else goal_sparsity,
     phases=settings.phases,
     greedy=settings.merge == "greedy",
+    merge_name=settings.merge if settings.merge not in ("uniform", "greedy") else None,
+    prior=settings.weight_decay,
     landscapes=landscape_phases(settings, task.method) if method == "sms" else (),
     done=done,
     state=take_state(run),

@@ -31,7 +31,7 @@ def make_data_task(m: int) -> Task:
   Raises:
     ValueError: see `experiments.task.make_task`.
   """
-  chosen = settings.read_settings()
+  chosen = settings.read_settings(merge="uniform")
   method = method_flags.read_method(chosen)._replace(init=None, ood=())
   alone = {"coordinator": None, "processes": None, "process": None}
   devices = hardware.read_hardware(chosen.model, m)._replace(**alone)

@@ -59,6 +59,18 @@ class SparseSoup(NamedTuple):
   history: list[dict[str, Any]]
 
 
+class Weighted(NamedTuple):
+  """What a merge may give instead of a model, to say how much each candidate is in it.
+
+  Attributes:
+    params: the model.
+    weights: float [m], of the candidates.
+  """
+
+  params: PyTree
+  weights: np.ndarray
+
+
 class Phase(NamedTuple):
   """What `on_phase` is called with after each phase.
 
@@ -208,7 +220,7 @@ def merge_phase(
 
   Args:
     candidates: tree with leaves [m, ...].
-    merge: gives a model, or (model, indices merged).
+    merge: gives a model, (model, indices merged), or `Weighted`.
 
   Returns:
     The soup, leaves [...], and float [m], the weight of each candidate in it.
@@ -223,6 +235,10 @@ def merge_phase(
     logging.warning("copies %s diverged and are left out of the soup", left_out)
     candidates = take_ingredients(candidates, healthy)
   merged = merge(candidates)
+  if isinstance(merged, Weighted) and _is_one_of(candidates, merged.params):
+    weights = np.zeros([m])
+    weights[healthy] = merged.weights
+    return merged.params, weights
   if _is_one_of(candidates, merged):
     return merged, soup_weights(healthy, m)
   if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):

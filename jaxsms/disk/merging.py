@@ -15,6 +15,7 @@ from jaxsms.disk.passes import (
   read_finite,
   scratch,
 )
+from jaxsms.disk.rules import bytes_of
 from jaxsms.disk.selection import Thresholds, smallest
 from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
 from jaxsms.disk.writing import Writer
@@ -191,7 +192,7 @@ def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Fou
     if part.gram is not None:
       gram += part.gram
     writer.write(block, values)
-    job.on_bytes(bytes_read(job, block))
+    job.on_bytes(bytes_of(job.models, block))
   norms, distances = _distances(gram)
   return Found(
     weights=sum(job.specs[name].size for name in names),
@@ -245,16 +246,10 @@ def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
     for part in in_order(
       functools.partial(merge_block, job, frozenset(), None), blocks_of(job.specs, names)
     ):
-      job.on_bytes(bytes_read(job, part.block))
+      job.on_bytes(bytes_of(job.models, part.block))
       yield part.block, part.values
 
   return smallest(values, groups, wide)
-
-
-def bytes_read(job: Job, block: Block) -> int:
-  """Of all models, for one block."""
-  sizes = (model.specs[block.name].dtype.itemsize for model in job.models)
-  return (block.stop - block.start) * sum(sizes)
 
 
 def _distances(gram):

@@ -1,6 +1,7 @@
-"""Averages whose weights, one for each entry, are precisions: Fisher and inverse variance."""
+"""Averages with a weight for each entry, its precision: Fisher, inverse variance."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ def fisher_soup(
   weights: jax.Array | None = None,
   *,
   prior: float = 0.0,
+  data: Sequence[Any] = (),
 ) -> PyTree:
   """Averages each entry with weights from its squared gradients.
 
@@ -30,10 +32,12 @@ def fisher_soup(
   Args:
     stacked: tree whose leaves have shape [m, ...].
     squared_gradients: the diagonals of the models' Fisher matrices: a tree with leaves
-      [m, ...], or a function of one model that gives its own, see `diagonal_fisher`.
+      [m, ...], or a function `f(model, *data)` that gives one model's, see
+      `diagonal_fisher`.
     weights: float [m], 0 or above; None means equal ones.
     prior: precision of the prior per training example, 0 or above: the L2 coefficient
       that the models were trained with.
+    data: of that function.
 
   Returns:
     A tree with leaves [...]; those that are no parameters are averaged plainly.
@@ -64,7 +68,7 @@ def fisher_soup(
   finite = check_some_finite(stacked)
   clean = without_others(stacked, finite)
   if callable(squared_gradients):
-    squared_gradients = jax.lax.map(squared_gradients, clean)
+    squared_gradients = _of_each(clean, tuple(data), squared_gradients)
   leaves, others = map(jax.tree.leaves, (stacked, squared_gradients))
   if [np.shape(x) for x in leaves] != [np.shape(x) for x in others]:
     raise ValueError(
@@ -72,6 +76,11 @@ def fisher_soup(
       "each entry of each model"
     )
   return _fisher(clean, squared_gradients, jnp.where(finite, weights, 0), prior)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _of_each(stacked, data, squared_gradients):
+  return jax.lax.map(lambda model: squared_gradients(model, *data), stacked)
 
 
 @jax.jit
@@ -160,9 +169,7 @@ def diagonal_fisher(
   totals = [jnp.zeros(x.shape, jnp.float32) for x in trained]
 
   def add(totals, batch):
-    return [
-      a + jnp.sum(b, axis=0) for a, b in zip(totals, jax.vmap(squared)(batch), strict=True)
-    ]
+    return jax.tree.map(lambda a, b: a + b.sum(0), totals, jax.vmap(squared)(batch))
 
   batches = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), pairs)
   totals, _ = jax.lax.scan(lambda t, batch: (add(t, batch), None), totals, batches)

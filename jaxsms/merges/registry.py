@@ -23,8 +23,8 @@ class Means(NamedTuple):
     base: the model that all were trained from, leaves [...].
     evaluate: a score of one model on validation data, higher is better.
     loss: `loss(params, *data)` of one model on validation data, differentiable.
-    data: of the loss.
-    squared_gradients: leaves [m, ...], or a function of one model.
+    squared_gradients: leaves [m, ...], or a function `f(model, *data)` of one model.
+    data: of the loss, or of that function.
     prior: of inverse variances, the L2 coefficient of training.
     scale: of what task vectors add.
     density: share of a task vector that TIES keeps.
@@ -59,6 +59,11 @@ class Entry(NamedTuple):
   by_part: bool
   bind: Callable[[Means], Callable[[PyTree], Any]]
   two: bool = False
+
+  @property
+  def in_memory(self) -> bool:
+    """Whether it takes gradients, of images that are in memory."""
+    return bool({"loss", "squared_gradients"} & set(self.needs))
 
 
 def _learned(by):
@@ -98,7 +103,10 @@ MERGES = {
     ("squared_gradients",),
     True,
     lambda means: functools.partial(
-      fisher_soup, squared_gradients=means.squared_gradients, weights=means.weights
+      fisher_soup,
+      squared_gradients=means.squared_gradients,
+      weights=means.weights,
+      data=means.data,
     ),
   ),
   "inverse_variance": Entry(
@@ -110,6 +118,7 @@ MERGES = {
       squared_gradients=means.squared_gradients,
       weights=means.weights,
       prior=means.prior,
+      data=means.data,
     ),
   ),
   "task_arithmetic": Entry(
@@ -152,9 +161,9 @@ def bind(name: str, means: Means) -> Callable[[PyTree], Any]:
     ValueError: an unknown name, or something that it needs is missing.
 
   Example:
-    >>> merge = bind("slerp", Means(t=0.25))
+    >>> merge = bind("slerp", Means(t=0.5))
     >>> print(merge({"w": jax.numpy.eye(2)})["w"].round(3))
-    [0.924 0.383]
+    [0.707 0.707]
   """
   check_name("merge", name, MERGES)
   entry = MERGES[name]

@@ -32,6 +32,7 @@ from jaxsms.training.measurements import (
   recalibrated,
   score,
 )
+from jaxsms.training.merging import named_merge
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
@@ -84,6 +85,8 @@ def run_phases(
   prune: Prune = magnitude_masks,
   merge: Merge = uniform_soup,
   greedy: bool = False,
+  merge_name: str | None = None,
+  prior: float = 1e-4,
   describe: Describe | None = None,
   landscapes: Collection[int] = (),
   chunk_steps: int = 50,
@@ -108,6 +111,8 @@ def run_phases(
     prune: `prune(params, sparsity, masks=masks)` giving masks.
     merge: of `Model` leaves [m, ...], see `jaxsms.merge_phase`.
     greedy: merges by `jaxsms.greedy_soup` instead, on validation accuracy.
+    merge_name: merges by one of `jaxsms.merges.MERGES` instead, see `named_merge`.
+    prior: of such a merge, the L2 coefficient of training.
     describe: gives what to record of one model's weights beside its metrics.
     landscapes: phases in which the loss between the candidates is measured.
     chunk_steps: see `train_copies`.
@@ -159,6 +164,9 @@ def run_phases(
       )
     )
     state = None
+    if merge_name is not None:
+      base = Model(params, model.batch_stats)
+      merge = named_merge(merge_name, programs, splits, phase_key, base, prior)
     model, merged = merge_candidates(
       programs, splits, phase_key, candidates, merge, greedy=greedy, describe=describe
     )
