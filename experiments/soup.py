@@ -26,16 +26,24 @@ from experiments import (
   settings,
   soup_flags,
 )
-from experiments.soup_checks import check_masks, check_models, result_specs, statistics
-from experiments.soup_data import as_ours, make_data_task, soup_in_memory
+from experiments.soup_barrier import say_barrier
+from experiments.soup_checks import (
+  check_masks,
+  check_models,
+  check_others,
+  result_specs,
+  statistics,
+)
+from experiments.soup_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from experiments.soup_flags import Choice, read_choice
 from experiments.soup_output import Output, copy_others, write_card, writing
 from experiments.soup_progress import BytesProgress
 from experiments.soup_table import show
 from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
 from jaxsms.disk.opening import open_tensors
-from jaxsms.disk.passes import weighted
+from jaxsms.disk.rules import RULES, passes_of
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
+from jaxsms.merges import MERGES
 from jaxsms.safetensors import first_sentence
 from jaxsms.soups import soup_weights
 
@@ -45,10 +53,16 @@ for module in (soup_flags, outputs, settings, pretraining_flags, method_flags, h
 
 
 class Soup(NamedTuple):
-  """What was made: what was found on the way, weights, and metrics where there are data."""
+  """What was made.
 
-  found: Found
+  Attributes:
+    weights: float [m], of the models.
+    found: what merging them found.
+    scores: metrics of the models and of the soup; None where there are no data.
+  """
+
   weights: np.ndarray
+  found: Found
   scores: list[dict[str, float]] | None
 
 
@@ -57,15 +71,21 @@ def main(argv: list[str]) -> None:
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   paths, command = argv[1:], shlex.join(["python", "-m", "experiments.soup", *sys.argv[1:]])
+  console = Console()
   try:
     choice = read_choice(paths)
     with contextlib.ExitStack() as stack:
       models = [open_tensors(path, stack) for path in paths]
+      others = Others(
+        *(
+          None if given is None else [open_tensors(path, stack) for path in given]
+          for given in (choice.base and [choice.base], choice.squared_gradients)
+        )
+      )
       if FLAGS["dataset"].present:
-        soup = soup_with_data(choice, models)
+        soup = soup_with_data(choice, models, others, console)
       else:
-        check_models(models)
-        soup = soup_on_disk(choice, models, command)
+        soup = soup_on_disk(choice, models, others, command)
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -73,7 +93,6 @@ def main(argv: list[str]) -> None:
     reason = error.strerror or first_sentence(error)
     print(f"error: --out cannot be written ({reason})", file=sys.stderr)
     sys.exit(1)
-  console = Console()
   show(console, paths, soup.weights, soup.found, soup.scores)
   if statistics(models[0].specs):
     note = "Batch statistics of the soup were estimated anew on training data."
@@ -86,7 +105,9 @@ def main(argv: list[str]) -> None:
   console.print(f"Soup: {choice.out}", highlight=False, soft_wrap=True)
 
 
-def soup_with_data(choice: Choice, models: list[Tensors]) -> Soup:
+def soup_with_data(
+  choice: Choice, models: list[Tensors], others: Others, console: Console
+) -> Soup:
   """Merges models of a network in memory, with data, and writes the soup.
 
   Raises:
@@ -96,14 +117,20 @@ def soup_with_data(choice: Choice, models: list[Tensors]) -> Soup:
   task = make_data_task(len(models))
   ours = [as_ours(model, task) for model in models]
   check_models(ours)
+  others = Others(
+    *(None if x is None else [as_ours(one, task) for one in x] for x in others)
+  )
   goal = goal_of(choice, ours) if choice.masks == "prune" else None
-  soup, found, weights, scores = soup_in_memory(choice, ours, task, goal)
+  say_barrier(console, ours, task)
+  soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal)
   with writing(output_of(choice, soup, soup.specs)) as (writer, _):
     copy(soup, writer)
-  return Soup(found, weights, scores)
+  return Soup(weights, found, scores)
 
 
-def soup_on_disk(choice: Choice, models: list[Tensors], command: str) -> Soup:
+def soup_on_disk(
+  choice: Choice, models: list[Tensors], others: Others, command: str
+) -> Soup:
   """Merges models by part, without data.
 
   Raises:
@@ -111,13 +138,16 @@ def soup_on_disk(choice: Choice, models: list[Tensors], command: str) -> Soup:
       not finite.
     OSError: it cannot be written.
   """
+  check_models(models)
+  check_others(models[0], others)
   m = len(models)
   weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
   specs = result_specs(models[0], choice.dtype)
-  passes = 1 if choice.masks != "prune" else 3
+  passes = 1 + passes_of(choice.merge) + (2 if choice.masks == "prune" else 0)
   with BytesProgress(passes * total_bytes(models)) as progress:
+    parts = parts_of(choice, models, weights, others, progress.add)
     taken = np.flatnonzero(weights).tolist()
-    job = Job(models, weighted(weights), specs, taken, progress.add)
+    job = Job(models, RULES[choice.merge](parts), specs, taken, progress.add)
     thresholds = None
     if choice.masks == "prune":
       thresholds = find_thresholds(job, goal_of(choice, models), FLAGS.scope)
@@ -126,11 +156,12 @@ def soup_on_disk(choice: Choice, models: list[Tensors], command: str) -> Soup:
       if choice.masks is None:
         check_masks(models, taken, found)
       if folder is not None:
-        words = f"The weighted average of {m} models."
-        write_card(folder, [model.path for model in models], weights, words, command)
+        paths = [model.path for model in models]
+        words = f"Of {m} models: {MERGES[choice.merge].title}."
+        write_card(folder, paths, weights, words, command)
         if models[0].folder is not None:
           copy_others(models[0].folder, folder, choice.dtype)
-  return Soup(found, weights, None)
+  return Soup(weights, found, None)
 
 
 def goal_of(choice: Choice, models: list[Tensors]) -> float:

@@ -51,6 +51,17 @@ def check_models(models: Sequence[Tensors]) -> None:
     )
 
 
+def check_others(first: Tensors, others: Sequence[Sequence[Tensors] | None]) -> None:
+  """Raises ValueError unless what is merged with models has their arrays as well."""
+  for other in [one for some in others if some is not None for one in some]:
+    check_fit(
+      f"{other.path} is of another network than {first.path}",
+      first.specs,
+      other.specs,
+      "give one with the same arrays",
+    )
+
+
 def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
   """Shapes and dtypes of the result: those of the first model, or another dtype.
 

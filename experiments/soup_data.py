@@ -1,5 +1,8 @@
 """Merging models where there are data: chosen, recalibrated and measured on them."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import jax
 import numpy as np
 from absl import flags
@@ -11,13 +14,17 @@ from experiments.task import Task, load, make_task
 from jaxsms import pretrained
 from jaxsms.disk.merging import Found, Job, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
-from jaxsms.disk.passes import weighted
+from jaxsms.disk.passes import Combine, as_float, weighted
+from jaxsms.disk.rules import RULES, Parts
 from jaxsms.disk.tensors import InMemory, Tensors, prunable_names
 from jaxsms.export import nested
+from jaxsms.merges import MERGES
 from jaxsms.pruning import magnitude_masks
 from jaxsms.safetensors import by_path
+from jaxsms.sms import Weighted
 from jaxsms.soups import greedy_soup, soup_weights
 from jaxsms.training.measurements import Model, measure, one_model, recalibrated
+from jaxsms.training.merging import named_merge
 from jaxsms.training.phases import on_validation
 from jaxsms.trees import model_at
 
@@ -68,14 +75,47 @@ def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
   return measure(task.programs, task.splits, stacked).scores
 
 
+class Others(NamedTuple):
+  """What is merged with the models.
+
+  Attributes:
+    base: the model that all were trained from, in a list.
+    squared_gradients: of each model.
+  """
+
+  base: Sequence[Tensors] | None
+  squared_gradients: Sequence[Tensors] | None
+
+
+def parts_of(
+  choice: Choice,
+  models: Sequence[Tensors],
+  weights: np.ndarray,
+  others: Others,
+  on_bytes: Callable[[int], None] = lambda count: None,
+) -> Parts:
+  """What the rules of merging by part take."""
+  return Parts(
+    models=models,
+    weights=weights,
+    base=others.base and others.base[0],
+    squared_gradients=others.squared_gradients,
+    prior=choice.prior,
+    scale=choice.scale,
+    density=choice.density,
+    on_bytes=on_bytes,
+  )
+
+
 def soup_in_memory(
-  choice: Choice, models: list[Tensors], task: Task, goal: float | None
+  choice: Choice, models: list[InMemory], others: Others, task: Task, goal: float | None
 ) -> tuple[InMemory, Found, np.ndarray, list[dict[str, float]]]:
   """Merges models of the network, and estimates batch statistics anew.
 
   Args:
     choice: flags.
     models: variables of the network, see `as_ours`.
+    others: what is merged with them.
     task: the network on its data.
     goal: sparsity to prune to; None prunes nothing.
 
@@ -88,10 +128,10 @@ def soup_in_memory(
   """
   key = jax.random.key(FLAGS.seed)
   arrays = [model.arrays for model in models]
-  weights = chosen_weights(choice, arrays, task, key, goal)
+  combine, weights = chosen_rule(choice, models, others, task, key, goal)
   specs = result_specs(models[0], choice.dtype)
   taken = np.flatnonzero(weights).tolist()
-  job = Job(models, weighted(weights), specs, taken)
+  job = Job(models, combine, specs, taken)
   thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
   memory = ToMemory(specs)
   found = merge(job, memory, thresholds)
@@ -103,13 +143,44 @@ def soup_in_memory(
   return InMemory("the soup", soup), found, weights, measured(task, [*arrays, soup])
 
 
-def chosen_weights(
-  choice: Choice, arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
+def chosen_rule(
+  choice: Choice,
+  models: list[InMemory],
+  others: Others,
+  task: Task,
+  key: jax.Array,
+  goal: float | None,
+) -> tuple[Combine, np.ndarray]:
+  """How models are merged, and the weight of each, float [m]."""
+  m = len(models)
+  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
+  if choice.merge == "greedy":
+    weights = greedy_weights([model.arrays for model in models], task, key, goal)
+    return weighted(weights), weights
+  if choice.merge in RULES and (
+    not MERGES[choice.merge].in_memory or others.squared_gradients
+  ):
+    return RULES[choice.merge](parts_of(choice, models, weights, others)), weights
+  trees = [as_model(model.arrays) for model in models]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  run = named_merge(
+    choice.merge, task.programs, task.splits, key, None, choice.prior, weights
+  )
+  merged = run(stacked)
+  if isinstance(merged, Weighted):
+    merged, weights = merged
+  found = by_path(jax.device_get(merged)._asdict())
+
+  def combine(block, values):
+    return as_float(found[block.name].reshape(-1)[block.start : block.stop])
+
+  return combine, weights
+
+
+def greedy_weights(
+  arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
 ) -> np.ndarray:
-  """The weight of each model in the average, float [m]."""
-  m = len(arrays)
-  if not choice.greedy:
-    return soup_weights(range(m), m) if choice.weights is None else choice.weights
+  """Equal weights of the models that `greedy_soup` takes, float [m]."""
 
   def validation_accuracy(average):
     average = jax.device_get(average)
@@ -119,7 +190,7 @@ def chosen_weights(
     return found["validation_accuracy"]
 
   stacked = {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
-  return soup_weights(greedy_soup(stacked, validation_accuracy)[1], m)
+  return soup_weights(greedy_soup(stacked, validation_accuracy)[1], len(arrays))
 
 
 def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:

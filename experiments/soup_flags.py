@@ -1,5 +1,6 @@
 """The flags of experiments.soup, and what they mean."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from experiments import outputs
 from experiments.soup_checks import DTYPES
 from experiments.soup_output import read_size
 from jaxsms import storage
+from jaxsms.merges import MERGES
 from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity
 
@@ -31,6 +33,29 @@ flags.DEFINE_boolean(
   "not fall. Needs --dataset.",
 )
 flags.DEFINE_string(
+  "base",
+  None,
+  "The model that all were trained from, for --merge=ties and task_arithmetic.",
+)
+flags.DEFINE_list(
+  "squared_gradients",
+  None,
+  "One checkpoint for each model, of its weights' mean squared gradients, for "
+  "--merge=fisher and inverse_variance. With --dataset they are worked out.",
+)
+flags.DEFINE_float(
+  "prior",
+  1e-4,
+  "Of --merge=inverse_variance: the L2 coefficient that the models were trained with.",
+  0.0,
+)
+flags.DEFINE_float(
+  "scale", 1.0, "Of what --merge=task_arithmetic or ties adds to the base model."
+)
+flags.DEFINE_float(
+  "density", 0.2, "Share of a model's differences from the base that --merge=ties keeps."
+)
+flags.DEFINE_string(
   "dtype",
   None,
   "Of the floating arrays in the soup: float32, bfloat16, float16 or float64. Default: "
@@ -43,6 +68,7 @@ flags.DEFINE_string(
   "Hugging Face's layout. Default: 5GB where the first model is in that layout.",
 )
 FLAGS = flags.FLAGS
+_WEIGHTED = ("uniform", "task_arithmetic", "fisher", "inverse_variance", "slerp")
 
 
 class Choice(NamedTuple):
@@ -52,7 +78,12 @@ class Choice(NamedTuple):
   masks: str | None
   sparsity: float | None
   weights: np.ndarray | None
-  greedy: bool
+  merge: str
+  base: str | None
+  squared_gradients: list[str] | None
+  prior: float
+  scale: float
+  density: float
   dtype: str | None
   shard_size: int | None
 
@@ -78,19 +109,73 @@ def read_choice(paths: list[str]) -> Choice:
     if FLAGS.masks != "prune":
       raise ValueError("--sparsity goes with --masks=prune, which prunes the average to it")
     check_sparsity(FLAGS.sparsity, "--sparsity")
+  merge = check_merge(len(paths))
   weights = None
   if FLAGS.weights is not None:
-    if FLAGS.greedy:
-      raise ValueError("--greedy chooses the weights itself: leave --weights out")
     weights = read_weights(FLAGS.weights, len(paths))
-  if not FLAGS["dataset"].present:
-    for name in ("greedy", "model"):
-      if FLAGS[name].present and FLAGS[name].value:
-        raise ValueError(f"--{name} needs the images to evaluate on: give --dataset")
+  if not FLAGS["dataset"].present and FLAGS["model"].present and FLAGS["model"].value:
+    raise ValueError("--model needs the images to evaluate on: give --dataset")
   if FLAGS.dtype is not None:
     check_name("dtype", FLAGS.dtype, DTYPES)
   size = None if FLAGS.shard_size is None else read_size(FLAGS.shard_size)
-  return Choice(out, FLAGS.masks, FLAGS.sparsity, weights, FLAGS.greedy, FLAGS.dtype, size)
+  return Choice(
+    out=out,
+    masks=FLAGS.masks,
+    sparsity=FLAGS.sparsity,
+    weights=weights,
+    merge=merge,
+    base=FLAGS.base,
+    squared_gradients=FLAGS.squared_gradients,
+    prior=FLAGS.prior,
+    scale=FLAGS.scale,
+    density=FLAGS.density,
+    dtype=FLAGS.dtype,
+    shard_size=size,
+  )
+
+
+def check_merge(m: int) -> str:
+  """The name of the merge, once it is certain that it has what it needs.
+
+  Raises:
+    ValueError: an unknown name, something is missing, or left over.
+  """
+  name = "greedy" if FLAGS.greedy else FLAGS.merge
+  check_name("merge", name, [known for known in MERGES if known != "weighted"])
+  flag = "--greedy" if FLAGS.greedy else f"--merge={name}"
+  needs = MERGES[name].needs
+  if FLAGS.weights is not None and name not in _WEIGHTED:
+    raise ValueError(f"{flag} chooses the weights itself: leave --weights out")
+  if MERGES[name].two and m != 2:
+    raise ValueError(f"{flag} goes from one model to another, and {m} are given: give two")
+  if not FLAGS["dataset"].present and {"evaluate", "loss"} & set(needs):
+    raise ValueError(f"{flag} needs the images to evaluate on: give --dataset")
+  if ("base" in needs) != bool(FLAGS.base):
+    problem = "needs the model that all were trained from: give"
+    if FLAGS.base:
+      problem = "takes no other model: leave out"
+    raise ValueError(f"{flag} {problem} --base")
+  if FLAGS.base and not storage.as_path(FLAGS.base).exists():
+    raise ValueError(f"there is no {FLAGS.base}: let --base be a checkpoint")
+  squares = FLAGS.squared_gradients
+  if "squared_gradients" not in needs and squares:
+    raise ValueError(f"{flag} takes no squared gradients: leave out --squared_gradients")
+  if "squared_gradients" in needs and not squares and not FLAGS["dataset"].present:
+    raise ValueError(
+      f"{flag} needs squared gradients: give --squared_gradients, a checkpoint for each "
+      "model, or --dataset to work them out"
+    )
+  if squares and len(squares) != m:
+    raise ValueError(
+      f"{len(squares)} --squared_gradients for {m} models: give one for each"
+    )
+  if not math.isfinite(FLAGS.scale):
+    raise ValueError(f"--scale is {FLAGS.scale}: it must be finite")
+  if not 0 < FLAGS.density <= 1:
+    raise ValueError(
+      f"--density is {FLAGS.density}: it is the share that is kept, in (0, 1]"
+    )
+  return name
 
 
 def read_weights(words: list[str], m: int) -> np.ndarray:

@@ -41,8 +41,9 @@ def named_merge(
   programs: Programs,
   splits: Splits,
   key: jax.Array,
-  base: Model,
+  base: Model | None,
   prior: float = 1e-4,
+  weights: np.ndarray | None = None,
 ) -> Merge:
   """A merge of candidates by its name, except "greedy".
 
@@ -54,6 +55,8 @@ def named_merge(
     key: of the phase.
     base: the pruned model that the candidates were trained from, leaves [...].
     prior: the L2 coefficient of training.
+    weights: float [m], of the models where entries have weights of their own; None means
+      equal ones.
 
   Returns:
     A function of `Model` leaves [m, ...].
@@ -62,7 +65,7 @@ def named_merge(
     ValueError: an unknown name, or data that are streamed where images are needed.
   """
   check_data(name, splits)
-  means = Means(base=base, prior=prior)
+  means = Means(base=base, prior=prior, weights=weights)
   if name in ("learned", "learned_by_layer"):
     by = "layer" if name == "learned_by_layer" else "model"
     held_out = evenly(splits.validation, LEARNING_IMAGES)
