@@ -76,12 +76,8 @@ def main(argv: list[str]) -> None:
     choice = read_choice(paths)
     with contextlib.ExitStack() as stack:
       models = [open_tensors(path, stack) for path in paths]
-      others = Others(
-        *(
-          None if given is None else [open_tensors(path, stack) for path in given]
-          for given in (choice.base and [choice.base], choice.squared_gradients)
-        )
-      )
+      given = choice.base and [choice.base], choice.squared_gradients
+      others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
       if FLAGS["dataset"].present:
         soup = soup_with_data(choice, models, others, console)
       else:

@@ -42,10 +42,13 @@ def say_barrier(console: Console, models: Sequence[InMemory], task: Task) -> Non
     lost = min(accuracies[0], accuracies[-1]) - min(accuracies)
     found.append((float(loss_barrier(losses)), lost, model.path))
   barrier, lost, path = max(found)
-  text = f"Largest barrier of the validation loss, from {models[0].path} to {path}: {barrier:.4g}."
+  text = (
+    f"Largest barrier of the validation loss, from {models[0].path} to {path}: "
+    f"{barrier:.4g}."
+  )
   if lost > MARGIN:
     text += (
-      f" Between them the validation accuracy falls by {100 * lost:.2f} points: they do not "
-      "share a basin, and their average will not be good."
+      f" Between them the validation accuracy falls by {100 * lost:.2f} points: they do "
+      "not share a basin, and their average will not be good."
     )
   console.print(text, highlight=False, soft_wrap=True)

@@ -35,7 +35,7 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
   "base",
   None,
-  "The model that all were trained from, for --merge=ties and task_arithmetic.",
+  "That all were trained from, for --merge=ties and task_arithmetic.",
 )
 flags.DEFINE_list(
   "squared_gradients",

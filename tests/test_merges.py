@@ -37,7 +37,7 @@ def models(seed=0, m=M):
     kernel = rng.standard_normal(shape).astype(np.float32)
     moved = kernel + 0.3 * rng.standard_normal((m, *shape)).astype(np.float32)
     bias = rng.standard_normal((m, shape[1])).astype(np.float32)
-    base[name] = {"kernel": kernel, "bias": bias.mean(0)}
+    base[name] = {"kernel": kernel, "bias": bias[0] + np.float32(0.1)}
     stacked[name] = {"kernel": moved * mask, "bias": bias}
   return stacked, base
 

@@ -72,7 +72,7 @@ class Chunks(Tensors):
       return max(shape[0], 1)
     chunk = max(storage.chunk_shape[0], 1)
     row = max(self.specs[name].size // max(shape[0], 1), 1)
-    return chunk * max(_PIECE // (chunk * row), 1)
+    return min(chunk * max(_PIECE // (chunk * row), 1), shape[0])
 
   def _piece(self, name, number, rows):
     key = name, number
@@ -81,7 +81,8 @@ class Chunks(Tensors):
       return self._pieces[key]
     try:
       store = self._open(name)
-      part = store[number * rows : (number + 1) * rows] if store.ndim else store
+      stop = min((number + 1) * rows, store.shape[0]) if store.ndim else 0
+      part = store[number * rows : stop] if store.ndim else store
       values = np.ascontiguousarray(part.read().result()).reshape(-1)
     except Exception as error:  # TensorStore raises many kinds
       raise ValueError(
