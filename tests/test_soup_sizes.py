@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import main_job
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,12 +19,14 @@ from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import passes, writing
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
+from jaxsms.models import create
 from jaxsms.safetensors import (
   by_path,
   read_safetensors,
   save_safetensors,
   write_safetensors,
 )
+from jaxsms.training import phases
 
 INDEX = "model.safetensors.index.json"
 
@@ -287,7 +290,7 @@ def test_npz_and_pytorch_files_are_read_by_part(tmp_path):
   models = [network(i) for i in range(3)]
   np.savez(tmp_path / "a.npz", **models[0])
   np.savez_compressed(
-    tmp_path / "b.npz", **{n: np.asfortranarray(x) for n, x in models[1].items()}
+    tmp_path / "b.npz", **{n: np.array(x, order="F") for n, x in models[1].items()}
   )
   paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
   torch = pytest.importorskip("torch")
@@ -436,6 +439,71 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_whole(
   assert seen and not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
+def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path, monkeypatch):
+  kept = []
+  merge_phase = phases.merge_phase
+
+  def keeping(candidates, merge):
+    kept.append(jax.device_get(candidates))
+    return merge_phase(candidates, merge)
+
+  monkeypatch.setattr(phases, "merge_phase", keeping)
+  flags = [*main_job.SMALL, "--ingredients=5", f"--workdir={tmp_path / 'run'}"]
+  assert main_job.run(*flags) == 0
+  trees = [jax.tree.map(lambda x, i=i: x[i], kept[-1].params) for i in range(5)]
+  paths = [tmp_path / name for name in ("a.safetensors", "b.npz", "c", "d", "e")]
+  save_safetensors(paths[0], {"params": trees[0]})
+  np.savez(paths[1], **by_path({"params": trees[1]}))
+  checkpoint.save(paths[2], {"params": trees[2]})
+  write_shards(paths[3], by_path({"params": trees[3]}))
+  with ocp.CheckpointManager(paths[4]) as manager:
+    manager.save(1, args=ocp.args.StandardSave({"params": trees[4]}))
+  own = checkpoint.restore(tmp_path / "run" / "soup" / "seed_0")
+  assert run(*paths, f"--out={tmp_path / 'soup'}") == 0
+  found = checkpoint.restore(tmp_path / "soup")
+  for name in ("params", "masks"):
+    for x, y in zip(*map(jax.tree.leaves, (own[name], found[name])), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+  flags = f"--flagfile={tmp_path / 'run' / 'flags.txt'}"
+  out = tmp_path / "with.safetensors"
+  assert run(*paths, flags, f"--out={out}") == 0
+  for name, array in by_path({"params": own["params"]}).items():
+    np.testing.assert_allclose(read_safetensors(out)[name], array, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["learned", "learned_by_layer", "fisher", "slerp"])
+def test_merges_on_data_and_the_barrier_before(tmp_path, capsys, name):
+  """Copies with their hidden units permuted compute the same and share no basin."""
+  module = create("mlp", 10, hidden=(8,))
+  params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+  params = jax.tree.map(np.asarray, params)
+  order = np.arange(8)[::-1]
+  other = {
+    "Dense_0": {k: v[..., order] for k, v in params["Dense_0"].items()},
+    "Dense_1": params["Dense_1"] | {"kernel": params["Dense_1"]["kernel"][order]},
+  }
+  for file, tree in (("a", params), ("b", other)):
+    save_safetensors(tmp_path / f"{file}.safetensors", {"params": tree})
+  paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+  flags = ["--dataset=digits", "--hidden=8", "--batch_size=64", f"--merge={name}"]
+  assert run(*paths, *flags, f"--out={tmp_path / 'out.safetensors'}") == 0
+  shown = capsys.readouterr().out
+  assert shown.startswith("Largest barrier of the validation loss, from ")
+  found = read_safetensors(tmp_path / "out.safetensors")
+  assert all(np.isfinite(x).all() for x in found.values())
+  if name == "slerp":
+    stacked = jax.tree.map(lambda *x: np.stack(x), params, other)
+    assert_close(found, by_path({"params": merges.slerp(stacked)}))
+  if name == "learned":  # the same weight for all of a model
+    kernel, bias = found["params/Dense_0/kernel"], found["params/Dense_1/kernel"]
+    a, b = params["Dense_0"]["kernel"], other["Dense_0"]["kernel"]
+    weight = np.vdot(kernel - b, a - b) / np.vdot(a - b, a - b)
+    expected = weight * params["Dense_1"]["kernel"]
+    expected = expected + (1 - weight) * other["Dense_1"]["kernel"]
+    np.testing.assert_allclose(bias, expected, rtol=1e-3, atol=1e-4)
+
+
 PROGRAM = """
 import resource, sys
 sys.argv = ["soup", *sys.argv[1:]]
@@ -444,7 +512,7 @@ from experiments import soup
 import jaxsms.disk.opening, jaxsms.disk.zips
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 size = resource.RLIMIT_DATA
-resource.setrlimit(size, (LIMIT, LIMIT))
+resource.setrlimit(size, (BYTES, BYTES))
 flags.FLAGS(sys.argv)
 soup.main(flags.FLAGS(sys.argv))
 print("GREW", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -463,7 +531,7 @@ def test_models_larger_than_the_memory_that_there_is(tmp_path):
   for flags in ([], ["--masks=prune", "--sparsity=0.9"]):
     out = tmp_path / f"out{len(flags)}"
     limit = 700 * 2**20  # of data; what is imported takes most of it, in threads' stacks
-    program = PROGRAM.replace("LIMIT", str(limit))
+    program = PROGRAM.replace("BYTES", str(limit))
     done = subprocess.run(
       [sys.executable, "-c", program, *paths, *flags, f"--out={out}"],
       capture_output=True, text=True, check=False,

@@ -1,18 +1,18 @@
 """Writing a model by part, so that it has its name when it is whole and not before."""
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from jaxsms import storage
-from jaxsms.disk.passes import Block, blocks_of, in_order
+from jaxsms.disk.passes import Block, blocks_of, in_order, scratch
 from jaxsms.disk.shards import SINGLE
 from jaxsms.disk.tensors import Range, Spec, Tensors
 from jaxsms.safetensors import check_dtypes, make_header
@@ -129,21 +129,22 @@ class Digests:
 
   def __init__(self, writer: Writer):
     self._writer = writer
-    self._digests: dict[str, Any] = {}
+    self._digests: dict[str, int] = {}
 
   def write(self, block: Block, values: np.ndarray) -> None:
-    self._digests.setdefault(block.name, hashlib.sha256()).update(as_bytes(values))
+    before = self._digests.get(block.name, 0)
+    self._digests[block.name] = zlib.crc32(as_bytes(values), before)
     self._writer.write(block, values)
 
   def finish(self) -> None:
     self._writer.finish()
 
-  def by_name(self) -> dict[str, str]:
-    """SHA-256 of each array."""
-    return {name: digest.hexdigest() for name, digest in self._digests.items()}
+  def by_name(self) -> dict[str, int]:
+    """CRC-32 of each array: against accidents, and several times as fast as SHA-256."""
+    return self._digests
 
 
-def check_digests(written: Tensors, digests: Mapping[str, str]) -> None:
+def check_digests(written: Tensors, digests: Mapping[str, int]) -> None:
   """Reads a model again.
 
   Raises:
@@ -151,10 +152,11 @@ def check_digests(written: Tensors, digests: Mapping[str, str]) -> None:
   """
 
   def digest(name):
-    found = hashlib.sha256()
+    found = 0
     for block in blocks_of(written.specs, [name]):
-      found.update(as_bytes(written.read(*block)))
-    return name, found.hexdigest()
+      into = scratch("read", block.stop - block.start, written.specs[name].dtype)
+      found = zlib.crc32(as_bytes(written.read(*block, into=into)), found)
+    return name, found
 
   if written.specs.keys() != digests.keys():
     raise OSError("what was written has other arrays")
