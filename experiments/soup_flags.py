@@ -8,7 +8,7 @@ from absl import flags
 
 from experiments import outputs
 from experiments.soup_checks import DTYPES
-from experiments.soup_output import read_size
+from experiments.soup_output import TO_PYTORCH, read_size
 from jaxsms import storage
 from jaxsms.merges import MERGES
 from jaxsms.names import check_name
@@ -102,7 +102,7 @@ def read_choice(paths: list[str]) -> Choice:
   for path in paths:
     if not storage.as_path(path).exists():
       raise ValueError(f"there is no {path}: give folders or files of checkpoints")
-  out = outputs.check_out(("", ".safetensors", ".npz"), "soup.safetensors")
+  out = outputs.check_out(("", ".safetensors", ".npz", *TO_PYTORCH), "soup.safetensors")
   if FLAGS.masks is not None:
     check_name("choice of --masks", FLAGS.masks, ("prune", "keep"))
   if FLAGS.sparsity is not None:

@@ -14,6 +14,7 @@ from jaxsms.disk.opening import PYTORCH, open_tensors
 from jaxsms.disk.other_writers import ToCheckpoint, ToNpz
 from jaxsms.disk.shards import INDEX, open_file
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
+from jaxsms.disk.to_pytorch import ToPytorch
 from jaxsms.disk.writing import (
   Digests,
   ToSafetensors,
@@ -21,10 +22,12 @@ from jaxsms.disk.writing import (
   partial,
   split_shards,
 )
+from jaxsms.disk.zips import open_npz, open_pytorch
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)([KMGT]?)B?$", re.IGNORECASE)
 _NOT_COPIED = (".safetensors", ".index.json", ".npz", ".h5", ".msgpack", ".onnx", ".gguf")
 _CARD = "README.md"
+TO_PYTORCH = (".pt", ".pth", ".bin")
 
 
 class Output(NamedTuple):
@@ -102,6 +105,8 @@ def _writer(output, temporary):
     return ToSafetensors(folder, {name: specs}, metadata)
   if out.endswith(".npz"):
     return ToNpz(temporary, specs)
+  if out.endswith(TO_PYTORCH):
+    return ToPytorch(temporary, specs)
   if not output.sharded:
     return ToCheckpoint(temporary, specs, prunable_names(specs))
   os.mkdir(temporary)
@@ -110,16 +115,16 @@ def _writer(output, temporary):
 
 
 def _opened(output, temporary, stack):
-  if output.out.lower().endswith(".safetensors"):
-    found = open_file(temporary, temporary)
-    stack.callback(found.close)
-    return found
-  if output.out.lower().endswith(".npz"):
-    from jaxsms.disk.zips import open_npz
-
-    found = open_npz(temporary, temporary)
-    stack.callback(found.close)
-    return found
+  kinds = {".safetensors": open_file, ".npz": open_npz} | dict.fromkeys(
+    TO_PYTORCH, open_pytorch
+  )
+  for ending, opened in kinds.items():
+    if output.out.lower().endswith(ending):
+      found = opened(temporary, temporary)
+      if found is None:
+        raise OSError("what was written cannot be read")
+      stack.callback(found.close)
+      return found
   return open_tensors(temporary, stack)
 
 

@@ -289,7 +289,7 @@ def test_pytorchs_names_other_dtypes_and_counters_stay(tmp_path):
     ("one --out=new.npz", "1 checkpoints are given"),
     ("one missing --out=new.npz", "there is no missing"),
     ("one two.safetensors", "--out is missing"),
-    ("one two.safetensors --out=new.pth", "--out is new.pth: it must end in nothing"),
+    ("one two.safetensors --out=new.onnx", "--out is new.onnx: it must end in nothing"),
     ("one two.safetensors --out=four.npz", "--out four.npz exists already"),
     ("one two.safetensors --out=one", "--out one exists already"),
     ("one other.npz --out=new.npz", "give --masks=prune to prune it to"),

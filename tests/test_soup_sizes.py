@@ -310,6 +310,30 @@ def test_npz_and_pytorch_files_are_read_by_part(tmp_path):
   assert_close(dict(np.load(out)), mean(models))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_written_for_pytorch_is_read_by_it(tmp_path, mapped):
+  torch = pytest.importorskip("torch")
+  models = [network(i) for i in range(2)]
+  models = [m | {"empty": np.zeros((0, 3), np.float32)} for m in models]
+  for i, model in enumerate(models):
+    half = {n: torch.tensor(x) for n, x in model.items()}
+    half[WEIGHTS[0]] = half[WEIGHTS[0]].bfloat16()
+    torch.save(half, tmp_path / f"{i}.pt")
+  out = tmp_path / "out.pth"
+  assert run(tmp_path / "0.pt", tmp_path / "1.pt", f"--out={out}") == 0
+  found = torch.load(out, weights_only=True, mmap=mapped)
+  assert found[WEIGHTS[0]].dtype == torch.bfloat16
+  assert found["model.steps"] == 3 and found["empty"].shape == (0, 3)
+  assert found[WEIGHTS[1]].data_ptr() % 64 == 0
+  arrays = {n: x.float().numpy() for n, x in found.items()}
+  assert_close({n: x for n, x in arrays.items() if n != WEIGHTS[0]}, {
+    n: x for n, x in mean(models).items() if n != WEIGHTS[0]
+  })  # fmt: skip
+  np.testing.assert_allclose(
+    arrays[WEIGHTS[0]], mean(models)[WEIGHTS[0]], rtol=0.02, atol=0.02
+  )
+
+
 def damage(folder, kind):
   """Spoils a folder in Hugging Face's layout; words of the message."""
   index = json.loads((folder / INDEX).read_text())

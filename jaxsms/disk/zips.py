@@ -19,7 +19,7 @@ _HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,
   (2, 0): np.lib.format.read_array_header_2_0,
 }
-_STORAGES = {
+STORAGES = {
   "DoubleStorage": np.float64,
   "FloatStorage": np.float32,
   "HalfStorage": np.float16,
@@ -121,8 +121,8 @@ class _Unpickler(pickle.Unpickler):
   """Reads tensors and what holds them; runs nothing that the file names."""
 
   def find_class(self, module, name):
-    if module == "torch" and name in _STORAGES:
-      return np.dtype(_STORAGES[name])
+    if module == "torch" and name in STORAGES:
+      return np.dtype(STORAGES[name])
     if (module, name) in _KNOWN:
       return _KNOWN[module, name]
     raise pickle.UnpicklingError(f"it holds {module}.{name}")
