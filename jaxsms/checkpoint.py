@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -248,7 +249,7 @@ def _orbax():
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
   """Keeps out what orbax would log, and other threads that use it."""
 
   def from_elsewhere(record):

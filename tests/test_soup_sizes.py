@@ -130,6 +130,24 @@ def test_shards_in_and_out(family, tmp_path, capsys):
   assert_close(read_safetensors(tmp_path / "one.safetensors"), mean(models))
 
 
+def test_a_folder_of_pytorchs_files_becomes_one_of_safetensors(tmp_path):
+  torch = pytest.importorskip("torch")
+  models = [network(i) for i in range(2)]
+  for i, model in enumerate(models):
+    folder = tmp_path / f"m{i}"
+    folder.mkdir()
+    weight_map = {}
+    for j, names in enumerate((sorted(model)[::2], sorted(model)[1::2])):
+      file = f"pytorch_model-{j + 1:05d}-of-00002.bin"
+      torch.save({name: torch.tensor(model[name]) for name in names}, folder / file)
+      weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+  assert run(tmp_path / "m0", tmp_path / "m1", f"--out={tmp_path / 'out'}") == 0
+  assert "model.safetensors" in os.listdir(tmp_path / "out")
+  assert_close(read_all(tmp_path / "out"), mean(models))
+
+
 def test_a_folder_of_one_file_needs_no_index(tmp_path):
   for i in range(2):
     (tmp_path / f"m{i}").mkdir()

@@ -118,7 +118,8 @@ def merge_block(
   if not spec.is_floating:
     return Part(block, job.models[job.taken[0]].read(*block))
   models = [read_finite(model, block, i) for i, model in enumerate(job.models)]
-  values = job.combine(block, models).astype(spec.dtype, copy=False)
+  with np.errstate(over="ignore", invalid="ignore"):  # told below
+    values = job.combine(block, models).astype(spec.dtype, copy=False)
   result = as_float(values, "result")
   if not np.isfinite(result).all():
     raise ValueError(

@@ -5,7 +5,7 @@ import os
 
 from jaxsms import export, pretrained, storage
 from jaxsms.disk.orbax_folders import open_checkpoint
-from jaxsms.disk.shards import INDEX_ENDING, index_of, open_file, open_shards
+from jaxsms.disk.shards import INDEX_ENDINGS, index_of, open_file, open_shards
 from jaxsms.disk.tensors import InMemory, Tensors
 from jaxsms.disk.zips import open_npz, open_pytorch
 from jaxsms.files import on_disk
@@ -55,7 +55,7 @@ def _opened(path, stack):
   else:
     local = os.fspath(address)
   lower = os.fspath(path).lower()
-  if lower.endswith(INDEX_ENDING):
+  if lower.endswith(INDEX_ENDINGS):
     return open_shards(local, path)
   if lower.endswith(".safetensors"):
     found = open_file(local, path)

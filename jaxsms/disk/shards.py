@@ -5,11 +5,19 @@ import os
 from typing import Any
 
 from jaxsms.disk.tensors import InFiles, Range, Spec
+from jaxsms.disk.zips import open_pytorch
 from jaxsms.safetensors import first_sentence, read_header, unique
 
-INDEX_ENDING = ".safetensors.index.json"
-INDEX = f"model{INDEX_ENDING}"
+INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
+# What a folder may hold, the first that is there, by ending and usual name.
+_KINDS = (
+  (".safetensors.index.json", INDEX),
+  (".safetensors", SINGLE),
+  (".bin.index.json", "pytorch_model.bin.index.json"),
+  (".bin", "pytorch_model.bin"),
+)
 
 
 def open_file(file: str, path: str | os.PathLike, **more: Any) -> InFiles:
@@ -43,9 +51,8 @@ def index_of(folder: str) -> str | None:
     ValueError: there are several of one kind, so that it is unclear which is meant.
   """
   names = sorted(os.listdir(folder))
-  for ending in (INDEX_ENDING, ".safetensors"):
+  for ending, preferred in _KINDS:
     found = [name for name in names if name.endswith(ending)]
-    preferred = INDEX if ending == INDEX_ENDING else SINGLE
     if preferred in found:
       return os.path.join(folder, preferred)
     if len(found) > 1:
@@ -70,8 +77,10 @@ def open_shards(local: str, path: str | os.PathLike) -> InFiles:
   """
   index = index_of(local) if os.path.isdir(local) else local
   folder = os.path.dirname(index)
-  if not index.endswith(INDEX_ENDING):
-    return open_file(index, path, layout="shards", folder=folder)
+  if not index.endswith(INDEX_ENDINGS):
+    found = _open_part(index, path)
+    found.layout, found.folder = "shards", folder
+    return found
   name = os.path.basename(index)
   weight_map = _weight_map(index, path)
   specs, ranges, metadata = {}, {}, {}
@@ -81,7 +90,7 @@ def open_shards(local: str, path: str | os.PathLike) -> InFiles:
       raise ValueError(
         f"{file}, which {name} names, is missing in {path}: give a whole folder"
       )
-    shard = open_file(where, where)
+    shard = _open_part(where, where)
     metadata |= shard.metadata
     for tensor, spec in shard.specs.items():
       if tensor in specs:
@@ -106,6 +115,19 @@ def open_shards(local: str, path: str | os.PathLike) -> InFiles:
       "agree"
     )
   return InFiles(path, specs, ranges, layout="shards", metadata=metadata, folder=folder)
+
+
+def _open_part(file, path):
+  """One file of weights."""
+  if file.endswith(".safetensors"):
+    return open_file(file, path)
+  found = open_pytorch(file, path)
+  if not isinstance(found, InFiles):
+    raise ValueError(
+      f"{path} cannot be read by part: give a PyTorch checkpoint of tensors alone, or "
+      ".safetensors files"
+    )
+  return found
 
 
 def _weight_map(index, path):
