@@ -1,6 +1,9 @@
 """How much of the models was read, and how long the rest takes."""
 
+import time
+
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -9,9 +12,13 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from experiments.progress import clock
+
+EVERY = 10  # seconds between two lines where there is no terminal
+
 
 class BytesProgress:
-  """A bar of bytes with the time left; a line for every tenth where there is no terminal.
+  """A bar of bytes with the time left; now and then a line where there is no terminal.
 
   Args:
     total: bytes to read.
@@ -21,6 +28,8 @@ class BytesProgress:
   def __init__(self, total: int, console: Console | None = None):
     self._console = console or Console(stderr=True)
     self._plain = not self._console.is_terminal or self._console.is_dumb_terminal
+    self._total, self._done = total, 0
+    self._started = self._said = time.monotonic()
     self._bar = Progress(
       TextColumn("{task.description}"),
       BarColumn(bar_width=24),
@@ -41,4 +50,14 @@ class BytesProgress:
 
   def add(self, count: int) -> None:
     """So many bytes more were read."""
+    self._done += count
     self._bar.advance(self._task, count)
+    now = time.monotonic()
+    if self._plain and now - self._said > EVERY:
+      self._said = now
+      left = (now - self._started) * max(self._total - self._done, 0) / self._done
+      self._console.print(
+        f"read {decimal(self._done)} of {decimal(self._total)}, {clock(left)} left",
+        highlight=False,
+        soft_wrap=True,
+      )
