@@ -10,10 +10,11 @@ from experiments.methods.registry import baselines
 from experiments.pretraining_flags import check_pretraining
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS, Dataset, StreamedDataset
+from jaxsms.merges import MERGES as ALL_MERGES
 from jaxsms.names import check_name
 from jaxsms.pruning import SCOPES, check_sparsity, removal_count
 from jaxsms.schedules import RETRAIN_SCHEDULES
-from jaxsms.training.phases import MERGES
+from jaxsms.training.merging import NAMES as MERGES
 
 FLAGS = flags.FLAGS
 WITH_DROPOUT = ("mlp", "wide_resnet28_10", "wide_resnet22_10", "vit_tiny")
@@ -129,8 +130,11 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "merge",
   "uniform",
-  "How candidates become one model: uniform (their mean) or greedy (from the best one on, "
-  "each that does not lower the validation accuracy of the average).",
+  "How candidates become one model: uniform (their mean), greedy (from the best one on, "
+  "each that does not lower the validation accuracy of the average), learned or "
+  "learned_by_layer (weights learned on validation data), fisher or inverse_variance "
+  "(weights of each entry, from squared gradients), ties (what most agree on beyond the "
+  "pruned model), slerp (of two copies).",
 )
 flags.DEFINE_boolean(
   "stream",
@@ -192,14 +196,17 @@ class Settings(NamedTuple):
   chunk_steps: int | None
 
 
-def read_settings() -> Settings:
+def read_settings(**instead: Any) -> Settings:
   """The parsed flags, checked as far as they can be without the data.
+
+  Args:
+    **instead: values of fields, whatever the flags say.
 
   Raises:
     ValueError: a flag is out of range or names something unknown.
   """
   defaults = DEFAULTS.get(FLAGS.dataset, DEFAULTS["other"])
-  values = {name: FLAGS[name].value for name in Settings._fields}
+  values = {name: FLAGS[name].value for name in Settings._fields} | instead
   values |= {name: value for name, value in defaults.items() if values[name] is None}
   if values["model"] != "mlp":  # those defaults are the mlp's
     values |= {name: FLAGS[name].value for name in ("hidden", "dropout")}
@@ -236,7 +243,7 @@ def check(s: Settings) -> None:
     check_name("augmentation", s.augmentation, AUGMENTATIONS)
   for name in s.baselines:
     check_name("baseline", name, baselines())
-  check_name("merge", s.merge, tuple(MERGES))
+  check_merge(s)
   if s.stream and (s.dataset == "digits" or s.dataset.lower().endswith(".npz")):
     raise ValueError(f"--stream reads TFDS data sets: {s.dataset} fits on the device")
   if s.stream and s.augmentation not in (None, "none"):
@@ -266,6 +273,20 @@ def check(s: Settings) -> None:
   if not 0 <= s.momentum < 1:
     raise ValueError(f"--momentum is {s.momentum}: it must be in [0, 1)")
   check_pretraining(s)
+
+
+def check_merge(s: Settings) -> None:
+  """Raises ValueError where a run cannot merge its candidates so."""
+  check_name("merge", s.merge, MERGES)
+  if ALL_MERGES[s.merge].two and s.ingredients != 2:
+    raise ValueError(
+      f"--merge={s.merge} is of two copies, and --ingredients is {s.ingredients}: give "
+      "--ingredients=2 or another merge"
+    )
+  if s.stream and ALL_MERGES[s.merge].in_memory:
+    raise ValueError(
+      f"--merge={s.merge} needs images in memory, and they are streamed: give another merge"
+    )
 
 
 def with_data(settings: Settings, dataset: Dataset | StreamedDataset) -> Settings:

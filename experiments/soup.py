@@ -2,104 +2,99 @@
 
 python -m experiments.soup A B C --out=soup.safetensors
 python -m experiments.soup A B C --out=FOLDER --greedy --dataset=cifar10 --model=resnet20
-A, B and C are folders that jaxsms.checkpoint or orbax wrote, .safetensors, .npz or PyTorch
-files. With --dataset, models are evaluated, and batch statistics estimated anew; flags of
-data and network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives them.
+A, B and C are .safetensors, .npz or PyTorch files, or folders: in Hugging Face's layout, or
+that jaxsms.checkpoint or orbax wrote. They are read by part, and may be larger than memory.
+With --dataset, models are evaluated, and batch statistics estimated anew; flags of data and
+network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives them.
 """
 
+import contextlib
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags, logging
+from rich.console import Console
 
-from experiments import hardware, method_flags, outputs, pretraining_flags, settings
+from experiments import (
+  hardware,
+  method_flags,
+  outputs,
+  pretraining_flags,
+  settings,
+  soup_flags,
+)
 from experiments.flag_files import run_with_flags
+from experiments.soup_barrier import say_barrier
 from experiments.soup_checks import (
-  Arrays,
-  averaged,
   check_masks,
   check_models,
-  largest_sparsity,
-  pruned,
-  removed,
+  check_others,
+  result_specs,
   statistics,
 )
+from experiments.soup_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
+from experiments.soup_flags import Choice, read_choice
+from experiments.soup_output import Output, copy_others, write_card, writing
+from experiments.soup_progress import BytesProgress
 from experiments.soup_table import show
-from experiments.task import Task, load, make_task
 from experiments.terminal import say, terminal
-from jaxsms import checkpoint, pretrained, storage
-from jaxsms.export import nested
-from jaxsms.names import check_name
-from jaxsms.pruning import check_sparsity
-from jaxsms.safetensors import by_path, write_safetensors
-from jaxsms.soups import greedy_soup, soup_weights
-from jaxsms.training.engine import Model, one_model
-from jaxsms.training.measurements import measure, recalibrated
-from jaxsms.training.phases import on_validation
-from jaxsms.trees import model_at
+from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
+from jaxsms.disk.opening import open_tensors
+from jaxsms.disk.rules import RULES, passes_of
+from jaxsms.disk.tensors import Spec, Tensors, prunable_names
+from jaxsms.merges import MERGES
+from jaxsms.safetensors import first_sentence
+from jaxsms.soups import soup_weights
 
-flags.DEFINE_string(
-  "masks",
-  None,
-  "Where the models do not share their zeros: prune (the average, by magnitude, to "
-  "--sparsity; --scope says how), or keep (all weights that any of them has).",
-)
-flags.DEFINE_float(
-  "sparsity",
-  None,
-  "That --masks=prune prunes to, in [0, 1). Default: the largest of the models.",
-)
-flags.DEFINE_list("weights", None, "Of the models in the average; they sum to 1.")
-flags.DEFINE_boolean(
-  "greedy",
-  False,
-  "Takes models, the best first, as long as the validation accuracy of the average does "
-  "not fall. Needs --dataset.",
-)
 FLAGS = flags.FLAGS
-for module in (outputs, settings, pretraining_flags, method_flags, hardware):
+for module in (soup_flags, outputs, settings, pretraining_flags, method_flags, hardware):
   flags.adopt_module_key_flags(module)
 
 
-class Choice(NamedTuple):
-  """The flags of this file."""
+class Soup(NamedTuple):
+  """What was made.
 
-  out: str
-  masks: str | None
-  sparsity: float | None
-  weights: np.ndarray | None
-  greedy: bool
+  Attributes:
+    weights: float [m], of the models.
+    found: what merging them found.
+    scores: metrics of the models and of the soup; None where there are no data.
+  """
+
+  weights: np.ndarray
+  found: Found
+  scores: list[dict[str, float]] | None
 
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  paths, command = argv[1:], shlex.join(["python", "-m", "experiments.soup", *sys.argv[1:]])
+  console = terminal()
   try:
-    paths = argv[1:]
     choice = read_choice(paths)
-    models = [pretrained.load_arrays(path) for path in paths]
-    task = None
-    if FLAGS["dataset"].present:
-      task = make_data_task(len(paths))
-      models = [as_ours(*pair, task) for pair in zip(paths, models, strict=True)]
-    check_models(paths, models)
-    soup, weights = make_soup(choice, paths, models, task)
-    scores = measured(task, [*models, soup]) if task else None
-    write(choice.out, soup, models, weights)
+    with contextlib.ExitStack() as stack:
+      models = [open_tensors(path, stack) for path in paths]
+      given = choice.base and [choice.base], choice.squared_gradients
+      others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
+      if FLAGS["dataset"].present:
+        soup = soup_with_data(choice, models, others, console)
+      else:
+        soup = soup_on_disk(choice, models, others, command)
   except (ValueError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   except OSError as error:
-    print(f"error: --out cannot be written ({error.strerror or error})", file=sys.stderr)
+    reason = error.strerror or first_sentence(error)
+    print(f"error: --out cannot be written ({reason})", file=sys.stderr)
     sys.exit(1)
-  console = terminal()
-  show(console, paths, models, weights, soup, scores)
-  if statistics(soup):
+  show(console, paths, soup.weights, soup.found, soup.scores)
+  if statistics(models[0].specs):
     note = "Batch statistics of the soup were estimated anew on training data."
-    if not task:
+    if soup.scores is None:
       note = (
         "Batch statistics were averaged: estimate them anew on training data, as this does "
         "with --dataset and --model."
@@ -108,146 +103,81 @@ def main(argv: list[str]) -> None:
   say(console, f"Soup: {choice.out}")
 
 
-def read_choice(paths: list[str]) -> Choice:
-  """The parsed flags, checked as far as they can be before anything is read.
+def soup_with_data(
+  choice: Choice, models: list[Tensors], others: Others, console: Console
+) -> Soup:
+  """Merges models of a network in memory, with data, and writes the soup.
 
   Raises:
-    ValueError: too few models, a path that does not exist, or a flag that does not fit.
-  """
-  if len(paths) < 2:
-    raise ValueError(
-      f"{len(paths)} checkpoints are given: a soup takes two or more, and flags are "
-      "written --name=value"
-    )
-  for path in paths:
-    if not storage.as_path(path).exists():
-      raise ValueError(f"there is no {path}: give folders or files of checkpoints")
-  out = outputs.check_out(("", ".safetensors", ".npz"), "soup.safetensors")
-  if FLAGS.masks is not None:
-    check_name("choice of --masks", FLAGS.masks, ("prune", "keep"))
-  if FLAGS.sparsity is not None:
-    if FLAGS.masks != "prune":
-      raise ValueError("--sparsity goes with --masks=prune, which prunes the average to it")
-    check_sparsity(FLAGS.sparsity, "--sparsity")
-  weights = None
-  if FLAGS.weights is not None:
-    if FLAGS.greedy:
-      raise ValueError("--greedy chooses the weights itself: leave --weights out")
-    weights = read_weights(FLAGS.weights, len(paths))
-  if not FLAGS["dataset"].present:
-    for name in ("greedy", "model"):
-      if FLAGS[name].present and FLAGS[name].value:
-        raise ValueError(f"--{name} needs the images to evaluate on: give --dataset")
-  return Choice(out, FLAGS.masks, FLAGS.sparsity, weights, FLAGS.greedy)
-
-
-def read_weights(words: list[str], m: int) -> np.ndarray:
-  """--weights as numbers, one for each of m models.
-
-  Raises:
-    ValueError: they are no numbers, or too many or few, or do not sum to 1.
-  """
-  given = f"--weights is {','.join(words)}"
-  try:
-    weights = np.array([float(word) for word in words])
-  except ValueError as error:
-    raise ValueError(f"{given}: give numbers, such as 0.5,0.25,0.25") from error
-  if len(weights) != m:
-    raise ValueError(f"{given} for {m} models: give one for each")
-  if not (weights >= 0).all() or not abs(weights.sum() - 1) < 1e-3:
-    raise ValueError(f"{given}: give numbers, 0 or above, that sum to 1")
-  return weights
-
-
-def make_data_task(m: int) -> Task:
-  """Network, data and programs that the flags describe, for m models.
-
-  Raises:
-    ValueError: see `experiments.task.make_task`.
-  """
-  chosen = settings.read_settings()
-  method = method_flags.read_method(chosen)._replace(init=None, ood=())
-  alone = {"coordinator": None, "processes": None, "process": None}
-  devices = hardware.read_hardware(chosen.model, m)._replace(**alone)
-  hardware.start(devices, chosen.model, m)
-  dataset = load(chosen)
-  chosen = settings.with_data(chosen._replace(ingredients=m), dataset)
-  return make_task(chosen, devices, method, dataset)
-
-
-def as_ours(path: str, arrays: Arrays, task: Task) -> Arrays:
-  """A model of any layout as variables of the network, by their names."""
-  return by_path(pretrained.fit_model(arrays, task.module, task.image_shape, path))
-
-
-def make_soup(
-  choice: Choice, paths: list[str], models: list[Arrays], task: Task | None
-) -> tuple[Arrays, np.ndarray]:
-  """The average as the flags want it, its batch statistics anew where there are data.
-
-  Raises:
-    ValueError: the models do not share a mask, and no flag says what to do.
-  """
-  m = len(models)
-  if choice.masks is None:
-    taken = range(m) if choice.weights is None else np.flatnonzero(choice.weights)
-    check_masks([paths[i] for i in taken], [models[i] for i in taken])
-  goal = None
-  if choice.masks == "prune":
-    goal = largest_sparsity(models) if choice.sparsity is None else choice.sparsity
-
-  def finished(average):
-    return average if goal is None else pruned(average, goal, FLAGS.scope)
-
-  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
-  key = jax.random.key(FLAGS.seed)
-  if choice.greedy:
-
-    def validation_accuracy(arrays):
-      model = as_model(finished(jax.device_get(arrays)))
-      return on_validation(task.engine, key, model)["validation_accuracy"]
-
-    stacked = {name: np.stack([model[name] for model in models]) for name in models[0]}
-    weights = soup_weights(greedy_soup(stacked, validation_accuracy)[1], m)
-  soup = finished(averaged(models, weights))
-  if task is not None:
-    one = one_model(as_model(soup))
-    anew = recalibrated(task.engine, key, one)
-    soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
-  return soup, weights
-
-
-def as_model(arrays: Arrays) -> Model:
-  """Variables by name as parameters and batch statistics."""
-  tree = nested(arrays)
-  return Model(tree["params"], tree.get("batch_stats", {}))
-
-
-def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
-  """Metrics of each model as it is."""
-  trees = [as_model(arrays) for arrays in models]
-  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-  return measure(task.engine, stacked).scores
-
-
-def write(out: str, soup: Arrays, models: list[Arrays], weights: np.ndarray) -> None:
-  """Writes the soup to a file, or with its masks to a folder.
-
-  Raises:
-    ValueError: the kind of file does not have a dtype.
+    ValueError: models do not fit the network, or do not share a mask.
     OSError: it cannot be written.
   """
-  if out.lower().endswith(".safetensors"):
-    write_safetensors(out, soup)
-  elif out.lower().endswith(".npz"):
-    outputs.write_npz(out, soup)
-  else:
-    tree = nested(soup)
-    if isinstance(tree.get("params"), dict):
-      zeros = removed([soup])
-      masks = {name: ~zeros.get(name, np.zeros(x.shape, bool)) for name, x in soup.items()}
-      tree["masks"] = nested(masks)["params"]
-    checkpoint.save(out, tree)
+  task = make_data_task(len(models))
+  ours = [as_ours(model, task) for model in models]
+  check_models(ours)
+  others = Others(
+    *(None if x is None else [as_ours(one, task) for one in x] for x in others)
+  )
+  goal = goal_of(choice, ours) if choice.masks == "prune" else None
+  say_barrier(console, ours, task)
+  soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal)
+  with writing(output_of(choice, soup, soup.specs)) as (writer, _):
+    copy(soup, writer)
+  return Soup(weights, found, scores)
+
+
+def soup_on_disk(
+  choice: Choice, models: list[Tensors], others: Others, command: str
+) -> Soup:
+  """Merges models by part, without data.
+
+  Raises:
+    ValueError: the models do not share a mask and no flag says what to do, or values are
+      not finite.
+    OSError: it cannot be written.
+  """
+  check_models(models)
+  check_others(models[0], others)
+  m = len(models)
+  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
+  specs = result_specs(models[0], choice.dtype)
+  passes = 1 + passes_of(choice.merge) + (2 if choice.masks == "prune" else 0)
+  with BytesProgress(passes * total_bytes(models)) as progress:
+    parts = parts_of(choice, models, weights, others, progress.add)
+    taken = np.flatnonzero(weights).tolist()
+    job = Job(models, RULES[choice.merge](parts), specs, taken, progress.add)
+    thresholds = None
+    if choice.masks == "prune":
+      thresholds = find_thresholds(job, goal_of(choice, models), FLAGS.scope)
+    with writing(output_of(choice, models[0], specs)) as (writer, folder):
+      found = merge(job, writer, thresholds)
+      if choice.masks is None:
+        check_masks(models, taken, found)
+      if folder is not None:
+        paths = [model.path for model in models]
+        words = f"Of {m} models: {MERGES[choice.merge].title}."
+        write_card(folder, paths, weights, words, command)
+        if models[0].folder is not None:
+          copy_others(models[0].folder, folder, choice.dtype)
+  return Soup(weights, found, None)
+
+
+def goal_of(choice: Choice, models: list[Tensors]) -> float:
+  """What --masks=prune prunes to."""
+  if choice.sparsity is not None:
+    return choice.sparsity
+  return largest_sparsity(models, prunable_names(models[0].specs))
+
+
+def total_bytes(models: Sequence[Tensors]) -> int:
+  """That one pass reads."""
+  return sum(spec.nbytes for model in models for spec in model.specs.values())
+
+
+def output_of(choice: Choice, first: Tensors, specs: dict[str, Spec]) -> Output:
+  """What is written, in the first model's layout."""
+  sharded = first.layout == "shards" or choice.shard_size is not None
+  return Output(choice.out, specs, first, choice.shard_size or 5 * 10**9, sharded)
 
 
 if __name__ == "__main__":

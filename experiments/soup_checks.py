@@ -1,127 +1,126 @@
-"""Models as arrays by name: whether they can be averaged, and their average."""
+"""Whether models on disk can be merged, and what the result looks like."""
 
 import re
 from collections.abc import Sequence
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.compat import enable_x64
-from jaxsms.pruning import magnitude_masks
+from jaxsms.disk.merging import DENSE, Found
+from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
+from jaxsms.names import check_name
 from jaxsms.safetensors import check_fit
-from jaxsms.soups import uniform_soup
-from jaxsms.trees import check_finite, is_floating, is_parameter, prunable
+from jaxsms.trees import is_parameter
 
-Arrays = dict[str, np.ndarray]
-
-
-def path_of(name: str) -> tuple[jax.tree_util.DictKey, ...]:
-  """A name of ours, "a/kernel", or of PyTorch's, "a.weight", as a key path."""
-  return tuple(jax.tree_util.DictKey(word) for word in re.split(r"[/.]", name))
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def weights_of(model: Arrays) -> Arrays:
-  """The arrays that can be pruned, as `jaxsms.prunable` sees it."""
-  return {name: x for name, x in model.items() if prunable(path_of(name), x)}
+def statistics(specs: dict[str, Spec]) -> list[str]:
+  """The names of floating arrays that are batch statistics."""
+  return [n for n, x in specs.items() if x.is_floating and not is_trained(n, x)]
 
 
-def parameters_of(model: Arrays) -> Arrays:
-  """The arrays that are trained, without batch statistics."""
-  return {name: x for name, x in model.items() if not _is_statistic(name, x)}
-
-
-def statistics(model: Arrays) -> Arrays:
-  """The floating arrays that are batch statistics."""
-  return {n: x for n, x in model.items() if is_floating(x) and _is_statistic(n, x)}
-
-
-def _is_statistic(name, array):
+def is_trained(name: str, spec: Spec) -> bool:
+  """Whether an array is a parameter, in our names or in PyTorch's."""
   running = re.search(r"running_(mean|var)$", name)
-  return bool(running) or not is_parameter(path_of(name), array)
+  return not running and is_parameter(key_path(name), spec)
 
 
-def check_models(paths: Sequence[str], models: Sequence[Arrays]) -> None:
-  """Raises ValueError unless all have the same arrays, some of them weights, all finite."""
-  for path, model in zip(paths, models, strict=True):
+def check_models(models: Sequence[Tensors]) -> None:
+  """Raises ValueError unless all have the same arrays, some of them weights."""
+  first = models[0]
+  for model in models:
     check_fit(
-      f"{path} is another network than {paths[0]}",
-      models[0],
-      model,
-      "give checkpoints of one network, and --model or --flagfile=RUN/flags.txt where one "
-      "has PyTorch's names",
+      f"{model.path} is another network than {first.path}",
+      first.specs,
+      model.specs,
+      "give checkpoints of one network, and --dataset with --model or "
+      "--flagfile=RUN/flags.txt where one has PyTorch's names",
     )
-    for name, array in model.items():
-      if array.dtype != models[0][name].dtype:
+    for name, spec in model.specs.items():
+      if spec.is_floating != first.specs[name].is_floating:
         raise ValueError(
-          f"{name} is {array.dtype} in {path} and {models[0][name].dtype} in {paths[0]}: "
-          "give checkpoints of one dtype"
+          f"{name} is {spec.dtype} in {model.path} and {first.specs[name].dtype} in "
+          f"{first.path}: only floating dtypes may differ"
         )
-    check_finite(model, path)
-  if not weights_of(models[0]):
-    names = ", ".join(list(models[0])[:4])
+  if not prunable_names(first.specs):
+    names = ", ".join(list(first.specs)[:4])
     raise ValueError(
-      f"no array of {paths[0]} is a weight ({names}): weights are called kernel, w or "
+      f"no array of {first.path} is a weight ({names}): weights are called kernel, w or "
       "weight, rename them"
     )
 
 
-def removed(models: Sequence[Arrays]) -> dict[str, np.ndarray]:
-  """For each weight where all models are 0."""
-  zeros = [{name: x == 0 for name, x in weights_of(model).items()} for model in models]
-  return {name: np.all([zero[name] for zero in zeros], axis=0) for name in zeros[0]}
+def check_others(first: Tensors, others: Sequence[Sequence[Tensors] | None]) -> None:
+  """Raises ValueError unless what is merged with models has their arrays as well."""
+  for other in [one for some in others if some is not None for one in some]:
+    check_fit(
+      f"{other.path} is of another network than {first.path}",
+      first.specs,
+      other.specs,
+      "give one with the same arrays",
+    )
 
 
-def sparsity_of(*models: Arrays) -> float:
-  """The share of weights that are 0 in all models."""
-  zeros = removed(models).values()
-  return sum(int(x.sum()) for x in zeros) / sum(x.size for x in zeros)
+def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
+  """Shapes and dtypes of the result: those of the first model, or another dtype.
+
+  Raises:
+    ValueError: an unknown dtype.
+  """
+  if dtype is None:
+    return first.specs
+  check_name("dtype", dtype, DTYPES)
+  return {
+    name: Spec(spec.shape, jnp.dtype(dtype)) if spec.is_floating else spec
+    for name, spec in first.specs.items()
+  }
 
 
-def largest_sparsity(models: Sequence[Arrays]) -> float:
-  """That of the sparsest model."""
-  return max(sparsity_of(model) for model in models)
+def check_masks(models: Sequence[Tensors], taken: Sequence[int], found: Found) -> None:
+  """Raises ValueError, saying what differs, unless sparse models have the same zeros.
 
-
-def check_masks(paths: Sequence[str], models: Sequence[Arrays]) -> None:
-  """Raises ValueError, saying what differs, unless all models have the same zeros."""
-  first = removed(models[:1])
-  for path, model in zip(paths, models, strict=True):
-    differing = {
-      name: int(np.sum(zero != first[name])) for name, zero in removed([model]).items()
-    }
-    if not any(differing.values()):
+  Args:
+    models: all of them.
+    taken: numbers of those in the average.
+    found: what merging them found.
+  """
+  if found.dense[taken].all():
+    return
+  for i in taken:
+    differing = found.differing[i]
+    if not differing:
       continue
     most, number = max(differing, key=differing.get), sum(differing.values())
-    total = sum(x.size for x in first.values())
     raise ValueError(
-      f"{path} and {paths[0]} do not share a mask ({number:,} of {total:,} weights are 0 "
-      f"in one of them alone, most in {most}) and the average of all would be "
-      f"{sparsity_of(*models):.2%} sparse: give --masks=prune to prune it to "
-      f"{largest_sparsity(models):.2%}, or --masks=keep"
+      f"{models[i].path} and {models[taken[0]].path} do not share a mask ({number:,} of "
+      f"{found.weights:,} weights are 0 in one of them alone, most in {most}) and the "
+      f"average of all would be {found.shared / found.weights:.2%} sparse: give "
+      f"--masks=prune to prune it to {found.sparsities.max():.2%}, or --masks=keep"
     )
 
 
-def averaged(models: Sequence[Arrays], weights: np.ndarray) -> Arrays:
-  """The weighted average; what is not floating comes from the first model."""
-  first = int(np.flatnonzero(weights)[0])
-  stacked = {
-    name: np.stack([model[name] for model in models])
-    for name, x in models[0].items()
-    if is_floating(x)
-  }
-  with enable_x64():  # float64 stays float64
-    means = jax.device_get(uniform_soup(stacked, weights))
-  return {name: means.get(name, x) for name, x in models[first].items()}
+def dense_note(paths: Sequence[str], found: Found) -> str | None:
+  """What is said where some models have zeros, and too few to be pruned."""
+  few = [
+    f"{count:,} of {path}"
+    for path, count, dense in zip(paths, found.zeros, found.dense, strict=True)
+    if dense and count
+  ]
+  if not few:
+    return None
+  return (
+    f"Below {DENSE:.0%} zeros a model counts as dense: of {found.weights:,} weights "
+    f"{', '.join(few)} are 0."
+  )
 
 
-def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:
-  """A model pruned by magnitude, see `jaxsms.magnitude_masks`."""
-  weights = weights_of(model)
-  with enable_x64():
-    masks = jax.device_get(
-      magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
-    )
-  zero = {
-    name: np.where(masks[name], x, np.zeros((), x.dtype)) for name, x in weights.items()
-  }
-  return {**model, **zero}
+def angles(found: Found) -> np.ndarray:
+  """Degrees between each two models, [pairs]."""
+  m = len(found.norms)
+  first, second = np.triu_indices(m, 1)
+  a, b = found.norms[first], found.norms[second]
+  squares = found.distances[first, second] ** 2
+  # 1 - cos, without the cancellation of a product of vectors that are almost alike.
+  apart = (squares - (a - b) ** 2) / np.maximum(2 * a * b, np.finfo(float).tiny)
+  return np.degrees(2 * np.arcsin(np.sqrt(np.clip(apart / 2, 0, 1))))

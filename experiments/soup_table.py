@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.soup_checks import Arrays, parameters_of, sparsity_of
-from experiments.terminal import say
-from jaxsms.geometry import soup_geometry
+from experiments.soup_checks import angles, dense_note
+from jaxsms.disk.merging import Found
 
 ACCURACIES = {"validation_accuracy": "Validation", "test_accuracy": "Test"}
 
@@ -17,9 +15,8 @@ ACCURACIES = {"validation_accuracy": "Validation", "test_accuracy": "Test"}
 def show(
   console: Console,
   paths: Sequence[str],
-  models: Sequence[Arrays],
   weights: np.ndarray,
-  soup: Arrays,
+  found: Found,
   scores: Sequence[dict[str, float]] | None,
 ) -> None:
   """Prints a table, and the distances between the models.
@@ -27,9 +24,8 @@ def show(
   Args:
     console: to print on.
     paths: of the models.
-    models: that were averaged.
     weights: of each in the average.
-    soup: the result.
+    found: what merging them found.
     scores: metrics of each model and of the soup, last; None where there are no data.
   """
   table = Table(caption="Accuracies in percent." if scores else None)
@@ -40,28 +36,21 @@ def show(
     table.add_column(title, justify="right")
   names = [*paths, "Soup"]
   shares = [*(f"{w:.3f}" for w in weights), ""]
-  for i, (name, share, model) in enumerate(
-    zip(names, shares, [*models, soup], strict=True)
-  ):
-    row = [name, share, f"{sparsity_of(model):.2%}"]
-    row.append("" if model is soup else f"{distance(model, soup):.4g}")
+  sparsities = [*found.sparsities, found.of_result / max(found.weights, 1)]
+  distances = [*(f"{x:.4g}" for x in found.to_result), ""]
+  for i, row in enumerate(zip(names, shares, sparsities, distances, strict=True)):
+    name, share, sparsity, distance = row
+    cells = [name, share, f"{sparsity:.2%}", distance]
     if scores:
-      row += [f"{100 * scores[i][metric]:.2f}" for metric in ACCURACIES]
-    table.add_row(*row)
+      cells += [f"{100 * scores[i][metric]:.2f}" for metric in ACCURACIES]
+    table.add_row(*cells)
   console.print(table)
-  of_models = [parameters_of(model) for model in models]
-  stacked = {name: np.stack([model[name] for model in of_models]) for name in of_models[0]}
-  apart = {name: float(x) for name, x in jax.device_get(soup_geometry(stacked)).items()}
-  say(
-    console,
-    f"L2 distance between two models: {apart['min_l2_distance']:.4g} to "
-    f"{apart['max_l2_distance']:.4g}, angle {apart['min_angle']:.3g} to "
-    f"{apart['max_angle']:.3g} degrees.",
-  )
-
-
-def distance(model: Arrays, other: Arrays) -> float:
-  """The L2 distance between the parameters of two models."""
-  pairs = [(x, other[name]) for name, x in parameters_of(model).items()]
-  squares = (np.sum((x.astype(np.float64) - y) ** 2) for x, y in pairs)
-  return float(np.sqrt(sum(squares)))
+  apart = found.distances[np.triu_indices(len(paths), 1)]
+  degrees = angles(found)
+  lines = [
+    f"L2 distance between two models: {apart.min():.4g} to {apart.max():.4g}, angle "
+    f"{degrees.min():.3g} to {degrees.max():.3g} degrees.",
+    dense_note(paths, found),
+  ]
+  for line in filter(None, lines):
+    console.print(line, highlight=False, soft_wrap=True)

@@ -17,7 +17,8 @@ from jaxsms.sms import soup_phases
 from jaxsms.soups import uniform_soup
 from jaxsms.training.engine import Engine, Model, Plan, Record
 from jaxsms.training.loop import Chunk, train_copies
-from jaxsms.training.phases import Merging, merge_candidates
+from jaxsms.training.merging import Merging
+from jaxsms.training.phases import merge_candidates
 from jaxsms.training.state import TrainState, start_each
 from jaxsms.trees import PyTree, stack, unstack
 
@@ -113,7 +114,7 @@ def imp_reprune(
 
   def average(key, runs, record):
     candidates, reprune = stack(runs.models), repruned(runs.sparsity, prune)
-    merging = Merging(lambda engine, key: reprune)
+    merging = Merging(lambda engine, key, base: reprune)
     soup, merged = merge_candidates(engine, key, candidates, merging)
     return runs._replace(healthy=healthy_copies(candidates), average=soup), merged
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any, TypedDict, cast
 
 import jax
@@ -138,7 +139,7 @@ def restore_plain(path: storage.Path) -> Any:
   try:
     with (
       storage.read_from(item if item.is_dir() else root) as folder,
-      _quiet(),
+      quiet(),
       ocp.PyTreeCheckpointer() as checkpointer,
     ):
       tree = checkpointer.metadata(folder).item_metadata.tree
@@ -330,7 +331,7 @@ def _orbax():
     type_handler_registry=registry, multiprocessing_options=options
   )
   checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
-  with _quiet(), checkpointer:
+  with quiet(), checkpointer:
     try:
       yield checkpointer
     except Exception:
@@ -341,7 +342,7 @@ def _orbax():
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet() -> Iterator[None]:
   """Keeps out what orbax would log, and other threads that use it."""
 
   def from_elsewhere(record):

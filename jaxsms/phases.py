@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,18 @@ from jaxsms.trees import (
 
 Prune = Callable[..., PyTree]
 Merge = Callable[[PyTree], Any]
+
+
+class Weighted(NamedTuple):
+  """What a merge may give instead of a model, to say how much each candidate is in it.
+
+  Attributes:
+    params: the model.
+    weights: float [m], of the candidates.
+  """
+
+  params: PyTree
+  weights: np.ndarray
 
 
 def prune_phase(
@@ -102,7 +114,7 @@ def merge_phase(
 
   Args:
     candidates: tree with leaves [m, ...].
-    merge: gives a model, or (model, indices merged).
+    merge: gives a model, (model, indices merged), or `Weighted`.
 
   Returns:
     The soup, leaves [...], and float [m], the weight of each candidate in it.
@@ -120,6 +132,10 @@ def merge_phase(
     logging.warning("copies %s diverged and are left out of the soup", left_out)
     candidates = take_ingredients(Arrays(candidates), healthy).tree
   merged = merge(candidates)
+  if isinstance(merged, Weighted) and _is_one_of(candidates, merged.params):
+    weights = np.zeros([m])
+    weights[healthy] = merged.weights
+    return merged.params, weights
   if _is_one_of(candidates, merged):
     return merged, soup_weights(healthy, m)
   if isinstance(merged, tuple) and len(merged) == 2 and _is_one_of(candidates, merged[0]):

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,35 @@ def read_with_metadata(
     ) from error
 
 
-def _read(path):
+class Place(NamedTuple):
+  """Where an array lies in a safetensors file.
+
+  Attributes:
+    dtype: of its entries, little endian.
+    shape: as the header has it.
+    begin: its first byte, counted from the start of the file.
+    end: the byte after its last.
+  """
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  begin: int
+  end: int
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Place], dict[str, str]]:
+  """Reads what a safetensors file says of its arrays, and none of them.
+
+  Args:
+    path: the file, on a disk.
+
+  Returns:
+    Where each array lies, by name, and the metadata; {} where there is none.
+
+  Raises:
+    ValueError: see `read_safetensors`.
+    OSError: it cannot be read.
+  """
   if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
     raise ValueError("it is no file")
   with open(path, "rb") as file:
@@ -92,10 +120,9 @@ def _read(path):
     if length > min(size - 8, _MAX_HEADER):
       raise ValueError(f"its header would have {length} bytes")
     text = file.read(length).decode()
-    data = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + length :]
   if not text.startswith("{"):
     raise ValueError("its header is no JSON object")
-  header = json.loads(text, object_pairs_hook=_unique)
+  header = json.loads(text, object_pairs_hook=unique)
   metadata = header.pop("__metadata__", {})
   _check_metadata(metadata)
   entries = {name: _entry(name, entry) for name, entry in header.items()}
@@ -104,17 +131,29 @@ def _read(path):
     if begin != covered:
       raise ValueError(f"{name!r} begins at byte {begin}, not at {covered}")
     covered = end
-  if covered != len(data):
-    raise ValueError(f"it holds {len(data)} bytes of data, but names {covered}")
-  arrays = {name: _view(name, data, *entry) for name, entry in entries.items()}
-  return arrays, metadata
+  start = 8 + length
+  if covered != size - start:
+    raise ValueError(f"it holds {size - start} bytes of data, but names {covered}")
+  places = {
+    name: Place(dtype, tuple(shape), start + begin, start + end)
+    for name, (dtype, shape, begin, end) in entries.items()
+  }
+  return places, metadata
 
 
-def _unique(pairs):
+def _read(path):
+  places, metadata = read_header(path)
+  data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+  return {name: _view(name, data, *place) for name, place in places.items()}, metadata
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """A JSON object as a dict; ValueError where a name comes twice."""
   result = dict(pairs)
   if len(result) < len(pairs):
-    raise ValueError("a name comes twice in its header")
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"a name comes twice in its header: {twice!r}")
   return result
 
 
@@ -166,27 +205,48 @@ def write_safetensors(
     ValueError: a name or dtype that the format does not have.
   """
   check_dtypes(arrays)
-  # Largest items first: then each array lies at a multiple of its item size.
-  names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-  header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-  begin = 0
-  for name in names:
-    dtype = arrays[name].dtype
-    end = begin + math.prod(arrays[name].shape) * dtype.itemsize
-    shape = list(arrays[name].shape)
-    entry = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
-    header[name], begin = entry, end
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
+  text, places = make_header(arrays, metadata or {})
   with whole_file(path) as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
+    file.write(text)
+    for name in places:
       array = np.asarray(arrays[name])
       array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
       file.write(array.reshape(-1).view(np.uint8))
 
 
-def check_dtypes(arrays: Mapping[str, jax.Array]) -> None:
+def make_header(
+  arrays: Mapping[str, Any], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Place]]:
+  """The first bytes of a safetensors file, and where its arrays go.
+
+  Args:
+    arrays: what has a shape and a dtype, by name.
+    metadata: text to lie beside them, by name.
+
+  Returns:
+    The bytes, and the places in the order in which they lie in the file.
+  """
+  # Largest items first: then each array lies at a multiple of its item size.
+  names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+  header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+  begin, places = 0, {}
+  for name in names:
+    shape, dtype = tuple(arrays[name].shape), arrays[name].dtype
+    end = begin + math.prod(shape) * dtype.itemsize
+    entry = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
+    header[name], places[name] = entry, Place(dtype, shape, begin, end)
+    begin = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  text = len(text).to_bytes(8, "little") + text
+  moved = {
+    name: place._replace(begin=place.begin + len(text), end=place.end + len(text))
+    for name, place in places.items()
+  }
+  return text, moved
+
+
+def check_dtypes(arrays: Mapping[str, Any]) -> None:
   """Raises ValueError where a name or a dtype is none that the format has, or no value."""
   check_outside_jit("save", arrays, "call it outside of jit, on what the program gives")
   for name, array in arrays.items():
@@ -287,9 +347,9 @@ def check_fit(
 
 
 def _few(label: str, items: list[str]) -> str:
-  """The first three, and how many more there are."""
-  more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-  return f"{label}{', '.join(items[:3])}{more}" if items else ""
+  """The first five, and how many more there are."""
+  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+  return f"{label}{', '.join(items[:5])}{more}" if items else ""
 
 
 def first_sentence(error: Exception) -> str:

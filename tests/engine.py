@@ -5,7 +5,8 @@ import typing
 from jaxsms import Phase
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits, last_state, train_copies
-from jaxsms.training.phases import MERGES, Merging, Start, training_phases
+from jaxsms.training.merging import Merging, merging_of
+from jaxsms.training.phases import Start, training_phases
 
 
 class Finished(typing.NamedTuple):
@@ -30,9 +31,9 @@ def run_phases(
   chunk_steps=50, done=0, masks=None, state=None, wants_state=lambda: False,
   on_event=lambda event: None, **options,
 ):  # fmt: skip
-  merging = MERGES["greedy" if greedy else "uniform"]
+  merging = merging_of("greedy" if greedy else "uniform")
   if merge is not None:
-    merging = Merging(lambda engine, key: merge)
+    merging = Merging(lambda engine, key, base: merge)
   engine = Engine(programs, splits, chunk_steps=chunk_steps, wants_state=wants_state)
   sparsities = phase_sparsities(goal_sparsity, phases, done)
   start = Start(dense, masks, state)

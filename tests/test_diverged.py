@@ -21,7 +21,8 @@ from jaxsms.training.failures import (
   merged_copies,
 )
 from jaxsms.training.measurements import best_candidate
-from jaxsms.training.phases import MERGES, Merging, merge_candidates
+from jaxsms.training.merging import Merging, merging_of
+from jaxsms.training.phases import merge_candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -208,9 +209,9 @@ def trained(programs, dense):
 
 
 def merged(programs, candidates, merge=None, greedy=False, start=None):
-  merging = MERGES["greedy" if greedy else "uniform"]
+  merging = merging_of("greedy" if greedy else "uniform")
   if merge is not None:
-    merging = Merging(lambda engine, key: merge)
+    merging = Merging(lambda engine, key, base: merge)
   engine = Engine(programs, MANY)
   return merge_candidates(engine, jax.random.key(1), candidates, merging, start)
 

@@ -7,30 +7,18 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import main_job
 import numpy as np
 import pytest
 import store
+from soup_runs import run
 
-from experiments import hardware, method_flags, settings, soup
 from jaxsms import checkpoint, data, models, pretrained
 from jaxsms.export import save_compact
 from jaxsms.safetensors import by_path, read_safetensors, save_safetensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-OWN = ("out", "masks", "sparsity", "weights", "greedy", "dataset", "seed", "scope")
 DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")
 KERNELS = ("params/Dense_0/kernel", "params/Dense_1/kernel")
-
-
-def run(*words):
-  """Runs it inside this process; exit status."""
-  for fields in (settings.Settings, method_flags.MethodFlags, hardware.Hardware):
-    for name in fields._fields:
-      settings.FLAGS[name].unparse()
-  for name in OWN:
-    settings.FLAGS[name].unparse()
-  return main_job.exit_status(soup.main, settings.FLAGS(["soup", *map(str, words)]))
 
 
 def make(seed, mask_seed=0, kept=0.3):
@@ -301,7 +289,7 @@ def test_pytorchs_names_other_dtypes_and_counters_stay(tmp_path):
     ("one --out=new.npz", "1 checkpoints are given"),
     ("one missing --out=new.npz", "there is no missing"),
     ("one two.safetensors", "--out is missing"),
-    ("one two.safetensors --out=new.pth", "--out is new.pth: it must end in nothing"),
+    ("one two.safetensors --out=new.onnx", "--out is new.onnx: it must end in nothing"),
     ("one two.safetensors --out=four.npz", "--out four.npz exists already"),
     ("one two.safetensors --out=one", "--out one exists already"),
     ("one other.npz --out=new.npz", "give --masks=prune to prune it to"),
@@ -318,9 +306,23 @@ def test_pytorchs_names_other_dtypes_and_counters_stay(tmp_path):
     ("one two.safetensors --out=new --greedy --weights=0,1", "leave --weights out"),
     ("one wide.npz --out=new", "params/Dense_0/kernel is (64, 9) and should be (64, 8)"),
     ("one extra.npz --out=new", "(left over: params/more)"),
-    ("one half.npz --out=new", "is float16 in half.npz and float32 in one"),
+    ("one int.npz --out=new", "is int32 in int.npz and float32 in one"),
     ("one nan.npz --out=new", "nan.npz has NaN or infinite values"),
     ("bias.npz bias.npz --out=new", "no array of bias.npz is a weight (bias)"),
+    ("one two.safetensors --out=new --merge=tie", "unknown merge 'tie': did you mean ties"),
+    ("one two.safetensors --out=new --merge=learned", "--merge=learned needs the images"),
+    ("one two.safetensors --out=new --merge=ties", "were trained from: give --base"),
+    ("one two.safetensors --out=new --base=one", "--merge=uniform takes no other model"),
+    ("one two.safetensors --out=new --merge=ties --base=no", "there is no no: let --base"),
+    ("one two.safetensors --out=new --merge=ties --base=one --density=0", "--density is 0"),
+    ("one two.safetensors --out=new --merge=ties --base=one --weights=1,0", "leave --weig"),
+    ("one one one --out=new --merge=slerp", "and 3 are given: give two"),
+    ("one one --out=new --merge=fisher", "--merge=fisher needs squared gradients"),
+    ("one one --out=new --merge=fisher --squared_gradients=one", "for 2 models: give one"),
+    ("one one --out=new --squared_gradients=one,one", "leave out --squared_gradients"),
+    ("one one --out=new --merge=ties --base=wide.npz", "is of another network than one"),
+    ("one one --out=new --dtype=float8", "unknown dtype 'float8'"),
+    ("one one --out=new --shard_size=big", "--shard_size is big: give a number of bytes"),
     ("one torn.npz --out=new", "torn.npz cannot be read"),
     ("one two.safetensors --out=new --dataset=nothing.npz", "nothing.npz"),
     ("one two.safetensors --out=new --dataset=digits --hidden=9", "does not fit MLP"),
@@ -334,7 +336,7 @@ def test_wrong_use_gives_one_sentence_and_no_file(
   bad = {
     "wide": {**arrays, KERNELS[0]: np.zeros((64, 9), np.float32)},
     "extra": {**arrays, "params/more": np.zeros(2)},
-    "half": {name: x.astype(np.float16) for name, x in arrays.items()},
+    "int": {name: x.astype(np.int32) for name, x in arrays.items()},
     "nan": {**arrays, KERNELS[0]: arrays[KERNELS[0]] * np.nan},
     "bias": {"bias": np.ones(3)},
   }

@@ -23,7 +23,8 @@ from jaxsms.training import (
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
-from jaxsms.training.phases import MERGES, Start, training_phases
+from jaxsms.training.merging import merging_of
+from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
@@ -218,7 +219,7 @@ def prune_and_retrain(
     retraining_plan(run, m, steps),
     phase_sparsities(goal, settings.phases, done=len(records)),
     prune=run.prune,
-    merging=MERGES[settings.merge],
+    merging=merging_of(settings.merge, settings.weight_decay),
     landscapes=landscape_phases(run) if method == "sms" else (),
   ):
     if isinstance(event, Phase):

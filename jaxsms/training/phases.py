@@ -15,7 +15,7 @@ from jaxsms.metrics import agreement
 from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase, prune_phase
 from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import soup_phases
-from jaxsms.soups import greedy_soup, prediction_ensemble, uniform_soup
+from jaxsms.soups import prediction_ensemble, uniform_soup
 from jaxsms.training.cutting import Cut
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
 from jaxsms.training.failures import (
@@ -36,6 +36,7 @@ from jaxsms.training.measurements import (
   score,
   set_record,
 )
+from jaxsms.training.merging import Merging, merging_of, on_validation
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
@@ -65,19 +66,6 @@ class MergeRecord(SetRecord, Faults):
   ensemble_agreement: dict[str, float]
   averaging_failed: NotRequired[AveragingFailure]
   selected: NotRequired[SetRecord]
-
-
-class Merging(NamedTuple):
-  """How the candidates of a phase become one model.
-
-  Attributes:
-    of: `of(engine, key)` giving the merge of `Model` leaves [m, ...], see
-      `jaxsms.merge_phase`. The key estimates batch statistics.
-    selects: whether it leaves candidates out, so that those taken are worth a record.
-  """
-
-  of: Callable[[Engine, jax.Array], Merge]
-  selects: bool = False
 
 
 class Start(NamedTuple):
@@ -121,7 +109,7 @@ def training_phases(
       rates [m, steps].
     sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
-    merging: of the candidates; None means `MERGES["uniform"]`.
+    merging: of the candidates; None means `merging_of("uniform")`.
     landscapes: phases in which the loss between the candidates is measured.
     shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
       `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
@@ -138,19 +126,20 @@ def training_phases(
     ValueError: see `jaxsms.prune_phase`.
     FloatingPointError: all copies of a phase diverged.
   """
-  cut, trained_images = Cut(engine), 0
+  cut, base, trained_images = Cut(engine), start.model, 0
 
   state = start.state
 
   def retrain(key, pruned, masks, record):
-    nonlocal cut, trained_images, state
+    nonlocal cut, base, trained_images, state
     cut = Cut(engine) if shrink is None else shrink(engine, pruned, masks)
+    base = cut.shrink(pruned)
     chosen, learning_rates = plan(record)
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
     begin, state = state, None
     if begin is None:
       copies = number_of_models(chosen, "ingredients")
-      begin = cut.engine.start(cut.shrink(pruned), copies)
+      begin = cut.engine.start(base, copies)
     masks, phase = cut.masks(masks), record["phase"]
     end = yield from train_copies(
       cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
@@ -159,7 +148,7 @@ def training_phases(
 
   def merge(key, candidates, record):
     accuracy = record["pruned"]["validation_accuracy"]
-    soup, merged = merge_candidates(cut.engine, key, candidates, merging, accuracy)
+    soup, merged = merge_candidates(cut.engine, key, candidates, merging, accuracy, base)
     if record["phase"] in landscapes:
       found = measure_landscape(
         cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
@@ -208,6 +197,7 @@ def merge_candidates(
   candidates: Model,
   merging: Merging | None = None,
   start: float | None = None,
+  base: Model | None = None,
 ) -> tuple[Model, MergeRecord]:
   """Recalibrates and measures candidates, merges them, and measures what that gives.
 
@@ -215,9 +205,10 @@ def merge_candidates(
     engine: the network and its data.
     key: of the phase.
     candidates: leaves [m, ...].
-    merging: of them; None means `MERGES["uniform"]`. One candidate is its own soup.
+    merging: of them; None means `merging_of("uniform")`. One candidate is its own soup.
     start: validation accuracy of the pruned model that all candidates started from, where
       there is one.
+    base: that model, for merges that look at what the candidates have changed.
 
   Returns:
     The soup and its record. Candidates that diverged or collapsed count in nothing but
@@ -226,7 +217,7 @@ def merge_candidates(
   Raises:
     FloatingPointError: all candidates diverged.
   """
-  merging = merging or MERGES["uniform"]
+  merging = merging or merging_of("uniform")
   key = jax.random.fold_in(key, RECALIBRATION)
   candidates = recalibrated(engine, key, candidates)
   m, healthy = number_of_models(candidates), healthy_copies(candidates)
@@ -258,7 +249,7 @@ def merge_candidates(
     model, weights = merge_phase(candidates, uniform_soup)
     soup, of_soup = scores[0], predictions
   else:
-    model, weights = merge_some(candidates, merging.of(engine, key), left_out)
+    model, weights = merge_some(candidates, merging.of(engine, key, base), left_out)
     alone = recalibrated(engine, key, one_model(model))
     (soup,), _, of_soup = measure(engine, alone)
     model = model_at(alone, 0)
@@ -303,28 +294,6 @@ def merge_some(
   indices, weights = np.setdiff1d(np.arange(m), left_out), np.zeros([m])
   model, weights[indices] = merge_phase(take_ingredients(candidates, indices), merge)
   return model, weights
-
-
-def greedy_merge(engine: Engine, key: jax.Array) -> Merge:
-  """Merges by the validation accuracy of each average, its batch statistics its own."""
-
-  def validation_accuracy(model):
-    return on_validation(engine, key, model)["validation_accuracy"]
-
-  return functools.partial(greedy_soup, evaluate=validation_accuracy)
-
-
-MERGES = {
-  "uniform": Merging(lambda engine, key: uniform_soup),
-  "greedy": Merging(greedy_merge, selects=True),
-}
-
-
-def on_validation(engine: Engine, key: jax.Array, model: Model) -> dict[str, float]:
-  """Metrics of one model on validation data, its batch statistics estimated anew."""
-  model = recalibrated(engine, key, one_model(model))
-  predictions = predict(engine.programs, engine.splits.validation, model)
-  return score(engine.programs, {"validation": predictions})[0]
 
 
 def accuracy_on_test(engine: Engine, model: Model) -> float:

@@ -1,0 +1,1 @@
+"""Models on disk that are larger than memory: read, averaged and written by part."""

@@ -1,0 +1,69 @@
+"""Which reader a path needs."""
+
+import contextlib
+import os
+
+from jaxsms import export, pretrained, storage
+from jaxsms.disk.orbax_folders import open_checkpoint
+from jaxsms.disk.shards import INDEX_ENDINGS, index_of, open_file, open_shards
+from jaxsms.disk.tensors import InMemory, Tensors
+from jaxsms.disk.zips import open_npz, open_pytorch
+from jaxsms.files import on_disk
+
+PYTORCH = (".pt", ".pth", ".bin", ".pth.tar")
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def open_tensors(path: str | os.PathLike, stack: contextlib.ExitStack) -> Tensors:
+  """Opens a model of any of the formats, to be read by part.
+
+  Args:
+    path: a .safetensors, .npz or PyTorch file; a folder in Hugging Face's layout (or its
+      index.json); a folder that `jaxsms.checkpoint.save` or orbax wrote, or that of a
+      CheckpointManager, whose newest step is read. In an object store (gs://...) it is
+      copied first.
+    stack: closes what is opened and removes what is copied.
+
+  Returns:
+    The arrays. Where some lie under "params", what a training state has beside them and
+    "batch_stats" is left out.
+
+  Raises:
+    ValueError: there is no such model, or it cannot be read.
+    ImportError: a PyTorch checkpoint of the old kind without PyTorch.
+  """
+  found = _opened(path, stack)
+  stack.callback(found.close)
+  if not found.specs:
+    raise ValueError(f"{path} holds no array: give a checkpoint of a model")
+  if any(name.startswith("params/") for name in found.specs):
+    found.keep(name for name in found.specs if name.split("/")[0] in _COLLECTIONS)
+  return found
+
+
+def _opened(path, stack):
+  address = storage.as_path(path)
+  if address.is_dir():
+    local = stack.enter_context(storage.read_from(address))
+    if index_of(local):
+      return open_shards(local, path)
+    return open_checkpoint(local, path)
+  if storage.is_remote(address):
+    if not address.exists():
+      raise ValueError(f"there is no file {path}: give a checkpoint")
+    local = stack.enter_context(on_disk(address))
+  else:
+    local = os.fspath(address)
+  lower = os.fspath(path).lower()
+  if lower.endswith(INDEX_ENDINGS):
+    return open_shards(local, path)
+  if lower.endswith(".safetensors"):
+    found = open_file(local, path)
+    if found.metadata.get("format") != export.FORMAT:
+      return found
+    found.close()
+  elif lower.endswith(".npz"):
+    return open_npz(local, path)
+  elif lower.endswith(PYTORCH) and (found := open_pytorch(local, path)):
+    return found
+  return InMemory(path, pretrained.load_weights(local))

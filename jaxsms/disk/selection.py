@@ -1,0 +1,100 @@
+"""Exact thresholds over arrays that are larger than memory, in two or three passes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from jaxsms.disk.passes import Block, as_float
+
+Values = Callable[[], Iterator[tuple[Block, np.ndarray]]]
+
+
+@dataclasses.dataclass
+class Threshold:
+  """What goes in a group of arrays: keys below `key`, and the first `left` equal to it.
+
+  Attributes:
+    key: bits of a magnitude.
+    left: how many entries of this key are still to go.
+  """
+
+  key: int
+  left: int
+
+
+class Thresholds:
+  """What is pruned in each array.
+
+  `below` may be called for any block at any time, `ties` for all blocks in the order of
+  positions: entries of equal magnitude go by position.
+  """
+
+  def __init__(self, by_name: dict[str, Threshold], wide: bool):
+    self._by_name = by_name
+    self._wide = wide
+
+  def below(self, block: Block, values: np.ndarray) -> np.ndarray:
+    """The values [n] with what is certain to go set to 0."""
+    threshold = self._by_name.get(block.name)
+    if threshold is None or not threshold.key:
+      return values
+    return np.where(_keys(values, self._wide) < threshold.key, values.dtype.type(0), values)
+
+  def ties(self, block: Block, values: np.ndarray) -> np.ndarray:
+    """Which of the values [n] go as well, int [k]."""
+    threshold = self._by_name.get(block.name)
+    if threshold is None or not threshold.left:
+      return np.zeros([0], int)
+    tied = np.flatnonzero(_keys(values, self._wide) == threshold.key)[: threshold.left]
+    threshold.left -= len(tied)
+    return tied
+
+
+def smallest(
+  values: Values, groups: Sequence[tuple[Sequence[str], int]], wide: bool
+) -> Thresholds:
+  """What has the smallest magnitudes.
+
+  Magnitudes are compared by their bits, of which each pass finds the next digit: it counts
+  how many entries there are of each.
+
+  Args:
+    values: goes through all blocks, a pass at each call.
+    groups: names of arrays that are compared with one another, and how many of their
+      entries are to go.
+    wide: whether the magnitudes are compared in float64, not float32.
+
+  Returns:
+    The thresholds, for all arrays of the groups.
+  """
+  digits = (22, 21, 21) if wide else (16, 16)  # that many bits at a time
+  group_of = {name: i for i, (names, _) in enumerate(groups) for name in names}
+  found = [Threshold(0, goal) for _, goal in groups]
+  shift = sum(digits)
+  for bits in digits:
+    above, shift = shift, shift - bits
+    counts = [np.zeros(2**bits, np.int64) for _ in groups]
+    for block, array in values():
+      if (group := group_of.get(block.name)) is None:
+        continue
+      keys = _keys(array, wide)
+      if above < sum(digits):
+        keys = keys[keys >> above == found[group].key >> above]
+      digit = (keys >> shift) & (2**bits - 1)
+      counts[group] += np.bincount(digit.view(f"i{digit.itemsize}"), minlength=2**bits)
+    for threshold, count in zip(found, counts, strict=True):
+      # The largest digit with no more entries below it than are to go.
+      before = np.concatenate([[0], np.cumsum(count)])[:-1]
+      digit = int(np.searchsorted(before, threshold.left, side="right")) - 1
+      threshold.key |= digit << shift
+      threshold.left -= int(before[digit])
+  by_name = {name: found[i] for name, i in group_of.items()}
+  return Thresholds(by_name, wide)
+
+
+def _keys(values, wide):
+  """The bits of the magnitudes: floats from 0 up are ordered as their bits are."""
+  kind = np.float64 if wide else np.float32
+  magnitudes = np.abs(as_float(values)).astype(kind, copy=False)
+  return magnitudes.view(f"u{magnitudes.itemsize}")

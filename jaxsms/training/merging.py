@@ -1,0 +1,166 @@
+"""Merges of candidates by name, with what they need from a network and its data."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxsms.merges import (
+  MERGES,
+  Means,
+  average_by_leaf,
+  bind,
+  diagonal_fisher,
+  learned_weights,
+)
+from jaxsms.names import check_name
+from jaxsms.phases import Merge, Weighted
+from jaxsms.soups import greedy_soup, uniform_soup
+from jaxsms.training.engine import Engine, Model, one_model
+from jaxsms.training.landscape import evenly
+from jaxsms.training.measurements import predict, recalibrated, score
+from jaxsms.training.programs import Programs
+from jaxsms.training.streamed import StreamedData
+from jaxsms.trees import PyTree
+
+LEARNING_IMAGES = 1000  # of the validation data, for learned weights
+FISHER_IMAGES = 500  # of the training data
+_GRADIENTS = 8  # of single images that are held at once
+# Task arithmetic of candidates and the pruned model that they come from is their mean.
+NAMES = tuple(name for name in MERGES if name not in ("weighted", "task_arithmetic"))
+
+
+class Merging(NamedTuple):
+  """How the candidates of a phase become one model.
+
+  Attributes:
+    of: `of(engine, key, base)` giving the merge of `Model` leaves [m, ...], see
+      `jaxsms.merge_phase`. The key estimates batch statistics; `base` is the pruned model
+      that the candidates were trained from, None where there is none.
+    selects: whether it leaves candidates out, so that those taken are worth a record.
+  """
+
+  of: Callable[[Engine, jax.Array, Model | None], Merge]
+  selects: bool = False
+
+
+def merging_of(name: str, prior: float = 1e-4) -> Merging:
+  """The merging of a phase by its name.
+
+  Args:
+    name: one of `NAMES`.
+    prior: the L2 coefficient of training, for inverse variances.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  check_name("merge", name, NAMES)
+  if name == "uniform":
+    return Merging(lambda engine, key, base: uniform_soup)
+  if name == "greedy":
+    return Merging(lambda engine, key, base: greedy_merge(engine, key), selects=True)
+  return Merging(functools.partial(named_merge, name, prior=prior))
+
+
+def greedy_merge(engine: Engine, key: jax.Array) -> Merge:
+  """Merges by the validation accuracy of each average, its batch statistics its own."""
+
+  def validation_accuracy(model):
+    return on_validation(engine, key, model)["validation_accuracy"]
+
+  return functools.partial(greedy_soup, evaluate=validation_accuracy)
+
+
+def on_validation(engine: Engine, key: jax.Array, model: Model) -> dict[str, float]:
+  """Metrics of one model on validation data, its batch statistics estimated anew."""
+  model = recalibrated(engine, key, one_model(model))
+  predictions = predict(engine.programs, engine.splits.validation, model)
+  return score(engine.programs, {"validation": predictions})[0]
+
+
+def named_merge(
+  name: str,
+  engine: Engine,
+  key: jax.Array,
+  base: Model | None,
+  prior: float = 1e-4,
+  weights: np.ndarray | None = None,
+) -> Merge:
+  """A merge of candidates by its name, except "greedy".
+
+  Args:
+    name: one of `jaxsms.merges.MERGES`.
+    engine: the network, and its data: validation images for learned weights, training
+      images for squared gradients.
+    key: of the phase.
+    base: the pruned model that the candidates were trained from, leaves [...].
+    prior: the L2 coefficient of training.
+    weights: float [m], of the models where entries have weights of their own; None means
+      equal ones.
+
+  Returns:
+    A function of `Model` leaves [m, ...].
+
+  Raises:
+    ValueError: an unknown name, or data that are streamed where images are needed.
+  """
+  programs, splits = engine.programs, engine.splits
+  if MERGES[name].in_memory and isinstance(splits.train, StreamedData):
+    raise ValueError(
+      f"merge {name} needs images in memory, and these are streamed: give --nostream, or "
+      "another merge"
+    )
+  means = Means(base=base, prior=prior, weights=weights)
+  if name in ("learned", "learned_by_layer"):
+    by = "layer" if name == "learned_by_layer" else "model"
+    held_out = evenly(splits.validation, LEARNING_IMAGES)
+    data = held_out.images, held_out.labels
+
+    def learned(candidates):
+      weights = learned_weights(candidates, loss_of(programs), data, by=by)
+      return Weighted(average_by_leaf(candidates, weights), mean_weights(weights.params))
+
+    return learned
+  if name in ("fisher", "inverse_variance"):
+    images = evenly(splits.train, FISHER_IMAGES).images
+    means = means._replace(squared_gradients=squares_of(programs), data=(key, images))
+  return bind(name, means)
+
+
+def mean_weights(weights: PyTree) -> np.ndarray:
+  """float [m], the mean over leaves of weights [m]."""
+  return np.mean(jax.device_get(jax.tree.leaves(weights)), axis=0, dtype=np.float64)
+
+
+# Cached: what is compiled for a function serves in all phases.
+
+
+@functools.lru_cache(maxsize=8)
+def loss_of(programs: Programs) -> Callable[..., jax.Array]:
+  """`loss(model, images, labels)`, batch statistics as they are."""
+
+  def loss(model, images, labels):
+    logits = _logits(programs, model, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  return loss
+
+
+@functools.lru_cache(maxsize=8)
+def squares_of(programs: Programs) -> Callable[..., PyTree]:
+  """`squares(model, key, images)`, the diagonal of its Fisher matrix."""
+
+  def squares(model, key, images):
+    return diagonal_fisher(
+      key, functools.partial(_logits, programs), model, images, batch_size=_GRADIENTS
+    )
+
+  return squares
+
+
+def _logits(programs, model, images):
+  one = jax.tree.map(lambda x: x[None], model)
+  return programs.predict.on(None, 1)(images, *one)[0]

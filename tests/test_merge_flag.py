@@ -1,0 +1,55 @@
+"""--merge of the main job: what it takes, what it refuses, and what a run records."""
+
+import main_job
+import numpy as np
+import pytest
+
+from experiments import settings, soup_progress
+from jaxsms.merges import MERGES
+
+IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "greedy"})
+
+
+def test_merges_that_need_more_are_not_those_of_a_run():
+  assert sorted({*settings.MERGES, "weighted", "task_arithmetic"}) == sorted(MERGES)
+  for name in settings.MERGES:
+    assert name in settings.FLAGS["merge"].help
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--merge=slerp"], "--merge=slerp is of two copies, and --ingredients is 5"),
+    (["--merge=tie"], "did you mean ties?"),
+    (["--merge=weighted"], "unknown merge 'weighted'"),
+    (["--merge=learned", "--dataset=cifar10", "--stream"], "needs images in memory"),
+  ],
+)
+def test_what_a_run_cannot_merge_is_refused(tmp_path, capsys, flags, words):
+  assert main_job.run(*flags, f"--workdir={tmp_path / 'run'}") == 2
+  assert words in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
+def test_progress_without_a_terminal_says_bytes_and_time_left(capsys, monkeypatch):
+  monkeypatch.setattr(soup_progress, "EVERY", -1)
+  with soup_progress.BytesProgress(4000) as progress:
+    progress.add(1000)
+    progress.add(3000)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith("read 1.0 kB of 4.0 kB, ") and lines[0].endswith(" left")
+  assert lines[1].startswith("read 4.0 kB of 4.0 kB, 0:00")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_RUNS)
+def test_a_run_merges_by_every_name(tmp_path, name):
+  workdir = tmp_path / "run"
+  copies = 2 if MERGES[name].two else 3
+  flags = [*main_job.SMALL, f"--ingredients={copies}", f"--merge={name}"]
+  assert main_job.run(*flags, f"--workdir={workdir}") == 0
+  for phase in main_job.results(workdir)["seeds"][0]["phases"]:
+    assert np.isclose(sum(phase["weights"]), 1)
+    assert phase["soup"]["test_accuracy"] > 0.2
+    assert np.isclose(phase["sparsity"], phase["soup"].get("sparsity", phase["sparsity"]))
+  assert f"| merge | {name} |" in (workdir / "report.md").read_text()
