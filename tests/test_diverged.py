@@ -249,8 +249,9 @@ def test_averaging_that_fails_is_not_hidden_by_a_collapsed_copy(programs, traine
     bad = jax.tree.map(lambda x: -x[0], candidates.params)
     return candidates._replace(params=bad)
 
+  merging = Merging(lambda engine, key: half_bad)
   copies = copies_of(trained, {3: negated})
-  _, record = merged(programs, copies, start=0.95, merge=half_bad)
+  _, record = merged(programs, copies, start=0.95, merging=merging)
   assert record["collapsed"] == [3]
   failed = record["averaging_failed"]
   good = [record["candidates"][i]["validation_accuracy"] for i in range(3)]
@@ -273,7 +274,8 @@ def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
 
 
 def test_greedy_merging_leaves_a_collapsed_copy_out(programs, trained):
-  _, record = merged(programs, copies_of(trained, {1: negated}), start=0.95, greedy=True)
+  copies = copies_of(trained, {1: negated})
+  _, record = merged(programs, copies, start=0.95, merging=MERGES["greedy"])
   assert record["collapsed"] == [1]
   assert record["weights"][1] == 0
   assert sum(record["weights"]) == pytest.approx(1)
