@@ -143,7 +143,7 @@ def test_dropout_draws_from_the_same_distribution():
 
 def test_other_batches_jit_and_copies():
   network = NETWORKS["decoder"]()
-  small, masks = cut_at_random(*network)
+  small, masks = cut_at_random(network.apply, network.params, network.inputs)
   masked = apply_masks(network.params, masks)
   for batch, length in ((1, 5), (3, 7)):
     words = jnp.zeros((batch, length), int)
