@@ -67,7 +67,9 @@ def in_torch(torch):
         else:
           body = [layer(inputs, width, 3, stride), layer(width, outs, 3, act=nn.Identity)]
         same = stride == 1 and inputs == outs
-        shortcut = nn.Identity() if same else layer(inputs, outs, 1, stride, act=nn.Identity)
+        shortcut = (
+          nn.Identity() if same else layer(inputs, outs, 1, stride, act=nn.Identity)
+        )
         layers.append(Residual(nn.Sequential(*body), shortcut, nn.ReLU()))
         inputs = outs
     return nn.Sequential(*layers, *end(inputs))

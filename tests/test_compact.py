@@ -22,7 +22,14 @@ from foreign_networks import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsms import channel_groups, compact, compact_from, magnitude_masks, models
+from jaxsms import (
+  channel_groups,
+  compact,
+  compact_from,
+  convolution,
+  magnitude_masks,
+  models,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -162,6 +169,32 @@ def test_other_batches_jit_and_copies():
   cut = jax.jit(jax.vmap(jax.value_and_grad(loss(small.apply))))(small_copies)
   assert_close(several[0], cut[0])
   assert_close(jax.vmap(small.shrink)(several[1]), cut[1])
+
+
+def test_our_convolution_in_place_of_plain_ones_and_one_image_at_a_time():
+  """Plain convolutions run as ours; ours under a vmap over images are followed too."""
+  module, variables, images = ours("resnet8", width=4)
+  plain = models.create("resnet8", 10, width=4, convolution=jax.lax.conv_general_dilated)
+  groups = channel_groups(plain.apply, variables, images)
+  masks = masks_of(variables, groups, random_kept(groups))
+  masked = apply_masks(variables, masks)
+  outs, gradient = outputs_and_gradients(plain.apply, masked, (images,))
+
+  def single(variables, images):
+    return jax.vmap(lambda x: module.apply(variables, x[None])[0])(images)
+
+  own = compact(
+    plain.apply, variables, masks, images, convolution=convolution.conv_general_dilated
+  )
+  assert "conv_general_dilated" not in {
+    equation.primitive.name
+    for equation in jax.make_jaxpr(own.apply)(own.params, images).eqns
+  }
+  for small in (own, compact(single, variables, masks, images)):
+    assert number_of_weights(small.params) == stays(variables, masks)
+    small_outs, cut = outputs_and_gradients(small.apply, small.params, (images,))
+    assert_close(outs, small_outs)
+    assert_close(small.shrink(gradient), cut)
 
 
 def test_a_loss_cut_trains_like_the_masked_network():

@@ -29,9 +29,9 @@ class Compact:
     layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
   """
 
-  def __init__(self, apply, paths, leaves, zeros, kept, params, masks=None):
+  def __init__(self, apply, paths, leaves, zeros, kept, params, convolution=None):
     self._paths, self._leaves, self._zeros, self._kept = paths, leaves, zeros, kept
-    self.params, self.masks = params, masks
+    self.params, self.masks, self._convolution = params, None, convolution
     self.apply = self.cut(apply)
 
   @property
@@ -65,7 +65,7 @@ class Compact:
       key = jax.tree.structure(params), inputs.key
       if key not in traces:
         trace = Trace(inputs.bound(function), full, inputs.arrays, self._zeros)
-        traces[key] = trace, Cut(trace.walk, self._gone(trace))
+        traces[key] = trace, Cut(trace.walk, self._gone(trace), self._convolution)
       trace, cut = traces[key]
       outs = evaluate(cut, trace.record, [*leaves, *inputs.arrays])
       return jax.tree.unflatten(trace.out_tree, outs)
@@ -151,7 +151,11 @@ class Compact:
 
 
 def compact(
-  apply: Callable[..., Any], params: PyTree, masks: PyTree, *inputs: Any
+  apply: Callable[..., Any],
+  params: PyTree,
+  masks: PyTree,
+  *inputs: Any,
+  convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
   """Cuts out of a network the channels that its masks emptied.
 
@@ -166,6 +170,9 @@ def compact(
     params: tree of parameters, arrays or shapes. May hold other leaves.
     masks: tree of bool arrays with the structure of `params`, True where kept; concrete.
     *inputs: arrays, or their `jax.ShapeDtypeStruct`s, such as one batch.
+    convolution: what runs the plain convolutions of `apply`, such as
+      `jaxsms.convolution.conv_general_dilated`, which is fast for several copies; None
+      leaves them as they are.
 
   Returns:
     The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
@@ -190,7 +197,7 @@ def compact(
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
   paths = [path_string(path) for path in trace.paths]
-  network = Compact(apply, paths, trace.leaves, zeros, kept, None)
+  network = Compact(apply, paths, trace.leaves, zeros, kept, None, convolution)
   network.params = network.shrink(jax.tree.map(_masked, params, masks))
   network.masks = jax.tree.map(np.asarray, masks)
   network.masks = network.shrink(network.masks)
@@ -198,7 +205,10 @@ def compact(
 
 
 def compact_from(
-  apply: Callable[..., Any], params: PyTree, layout: Sequence[dict[str, Any]]
+  apply: Callable[..., Any],
+  params: PyTree,
+  layout: Sequence[dict[str, Any]],
+  convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
   """A cut network again, from what was saved of it.
 
@@ -206,6 +216,7 @@ def compact_from(
     apply: the network's function, of params of the full shapes.
     params: tree of smaller arrays, the `params` of a `Compact` or trained from them.
     layout: its `layout`.
+    convolution: as in `compact`.
 
   Returns:
     The network that they were saved from, but for `masks`, which is None.
@@ -227,7 +238,7 @@ def compact_from(
   kept, zeros = (
     [_masks(row[name], row["shape"]) for row in layout] for name in ("kept", "empty")
   )
-  network = Compact(apply, paths, leaves, zeros, kept, params)
+  network = Compact(apply, paths, leaves, zeros, kept, params, convolution)
   network._leaves_and_full(params)
   return network
 
