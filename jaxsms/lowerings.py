@@ -59,12 +59,17 @@ class Geometry(NamedTuple):
     return blocks, padding, np.where((taps >= 0) & (taps < k), taps, k)
 
 
+def varying(x) -> frozenset:
+  """The manual mesh axes that an array varies over."""
+  # The names are those of jax 0.10, then of 0.8.
+  kind = jax.typeof(x)
+  kind = getattr(kind, "manual_axis_type", kind)
+  return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
 def vary_alike(*operands):
   """Makes all vary over the manual mesh axes that one does; gradients are summed."""
-  kinds = [jax.typeof(x) for x in operands]
-  # The names are those of jax 0.10, then of 0.8.
-  kinds = [getattr(kind, "manual_axis_type", kind) for kind in kinds]
-  own = [getattr(k, "varying", getattr(k, "vma", frozenset())) for k in kinds]
+  own = [varying(x) for x in operands]
   vary = functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
   missing = [tuple(frozenset().union(*own) - axes) for axes in own]
   return [vary(x, a) if a else x for x, a in zip(operands, missing, strict=True)]

@@ -21,6 +21,7 @@ from flax import nnx
 from foreign_networks import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from jaxsms import (
   channel_groups,
@@ -28,6 +29,7 @@ from jaxsms import (
   compact_from,
   convolution,
   magnitude_masks,
+  make_mesh,
   models,
 )
 
@@ -195,6 +197,28 @@ def test_our_convolution_in_place_of_plain_ones_and_one_image_at_a_time():
     small_outs, cut = outputs_and_gradients(small.apply, small.params, (images,))
     assert_close(outs, small_outs)
     assert_close(small.shrink(gradient), cut)
+
+
+def test_copies_on_a_mesh():
+  """Traced outside of shard_map, run inside: constants vary where parameters do."""
+  module, variables, images = ours("resnet8", width=4)
+
+  def apply(variables, images):
+    return module.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+  small, _ = cut_at_random(apply, variables, (images,))
+  copies = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), small.params)
+
+  def step(copies, images):
+    loss = lambda params: jnp.mean(small.apply(params, images) ** 2)  # noqa: E731
+    return jax.vmap(jax.value_and_grad(loss))(copies)
+
+  own = P("ingredient")
+  sharded = jax.shard_map(
+    step, mesh=make_mesh(2, 2), in_specs=(own, P()), out_specs=own,
+    axis_names={"ingredient"},
+  )  # fmt: skip
+  assert_close(jax.jit(step)(copies, images), jax.jit(sharded)(copies, images))
 
 
 def test_a_loss_cut_trains_like_the_masked_network():

@@ -11,9 +11,11 @@ from jax import lax
 from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxsms import convolution
+from jaxsms.channels.arrays import take
 from jaxsms.channels.calls import CALLS, own_operation, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
+from jaxsms.lowerings import vary_alike, varying
 
 
 class Cut:
@@ -74,7 +76,11 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
     ins = [read(v) for v in equation.invars]
     values = [None if isinstance(v, Literal) else known[v] for v in equation.invars]
     out_values = [known[v] for v in equation.outvars]
-    other = cut.convolution and _has_convolution(equation)
+    # Inside shard_map a trace from outside has no place for what varies over the mesh.
+    alike = vary_alike(*ins) if len(ins) > 1 else ins
+    varies = any(map(_varies, alike))
+    ins = alike if varies else ins
+    other = varies or (cut.convolution and _has_convolution(equation))
     if other or any(v is not None and cut.touches(v) for v in values + out_values):
       step = _Step(cut, equation, values, out_values, record.inner.get(index, ()))
       outs = _RULES.get(equation.primitive.name, _same)(step, ins)
@@ -82,6 +88,10 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
       outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
     env |= zip(equation.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
+
+
+def _varies(x):
+  return not isinstance(x, np.generic | float | int) and varying(x)
 
 
 class _Step:
@@ -121,15 +131,6 @@ def _of_variables(equation, values):
   """Of values that belong to the operands, those of each variable, once."""
   pairs = zip(equation.invars, values, strict=True)
   return list({v: x for v, x in pairs if not isinstance(v, Literal)}.values())
-
-
-def take(array: Any, masks: Sequence[np.ndarray | None]) -> Any:
-  """Of an array, what stays along each axis."""
-  for axis, mask in enumerate(masks):
-    if mask is not None:
-      numbers = np if isinstance(array, np.ndarray) else jnp
-      array = numbers.take(array, np.flatnonzero(mask), axis=axis)
-  return array
 
 
 def _same(step, ins):
