@@ -197,4 +197,5 @@ def _operation(how, index):
     out = stacked(flat(a), flat(b))
     return out.reshape(size, copies, *out.shape[1:]), True
 
+  join.stacked_convolution = (how, index)
   return operation

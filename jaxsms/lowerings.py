@@ -71,14 +71,17 @@ def pair(values: Iterable[T]) -> tuple[T, T]:
   return height, width
 
 
+def varying(x: jax.Array) -> frozenset[str]:
+  """The manual mesh axes that an array varies over."""
+  # The names are those of jax 0.10, then of 0.8.
+  kind = jax.typeof(x)
+  kind = getattr(kind, "manual_axis_type", kind)
+  return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
 def vary_alike(*operands):
   """Makes all vary over the manual mesh axes that one does; gradients are summed."""
-  kinds = [jax.typeof(x) for x in operands]
-  # The names are those of jax 0.10, then of 0.8.
-  kinds = [getattr(kind, "manual_axis_type", kind) for kind in kinds]
-  own: list[frozenset[str]] = [
-    getattr(k, "varying", getattr(k, "vma", frozenset())) for k in kinds
-  ]
+  own = [varying(x) for x in operands]
   cast = getattr(lax, "pcast", None)  # jax 0.7 has `pvary`, which later ones lack
   vary = functools.partial(cast, to="varying") if cast else lax.pvary  # type: ignore[attr-defined]
   missing = [tuple(frozenset[str]().union(*own) - axes) for axes in own]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsms.trees import is_floating
+from jaxsms.trees import is_array, is_floating
 
 KEY = jax.random.key(0)
 
@@ -29,7 +29,7 @@ def _arrays(tree, seed=0):
 
   def fill(x):
     if not is_floating(x):
-      return x
+      return jnp.zeros(x.shape, x.dtype) if is_array(x) else x
     return jnp.asarray(
       rng.uniform(0.2, 0.8, x.shape) * rng.choice([-1, 1], x.shape), x.dtype
     )
@@ -235,7 +235,71 @@ def haiku():
   return Network(made.apply, _arrays(jax.eval_shape(made.init, KEY, inputs)), (inputs,))
 
 
+def haiku_state():
+  """Haiku in training: (params, state), whose averages are written and never read."""
+
+  def network(x):
+    x = hk.BatchNorm(True, True, 0.9)(hk.Conv2D(6, 3)(x), True)
+    x = hk.BatchNorm(True, True, 0.9)(hk.Conv2D(8, 3)(jax.nn.relu(x)), True)
+    return hk.Linear(3)(x.mean((1, 2)))
+
+  made = hk.without_apply_rng(hk.transform_with_state(network))
+  inputs = _input(4, 6, 6, 3)
+  shapes = jax.eval_shape(made.init, KEY, inputs)
+  return Network(lambda both, x: made.apply(*both, x), _arrays(shapes), (inputs,))
+
+
+class _Recurrent(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.RNN(nn.LSTMCell(6))(x)
+    return nn.Dense(2)(nn.RNN(nn.GRUCell(5))(x)[:, -1])
+
+
+def recurrent():
+  """Recurrent cells: a scan over time whose state is a group."""
+  return _linen(_Recurrent(), _input(2, 4, 3))
+
+
+class _Normalized(eqx.Module):
+  conv: eqx.nn.Conv2d
+  norm: eqx.nn.BatchNorm
+  head: eqx.nn.Linear
+
+  def __init__(self):
+    self.conv = eqx.nn.Conv2d(3, 6, 3, key=KEY)
+    self.norm = eqx.nn.BatchNorm(6, "batch", mode="batch")
+    self.head = eqx.nn.Linear(6, 2, key=KEY)
+
+  def __call__(self, x, state):
+    x, state = self.norm(self.conv(x), state)
+    return self.head(jax.nn.relu(x).mean((1, 2))), state
+
+
+def equinox_state():
+  """Equinox in training: (module, state), a mean over the axis that vmap has named."""
+
+  def apply(both, x):
+    module, state = both
+    over = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+    return jax.vmap(module, **over)(x, state)
+
+  return Network(apply, eqx.nn.make_with_state(_Normalized)(), (_input(4, 3, 6, 6),))
+
+
 NETWORKS = {
   f.__name__: f
-  for f in (by_hand, mobile, densenet, unet, decoder, nnx_network, equinox, haiku)
+  for f in (
+    haiku_state,
+    recurrent,
+    equinox_state,
+    by_hand,
+    mobile,
+    densenet,
+    unet,
+    decoder,
+    nnx_network,
+    equinox,
+    haiku,
+  )
 }

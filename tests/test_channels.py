@@ -202,6 +202,23 @@ def test_what_passes():
     assert [g.size for g in found][:1] == [5], number
 
 
+def test_an_axis_split_where_only_one_part_has_labels():
+  """Repeated, grouped, normalized and tiled: all of it stays, and what it meets."""
+  params = ones(a=(3, 4), scale=(16,), c=(32, 2))
+
+  def apply(p, x):
+    x = x @ p["a"]
+    x = jnp.repeat(jnp.concatenate([x, -x], -1), 2, -1)
+    groups = x.reshape(-1, 2, 8)
+    x = (groups - groups.mean(-1, keepdims=True)).reshape(x.shape) * p["scale"]
+    return jnp.tile(x, (1, 2)) @ p["c"]
+
+  groups = channel_groups(apply, params, jnp.ones((2, 3)))
+  assert len(groups) == 0
+  left = {"a, axis 0", "a, axis 1", "scale, axis 0", "c, axis 0", "c, axis 1"}
+  assert set(dict(groups.left_alone)) == left
+
+
 def test_group_norm_goes_by_the_group():
   class Network(nn.Module):
     @nn.compact
@@ -255,6 +272,9 @@ FOREIGN = {
   "nnx_network": [8, 6],
   "equinox": [6, 2, 3, 3, 6, 8, 8],
   "haiku": [6, 8, 7],
+  "haiku_state": [6, 8],
+  "recurrent": [6, 5],
+  "equinox_state": [6],
 }
 
 

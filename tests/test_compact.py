@@ -21,8 +21,17 @@ from flax import nnx
 from foreign_networks import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
-from jaxsms import channel_groups, compact, compact_from, magnitude_masks, models
+from jaxsms import (
+  channel_groups,
+  compact,
+  compact_from,
+  convolution,
+  magnitude_masks,
+  make_mesh,
+  models,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -143,7 +152,7 @@ def test_dropout_draws_from_the_same_distribution():
 
 def test_other_batches_jit_and_copies():
   network = NETWORKS["decoder"]()
-  small, masks = cut_at_random(*network)
+  small, masks = cut_at_random(network.apply, network.params, network.inputs)
   masked = apply_masks(network.params, masks)
   for batch, length in ((1, 5), (3, 7)):
     words = jnp.zeros((batch, length), int)
@@ -162,6 +171,54 @@ def test_other_batches_jit_and_copies():
   cut = jax.jit(jax.vmap(jax.value_and_grad(loss(small.apply))))(small_copies)
   assert_close(several[0], cut[0])
   assert_close(jax.vmap(small.shrink)(several[1]), cut[1])
+
+
+def test_our_convolution_in_place_of_plain_ones_and_one_image_at_a_time():
+  """Plain convolutions run as ours; ours under a vmap over images are followed too."""
+  module, variables, images = ours("resnet8", width=4)
+  plain = models.create("resnet8", 10, width=4, convolution=jax.lax.conv_general_dilated)
+  groups = channel_groups(plain.apply, variables, images)
+  masks = masks_of(variables, groups, random_kept(groups))
+  masked = apply_masks(variables, masks)
+  outs, gradient = outputs_and_gradients(plain.apply, masked, (images,))
+
+  def single(variables, images):
+    return jax.vmap(lambda x: module.apply(variables, x[None])[0])(images)
+
+  own = compact(
+    plain.apply, variables, masks, images, convolution=convolution.conv_general_dilated
+  )
+  assert "conv_general_dilated" not in {
+    equation.primitive.name
+    for equation in jax.make_jaxpr(own.apply)(own.params, images).eqns
+  }
+  for small in (own, compact(single, variables, masks, images)):
+    assert number_of_weights(small.params) == stays(variables, masks)
+    small_outs, cut = outputs_and_gradients(small.apply, small.params, (images,))
+    assert_close(outs, small_outs)
+    assert_close(small.shrink(gradient), cut)
+
+
+def test_copies_on_a_mesh():
+  """Traced outside of shard_map, run inside: constants vary where parameters do."""
+  module, variables, images = ours("resnet8", width=4)
+
+  def apply(variables, images):
+    return module.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+  small, _ = cut_at_random(apply, variables, (images,))
+  copies = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), small.params)
+
+  def step(copies, images):
+    loss = lambda params: jnp.mean(small.apply(params, images) ** 2)  # noqa: E731
+    return jax.vmap(jax.value_and_grad(loss))(copies)
+
+  own = P("ingredient")
+  sharded = jax.shard_map(
+    step, mesh=make_mesh(2, 2), in_specs=(own, P()), out_specs=own,
+    axis_names={"ingredient"},
+  )  # fmt: skip
+  assert_close(jax.jit(step)(copies, images), jax.jit(sharded)(copies, images))
 
 
 def test_a_loss_cut_trains_like_the_masked_network():

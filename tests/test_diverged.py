@@ -275,7 +275,7 @@ def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
 
 def test_greedy_merging_leaves_a_collapsed_copy_out(programs, trained):
   copies = copies_of(trained, {1: negated})
-  _, record = merged(programs, copies, start=0.95, merging=MERGES["greedy"])
+  _, record = merged(programs, copies, start=0.95, greedy=True)
   assert record["collapsed"] == [1]
   assert record["weights"][1] == 0
   assert sum(record["weights"]) == pytest.approx(1)

@@ -46,6 +46,11 @@ SIGNATURES = {
       "initial_lr": None,
     },
   ),
+  "channel_groups": ({"apply": REQUIRED, "params": REQUIRED}, {}),
+  "compact": (
+    {"apply": REQUIRED, "params": REQUIRED, "masks": REQUIRED},
+    {"convolution": None},
+  ),
   "stack": ({"models": REQUIRED}, {}),
   "unstack": ({"stacked": REQUIRED}, {}),
   "masks_of_channels": (
@@ -102,7 +107,8 @@ def test_signatures_stay_as_promised(name):
     assert parameters[parameter].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
   # Whatever else there is has a default.
   for parameter in set(parameters) - set(positional) - set(keywords):
-    assert parameters[parameter].default is not REQUIRED
+    optional = parameters[parameter].kind == inspect.Parameter.VAR_POSITIONAL
+    assert optional or parameters[parameter].default is not REQUIRED
 
 
 def test_all_is_sorted_and_complete():

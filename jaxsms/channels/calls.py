@@ -8,7 +8,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxsms.channels.derivatives import walk_derivative
 from jaxsms.channels.labels import Axis
-from jaxsms.channels.products import own_convolution
+from jaxsms.channels.products import own_convolution, stacked_convolution
 from jaxsms.channels.shapes import joined
 from jaxsms.channels.values import Record, Value, Walk
 
@@ -55,11 +55,21 @@ def own_operation(equation: Any) -> tuple[tuple, int] | None:
   return getattr(jaxpr.eqns[0].params["rule"], "convolution", None)
 
 
+def stacked_operation(equation: Any) -> tuple[tuple, int] | None:
+  """The same of one that runs for several copies at once."""
+  if equation.primitive.name != "custom_vmap_call":
+    return None
+  return getattr(equation.params["rule"], "stacked_convolution", None)
+
+
 def call(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   """What the function inside does."""
   own = own_operation(equation)
   if own:
-    return own_convolution(walk, own[1], ins)
+    return own_convolution(walk, own[1], ins[-2:])
+  stacked = stacked_operation(equation)
+  if stacked:
+    return stacked_convolution(walk, stacked[1], ins[-2:])
   record = walk.run(*inner_function(equation), ins)
   if not walk.derivatives or equation.primitive.name not in WITH_DERIVATIVES:
     return record.outs, (record,)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxsms import convolution
-from jaxsms.channels.calls import CALLS, own_operation
+from jaxsms.channels.arrays import take
+from jaxsms.channels.calls import CALLS, own_operation, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
+from jaxsms.lowerings import vary_alike, varying
 
 
 class Cut:
@@ -21,10 +23,14 @@ class Cut:
 
   Attributes:
     gone: bool for each label.
+    convolution: what runs plain convolutions, with the signature of
+      `jax.lax.conv_general_dilated`; None leaves them as they are.
   """
 
-  def __init__(self, walk: Walk, gone: np.ndarray):
-    self._labels, self.gone = walk.labels, gone
+  def __init__(
+    self, walk: Walk, gone: np.ndarray, convolution: Callable[..., jax.Array] | None = None
+  ):
+    self._labels, self.gone, self.convolution = walk.labels, gone, convolution
     self._kept: dict[int, tuple[Axis, np.ndarray | None]] = {}
 
   def kept(self, axis: Axis | Fixed) -> np.ndarray | None:
@@ -70,13 +76,22 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
     ins = [read(v) for v in equation.invars]
     values = [None if isinstance(v, Literal) else known[v] for v in equation.invars]
     out_values = [known[v] for v in equation.outvars]
-    if any(v is not None and cut.touches(v) for v in values + out_values):
+    # Inside shard_map a trace from outside has no place for what varies over the mesh.
+    alike = vary_alike(*ins) if len(ins) > 1 else ins
+    varies = any(map(_varies, alike))
+    ins = alike if varies else ins
+    other = varies or (cut.convolution and _has_convolution(equation))
+    if other or any(v is not None and cut.touches(v) for v in values + out_values):
       step = _Step(cut, equation, values, out_values, record.inner.get(index, ()))
       outs = _RULES.get(equation.primitive.name, _same)(step, ins)
     else:
       outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
     env |= zip(equation.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
+
+
+def _varies(x):
+  return not isinstance(x, np.generic | float | int) and varying(x)
 
 
 class _Step:
@@ -116,15 +131,6 @@ def _of_variables(equation, values):
   """Of values that belong to the operands, those of each variable, once."""
   pairs = zip(equation.invars, values, strict=True)
   return list({v: x for v, x in pairs if not isinstance(v, Literal)}.values())
-
-
-def take(array: Any, masks: Sequence[np.ndarray | None]) -> Any:
-  """Of an array, what stays along each axis."""
-  for axis, mask in enumerate(masks):
-    if mask is not None:
-      numbers = np if isinstance(array, np.ndarray) else jnp
-      array = numbers.take(array, np.flatnonzero(mask), axis=axis)
-  return array
 
 
 def _same(step, ins):
@@ -225,17 +231,52 @@ def _convolution(step, ins):
       # Where the channels of each group go, the groups stay.
     if groups > 1 and mask is not None:
       counts[name] = int(mask.reshape(groups, -1).any(1).sum())
-  return step.bind(ins, **counts)
+  if step.cut.convolution is None:
+    return step.bind(ins, **counts)
+  p = {**step.params, **counts}
+  return [step.cut.convolution(*ins, **{name: p[name] for name in _CONVOLUTION})]
+
+
+_CONVOLUTION = (
+  "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
+  "feature_group_count", "batch_group_count", "precision", "preferred_element_type",
+)  # fmt: skip
+
+
+def _has_convolution(equation):
+  """Whether there is a plain convolution in an operation that this room can run."""
+  if equation.primitive.name == "conv_general_dilated":
+    return True
+  if equation.primitive.name not in _RULES or own_operation(equation):
+    return False
+  return any(
+    _has_convolution(inner)
+    for jaxpr in jaxprs_in_params(equation.params)
+    for inner in jaxpr.eqns
+  )
 
 
 def _call(step, ins):
   own = own_operation(step.equation)
   if own:
     how, index = own
-    return [convolution.OPERATIONS[index](how, *ins)]
+    return [convolution.OPERATIONS[index](how, *ins[-2:])]  # constants come first
+  own = stacked_operation(step.equation)
+  if own:
+    how, index = own
+    return [_stacked(functools.partial(convolution.OPERATIONS[index], how), *ins[-2:])]
   if len(step.inner) > 1:
     return _custom(step, ins)
   return evaluate(step.cut, step.inner[0], ins)
+
+
+def _stacked(operation, a, b):
+  """[m, ...] of operands each of which has m copies or, shared, one."""
+  if len(a) == len(b) == 1:
+    return operation(a[0], b[0])[None]
+  axes = tuple(0 if len(x) > 1 else None for x in (a, b))
+  a, b = (x if axis == 0 else x[0] for x, axis in zip((a, b), axes, strict=True))
+  return jax.vmap(operation, axes)(a, b)
 
 
 def _custom(step, ins):

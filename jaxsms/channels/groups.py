@@ -176,11 +176,23 @@ class Trace:
       self.walk.stays(v.aval.shape, "it is an input of the function")
       for v in jaxpr.invars[len(own) :]
     ]
-    for value, flag in zip(own, calls.used(jaxpr), strict=False):
-      for axis in () if flag or not unused_stay else value.axes:
-        labels.freeze(axis, "the function does not use it")
     self.record = self.walk.run(jaxpr, closed.consts, [*own, *rest])
     self._outputs(outs)
+    if unused_stay:
+      self._unused(calls.used(jaxpr)[: len(own)])
+
+  def _unused(self, used):
+    """Leaves that nothing reads stay, unless an output is their new value."""
+    labels, tied = self.walk.labels, set()
+    for axes in (axes for axes, flag in zip(self.axes, used, strict=True) if flag):
+      for axis in map(labels.normal, axes):
+        if isinstance(axis, Axis):
+          tied |= set(axis.labels.ravel().tolist())
+    for axes in (axes for axes, flag in zip(self.axes, used, strict=True) if not flag):
+      for axis in map(labels.normal, axes):
+        if isinstance(axis, Axis):
+          alone = ~np.isin(axis.labels, list(tied))
+          labels.freeze(axis, "the function does not use it", alone)
 
   def _outputs(self, outs):
     """Outputs stay, but for those that are new values of a leaf of params."""
@@ -207,8 +219,9 @@ class Trace:
     best.sort(reverse=True)
     if not best or (len(best) > 1 and best[0][0] == best[1][0]):
       return None
-    leaf = best[0][1]
-    return leaf if self._is_state(leaf, value) else None
+    common, leaf = best[0]
+    whole = common == len(path_names(self.paths[leaf])) > 1
+    return leaf if whole or self._is_state(leaf, value) else None
 
   def _is_state(self, leaf, value):
     """Whether an output is a batch statistic, or made from the leaf of its name."""

@@ -43,8 +43,8 @@ class Labels:
     self._composite = np.zeros(1024, bool)
     self._members: dict[int, np.ndarray] = {}
     self._used = 1
-    self.reasons = ["", "it meets positions that stay"]
-    self._reason_ids = {text: i for i, text in enumerate(self.reasons)}
+    self.reasons = [None, "it meets positions that stay"]  # 0 is no reason to stay
+    self._reason_ids = {self.reasons[1]: 1}
     self._reason[0] = 1  # label 0 is none
 
   def reason(self, text: str) -> int:
@@ -93,7 +93,7 @@ class Labels:
     """Why positions of a (normal) axis stay; one reason of perhaps several."""
     if isinstance(axis, Fixed):
       return self.reasons[axis.reason]
-    return self.reasons[self._reason[axis.labels].max()]
+    return self.reasons[max(self._reason[axis.labels].max(), 1)]
 
   def normal(self, axis: Axis | Fixed) -> Axis | Fixed:
     """The axis in representatives, none of which stands for several; Fixed if all stay."""

@@ -104,4 +104,14 @@ def own_convolution(walk: Walk, index: int, ins: list[Value]) -> list[Value]:
   return [Value(axes, layer=name)]
 
 
+def stacked_convolution(walk: Walk, index: int, ins: list[Value]) -> list[Value]:
+  """The same for m copies at once: a leading axis, of length 1 where they share."""
+  copies = walk.labels.fixed("copies of a convolution")
+  for value in ins:
+    walk.freeze(value, 0, "copies of a convolution")
+  ins = [v._replace(axes=v.axes[1:]) for v in ins]
+  (out,) = own_convolution(walk, index, ins)
+  return [out._replace(axes=(copies, *out.axes))]
+
+
 RULES = {"dot_general": dot_general, "conv_general_dilated": convolution}

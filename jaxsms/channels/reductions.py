@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxsms.channels.elementwise import several
 from jaxsms.channels.labels import FINITE, ZERO, Axis
 from jaxsms.channels.shapes import joined
-from jaxsms.channels.values import Value, Walk
+from jaxsms.channels.values import Value, Walk, unknown
 
 _KEEP_ZERO = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cummax",
               "cummin", "cumprod", "reduce_window_sum", "reduce_window_max",
@@ -46,6 +47,14 @@ def reduce_sum(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   terms = tuple(value.axes[i] for i in gone) + (value.summed[0] if value.summed else ())
   n = math.prod(shape[i] for i in gone) * (value.summed[1] if value.summed else 1)
   return [Value(axes, summed=(terms, n) if n > 1 else None)]
+
+
+def collective(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
+  """Over a named axis that vmap has made one of the arrays' own."""
+  if not all(isinstance(i, int) for i in equation.params["axes"]):
+    return unknown(walk, equation, ins)
+  rule = reduce_sum if equation.primitive.name == "psum" else reduce
+  return several(rule)(walk, equation, ins)
 
 
 def reduce(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
@@ -127,4 +136,5 @@ RULES = {
                  "reduce_window_min", "select_and_gather_add")
   },
   "fft": fft,
+  **dict.fromkeys(("psum", "pmax", "pmin"), collective),
 }  # fmt: skip

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.channels.evaluate import Cut, evaluate, take
+from jaxsms.channels.arrays import expanded, left_shape, masked_leaf, taken
+from jaxsms.channels.evaluate import Cut, evaluate
 from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
@@ -29,9 +30,9 @@ class Compact:
     layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
   """
 
-  def __init__(self, apply, paths, leaves, zeros, kept, params, masks=None):
+  def __init__(self, apply, paths, leaves, zeros, kept, params, convolution=None):
     self._paths, self._leaves, self._zeros, self._kept = paths, leaves, zeros, kept
-    self.params, self.masks = params, masks
+    self.params, self.masks, self._convolution = params, None, convolution
     self.apply = self.cut(apply)
 
   @property
@@ -68,8 +69,10 @@ class Compact:
         trace = Trace(
           inputs.bound(function), full, inputs.arrays, self._zeros, unused_stay=False
         )
-        traces[key] = trace, Cut(trace.walk, self._gone(trace))
-      trace, cut = traces[key]
+        entry = trace, Cut(trace.walk, self._gone(trace), self._convolution)
+        if is_concrete(trace.record.consts):  # else they live as long as this call
+          traces[key] = entry
+      trace, cut = traces.get(key) or entry
       outs = evaluate(cut, trace.record, [*leaves, *inputs.arrays])
       return jax.tree.unflatten(trace.out_tree, outs)
 
@@ -90,7 +93,7 @@ class Compact:
         "params does not have the leaves of the cut network: pass a tree like its params"
       )
     for (path, x), leaf, masks in zip(flat, self._leaves, self._kept, strict=True):
-      shape = _shape(leaf, masks)
+      shape = left_shape(leaf, masks)
       if x.shape != shape:
         raise ValueError(
           f"{path_string(path)} has shape {list(x.shape)} and the cut network "
@@ -129,7 +132,7 @@ class Compact:
     Returns:
       The tree with what stays of its arrays.
     """
-    return self._each(tree, lambda x, leaf, masks: _taken(x, masks))
+    return self._each(tree, lambda x, leaf, masks: taken(x, masks))
 
   def expand(self, tree: PyTree) -> PyTree:
     """Gives a cut tree its full shapes back.
@@ -140,7 +143,7 @@ class Compact:
     Returns:
       The tree in the full shapes, zeros where it was cut.
     """
-    return self._each(tree, lambda x, leaf, masks: _expanded(x, masks))
+    return self._each(tree, lambda x, leaf, masks: expanded(x, masks))
 
   def _each(self, tree, function):
     rows = zip(self._leaves, self._kept, strict=True)
@@ -154,7 +157,11 @@ class Compact:
 
 
 def compact(
-  apply: Callable[..., Any], params: PyTree, masks: PyTree, *inputs: Any
+  apply: Callable[..., Any],
+  params: PyTree,
+  masks: PyTree,
+  *inputs: Any,
+  convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
   """Cuts out of a network the channels that its masks emptied.
 
@@ -169,6 +176,9 @@ def compact(
     params: tree of parameters, arrays or shapes. May hold other leaves.
     masks: tree of bool arrays with the structure of `params`, True where kept; concrete.
     *inputs: arrays, or their `jax.ShapeDtypeStruct`s, such as one batch.
+    convolution: what runs the plain convolutions of `apply`, such as
+      `jaxsms.convolution.conv_general_dilated`, which is fast for several copies; None
+      leaves them as they are.
 
   Returns:
     The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
@@ -193,15 +203,18 @@ def compact(
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
   paths = [path_string(path) for path in trace.paths]
-  network = Compact(apply, paths, trace.leaves, zeros, kept, None)
-  network.params = network.shrink(jax.tree.map(_masked, params, masks))
+  network = Compact(apply, paths, trace.leaves, zeros, kept, None, convolution)
+  network.params = network.shrink(jax.tree.map(masked_leaf, params, masks))
   network.masks = jax.tree.map(np.asarray, masks)
   network.masks = network.shrink(network.masks)
   return network
 
 
 def compact_from(
-  apply: Callable[..., Any], params: PyTree, layout: Sequence[dict[str, Any]]
+  apply: Callable[..., Any],
+  params: PyTree,
+  layout: Sequence[dict[str, Any]],
+  convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
   """A cut network again, from what was saved of it.
 
@@ -209,6 +222,7 @@ def compact_from(
     apply: the network's function, of params of the full shapes.
     params: tree of smaller arrays, the `params` of a `Compact` or trained from them.
     layout: its `layout`.
+    convolution: as in `compact`.
 
   Returns:
     The network that they were saved from, but for `masks`, which is None.
@@ -230,7 +244,7 @@ def compact_from(
   kept, zeros = (
     [_masks(row[name], row["shape"]) for row in layout] for name in ("kept", "empty")
   )
-  network = Compact(apply, paths, leaves, zeros, kept, params)
+  network = Compact(apply, paths, leaves, zeros, kept, params, convolution)
   network._leaves_and_full(params)
   return network
 
@@ -317,41 +331,3 @@ def _leave_some(trace, gone):
           visit(record)
 
   visit(trace.record)
-
-
-def _taken(x, masks):
-  if all(mask is None for mask in masks):
-    return x
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(_shape(x, masks), x.dtype)
-  if isinstance(x, np.ndarray):
-    return take(x, masks)
-  alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
-  if not alone:
-    return take(x, masks)
-  return jax.device_put(take(np.asarray(x), masks), x.sharding)  # no program to compile
-
-
-def _masked(x, mask):
-  """What is left of a leaf, on the host where that takes no program."""
-  if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
-    return x
-  if isinstance(x, np.ndarray):
-    return np.where(mask, x, np.zeros((), x.dtype))
-  if isinstance(x, jax.Array) and is_concrete(x) and len(x.devices()) == 1:
-    return jax.device_put(np.where(mask, x, np.zeros((), x.dtype)), x.sharding)
-  return jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def _shape(leaf, masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
-  pairs = zip(leaf.shape, masks, strict=True)
-  return tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
-
-
-def _expanded(x, masks):
-  for axis, mask in enumerate(masks):
-    if mask is not None:
-      zero = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
-      where = np.where(mask, np.cumsum(mask) - 1, x.shape[axis])
-      x = jnp.take(jnp.concatenate([x, zero], axis), where, axis=axis)
-  return x
