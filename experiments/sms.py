@@ -25,122 +25,128 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
-from experiments import (
-  keeping,
-  methods,
-  reporting,
-  run_directory,
-  running,
-  settings,
-  tuning,
-)
+from experiments import keeping, methods, reporting, run_directory, running, tuning
+from experiments.config import keeping_flags, run_config
 from experiments.environment import environment
-from experiments.flag_files import run_with_flags
+from experiments.flag_files import refusals, run_with_flags
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
-from experiments.task import make_task
+from experiments.task import Task, make_task
 from experiments.terminal import say, terminal
 from jaxsms import storage
 
-for module in running.FLAG_MODULES:
+for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)
 
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; bad input ends it with one sentence and exit status 2."""
-  try:
-    job = running.read_job(argv)
-    chosen = job.settings
-    workdir = running.workdir()
-    wanted = run_directory.defining(chosen, job.hardware, job.method, job.dataset)
+  with refusals():
+    config, dataset = running.start(argv)
+    workdir = running.workdir(config)
     run = run_directory.read_run(workdir)
+    defining = run_directory.defining(config, dataset)
     if run:
-      run_directory.check_same(workdir, run, wanted)
+      run_directory.check_same(workdir, run, defining)
       finished = run_directory.read_results(workdir)
       if finished and finished.get("finished"):
         keeping.say(f"{workdir} holds this run, finished: nothing is left to do")
         with contextlib.suppress(OSError):  # a folder that is read-only by now
           show(workdir, finished)
         return
-    measured_before = run["flags"].get("convolution") if run else None
-    devices = tuning.measured(
-      chosen, job.hardware, job.method, job.dataset, measured_before
-    )
-    job = job._replace(hardware=devices)
-    task = make_task(chosen, job.hardware, job.method, job.dataset)
+    lowering = run["flags"].get("convolution") if run else None
+    config = tuning.measured(config, dataset, lowering)
+    task = make_task(config, dataset)
 
-    names, run_flags = methods.names_of(chosen), job.flags()
-    versions = environment()
-    run = run or {"flags": run_flags, "defining": wanted, "environment": versions}
-    signals = StopSignals()
-    keeper = keeping.Keeper(workdir, run, job.retention, signals)
-    plan = methods.planned_work(chosen, job.method, task.steps_per_epoch, names)
-    for sentence in keeper.open(chosen, task, settings.flagfile(run_flags), plan):
+    names, signals = methods.names_of(config), StopSignals()
+    run = run or {
+      "flags": config.flags(), "defining": defining, "environment": environment()
+    }  # fmt: skip
+    keeper = keeping.Keeper(workdir, run, config, signals)
+    plan = methods.planned_work(config, task.steps_per_epoch, names)
+    for sentence in keeper.open(task, plan):
       keeping.say(sentence)
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
-  results = {
-    "flags": {**run_flags, "workdir": str(workdir)},
-    "environment": versions,
+  with early_end(config, task, keeper, workdir):
+    shown = RunProgress(
+      dict(keeper.steps_left),
+      quiet=not run_directory.is_writer(),
+      model_steps=methods.model_steps(task),
+    )
+    with keeper, signals, shown as progress:
+      listener = running.Listener(progress, keeper, workdir, config, task.steps_per_epoch)
+      write_results(config, task, keeper, workdir)
+      while len(keeper.seeds) < config.seeds:  # dense model, then method after method
+        entry = running.run_seed(task, config, names, listener, keeper.work)
+        keeper.finish_seed(entry)
+        write_results(config, task, keeper, workdir)
+      results = results_of(config, task, keeper, workdir)
+      if run_directory.is_writer():
+        results["inference"] = inference(task, workdir, keeper.seeds[-1]["seed"])
+        run_directory.write_results(workdir, results)
+    show(workdir, results)
+
+
+def results_of(
+  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
+) -> dict[str, Any]:
+  """What results.json holds of the seeds that are finished."""
+  return {
+    "flags": {**config.flags(), "workdir": str(workdir)},
+    "environment": environment(),
     "environments": keeper.environments,
     "ood_sources": task.ood_sources,
     "seeds": keeper.seeds,
+    "summary": reporting.summarize(keeper.seeds),
+    "seconds": keeper.seconds(),
+    "finished": len(keeper.seeds) == config.seeds,
   }
 
-  def write_results():
-    if keeper.seeds:
-      keeper.check()
-      results["summary"] = reporting.summarize(keeper.seeds)
-      results["seconds"] = keeper.seconds()
-      results["finished"] = len(keeper.seeds) == chosen.seeds
-      run_directory.write_results(workdir, results)
 
-  stopped, status = None, 0
+def write_results(
+  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
+) -> None:
+  """Writes results.json, once a seed is finished."""
+  if keeper.seeds:
+    keeper.check()
+    run_directory.write_results(workdir, results_of(config, task, keeper, workdir))
+
+
+@contextlib.contextmanager
+def early_end(
+  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
+) -> Iterator[None]:
+  """Ends a run that cannot go on: shows what it has, says why, and how it goes on."""
   try:
-    quiet = not run_directory.is_writer()
-    shown = RunProgress(
-      dict(keeper.steps_left), quiet=quiet, model_steps=methods.model_steps(task)
-    )
-    with keeper, signals, shown as progress:
-      listener = running.Listener(progress, keeper, workdir, chosen, task.steps_per_epoch)
-      write_results()
-      while len(keeper.seeds) < chosen.seeds:
-        entry = running.run_seed(task, chosen, names, listener, keeper.work)
-        keeper.finish_seed(entry)
-        write_results()
-      if run_directory.is_writer():
-        results["inference"] = inference(task, workdir, keeper.seeds[-1]["seed"])
-        write_results()
-    if keeper.seeds:
-      show(workdir, results)
+    yield
+    return
   except (FloatingPointError, MemoryError, OSError) as error:
-    stopped, status = f"error: {error}", 1
+    why, status = f"error: {error}", 1
   except Stopped as error:
-    stopped, status = str(error), error.status
+    why, status = str(error), error.status
   except KeyboardInterrupt:
-    stopped, status = "interrupted", 130
-  if stopped:
-    if results.get("summary") and keeper.is_there():
-      with contextlib.suppress(OSError):  # such as a full disk
-        show(workdir, results)
-    print(f"{stopped} ({where_it_stands(keeper, chosen, workdir)})", file=sys.stderr)
-    sys.exit(status)
+    why, status = "interrupted", 130
+  if keeper.seeds and keeper.is_there():
+    with contextlib.suppress(OSError):  # such as a full disk
+      show(workdir, results_of(config, task, keeper, workdir))
+  print(f"{why} ({where_it_stands(config, keeper, workdir)})", file=sys.stderr)
+  sys.exit(status)
 
 
 def where_it_stands(
-  keeper: keeping.Keeper, chosen: settings.Settings, workdir: storage.epath.Path
+  config: run_config.Config, keeper: keeping.Keeper, workdir: storage.epath.Path
 ) -> str:
   """How far a run has come that ends early, and how it goes on."""
   done = len(keeper.seeds)
-  what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
-  if done < chosen.seeds:
+  what = f"{done} of {config.seeds} seeds finished" if done else "no seed finished"
+  if done < config.seeds:
     what += f"; in {keeper.work.position()}"
   if not keeper.is_there():
     return what

@@ -7,6 +7,7 @@ files. With --dataset, models are evaluated, and batch statistics estimated anew
 data and network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives them.
 """
 
+import dataclasses
 import sys
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import hardware, method_flags, outputs, pretraining_flags, settings
+from experiments import hardware, outputs
+from experiments.config import run_config
 from experiments.flag_files import run_with_flags
 from experiments.soup_checks import (
   Arrays,
@@ -27,7 +29,7 @@ from experiments.soup_checks import (
   statistics,
 )
 from experiments.soup_table import show
-from experiments.task import Task, load, make_task
+from experiments.task import Task, load, make_task, with_data
 from experiments.terminal import say, terminal
 from jaxsms import checkpoint, pretrained, storage
 from jaxsms.export import nested
@@ -59,7 +61,7 @@ flags.DEFINE_boolean(
   "not fall. Needs --dataset.",
 )
 FLAGS = flags.FLAGS
-for module in (outputs, settings, pretraining_flags, method_flags, hardware):
+for module in (outputs, run_config):
   flags.adopt_module_key_flags(module)
 
 
@@ -165,14 +167,18 @@ def make_data_task(m: int) -> Task:
   Raises:
     ValueError: see `experiments.task.make_task`.
   """
-  chosen = settings.read_settings()
-  method = method_flags.read_method(chosen)._replace(init=None, ood=())
-  alone = {"coordinator": None, "processes": None, "process": None}
-  devices = hardware.read_hardware(chosen.model, m)._replace(**alone)
-  hardware.start(devices, chosen.model, m)
-  dataset = load(chosen)
-  chosen = settings.with_data(chosen._replace(ingredients=m), dataset)
-  return make_task(chosen, devices, method, dataset)
+  config = dataclasses.replace(
+    run_config.read_config(),
+    ingredients=m,
+    init=None,
+    ood=(),
+    coordinator=None,
+    processes=None,
+    process=None,
+  )
+  hardware.start(config, m)
+  dataset = load(config)
+  return make_task(with_data(config, dataset), dataset)
 
 
 def as_ours(path: str, arrays: Arrays, task: Task) -> Arrays:
