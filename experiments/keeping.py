@@ -35,6 +35,8 @@ class Keeper:
   """A run in its directory: what it has so far, and how that gets to the disk.
 
   Attributes:
+    workdir: the run directory.
+    config: of the run.
     seeds: the entries of the finished seeds.
     work: the seed under way.
     epoch: what the chunks of the epoch under way reported.
@@ -57,8 +59,7 @@ class Keeper:
       config: of the run.
       signals: which ask the run to stop.
     """
-    self._workdir, self._run, self._signals = workdir, run, signals
-    self._config = config
+    self.workdir, self.config, self._run, self._signals = workdir, config, run, signals
     self._interval = 60 * config.save_minutes
     self._series = Series(workdir / run_directory.CHECKPOINTS, config.keep_checkpoints)
     self._lock = Lock(workdir)
@@ -101,22 +102,22 @@ class Keeper:
       if found.number:
         size = self._take_up(found, task)
       else:
-        self.work, size = first() or Work(self._config.seed), 0
-      results = run_directory.read_results(self._workdir) or {}
+        self.work, size = first() or Work(self.config.seed), 0
+      results = run_directory.read_results(self.workdir) or {}
       finished = results.get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
-        self.seeds, self.work = finished, Work(self._config.seed + len(finished))
+        self.seeds, self.work = finished, Work(self.config.seed + len(finished))
         self.environments = environments_of(results)
       self._enter_environment(found.number or finished)
       if is_writer():
-        metrics = self._workdir / run_directory.METRICS_FILE
+        metrics = self.workdir / run_directory.METRICS_FILE
         self._metrics = MetricsFile(metrics, size)
-        if self._config.tensorboard:
-          self._board = Board(self._workdir, metrics.read_bytes())
+        if self.config.tensorboard:
+          self._board = Board(self.workdir, metrics.read_bytes())
     except OSError as error:
       self._lock.release()
       raise ValueError(
-        f"--workdir {self._workdir} cannot be written ({error.strerror or error}): choose "
+        f"--workdir {self.workdir} cannot be written ({error.strerror or error}): choose "
         "another folder"
       ) from error
     except ValueError:
@@ -125,8 +126,8 @@ class Keeper:
     self._last = time.monotonic()
     if self._resumed:
       where = self.work.position() if found.number or finished else "the start"
-      seeds = f"{len(self.seeds)} of {self._config.seeds} seeds finished"
-      said.append(f"resuming {self._workdir}: {where} ({seeds})")
+      seeds = f"{len(self.seeds)} of {self.config.seeds} seeds finished"
+      said.append(f"resuming {self.workdir}: {where} ({seeds})")
     return said
 
   def _enter_environment(self, goes_on):
@@ -135,8 +136,8 @@ class Keeper:
     if not goes_on:
       self.environments = [{"from": "the start", "environment": now}]
       return
-    if not self._config.allow_other_version:
-      check_version(self._workdir, self.environments[-1]["environment"], now)
+    if not self.config.allow_other_version:
+      check_version(self.workdir, self.environments[-1]["environment"], now)
     if now != self.environments[-1]["environment"]:
       self.environments.append({"from": self.work.position(), "environment": now})
 
@@ -148,10 +149,10 @@ class Keeper:
     found, problem = Found(None, {}, {}, []), None
     if is_writer():
       try:
-        self._resumed = (self._workdir / run_directory.RUN_FILE).exists()
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._resumed = (self.workdir / run_directory.RUN_FILE).exists()
+        self.workdir.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        run_directory.begin(self._workdir, self._run, self._config.flagfile())
+        run_directory.begin(self.workdir, self._run, self.config.flagfile())
         found = self._series.newest()
       except (OSError, ValueError) as error:
         problem = error
@@ -174,7 +175,7 @@ class Keeper:
 
     Its digests are right: where it makes no sense, something else wrote it.
     """
-    meta, what = found.meta, f"checkpoint {found.number} of {self._workdir}"
+    meta, what = found.meta, f"checkpoint {found.number} of {self.workdir}"
     try:
       self.seeds = list(meta["seeds"])
       self.epoch = {
@@ -189,7 +190,7 @@ class Keeper:
         meta["work"],
         task.shapes,
         task.engine.programs,
-        self._config.ingredients,
+        self.config.ingredients,
         what,
       )
       return operator.index(meta["metrics_bytes"])

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from experiments import comparison, keeping, methods, run_directory, running
 from experiments.comparison import Part, folder_of, is_finished
 from experiments.config.run_config import Config
-from experiments.environment import environment
 from experiments.inference import inference
 from experiments.lock import Busy, Lock
 from experiments.methods import DENSE
@@ -98,24 +97,13 @@ def run_part(
   with keeper:
     plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
-    listener = running.Listener(
-      progress, keeper, folder, config, task.steps_per_epoch, goal
-    )
+    listener = running.Listener(progress, keeper, task.steps_per_epoch, goal)
     if not keeper.seeds:
-      entry = running.run_seed(task, config, part.methods, listener, keeper.work)
+      entry = running.run_seed(task, part.methods, listener)
       if part.method == DENSE:
         run_directory.save_model(folder / MODEL, keeper.work.dense._asdict())
       keeper.finish_seed(entry)
-    results = {
-      "part": part._asdict(),
-      "flags": {**config.flags(), "workdir": str(folder)},
-      "environment": environment(),
-      "environments": keeper.environments,
-      "ood_sources": task.ood_sources,
-      "seeds": keeper.seeds,
-      "seconds": keeper.seconds(),
-      "finished": True,
-    }
+    results = {"part": part._asdict()} | running.results_of(task, keeper)
     run_directory.write_results(folder, results)
     if part.method == methods.SOUP and part.seed == shared.parts[0].seed and is_writer():
       results["inference"] = inference(task, folder, part.seed)

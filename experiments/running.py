@@ -13,10 +13,10 @@ from absl import flags, logging
 
 from experiments import hardware, keeping, methods, reporting
 from experiments.config.run_config import Config, read_config
+from experiments.environment import environment
 from experiments.progress import MEASURED, RunProgress
 from experiments.run_directory import save_soup
 from experiments.task import Task, load, with_data
-from experiments.work import Work
 from jaxsms import Phase, storage
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.training import Chunk, Engine, TrainState
@@ -72,8 +72,6 @@ class Listener:
     self,
     progress: RunProgress,
     keeper: keeping.Keeper,
-    workdir: storage.epath.Path,
-    config: Config,
     steps_per_epoch: int,
     prefix: str = "",
   ):
@@ -82,13 +80,11 @@ class Listener:
     Args:
       progress: where it is shown.
       keeper: of the run.
-      workdir: where its soup goes.
-      config: of the run.
       steps_per_epoch: in training.
       prefix: of what is shown.
     """
-    self._progress, self._keeper, self._workdir = progress, keeper, workdir
-    self._config, self._steps_per_epoch, self._prefix = config, steps_per_epoch, prefix
+    self._progress, self.keeper = progress, keeper
+    self._steps_per_epoch, self._prefix = steps_per_epoch, prefix
 
   def engine(self, engine: Engine) -> Engine:
     """The same engine: it counts the models it measures, and asks when to save.
@@ -99,10 +95,10 @@ class Listener:
     def described(params):
       record = engine.describe(params)
       self._progress.measured()
-      self._keeper.count(MEASURED, 1)
+      self.keeper.count(MEASURED, 1)
       return record
 
-    return engine._replace(describe=described, wants_state=self._keeper.due)
+    return engine._replace(describe=described, wants_state=self.keeper.due)
 
   def take(self, method: str, event: Any) -> None:
     """Acts on an event, see `methods.seed_events`.
@@ -111,7 +107,7 @@ class Listener:
       Stopped: a signal asked the run to stop, and all is saved.
       OSError: something cannot be written.
     """
-    keeper = self._keeper
+    keeper = self.keeper
     resumes = method == methods.DENSE or methods.METHODS[method].resumes
     match event:
       case None:
@@ -132,11 +128,11 @@ class Listener:
           keeper.save(keeper.work)
       case methods.Soup():
         keeper.check()
-        save_soup(self._workdir, keeper.work.seed, event._asdict())
+        save_soup(keeper.workdir, keeper.work.seed, event._asdict())
 
   def _chunk(self, method, chunk):
     """Shows a chunk; where it completes an epoch, the epoch's means are written down."""
-    keeper, config = self._keeper, self._config
+    keeper, config = self.keeper, self.keeper.config
     epoch, epochs = keeper.epoch, -(-chunk.steps // self._steps_per_epoch)
     titles = {methods.DENSE: "dense", methods.SOUP: "SMS"}
     title = titles.get(method) or reporting.method_title(method, config.ingredients)
@@ -169,19 +165,30 @@ class Listener:
       values.clear()
 
 
-def run_seed(task: Task, config: Config, names: Sequence[str], listener: Listener,
-             work: Work) -> dict[str, Any]:  # fmt: skip
-  """Does what is left of a seed; gives its entry in results.json.
+def run_seed(task: Task, names: Sequence[str], listener: Listener) -> dict[str, Any]:
+  """Does what is left of the seed under way; gives its entry in results.json.
 
   Args:
     task: shared by all seeds.
-    config: of the run.
     names: of the methods, in order.
-    listener: to whom all that happens is told.
-    work: what is done of the seed already.
+    listener: to whom all that happens is told; its keeper has what is done already.
   """
+  work, config = listener.keeper.work, listener.keeper.config
   task = task._replace(engine=listener.engine(task.engine))
   run = methods.Run(config, task, jax.random.key(work.seed), work)
   for method, event in methods.seed_events(run, names):
     listener.take(method, event)
   return methods.entry_of(work, names)
+
+
+def results_of(task: Task, keeper: keeping.Keeper) -> dict[str, Any]:
+  """What results.json holds of a run, as far as it has come."""
+  return {
+    "flags": {**keeper.config.flags(), "workdir": str(keeper.workdir)},
+    "environment": environment(),
+    "environments": keeper.environments,
+    "ood_sources": task.ood_sources,
+    "seeds": keeper.seeds,
+    "seconds": keeper.seconds(),
+    "finished": len(keeper.seeds) == keeper.config.seeds,
+  }

@@ -74,55 +74,36 @@ def main(argv: list[str]) -> None:
     for sentence in keeper.open(task, plan):
       keeping.say(sentence)
 
-  with early_end(config, task, keeper, workdir):
+  with early_end(task, keeper):
     shown = RunProgress(
       dict(keeper.steps_left),
       quiet=not run_directory.is_writer(),
       model_steps=methods.model_steps(task),
     )
     with keeper, signals, shown as progress:
-      listener = running.Listener(progress, keeper, workdir, config, task.steps_per_epoch)
-      write_results(config, task, keeper, workdir)
+      listener = running.Listener(progress, keeper, task.steps_per_epoch)
+      results = write_results(task, keeper)
       while len(keeper.seeds) < config.seeds:  # dense model, then method after method
-        entry = running.run_seed(task, config, names, listener, keeper.work)
-        keeper.finish_seed(entry)
-        write_results(config, task, keeper, workdir)
-      results = results_of(config, task, keeper, workdir)
+        keeper.finish_seed(running.run_seed(task, names, listener))
+        results = write_results(task, keeper)
       if run_directory.is_writer():
-        results["inference"] = inference(task, workdir, keeper.seeds[-1]["seed"])
-        run_directory.write_results(workdir, results)
+        measured = inference(task, workdir, keeper.seeds[-1]["seed"])
+        results = write_results(task, keeper, inference=measured)
     show(workdir, results)
 
 
-def results_of(
-  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
-) -> dict[str, Any]:
-  """What results.json holds of the seeds that are finished."""
-  return {
-    "flags": {**config.flags(), "workdir": str(workdir)},
-    "environment": environment(),
-    "environments": keeper.environments,
-    "ood_sources": task.ood_sources,
-    "seeds": keeper.seeds,
-    "summary": reporting.summarize(keeper.seeds),
-    "seconds": keeper.seconds(),
-    "finished": len(keeper.seeds) == config.seeds,
-  }
-
-
-def write_results(
-  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
-) -> None:
-  """Writes results.json, once a seed is finished."""
+def write_results(task: Task, keeper: keeping.Keeper, **more: Any) -> dict[str, Any]:
+  """Writes results.json, once a seed is finished; gives what it holds."""
+  results = running.results_of(task, keeper) | more
   if keeper.seeds:
+    results["summary"] = reporting.summarize(keeper.seeds)
     keeper.check()
-    run_directory.write_results(workdir, results_of(config, task, keeper, workdir))
+    run_directory.write_results(keeper.workdir, results)
+  return results
 
 
 @contextlib.contextmanager
-def early_end(
-  config: run_config.Config, task: Task, keeper: keeping.Keeper, workdir: storage.epath.Path
-) -> Iterator[None]:
+def early_end(task: Task, keeper: keeping.Keeper) -> Iterator[None]:
   """Ends a run that cannot go on: shows what it has, says why, and how it goes on."""
   try:
     yield
@@ -133,24 +114,17 @@ def early_end(
     why, status = str(error), error.status
   except KeyboardInterrupt:
     why, status = "interrupted", 130
-  if keeper.seeds and keeper.is_there():
-    with contextlib.suppress(OSError):  # such as a full disk
-      show(workdir, results_of(config, task, keeper, workdir))
-  print(f"{why} ({where_it_stands(config, keeper, workdir)})", file=sys.stderr)
+  done, of = len(keeper.seeds), keeper.config.seeds
+  where = f"{done} of {of} seeds finished" if done else "no seed finished"
+  if done < of:
+    where += f"; in {keeper.work.position()}"
+  if keeper.is_there():
+    if done:
+      with contextlib.suppress(OSError):  # such as a full disk
+        show(keeper.workdir, running.results_of(task, keeper))
+    where += f"; the same flags with --workdir={keeper.workdir} go on from what is saved"
+  print(f"{why} ({where})", file=sys.stderr)
   sys.exit(status)
-
-
-def where_it_stands(
-  config: run_config.Config, keeper: keeping.Keeper, workdir: storage.epath.Path
-) -> str:
-  """How far a run has come that ends early, and how it goes on."""
-  done = len(keeper.seeds)
-  what = f"{done} of {config.seeds} seeds finished" if done else "no seed finished"
-  if done < config.seeds:
-    what += f"; in {keeper.work.position()}"
-  if not keeper.is_there():
-    return what
-  return f"{what}; the same flags with --workdir={workdir} go on from what is saved"
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:

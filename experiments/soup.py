@@ -167,15 +167,9 @@ def make_data_task(m: int) -> Task:
   Raises:
     ValueError: see `experiments.task.make_task`.
   """
-  config = dataclasses.replace(
-    run_config.read_config(),
-    ingredients=m,
-    init=None,
-    ood=(),
-    coordinator=None,
-    processes=None,
-    process=None,
-  )
+  alone = dict.fromkeys(("coordinator", "processes", "process"))
+  config = run_config.read_config()
+  config = dataclasses.replace(config, ingredients=m, init=None, ood=(), **alone)
   hardware.start(config, m)
   dataset = load(config)
   return make_task(with_data(config, dataset), dataset)

@@ -15,9 +15,9 @@ import jax
 import main_job
 import numpy as np
 import pytest
+from absl import flags
 
 import jaxsms
-from experiments import settings
 from experiments.methods import METHODS
 from jaxsms import prunable
 
@@ -249,7 +249,7 @@ def known_flags():
   called = [found for command in commands() if (found := modules(command))]
   for name in {found.group(1) for found in called}:
     importlib.import_module(name)
-  return {*settings.FLAGS, "helpshort", "flagfile"}
+  return {*flags.FLAGS, "helpshort", "flagfile"}
 
 
 def test_commands_use_flags_that_exist(known_flags):

@@ -12,25 +12,21 @@ import numpy as np
 import pytest
 import store
 
-from experiments import hardware, method_flags, settings, soup
+from experiments import soup
 from jaxsms import checkpoint, data, models, pretrained
 from jaxsms.export import save_compact
 from jaxsms.safetensors import by_path, read_safetensors, save_safetensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-OWN = ("out", "masks", "sparsity", "weights", "greedy", "dataset", "seed", "scope")
+OWN = ("out", "masks", "sparsity", "weights", "greedy")
 DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")
 KERNELS = ("params/Dense_0/kernel", "params/Dense_1/kernel")
 
 
 def run(*words):
   """Runs it inside this process; exit status."""
-  for fields in (settings.Settings, method_flags.MethodFlags, hardware.Hardware):
-    for name in fields._fields:
-      settings.FLAGS[name].unparse()
-  for name in OWN:
-    settings.FLAGS[name].unparse()
-  return main_job.exit_status(soup.main, settings.FLAGS(["soup", *map(str, words)]))
+  main_job.unparse(*OWN)
+  return main_job.exit_status(soup.main, soup.FLAGS(["soup", *map(str, words)]))
 
 
 def make(seed, mask_seed=0, kept=0.3):
