@@ -31,6 +31,7 @@ from experiments import (
 )
 from experiments.comparison import DENSE, Part, is_finished
 from experiments.config import keeping_flags, run_config
+from experiments.config.fields import at_least
 from experiments.environment import check_version, environment
 from experiments.flag_files import refusals, run_with_flags
 from experiments.lock import Busy
@@ -132,36 +133,32 @@ def read_grid() -> tuple[list[float], list[int]]:
   Raises:
     ValueError: one is not a number, or given twice.
   """
-  grid = []
-  for name, single, kind in (
-    ("sparsities", "goal_sparsity", float),
-    ("copies", "ingredients", int),
-  ):
-    words = FLAGS[name].value
-    if words is not None and not any(str(word).strip() for word in words):
-      raise ValueError(
-        f"--{name} is empty: give numbers, such as "
-        + ("0.9,0.95" if kind is float else "3,5")
-        + f", or leave it out for --{single} alone"
-      )
-    words = [FLAGS[single].value] if words is None else words
-    try:
-      values = [kind(word) for word in words]
-    except ValueError as error:
-      raise ValueError(
-        f"--{name} is {','.join(words)}: give numbers, such as "
-        + ("0.9,0.95" if kind is float else "3,5")
-      ) from error
-    if len(set(values)) < len(values):
-      raise ValueError(f"--{name} is {','.join(words)}: give each number once")
-    given = f"--{name}" if FLAGS[name].value else f"--{single}"
-    for value in values:
-      if kind is float:
-        check_sparsity(value, given)
-      elif value < 1:
-        raise ValueError(f"{given} is {value}: it must be at least 1")
-    grid.append(values)
-  return grid[0], grid[1]
+  goals = _numbers_of("sparsities", "goal_sparsity", float, "0.9,0.95")
+  copies = _numbers_of("copies", "ingredients", int, "3,5")
+  for goal in goals:
+    check_sparsity(goal, "--sparsities" if FLAGS.sparsities else "--goal_sparsity")
+  at_least(1)("copies" if FLAGS.copies else "ingredients", min(copies))
+  return goals, copies
+
+
+def _numbers_of(name, single, kind, example):
+  """What a flag of the grid gives, or else the flag of a single run."""
+  words = FLAGS[name].value
+  if words is None:
+    return [FLAGS[single].value]
+  if not any(str(word).strip() for word in words):
+    raise ValueError(
+      f"--{name} is empty: give numbers, such as {example}, or leave it out for --{single} "
+      "alone"
+    )
+  given = f"--{name} is {','.join(words)}"
+  try:
+    values = [kind(word) for word in words]
+  except ValueError as error:
+    raise ValueError(f"{given}: give numbers, such as {example}") from error
+  if len(set(values)) < len(values):
+    raise ValueError(f"{given}: give each number once")
+  return values
 
 
 def begin(workdir: storage.epath.Path, run: dict[str, Any], flagfile: str) -> None:
