@@ -6,8 +6,8 @@ python -m experiments.sms --dataset=cifar10 --data_dir=DIR --model=resnet20
 The flags by subject; below each in full, by name. Without any, a small network is trained
 on handwritten digits, in about a minute.
 
-The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps, tensorboard,
-              allow_other_version
+The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps,
+              tensorboard, allow_other_version
 The data      dataset, data_dir, cache_dir, augmentation; stream, image_size
 The network   model, init; hidden, dropout, width, widening, stem
 Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
