@@ -4,22 +4,17 @@ python -m experiments.bench
 python -m experiments.bench --dataset=cifar10 --model=resnet20 --copies=1,2,4,8
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
-import sys
 from typing import Any
 
 import jax
 from absl import flags, logging
 
-from experiments import (
-  bench_jax,
-  bench_settings,
-  bench_tables,
-  hardware,
-)
-from experiments.bench_settings import TORCH_MODELS, Settings, define_flags, read_settings
+from experiments import bench_jax, bench_settings, bench_tables, hardware
+from experiments.bench_settings import TORCH_MODELS, Config, read_config
 from experiments.bench_statistics import (
   ROUND_SECONDS,
   Contender,
@@ -31,9 +26,10 @@ from experiments.bench_statistics import (
   scaled,
   seconds,
 )
+from experiments.config import device_flags
+from experiments.config.fields import define_flags
 from experiments.environment import environment
-from experiments.flag_files import run_with_flags
-from experiments.hardware import Hardware
+from experiments.flag_files import refusals, run_with_flags
 from experiments.terminal import terminal
 from jaxsms import models
 from jaxsms.files import whole_file
@@ -44,72 +40,68 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  try:
+  with refusals():
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    settings = read_settings(given)
-    if settings.torch != "none":  # both frameworks need memory of a GPU
+    config = read_config(given)
+    if config.torch != "none":  # both frameworks need memory of a GPU
       os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    devices = hardware.read_hardware(settings.model, max(settings.copies), given)
-    hardware.start(devices, settings.model, max(settings.copies))
-    kinds, note = torch_kinds(settings)
+    hardware.start(config, max(config.copies))
+    kinds, note = torch_kinds(config)
     with bench_jax.fresh_compilation():
-      task = make_task(settings, devices)
-      results = measure(settings, devices, task, kinds, [note] if note else [])
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  if settings.json:
-    with whole_file(settings.json) as file:
+      task = make_task(config)
+      results = measure(config, task, kinds, [note] if note else [])
+  if config.json:
+    with whole_file(config.json) as file:
       file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
   bench_tables.show(terminal(), results)
 
 
-def make_task(s: Settings, devices: Hardware) -> bench_jax.Task:
-  """Network, data and programs of these settings.
+def make_task(config: Config) -> bench_jax.Task:
+  """Network, data and programs that the flags describe.
 
   Raises:
     ValueError: network, images and devices do not fit one another.
   """
-  if devices.convolution == hardware.MEASURE:
+  if config.convolution == device_flags.MEASURE:
     raise ValueError("--convolution=measure is of the main job: time one at a time here")
-  options = hardware.network_options(devices, s.model)
-  if s.model == "mlp":
-    options |= {"hidden": s.hidden, "dropout": 0.0}
+  options = hardware.network_options(config)
+  if config.model == "mlp":
+    options |= {"hidden": config.hidden, "dropout": 0.0}
   task = bench_jax.make_task(
-    models.create(s.model, bench_jax.NUM_CLASSES, **options),
-    s.image,
-    examples=s.examples,
-    batch_size=s.batch_size,
-    augmentation=s.augmentation,
+    models.create(config.model, bench_jax.NUM_CLASSES, **options),
+    config.image,
+    examples=config.examples,
+    batch_size=config.batch_size,
+    augmentation=config.augmentation,
     at_once=lambda parameters: hardware.copies_at_once(
-      devices, s.model, max(s.copies) * parameters
+      config, max(config.copies) * parameters
     ),
-    mesh_of=hardware.mesh_of(devices, s.model, s.batch_size),
-    micro_batches=devices.micro_batches,
+    mesh_of=hardware.mesh_of(config),
+    micro_batches=config.micro_batches,
   )
-  for m in s.copies:  # refused here where a batch does not split over the mesh
+  for m in config.copies:  # refused here where a batch does not split over the mesh
     task.programs.train.on(task.programs.mesh_of(m), m)
   return task
 
 
-def torch_kinds(s: Settings) -> tuple[tuple[str, ...], str | None]:
+def torch_kinds(config: Config) -> tuple[tuple[str, ...], str | None]:
   """What of PyTorch takes part, and why nothing does where it was not forbidden.
 
   Raises:
     ImportError: it was asked for and is not installed.
     ValueError: it was asked for and cannot do this work.
   """
-  if s.torch == "none":
+  if config.torch == "none":
     return (), None
   obstacle: Exception | None = None
   if not importlib.util.find_spec("torch"):
     obstacle = ImportError(
       "PyTorch is not installed: run `pip install -e '.[bench]'` to compare with it"
     )
-  elif s.model not in TORCH_MODELS:
+  elif config.model not in TORCH_MODELS:
     obstacle = ValueError(
-      f"--model={s.model} is not there in PyTorch: give {', '.join(TORCH_MODELS)} to "
+      f"--model={config.model} is not there in PyTorch: give {', '.join(TORCH_MODELS)} to "
       "compare with it"
     )
   elif jax.default_backend() != "cpu":
@@ -119,26 +111,27 @@ def torch_kinds(s: Settings) -> tuple[tuple[str, ...], str | None]:
       kind = jax.devices()[0].device_kind
       obstacle = ValueError(f"PyTorch finds no {kind}: --torch=none leaves it out")
   if obstacle is None:
-    return (("sequential", "ensemble") if s.torch in (None, "both") else (s.torch,)), None
-  if s.torch is not None:
+    return (
+      ("sequential", "ensemble") if config.torch in (None, "both") else (config.torch,)
+    ), None
+  if config.torch is not None:
     raise obstacle
   return (), str(obstacle)
 
 
 def measure(
-  s: Settings,
-  devices: Hardware,
+  config: Config,
   task: bench_jax.Task,
   kinds: tuple[str, ...],
   notes: list[str],
 ) -> dict[str, Any]:
   """Compiles, warms up and times everything; gives what is written as JSON."""
-  bfloat16 = hardware.bfloat16(devices.precision)
+  bfloat16 = hardware.bfloat16(config.precision)
   precision = "bfloat16" if bfloat16 else "float32"
-  peak, peak_source = bench_jax.peak_flops(precision, s.peak_tflops)
-  most = bench_jax.most_chunk_steps(task.flops(max(s.copies)), peak, s.steps)
-  trainings = {m: bench_jax.Training(task, m, most) for m in s.copies}
-  contenders = {("jaxsms", m): our_contender(t, s.steps) for m, t in trainings.items()}
+  peak, peak_source = bench_jax.peak_flops(precision, config.peak_tflops)
+  most = bench_jax.most_chunk_steps(task.flops(max(config.copies)), peak, config.steps)
+  trainings = {m: bench_jax.Training(task, m, most) for m in config.copies}
+  contenders = {("jaxsms", m): our_contender(t, config.steps) for m, t in trainings.items()}
   versions = environment() | {"cores": cores()}
   if kinds:
     from experiments import bench_torch
@@ -148,22 +141,22 @@ def measure(
     theirs, failures = bench_torch.make_contenders(
       task,
       kinds,
-      s.copies,
-      augmentation=s.augmentation,
+      config.copies,
+      augmentation=config.augmentation,
       bfloat16=bfloat16,
       device=device,
-      steps=s.steps,
+      steps=config.steps,
     )
     contenders |= theirs
     notes = notes + failures
   for training in trainings.values():
     training.run(1)  # its state is made anew
-  times = alternate(contenders, s.rounds)
-  if s.profile:
-    with jax.profiler.trace(s.profile):
-      trainings[max(s.copies)].run(1)
+  times = alternate(contenders, config.rounds)
+  if config.profile:
+    with jax.profiler.trace(config.profile):
+      trainings[max(config.copies)].run(1)
   return {
-    "flags": {**s._asdict(), **devices._asdict(), "precision": precision},
+    "flags": dataclasses.asdict(config) | {"precision": precision},
     "environment": versions,
     "work": {
       "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
@@ -239,7 +232,6 @@ def row(
 
 
 if __name__ == "__main__":
-  define_flags()
-  flags.adopt_module_key_flags(bench_settings)
-  flags.adopt_module_key_flags(hardware)
+  define_flags(bench_settings.Config)  # by the binary alone: others have some of them
+  flags.adopt_module_key_flags(device_flags)
   run_with_flags(main)

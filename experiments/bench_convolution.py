@@ -10,7 +10,6 @@ done when the time is over is left out, and said.
 import functools
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from jax import lax
 
 from experiments.bench_statistics import Contender, alternate, scaled, seconds
 from experiments.environment import environment
+from experiments.flag_files import refusals
 from experiments.terminal import terminal
 from jaxsms.convolution import conv_general_dilated
 from jaxsms.lowerings import NHWC
@@ -248,7 +248,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   given = flags.FLAGS
-  try:
+  with refusals():
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
     layers, copies = [read_layer(text) for text in given.layers], given.copies
@@ -256,9 +256,6 @@ def main(argv: list[str]) -> None:
       raise ValueError(f"--copies is {','.join(copies)}: give whole numbers from 1 on")
     if unknown := set(given.precision) - {"float32", "bfloat16", "float16"}:
       raise ValueError(f"--precision has {unknown.pop()}: give float32, bfloat16, float16")
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   console, rows = terminal(), []
   console.print(f"{environment()}", soft_wrap=True)
   for row in measure(layers, [int(n) for n in copies], given.precision, given.minutes):

@@ -4,9 +4,9 @@ python -m experiments.bench_saving
 python -m experiments.bench_saving --model=resnet18 --ingredients=5
 """
 
+import dataclasses
 import math
 import os
-import sys
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -17,10 +17,19 @@ from absl import app, flags, logging
 
 from experiments import bench_jax, bench_settings, hardware
 from experiments.bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
+from experiments.config import device_flags
+from experiments.config.fields import (
+  at_least,
+  define_flags,
+  ensure,
+  flag,
+  one_of,
+  read_fields,
+)
 from experiments.environment import environment
+from experiments.flag_files import refusals
 from experiments.work import Work, packed
 from jaxsms import models
-from jaxsms.names import check_name
 from jaxsms.series import Series
 from jaxsms.training import Model
 
@@ -28,15 +37,34 @@ ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it
 
 
-class Settings(NamedTuple):
-  """The flags of this file."""
+def _may_be_written(name, value):
+  if not os.access(value, os.W_OK):
+    raise ValueError(f"--{name} {value} cannot be written: choose another one")
 
-  model: str
-  ingredients: int
-  batch_size: int | None
-  rounds: int
-  folder: str | None
-  save_minutes: float
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(device_flags.DeviceFlags):
+  """What is told by flags: devices, and those of this file."""
+
+  model: str = flag(
+    f"Network: {', '.join(models.MODELS)}.", one_of("model", models.MODELS), default="mlp"
+  )
+  ingredients: int = flag("Copies that are trained at once.", at_least(1), default=5)
+  batch_size: int = flag(
+    "Examples of one copy in a step; a save costs the same whatever it is. Default: 20 for "
+    "the mlp, else 128.",
+    at_least(1),
+    fill=lambda values: 20 if values["model"] == "mlp" else 128,
+  )
+  rounds: int = flag("Pairs of rounds, with and without a save.", at_least(1), default=5)
+  folder: str | None = flag(
+    "Where to save. Default: where temporary files are.", _may_be_written
+  )
+  save_minutes: float = flag(
+    "Between two saves: the main job's default.",
+    ensure(lambda value: 0 < value < math.inf, "give a number above 0"),
+    default=5.0,
+  )
 
 
 class Cost(NamedTuple):
@@ -59,86 +87,49 @@ class Cost(NamedTuple):
   cpu: Spread
 
 
-def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags; called by the binary alone, as other binaries have some of them."""
-  names = ", ".join(models.MODELS)
-  flags.DEFINE_string("model", "mlp", f"Network: {names}.", flag_values=to)
-  flags.DEFINE_integer("ingredients", 5, "Copies that are trained at once.", flag_values=to)
-  flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "Examples of one copy in a step; a save costs the same whatever it is. Default: 20 for "
-    "the mlp, else 128.",
-    flag_values=to,
-  )
-  flags.DEFINE_integer(
-    "rounds", 5, "Pairs of rounds, with and without a save.", flag_values=to
-  )
-  flags.DEFINE_string(
-    "folder", None, "Where to save. Default: where temporary files are.", flag_values=to
-  )
-  flags.DEFINE_float(
-    "save_minutes", 5.0, "Between two saves: the main job's default.", flag_values=to
-  )
-
-
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   logging.set_verbosity(logging.WARNING)
-  try:
+  with refusals():
     if len(argv) > 1:
       raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    chosen = read_settings(flags.FLAGS)
-    devices = hardware.read_hardware(chosen.model, chosen.ingredients)
-    hardware.start(devices, chosen.model, chosen.ingredients)
-    training = make_training(chosen, devices)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  print(text(chosen, measure(training, chosen.rounds, chosen.folder)))
+    config = read_config(flags.FLAGS)
+    hardware.start(config, config.ingredients)
+    training = make_training(config)
+  print(text(config, measure(training, config.rounds, config.folder)))
 
 
-def read_settings(given: flags.FlagValues) -> Settings:
+def read_config(given: flags.FlagValues) -> Config:
   """The parsed flags.
 
   Raises:
     ValueError: a flag is out of range or names something unknown.
   """
-  chosen = Settings(*(given[name].value for name in Settings._fields))
-  check_name("model", chosen.model, models.MODELS)
-  for name in ("ingredients", "rounds", "batch_size"):
-    value = getattr(chosen, name)
-    if value is not None and value < 1:
-      raise ValueError(f"--{name} is {value}: it must be at least 1")
-  if not 0 < chosen.save_minutes < math.inf:
-    raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number above 0")
-  if chosen.folder is not None and not os.access(chosen.folder, os.W_OK):
-    raise ValueError(f"--folder {chosen.folder} cannot be written: choose another one")
-  return chosen
+  config = read_fields(Config, given)
+  device_flags.check(config, config.ingredients)
+  return config
 
 
-def make_training(chosen: Settings, devices: hardware.Hardware) -> bench_jax.Training:
+def make_training(config: Config) -> bench_jax.Training:
   """m copies in training on images of the shape that such a network usually gets."""
   like: dict[str, Any] = bench_settings.DATASETS[
-    "digits" if chosen.model == "mlp" else "cifar10"
+    "digits" if config.model == "mlp" else "cifar10"
   ]
-  options = hardware.network_options(devices, chosen.model)
-  if chosen.model == "mlp":
+  options = hardware.network_options(config)
+  if config.model == "mlp":
     options |= {"hidden": (256, 256), "dropout": 0.0}
-  m, batch_size = chosen.ingredients, chosen.batch_size or like["batch_size"]
+  m, batch_size = config.ingredients, config.batch_size
   task = bench_jax.make_task(
-    models.create(chosen.model, bench_jax.NUM_CLASSES, **options),
+    models.create(config.model, bench_jax.NUM_CLASSES, **options),
     like["image"],
     examples=max(batch_size, min(like["examples"], 5000)),
     batch_size=batch_size,
     augmentation=like["augmentation"],
-    at_once=lambda parameters: hardware.copies_at_once(
-      devices, chosen.model, m * parameters
-    ),
-    mesh_of=hardware.mesh_of(devices, chosen.model, batch_size),
-    micro_batches=devices.micro_batches,
+    at_once=lambda parameters: hardware.copies_at_once(config, m * parameters),
+    mesh_of=hardware.mesh_of(config),
+    micro_batches=config.micro_batches,
   )
-  return bench_jax.Training(task, m, chunk_steps=1 if chosen.model != "mlp" else 50)
+  return bench_jax.Training(task, m, chunk_steps=1 if config.model != "mlp" else 50)
 
 
 def measure(training: bench_jax.Training, rounds: int, folder: str | None) -> Cost:
@@ -193,21 +184,21 @@ def measure(training: bench_jax.Training, rounds: int, folder: str | None) -> Co
   )
 
 
-def text(chosen: Settings, cost: Cost) -> str:
+def text(config: Config, cost: Cost) -> str:
   """What is printed.
 
   Args:
-    chosen: the flags.
+    config: the flags.
     cost: of one save.
   """
-  versions, n, interval = environment(), cores(), 60 * chosen.save_minutes
+  versions, n, interval = environment(), cores(), 60 * config.save_minutes
   share = scaled(cost.held_up, 100 / interval)
   work = scaled(cost.cpu, 100 / (interval * n))
   return "\n".join(
     [
-      f"{chosen.model}, m = {chosen.ingredients}, {cost.megabytes:.3g} MB; jax "
+      f"{config.model}, m = {config.ingredients}, {cost.megabytes:.3g} MB; jax "
       f"{versions['jax']} on {versions['devices']} x {versions['device']}, {n} cores; "
-      f"medians of {chosen.rounds} pairs of rounds, in brackets the least and the greatest",
+      f"medians of {config.rounds} pairs of rounds, in brackets the least and the greatest",
       f"a round without a save: {_shown(cost.training)} s",
       f"a save blocks training for {_shown(cost.blocked)} s",
       f"a round with a save takes longer by {_shown(cost.held_up)} s",
@@ -223,6 +214,6 @@ def _shown(quantity: Spread) -> str:
 
 
 if __name__ == "__main__":
-  define_flags()
-  flags.adopt_module_key_flags(hardware)
+  define_flags(Config)  # by the binary alone: others have some of them
+  flags.adopt_module_key_flags(device_flags)
   app.run(main)

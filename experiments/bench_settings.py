@@ -1,15 +1,15 @@
 """The flags of the benchmark, and what they mean for each kind of images."""
 
-import math
+import dataclasses
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
-from experiments import hardware
 from experiments.bench_statistics import ROUND_SECONDS
+from experiments.config import device_flags
+from experiments.config.fields import above_zero, at_least, flag, one_of, read_fields
 from jaxsms import models
-from jaxsms.names import check_name
 
 AUGMENTATIONS = ("none", "crop_flip", "noise")
 TORCH_MODELS = ("mlp", "resnet8", "resnet20", "resnet56", "resnet18")
@@ -34,121 +34,119 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Settings(NamedTuple):
-  """Every flag with its value for the data set filled in."""
-
-  dataset: str
-  image: tuple[int, int, int]
-  examples: int
-  model: str
-  hidden: tuple[int, ...]
-  copies: tuple[int, ...]
-  batch_size: int
-  augmentation: str
-  rounds: int
-  steps: int | None
-  peak_tflops: float | None
-  torch: str | None
-  json: str | None
-  profile: str | None
+def _like(name):
+  """A `fill` with what fits the data set."""
+  return lambda values: DATASETS[values["dataset"]][name]
 
 
-def define_flags(to: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags; called by the binary alone, as other binaries have some of them."""
-  if to is not flags.FLAGS:
-    hardware.define_flags(to)
+def _whole_numbers(separator: str, example: str):
+  """A `parse` for whole numbers from 1 on, as many as in the example if not by comma."""
 
-  def text(name, default, help):
-    flags.DEFINE_string(name, default, help, flag_values=to)
+  def parse(text, name, values):
+    parts = [part.strip() for part in text.split(separator)]
+    same_length = separator == "," or len(parts) == example.count(separator) + 1
+    if not same_length or any(not p.isdecimal() or int(p) < 1 for p in parts):
+      raise ValueError(
+        f"--{name} is {text!r}: give whole numbers of at least 1, such as {example}"
+      )
+    return tuple(int(part) for part in parts)
 
-  def number(name, help, default=None):
-    flags.DEFINE_integer(name, default, help, flag_values=to)
+  return parse
 
-  text(
-    "dataset",
-    "digits",
+
+def _copies(text, name, values):
+  return tuple(sorted(set(_whole_numbers(",", "1,2,4,8")(text, name, values))))
+
+
+def _writable(name, value):
+  folder = os.path.dirname(value) or "."
+  if value and (os.path.isdir(value) or not os.access(folder, os.W_OK)):
+    raise ValueError(
+      f"--{name} {value} cannot be written: give a file in a folder that can"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(device_flags.DeviceFlags):
+  """What the benchmark is told: devices, and every flag with its value for the data set."""
+
+  dataset: str = flag(
     "digits or cifar10: random images of that shape and number, and the defaults of "
     "--model, --batch_size and --augmentation: mlp, 20 and noise, or resnet20, 128 and "
     "crop_flip.",
+    one_of("dataset", DATASETS),
+    default="digits",
   )
-  text("image", None, "Another image shape, as height x width x channels: 64x64x3.")
-  number("examples", "Random images. Default: 1,077 (digits) or 50,000 (cifar10).")
-  text("model", None, f"Network: {', '.join(models.MODELS)}.")
-  text("hidden", "256,256", "Widths of the MLP's hidden layers; it has no dropout here.")
-  text("copies", "1,2,4,8", "Numbers m of copies trained at once, each timed.")
-  number("batch_size", "Examples of one copy in a step.")
-  text("augmentation", None, f"One of {', '.join(AUGMENTATIONS)}.")
-  number("rounds", "Times that everything has its turn; medians are over them.", 5)
-  number(
-    "steps",
+  image: tuple[int, int, int] = flag(
+    "Another image shape, as height x width x channels: 64x64x3.",
+    fill=_like("image"),
+    parse=_whole_numbers("x", "64x64x3"),
+    kind=str,
+  )
+  examples: int = flag(
+    "Random images. Default: 1,077 (digits) or 50,000 (cifar10).",
+    at_least(1),
+    fill=_like("examples"),
+  )
+  model: str = flag(
+    f"Network: {', '.join(models.MODELS)}.",
+    one_of("model", models.MODELS),
+    fill=_like("model"),
+  )
+  hidden: tuple[int, ...] = flag(
+    "Widths of the MLP's hidden layers; it has no dropout here.",
+    default="256,256",
+    parse=_whole_numbers(",", "256,256"),
+    kind=str,
+  )
+  copies: tuple[int, ...] = flag(
+    "Numbers m of copies trained at once, each timed.",
+    default="1,2,4,8",
+    parse=_copies,
+    kind=str,
+  )
+  batch_size: int = flag(
+    "Examples of one copy in a step.", at_least(1), fill=_like("batch_size")
+  )
+  augmentation: str = flag(
+    f"One of {', '.join(AUGMENTATIONS)}.",
+    one_of("augmentation", AUGMENTATIONS),
+    fill=_like("augmentation"),
+  )
+  rounds: int = flag(
+    "Times that everything has its turn; medians are over them.", at_least(1), default=5
+  )
+  steps: int | None = flag(
     f"Steps of a round, filled up to whole chunks. Default: about {ROUND_SECONDS} seconds.",
+    at_least(1),
   )
-  flags.DEFINE_float(
-    "peak_tflops",
-    None,
+  peak_tflops: float | None = flag(
     "What utilisation is relative to, of one device. Default: the data sheet of known "
     "accelerators; on CPU a measured float32 matrix product.",
-    flag_values=to,
+    above_zero,
   )
-  text(
-    "torch",
-    None,
+  torch: str | None = flag(
     "The same work in PyTorch: none, sequential (one copy after another), ensemble (all "
     "under vmap) or both. Default: both where PyTorch is installed and can.",
+    one_of("comparison with PyTorch", TORCH),
   )
-  text("json", None, "File for all figures.")
-  text("profile", None, "Folder for a trace of one chunk of the most copies.")
+  json: str | None = flag("File for all figures.", _writable)
+  profile: str | None = flag("Folder for a trace of one chunk of the most copies.")
 
 
-def read_settings(given: flags.FlagValues) -> Settings:
+def read_config(given: flags.FlagValues) -> Config:
   """The parsed flags, checked as far as they can be without a device.
 
   Raises:
-    ValueError: a flag is out of range or names something unknown.
+    ValueError: a flag is out of range, names something unknown, or does not fit others.
   """
-  values = {name: given[name].value for name in Settings._fields}
-  check_name("dataset", values["dataset"], DATASETS)
-  for name, value in DATASETS[values["dataset"]].items():
-    if values[name] is None:
-      values[name] = value
-  if isinstance(values["image"], str):
-    values["image"] = _whole_numbers("image", values["image"], "x", "64x64x3")
-  values["copies"] = tuple(
-    sorted(set(_whole_numbers("copies", values["copies"], ",", "1,2,4,8")))
-  )
-  values["hidden"] = _whole_numbers("hidden", values["hidden"], ",", "256,256")
-  settings = Settings(**values)
-  _check(settings, hidden_given=given["hidden"].present)
-  return settings
-
-
-def _whole_numbers(name: str, text: str, separator: str, example: str) -> tuple[int, ...]:
-  parts = [part.strip() for part in text.split(separator)]
-  same_length = separator == "," or len(parts) == example.count(separator) + 1
-  if not same_length or any(not p.isdecimal() or int(p) < 1 for p in parts):
+  config = read_fields(Config, given)
+  if config.model != "mlp" and given["hidden"].present:
+    raise ValueError(f"--hidden is of the mlp: leave it out with --model={config.model}")
+  if config.batch_size > config.examples:
     raise ValueError(
-      f"--{name} is {text!r}: give whole numbers of at least 1, such as {example}"
+      f"--batch_size is {config.batch_size} of {config.examples} examples: it must not be "
+      "larger"
     )
-  return tuple(int(part) for part in parts)
-
-
-def _check(s: Settings, hidden_given: bool) -> None:
-  check_name("model", s.model, models.MODELS)
-  check_name("augmentation", s.augmentation, AUGMENTATIONS)
-  if s.torch is not None:
-    check_name("comparison with PyTorch", s.torch, TORCH)
-  if s.model != "mlp" and hidden_given:
-    raise ValueError(f"--hidden is of the mlp: leave it out with --model={s.model}")
-  for name in ("examples", "batch_size", "rounds", "steps"):
-    value = getattr(s, name)
-    if value is not None and value < 1:
-      raise ValueError(f"--{name} is {value}: it must be at least 1")
-  if s.batch_size > s.examples:
-    raise ValueError(
-      f"--batch_size is {s.batch_size} of {s.examples} examples: it must not be larger"
-    )
-  if s.peak_tflops is not None and not 0 < s.peak_tflops < math.inf:
-    raise ValueError(f"--peak_tflops is {s.peak_tflops}: it must be a number above 0")
-  folder = os.path.dirname(s.json or "") or "."
-  if s.json and (os.path.isdir(s.json) or not os.access(folder, os.W_OK)):
-    raise ValueError(f"--json {s.json} cannot be written: give a file in a folder that can")
+  device_flags.check(config, max(config.copies))
+  return config

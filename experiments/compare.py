@@ -13,6 +13,7 @@ mean in `python -m experiments.sms --helpshort`, where they are listed by subjec
 """
 
 import collections
+import dataclasses
 import sys
 import time
 from typing import Any
@@ -22,17 +23,17 @@ from absl import flags
 from experiments import (
   comparison,
   keeping,
-  method_flags,
   methods,
   reporting,
   run_directory,
   running,
-  settings,
   tuning,
 )
 from experiments.comparison import DENSE, Part, is_finished
+from experiments.config import keeping_flags, run_config
+from experiments.config.fields import at_least
 from experiments.environment import check_version, environment
-from experiments.flag_files import run_with_flags
+from experiments.flag_files import refusals, run_with_flags
 from experiments.lock import Busy
 from experiments.part_runs import Comparison, planned, run_part, write
 from experiments.progress import RunProgress, clock
@@ -43,7 +44,7 @@ from experiments.terminal import say, terminal
 from jaxsms import storage
 from jaxsms.pruning import check_sparsity
 
-for module in running.FLAG_MODULES:
+for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)
 
 flags.DEFINE_list(
@@ -52,16 +53,14 @@ flags.DEFINE_list(
 flags.DEFINE_list(
   "copies", None, "Numbers of copies to compare. Default: --ingredients alone."
 )
+FLAGS = flags.FLAGS
 WAIT = 5.0  # seconds between two looks at parts that other processes work on
 
 
 def main(argv: list[str]) -> None:
   """Compares what the flags say; bad input ends it with one sentence and exit status 2."""
-  try:
+  with refusals():
     shared = prepare(argv)
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   started, before = time.monotonic(), comparison.finished_parts(shared.workdir)
   before = before.keys() & set(shared.parts)
   stopped, status, failed = None, 0, {}
@@ -104,33 +103,28 @@ def prepare(argv: list[str]) -> Comparison:
   """
   goals, copies = read_grid()
   # What is checked alone, and prepared for, is the cell that takes most.
-  settings.FLAGS.goal_sparsity, settings.FLAGS.ingredients = max(goals), max(copies)
-  job = running.read_job(argv)
-  base = job.settings
+  FLAGS.goal_sparsity, FLAGS.ingredients = max(goals), max(copies)
+  config, dataset = running.start(argv)
   for goal in goals:
     for m in copies:
-      cell = base._replace(goal_sparsity=goal, ingredients=m)
-      settings.check(cell)
-      method_flags.check(cell, job.method)
-  workdir = running.workdir("compare-")
-  defining = run_directory.defining(base, job.hardware, job.method, job.dataset)
+      cell = dataclasses.replace(config, goal_sparsity=goal, ingredients=m)
+      run_config.check(cell)
+  workdir = running.workdir(config, "compare-")
+  defining = run_directory.defining(config, dataset)
   common = comparison.common_of(defining)
   run = comparison.read_run(workdir)
   if run:
     run_directory.check_same(workdir, run, common)
-    if not job.retention.allow_other_version:
+    if not config.allow_other_version:
       check_version(workdir, run["environment"], environment())
   before = run["flags"].get("convolution") if run else None
-  devices = tuning.measured(base, job.hardware, job.method, job.dataset, before)
-  job = job._replace(settings=base, hardware=devices)
-  task = make_task(
-    base._replace(goal_sparsity=max(goals)), devices, job.method, job.dataset
-  )
-  run = run or {"flags": job.flags(), "defining": common, "environment": environment()}
-  seeds = range(base.seed, base.seed + base.seeds)
-  parts = comparison.parts_of(base.baselines, goals, copies, seeds)
-  begin(workdir, run)
-  return Comparison(job, task, workdir, run, defining, parts)
+  config = tuning.measured(config, dataset, before)
+  task = make_task(config, dataset)
+  run = run or {"flags": config.flags(), "defining": common, "environment": environment()}
+  seeds = range(config.seed, config.seed + config.seeds)
+  parts = comparison.parts_of(config.baselines, goals, copies, seeds)
+  begin(workdir, run, config.flagfile())
+  return Comparison(config, task, workdir, run, defining, parts)
 
 
 def read_grid() -> tuple[list[float], list[int]]:
@@ -139,40 +133,35 @@ def read_grid() -> tuple[list[float], list[int]]:
   Raises:
     ValueError: one is not a number, or given twice.
   """
-  FLAGS = settings.FLAGS
-  grid = []
-  for name, single, kind in (
-    ("sparsities", "goal_sparsity", float),
-    ("copies", "ingredients", int),
-  ):
-    words = FLAGS[name].value
-    if words is not None and not any(str(word).strip() for word in words):
-      raise ValueError(
-        f"--{name} is empty: give numbers, such as "
-        + ("0.9,0.95" if kind is float else "3,5")
-        + f", or leave it out for --{single} alone"
-      )
-    words = [FLAGS[single].value] if words is None else words
-    try:
-      values = [kind(word) for word in words]
-    except ValueError as error:
-      raise ValueError(
-        f"--{name} is {','.join(words)}: give numbers, such as "
-        + ("0.9,0.95" if kind is float else "3,5")
-      ) from error
-    if len(set(values)) < len(values):
-      raise ValueError(f"--{name} is {','.join(words)}: give each number once")
-    given = f"--{name}" if FLAGS[name].value else f"--{single}"
-    for value in values:
-      if kind is float:
-        check_sparsity(value, given)
-      elif value < 1:
-        raise ValueError(f"{given} is {value}: it must be at least 1")
-    grid.append(values)
-  return grid[0], grid[1]
+  goals = _numbers_of("sparsities", "goal_sparsity", float, "0.9,0.95")
+  copies = _numbers_of("copies", "ingredients", int, "3,5")
+  for goal in goals:
+    check_sparsity(goal, "--sparsities" if FLAGS.sparsities else "--goal_sparsity")
+  at_least(1)("copies" if FLAGS.copies else "ingredients", min(copies))
+  return goals, copies
 
 
-def begin(workdir: storage.epath.Path, run: dict[str, Any]) -> None:
+def _numbers_of(name, single, kind, example):
+  """What a flag of the grid gives, or else the flag of a single run."""
+  words = FLAGS[name].value
+  if words is None:
+    return [FLAGS[single].value]
+  if not any(str(word).strip() for word in words):
+    raise ValueError(
+      f"--{name} is empty: give numbers, such as {example}, or leave it out for --{single} "
+      "alone"
+    )
+  given = f"--{name} is {','.join(words)}"
+  try:
+    values = [kind(word) for word in words]
+  except ValueError as error:
+    raise ValueError(f"{given}: give numbers, such as {example}") from error
+  if len(set(values)) < len(values):
+    raise ValueError(f"{given}: give each number once")
+  return values
+
+
+def begin(workdir: storage.epath.Path, run: dict[str, Any], flagfile: str) -> None:
   """Writes down whose comparison it is.
 
   Raises:
@@ -182,7 +171,7 @@ def begin(workdir: storage.epath.Path, run: dict[str, Any]) -> None:
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    run_directory.begin(workdir, run, settings.flagfile(run["flags"]))
+    run_directory.begin(workdir, run, flagfile)
   except OSError as error:
     raise ValueError(
       f"--workdir {workdir} cannot be written ({error.strerror or error}): choose another "

@@ -1,6 +1,7 @@
 """A comparison: its parts, a method with a seed each, and what they add up to."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -8,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from experiments import reporting, run_directory
+from experiments.config.run_config import Config
 from experiments.methods import DENSE, SOUP, having
 from experiments.methods.registry import looks
-from experiments.settings import Settings
 from jaxsms import storage
 
 PARTS = "parts"
@@ -40,9 +41,10 @@ class Part(NamedTuple):
     copies = [] if self.ingredients is None else [f"m{self.ingredients}"]
     return "-".join([self.method, *goal, *copies, f"seed{self.seed}"])
 
-  def settings(self, shared: Settings) -> Settings:
-    """Those of its run, from what all parts share."""
-    return shared._replace(
+  def config(self, shared: Config) -> Config:
+    """That of its run, from what all parts share."""
+    return dataclasses.replace(
+      shared,
       baselines=() if self.method in (DENSE, SOUP) else (self.method,),
       goal_sparsity=self.goal_sparsity or 0.0,
       ingredients=self.ingredients or 1,

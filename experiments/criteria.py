@@ -20,28 +20,26 @@ from jaxsms.phases import Prune
 from jaxsms.trees import path_names
 
 if TYPE_CHECKING:
-  from experiments.method_flags import MethodFlags
-  from experiments.settings import Settings
+  from experiments.config.run_config import Config
 
 
-def pruning(settings: Settings, method: MethodFlags, key: jax.Array) -> Prune:
+def pruning(config: Config, key: jax.Array) -> Prune:
   """The function `prune(params, sparsity, masks=masks)` of --criterion.
 
   Args:
-    settings: of the run.
-    method: the same.
+    config: of the run.
     key: of the seed; decides what random pruning removes.
   """
-  if method.criterion == "magnitude":
-    return functools.partial(magnitude_masks, scope=settings.scope)
-  if method.criterion == "random":
-    return functools.partial(random_masks, key, scope=settings.scope)
-  if method.criterion == "erk":
+  if config.criterion == "magnitude":
+    return functools.partial(magnitude_masks, scope=config.scope)
+  if config.criterion == "random":
+    return functools.partial(random_masks, key, scope=config.scope)
+  if config.criterion == "erk":
     return erk_masks
-  if method.criterion == "lamp":
+  if config.criterion == "lamp":
     return lamp_masks
-  if method.criterion == "n_m":
-    m = method.n_m_group
+  if config.criterion == "n_m":
+    m = config.n_m_group
 
     def divisible(path, leaf):
       return default_prunable(path, leaf) and leaf.shape[inputs_axis(path, leaf)] % m == 0
@@ -54,7 +52,7 @@ def pruning(settings: Settings, method: MethodFlags, key: jax.Array) -> Prune:
     def prunable(path, leaf):
       return default_prunable(path, leaf) and path_names(path)[0] != last
 
-    return filter_masks(params, sparsity, settings.scope, outputs_axis, prunable, masks)
+    return filter_masks(params, sparsity, config.scope, outputs_axis, prunable, masks)
 
   return filters
 

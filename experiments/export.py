@@ -5,6 +5,7 @@ python -m experiments.export RUN --format=torch --out=soup.pth
 Without --seed it takes the first seed that the run has a soup of.
 """
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -12,11 +13,10 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import outputs, run_directory, settings
+from experiments import outputs, run_directory
+from experiments.config.run_config import config_of
 from experiments.flag_files import run_with_flags
 from experiments.inference import with_all_kept
-from experiments.method_flags import MethodFlags, model_options
-from experiments.settings import Settings
 from experiments.task import load
 from jaxsms import checkpoint, models, pretrained, sparsity, storage
 from jaxsms.data import StreamedDataset
@@ -123,26 +123,19 @@ def network(path: str) -> tuple[Any, tuple[int, ...]]:
   """The module of a run, and the shape of its images, from its flags and its data."""
   run = run_directory.read_run(path)
   try:
-    chosen, method = (_flags(kind, run["flags"]) for kind in (Settings, MethodFlags))
+    config = config_of(run["flags"])
   except (KeyError, TypeError) as error:
     raise ValueError(
       f"{path} does not tell the flags of its run, or was written by another version: "
       "--format=torch needs them"
     ) from error
   if FLAGS["data_dir"].present:
-    chosen = chosen._replace(data_dir=settings.FLAGS.data_dir)
-  dataset = load(chosen)
-  options = model_options(chosen, method)
-  module = models.create(chosen.model, dataset.num_classes, **options)
+    config = dataclasses.replace(config, data_dir=FLAGS.data_dir)
+  dataset = load(config)
+  module = models.create(config.model, dataset.num_classes, **config.model_options())
   if isinstance(dataset, StreamedDataset):
-    return module, (chosen.image_size, chosen.image_size, len(dataset.mean))
+    return module, (config.image_size, config.image_size, len(dataset.mean))
   return module, dataset.train_images.shape[1:]
-
-
-def _flags(kind, values):
-  """The flags of a run as the tuple that they were, from JSON."""
-  values = {name: values[name] for name in kind._fields}
-  return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 if __name__ == "__main__":

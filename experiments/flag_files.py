@@ -1,8 +1,9 @@
-"""How the binaries read their flags: also those in a file."""
+"""How the binaries read their flags, also those in a file, and refuse what is bad input."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app
 
@@ -39,3 +40,13 @@ def _refuse(file, problem):
     file=sys.stderr,
   )
   sys.exit(2)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+  """Ends a binary whose input is bad with one sentence and exit status 2."""
+  try:
+    yield
+  except (ValueError, ImportError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

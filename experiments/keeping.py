@@ -1,93 +1,42 @@
 """Keeps a run: saves it while it goes on, and takes it up again after a break."""
 
-import math
 import operator
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from experiments import run_directory
+from experiments.config.run_config import Config
 from experiments.environment import check_version, environment, environments_of
 from experiments.lock import Busy, Lock, Moved
 from experiments.metrics_file import MetricsFile
 from experiments.run_directory import agreed, is_writer
-from experiments.settings import Settings
 from experiments.signals import Stopped, StopSignals
 from experiments.task import Task
-from experiments.tensorboard import Board, check_available
+from experiments.tensorboard import Board
 from experiments.work import Work, packed, unpacked
 from jaxsms import storage
 from jaxsms.faults import fault_point
 from jaxsms.safetensors import first_sentence
 from jaxsms.series import Found, Series
 
-flags.DEFINE_float(
-  "save_minutes",
-  5.0,
-  "Minutes of training between two checkpoints, in --workdir; 0 saves after every chunk. "
-  "Also saved after each phase, unless saving takes more than 2 % of the time since.",
-)
-flags.DEFINE_integer(
-  "keep_checkpoints",
-  2,
-  "How many checkpoints stay: where one is damaged, the next is used.",
-)
-flags.DEFINE_boolean(
-  "tensorboard",
-  False,
-  "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
-  "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
-)
-flags.DEFINE_boolean(
-  "allow_other_version",
-  False,
-  "Goes on with a run that another version of jaxsms or jax began; results.json then says "
-  "which did what, in `environments`.",
-)
-FLAGS = flags.FLAGS
 MEANS = ("loss", "accuracy")
 # Why the first process cannot take a directory; told to the others by number.
 PROBLEMS = (type(None), Busy, OSError, ValueError)
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
 
 
-class Retention(NamedTuple):
-  """The flags of this file."""
-
-  save_minutes: float
-  keep_checkpoints: int
-  tensorboard: bool
-  allow_other_version: bool = False
-
-
-def read_retention() -> Retention:
-  """The parsed flags.
-
-  Raises:
-    ValueError: one is out of range, or TensorBoard's files cannot be written.
-  """
-  chosen = Retention(**{name: FLAGS[name].value for name in Retention._fields})
-  if not 0 <= chosen.save_minutes < math.inf:
-    raise ValueError(f"--save_minutes is {chosen.save_minutes}: give a number, 0 or above")
-  if chosen.keep_checkpoints < 1:
-    raise ValueError(
-      f"--keep_checkpoints is {chosen.keep_checkpoints}: it must be at least 1"
-    )
-  if chosen.tensorboard:
-    check_available(FLAGS.workdir)
-  return chosen
-
-
 class Keeper:
   """A run in its directory: what it has so far, and how that gets to the disk.
 
   Attributes:
+    workdir: the run directory.
+    config: of the run.
     seeds: the entries of the finished seeds.
     work: the seed under way.
     epoch: what the chunks of the epoch under way reported.
@@ -99,7 +48,7 @@ class Keeper:
     self,
     workdir: storage.epath.Path,
     run: dict[str, Any],
-    retention: Retention,
+    config: Config,
     signals: StopSignals,
   ):
     """Touches nothing yet.
@@ -107,16 +56,15 @@ class Keeper:
     Args:
       workdir: the run directory.
       run: what `run_directory.begin` writes.
-      retention: how often to save, and how many checkpoints to keep.
+      config: of the run.
       signals: which ask the run to stop.
     """
-    self._workdir, self._run, self._signals = workdir, run, signals
-    self._interval = 60 * retention.save_minutes
-    self._series = Series(workdir / run_directory.CHECKPOINTS, retention.keep_checkpoints)
+    self.workdir, self.config, self._run, self._signals = workdir, config, run, signals
+    self._interval = 60 * config.save_minutes
+    self._series = Series(workdir / run_directory.CHECKPOINTS, config.keep_checkpoints)
     self._lock = Lock(workdir)
     self._metrics: MetricsFile | None = None
-    self._tensorboard, self._board = retention.tensorboard, None
-    self._any_version = retention.allow_other_version
+    self._board: Board | None = None
     self._begun = self._last = time.monotonic()
     self._fetching = 0.0
     self._resumed = False
@@ -128,18 +76,14 @@ class Keeper:
 
   def open(
     self,
-    settings: Settings,
     task: Task,
-    flagfile: str,
     plan: dict[int, int],
     first: Callable[[], Work | None] = lambda: None,
   ) -> list[str]:
     """Takes the directory, and what an earlier process left there.
 
     Args:
-      settings: of the run.
-      task: its network and data.
-      flagfile: see `run_directory.begin`.
+      task: network and data of the run.
       plan: of the whole run, see `methods.planned_work`.
       first: gives what its first seed begins with, None for nothing; called where there is
         no checkpoint, in a directory that is locked and not changed yet.
@@ -152,28 +96,28 @@ class Keeper:
         holds is of another version or another network.
     """
     try:
-      found = self._find(flagfile)
+      found = self._find()
       said = [f"warning: {sentence}" for sentence in found.damaged]
       self.steps_left = dict(plan)
       if found.number:
-        size = self._take_up(found, settings, task)
+        size = self._take_up(found, task)
       else:
-        self.work, size = first() or Work(settings.seed), 0
-      results = run_directory.read_results(self._workdir) or {}
+        self.work, size = first() or Work(self.config.seed), 0
+      results = run_directory.read_results(self.workdir) or {}
       finished = results.get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
-        self.seeds, self.work = finished, Work(settings.seed + len(finished))
+        self.seeds, self.work = finished, Work(self.config.seed + len(finished))
         self.environments = environments_of(results)
       self._enter_environment(found.number or finished)
       if is_writer():
-        metrics = self._workdir / run_directory.METRICS_FILE
+        metrics = self.workdir / run_directory.METRICS_FILE
         self._metrics = MetricsFile(metrics, size)
-        if self._tensorboard:
-          self._board = Board(self._workdir, metrics.read_bytes())
+        if self.config.tensorboard:
+          self._board = Board(self.workdir, metrics.read_bytes())
     except OSError as error:
       self._lock.release()
       raise ValueError(
-        f"--workdir {self._workdir} cannot be written ({error.strerror or error}): choose "
+        f"--workdir {self.workdir} cannot be written ({error.strerror or error}): choose "
         "another folder"
       ) from error
     except ValueError:
@@ -182,10 +126,8 @@ class Keeper:
     self._last = time.monotonic()
     if self._resumed:
       where = self.work.position() if found.number or finished else "the start"
-      said.append(
-        f"resuming {self._workdir}: {where} ({len(self.seeds)} of {settings.seeds} seeds "
-        "finished)"
-      )
+      seeds = f"{len(self.seeds)} of {self.config.seeds} seeds finished"
+      said.append(f"resuming {self.workdir}: {where} ({seeds})")
     return said
 
   def _enter_environment(self, goes_on):
@@ -194,12 +136,12 @@ class Keeper:
     if not goes_on:
       self.environments = [{"from": "the start", "environment": now}]
       return
-    if not self._any_version:
-      check_version(self._workdir, self.environments[-1]["environment"], now)
+    if not self.config.allow_other_version:
+      check_version(self.workdir, self.environments[-1]["environment"], now)
     if now != self.environments[-1]["environment"]:
       self.environments.append({"from": self.work.position(), "environment": now})
 
-  def _find(self, flagfile):
+  def _find(self):
     """Locks the directory, and walks back to its newest whole checkpoint.
 
     The first process does so, and the others read what it found.
@@ -207,10 +149,10 @@ class Keeper:
     found, problem = Found(None, {}, {}, []), None
     if is_writer():
       try:
-        self._resumed = (self._workdir / run_directory.RUN_FILE).exists()
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._resumed = (self.workdir / run_directory.RUN_FILE).exists()
+        self.workdir.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        run_directory.begin(self._workdir, self._run, flagfile)
+        run_directory.begin(self.workdir, self._run, self.config.flagfile())
         found = self._series.newest()
       except (OSError, ValueError) as error:
         problem = error
@@ -228,12 +170,12 @@ class Keeper:
       raise problem
     return found
 
-  def _take_up(self, found, settings, task):
+  def _take_up(self, found, task):
     """Takes what a checkpoint holds; gives the size that the metrics had.
 
     Its digests are right: where it makes no sense, something else wrote it.
     """
-    meta, what = found.meta, f"checkpoint {found.number} of {self._workdir}"
+    meta, what = found.meta, f"checkpoint {found.number} of {self.workdir}"
     try:
       self.seeds = list(meta["seeds"])
       self.epoch = {
@@ -248,7 +190,7 @@ class Keeper:
         meta["work"],
         task.shapes,
         task.engine.programs,
-        settings.ingredients,
+        self.config.ingredients,
         what,
       )
       return operator.index(meta["metrics_bytes"])

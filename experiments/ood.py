@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.method_flags import MethodFlags
-from experiments.settings import Settings
+from experiments.config.run_config import Config
 from jaxsms import data, storage
 from jaxsms.data import (
   CORRUPTIONS,
@@ -29,16 +28,14 @@ Corrupted = dict[str, list[Callable[[], Data | StreamedData]]]
 
 
 def corrupted_test_data(
-  settings: Settings,
-  method: MethodFlags,
+  config: Config,
   dataset: Dataset | StreamedDataset,
   test: Data | StreamedData,
 ) -> tuple[Corrupted, dict[str, str]]:
   """What --ood and --ood_severities ask for.
 
   Args:
-    settings: of the run.
-    method: the same.
+    config: of the run.
     dataset: clean.
     test: its test split, on the device or streamed.
 
@@ -50,32 +47,32 @@ def corrupted_test_data(
     ValueError: a corruption is unknown, or does not fit the images; or they are streamed,
       and TFDS has not prepared it.
   """
-  if not method.ood:
+  if not config.ood:
     return {}, {}
-  prepared = frozenset(prepared_sets(settings))
-  own = [] if settings.stream else corruptions_for(dataset.test_images.shape[-1])
+  prepared = frozenset(prepared_sets(config))
+  own = [] if config.stream else corruptions_for(dataset.test_images.shape[-1])
 
   def in_tfds(name):
-    return all(f"{name}_{severity}" in prepared for severity in method.ood_severities)
+    return all(f"{name}_{severity}" in prepared for severity in config.ood_severities)
 
-  names = method.ood
+  names = config.ood
   if names == ("all",):
     found = sorted({name.rpartition("_")[0] for name in prepared})
     names = [name for name in found if in_tfds(name)] or own
     if not names:
       raise ValueError(
         "--ood is all, but streamed images are not corrupted here and TFDS has no "
-        f"{base_name(settings.dataset)}_corrupted prepared: prepare it as array_record, or "
+        f"{base_name(config.dataset)}_corrupted prepared: prepare it as array_record, or "
         "leave --ood out"
       )
   sets, sources = {}, {}
   for name in names:
     if in_tfds(name):
-      make, sources[name] = functools.partial(_from_tfds, settings), "tfds"
-    elif settings.stream:
+      make, sources[name] = functools.partial(_from_tfds, config), "tfds"
+    elif config.stream:
       raise ValueError(
         f"--ood has {name}: streamed images are not corrupted here, prepare "
-        f"{_config(settings, name, method.ood_severities[0])} and the other severities "
+        f"{_set_name(config, name, config.ood_severities[0])} and the other severities "
         "with TFDS as array_record, or leave it out"
       )
     else:
@@ -86,23 +83,23 @@ def corrupted_test_data(
           f"{', '.join(own)}"
         )
       make, sources[name] = functools.partial(_own, test), "jaxsms"
-    sets[name] = [functools.partial(make, name, n) for n in method.ood_severities]
+    sets[name] = [functools.partial(make, name, n) for n in config.ood_severities]
   return sets, sources
 
 
-def prepared_digests(settings: Settings, method: MethodFlags) -> dict[str, str]:
+def prepared_digests(config: Config) -> dict[str, str]:
   """Digests of the prepared sets that --ood may read, by name: other ones, other figures.
 
   Raises:
     ValueError: one cannot be read.
   """
-  if not method.ood or not prepared_sets(settings):
+  if not config.ood or not prepared_sets(config):
     return {}
   digests = {}
-  for whole, folders in data.corrupted_folders(settings.dataset, settings.data_dir).items():
+  for whole, folders in data.corrupted_folders(config.dataset, config.data_dir).items():
     name, _, severity = whole.split("/")[1].rpartition("_")
-    wanted = method.ood == ("all",) or name in method.ood
-    if wanted and severity in map(str, method.ood_severities):
+    wanted = config.ood == ("all",) or name in config.ood
+    if wanted and severity in map(str, config.ood_severities):
       try:
         digests[f"{name}_{severity}"] = " ".join(map(_prepared_digest, folders))
       except OSError as error:
@@ -126,26 +123,26 @@ def _prepared_digest(folder) -> str:
   return digest.hexdigest()
 
 
-def prepared_sets(settings: Settings) -> list[str]:
+def prepared_sets(config: Config) -> list[str]:
   """Names such as "brightness_1" that TFDS has prepared for this data set."""
-  if settings.dataset == "digits" or settings.dataset.lower().endswith(".npz"):
+  if config.in_memory:
     return []
-  found = data.corrupted_sets(settings.dataset, settings.data_dir)
+  found = data.corrupted_sets(config.dataset, config.data_dir)
   return [name.split("/")[1] for name in found]
 
 
-def _config(settings: Settings, name: str, severity: int) -> str:
-  return f"{base_name(settings.dataset)}_corrupted/{name}_{severity}"
+def _set_name(config: Config, name: str, severity: int) -> str:
+  return f"{base_name(config.dataset)}_corrupted/{name}_{severity}"
 
 
-def _from_tfds(settings: Settings, name: str, severity: int) -> Data | StreamedData:
-  config = _config(settings, name, severity)
-  if settings.stream:  # they are cropped already
-    size = settings.image_size
-    source = open_streamed_test(config, settings.data_dir)
+def _from_tfds(config: Config, name: str, severity: int) -> Data | StreamedData:
+  name = _set_name(config, name, severity)
+  if config.stream:  # they are cropped already
+    size = config.image_size
+    source = open_streamed_test(name, config.data_dir)
     crop = functools.partial(resize_centre_crop, size=size, resize=size)
     return StreamedData(source, np.arange(len(source)), eval_transform=crop)
-  images, labels = data.load_split(config, "test", settings.data_dir, settings.cache_dir)
+  images, labels = data.load_split(name, "test", config.data_dir, config.cache_dir)
   return Data(jnp.asarray(images), jnp.asarray(labels))
 
 

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import comparison, keeping, methods, run_directory, running, settings
+from experiments import comparison, keeping, methods, run_directory, running
 from experiments.comparison import Part, folder_of, is_finished
-from experiments.environment import environment
+from experiments.config.run_config import Config
 from experiments.inference import inference
 from experiments.lock import Busy, Lock
 from experiments.methods import DENSE
 from experiments.progress import MEASURED, RunProgress
 from experiments.run_directory import agreed, is_writer
-from experiments.running import Job
 from experiments.signals import StopSignals
 from experiments.task import Task
 from experiments.work import Work
@@ -33,7 +32,7 @@ class Comparison(NamedTuple):
   """What all parts share.
 
   Attributes:
-    job: flags and data; its settings are those of the largest number of copies.
+    config: its number of copies is the largest.
     task: data, network and programs.
     workdir: of the comparison.
     run: what its `run.json` holds.
@@ -41,7 +40,7 @@ class Comparison(NamedTuple):
     parts: all, in the order in which they are done.
   """
 
-  job: Job
+  config: Config
   task: Task
   workdir: storage.epath.Path
   run: dict[str, Any]
@@ -51,14 +50,12 @@ class Comparison(NamedTuple):
 
 def planned(shared: Comparison, part: Part) -> dict[int, int]:
   """What a part has to do, see `methods.planned_work`."""
-  chosen = part.settings(shared.job.settings)
-  steps = methods.planned_work(
-    chosen, shared.job.method, shared.task.steps_per_epoch, part.methods
-  )
+  config = part.config(shared.config)
+  steps = methods.planned_work(config, shared.task.steps_per_epoch, part.methods)
   if part.method != DENSE:
-    steps[MEASURED] -= chosen.seeds
-  if part.method != DENSE and shared.job.method.init is None:
-    steps[1] -= chosen.epochs * shared.task.steps_per_epoch
+    steps[MEASURED] -= config.seeds
+  if part.method != DENSE and config.init is None:
+    steps[1] -= config.epochs * shared.task.steps_per_epoch
   return steps
 
 
@@ -78,22 +75,21 @@ def run_part(
     OSError: something cannot be read or written.
     Stopped: a signal asked for it.
   """
-  task, chosen = shared.task, part.settings(shared.job.settings)
-  describe = functools.partial(task.engine.describe, goal_sparsity=chosen.goal_sparsity)
+  task, config = shared.task, part.config(shared.config)
+  describe = functools.partial(task.engine.describe, goal_sparsity=config.goal_sparsity)
   task = task._replace(engine=task.engine._replace(describe=describe))
   folder = folder_of(shared.workdir, part)
-  run_flags = shared.job._replace(settings=chosen).flags()
-  own = {name: getattr(chosen, name) for name in comparison.GROWS}
+  own = {name: getattr(config, name) for name in comparison.GROWS}
   wanted = {**shared.defining, **own}
-  run = {**shared.run, "flags": run_flags, "defining": storage.plain(wanted)}
+  run = {**shared.run, "flags": config.flags(), "defining": storage.plain(wanted)}
   before = run_directory.read_run(folder)
   if before:
     run_directory.check_same(folder, before, run["defining"])
   steps = planned(shared, part)
-  keeper = keeping.Keeper(folder, run, shared.job.retention, signals)
+  keeper = keeping.Keeper(folder, run, config, signals)
   first = functools.partial(first_work, shared, part, describe)
   try:
-    said = keeper.open(chosen, task, settings.flagfile(run_flags), steps, first)
+    said = keeper.open(task, steps, first)
   except Finished:
     return
   for sentence in said:
@@ -101,24 +97,13 @@ def run_part(
   with keeper:
     plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
-    listener = running.Listener(
-      progress, keeper, folder, chosen, task.steps_per_epoch, goal
-    )
+    listener = running.Listener(progress, keeper, task.steps_per_epoch, goal)
     if not keeper.seeds:
-      entry = running.run_seed(task, chosen, part.methods, listener, keeper.work)
+      entry = running.run_seed(task, part.methods, listener)
       if part.method == DENSE:
         run_directory.save_model(folder / MODEL, keeper.work.dense._asdict())
       keeper.finish_seed(entry)
-    results = {
-      "part": part._asdict(),
-      "flags": {**run_flags, "workdir": str(folder)},
-      "environment": environment(),
-      "environments": keeper.environments,
-      "ood_sources": task.ood_sources,
-      "seeds": keeper.seeds,
-      "seconds": keeper.seconds(),
-      "finished": True,
-    }
+    results = {"part": part._asdict()} | running.results_of(task, keeper)
     run_directory.write_results(folder, results)
     if part.method == methods.SOUP and part.seed == shared.parts[0].seed and is_writer():
       results["inference"] = inference(task, folder, part.seed)

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.hardware import Hardware, bfloat16
-from experiments.method_flags import MethodFlags
+from experiments.config.device_flags import DeviceFlags
+from experiments.config.fields import names
+from experiments.config.run_config import Config
+from experiments.hardware import bfloat16
 from experiments.ood import prepared_digests
 from experiments.reporting import dataset_title
 from experiments.results_check import check_results, check_run
-from experiments.settings import Settings
 from jaxsms import checkpoint, storage
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.meshes import fetch
@@ -31,8 +32,9 @@ OTHER = {
   "init": "other weights in --init",
   "ood_data": "other data for --ood",
 }
-# Where a run finds its data, and how often the host looks, change none of its results.
-NOT_OF_THE_RUN = ("data_dir", "cache_dir", "chunk_steps")
+# Where a run finds its data, where it computes, and how often the host looks, change no
+# result, but for rounding.
+NOT_OF_THE_RUN = ("data_dir", "cache_dir", "chunk_steps", *names(DeviceFlags))
 
 
 def is_writer() -> bool:
@@ -47,21 +49,15 @@ def agreed(wanted: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(wanted)).any())
 
 
-def defining(
-  settings: Settings,
-  chosen: Hardware,
-  method: MethodFlags,
-  dataset: Dataset | StreamedDataset,
-) -> dict[str, Any]:
+def defining(config: Config, dataset: Dataset | StreamedDataset) -> dict[str, Any]:
   """Everything that the numbers of a run depend on, but for rounding."""
-  values = {**settings._asdict(), **method._asdict()}
-  values = {k: v for k, v in values.items() if k not in NOT_OF_THE_RUN}
-  values["dataset"] = dataset_title(settings.dataset)
-  values["precision"] = "bfloat16" if bfloat16(chosen.precision) else "float32"
-  values["micro_batches"] = chosen.micro_batches
+  values = {k: v for k, v in config.flags().items() if k not in NOT_OF_THE_RUN}
+  values["dataset"] = dataset_title(config.dataset)
+  values["precision"] = "bfloat16" if bfloat16(config.precision) else "float32"
+  values["micro_batches"] = config.micro_batches
   values["data"] = fingerprint(dataset)
-  values["init"] = method.init and weights_digest(method.init)
-  values["ood_data"] = prepared_digests(settings, method)
+  values["init"] = config.init and weights_digest(config.init)
+  values["ood_data"] = prepared_digests(config)
   return storage.plain(values)
 
 

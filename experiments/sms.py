@@ -26,126 +26,106 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
-from experiments import (
-  keeping,
-  methods,
-  reporting,
-  run_directory,
-  running,
-  settings,
-  tuning,
-)
+from experiments import keeping, methods, reporting, run_directory, running, tuning
+from experiments.config import keeping_flags, run_config
 from experiments.environment import environment
-from experiments.flag_files import run_with_flags
+from experiments.flag_files import refusals, run_with_flags
 from experiments.inference import inference
 from experiments.progress import RunProgress, clock
 from experiments.report import write_report
 from experiments.signals import Stopped, StopSignals
-from experiments.task import make_task
+from experiments.task import Task, make_task
 from experiments.terminal import say, terminal
 from jaxsms import storage
 
-for module in running.FLAG_MODULES:
+for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)
 
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; bad input ends it with one sentence and exit status 2."""
-  try:
-    job = running.read_job(argv)
-    chosen = job.settings
-    workdir = running.workdir()
-    wanted = run_directory.defining(chosen, job.hardware, job.method, job.dataset)
+  with refusals():
+    config, dataset = running.start(argv)
+    workdir = running.workdir(config)
     run = run_directory.read_run(workdir)
+    defining = run_directory.defining(config, dataset)
     if run:
-      run_directory.check_same(workdir, run, wanted)
+      run_directory.check_same(workdir, run, defining)
       finished = run_directory.read_results(workdir)
       if finished and finished.get("finished"):
         keeping.say(f"{workdir} holds this run, finished: nothing is left to do")
         with contextlib.suppress(OSError):  # a folder that is read-only by now
           show(workdir, finished)
         return
-    measured_before = run["flags"].get("convolution") if run else None
-    devices = tuning.measured(
-      chosen, job.hardware, job.method, job.dataset, measured_before
-    )
-    job = job._replace(hardware=devices)
-    task = make_task(chosen, job.hardware, job.method, job.dataset)
+    lowering = run["flags"].get("convolution") if run else None
+    config = tuning.measured(config, dataset, lowering)
+    task = make_task(config, dataset)
 
-    names, run_flags = methods.names_of(chosen), job.flags()
-    versions = environment()
-    run = run or {"flags": run_flags, "defining": wanted, "environment": versions}
-    signals = StopSignals()
-    keeper = keeping.Keeper(workdir, run, job.retention, signals)
-    plan = methods.planned_work(chosen, job.method, task.steps_per_epoch, names)
-    for sentence in keeper.open(chosen, task, settings.flagfile(run_flags), plan):
+    names, signals = methods.names_of(config), StopSignals()
+    run = run or {
+      "flags": config.flags(), "defining": defining, "environment": environment()
+    }  # fmt: skip
+    keeper = keeping.Keeper(workdir, run, config, signals)
+    plan = methods.planned_work(config, task.steps_per_epoch, names)
+    for sentence in keeper.open(task, plan):
       keeping.say(sentence)
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
 
-  results = {
-    "flags": {**run_flags, "workdir": str(workdir)},
-    "environment": versions,
-    "environments": keeper.environments,
-    "ood_sources": task.ood_sources,
-    "seeds": keeper.seeds,
-  }
-
-  def write_results():
-    if keeper.seeds:
-      keeper.check()
-      results["summary"] = reporting.summarize(keeper.seeds)
-      results["seconds"] = keeper.seconds()
-      results["finished"] = len(keeper.seeds) == chosen.seeds
-      run_directory.write_results(workdir, results)
-
-  stopped, status = None, 0
-  try:
-    quiet = not run_directory.is_writer()
+  with early_end(task, keeper):
     shown = RunProgress(
-      dict(keeper.steps_left), quiet=quiet, model_steps=methods.model_steps(task)
+      dict(keeper.steps_left),
+      quiet=not run_directory.is_writer(),
+      model_steps=methods.model_steps(task),
     )
     with keeper, signals, shown as progress:
-      listener = running.Listener(progress, keeper, workdir, chosen, task.steps_per_epoch)
-      write_results()
-      while len(keeper.seeds) < chosen.seeds:
-        entry = running.run_seed(task, chosen, names, listener, keeper.work)
-        keeper.finish_seed(entry)
-        write_results()
+      listener = running.Listener(progress, keeper, task.steps_per_epoch)
+      results = write_results(task, keeper)
+      while len(keeper.seeds) < config.seeds:  # dense model, then method after method
+        keeper.finish_seed(running.run_seed(task, names, listener))
+        results = write_results(task, keeper)
       if run_directory.is_writer():
-        results["inference"] = inference(task, workdir, keeper.seeds[-1]["seed"])
-        write_results()
-    if keeper.seeds:
-      show(workdir, results)
+        measured = inference(task, workdir, keeper.seeds[-1]["seed"])
+        results = write_results(task, keeper, inference=measured)
+    show(workdir, results)
+
+
+def write_results(task: Task, keeper: keeping.Keeper, **more: Any) -> dict[str, Any]:
+  """Writes results.json, once a seed is finished; gives what it holds."""
+  results = running.results_of(task, keeper) | more
+  if keeper.seeds:
+    results["summary"] = reporting.summarize(keeper.seeds)
+    keeper.check()
+    run_directory.write_results(keeper.workdir, results)
+  return results
+
+
+@contextlib.contextmanager
+def early_end(task: Task, keeper: keeping.Keeper) -> Iterator[None]:
+  """Ends a run that cannot go on: shows what it has, says why, and how it goes on."""
+  try:
+    yield
+    return
   except (FloatingPointError, MemoryError, OSError) as error:
-    stopped, status = f"error: {keeper.moved() or error}", 1
+    why, status = f"error: {keeper.moved() or error}", 1
   except Stopped as error:
-    stopped, status = str(error), error.status
+    why, status = str(error), error.status
   except KeyboardInterrupt:
-    stopped, status = "interrupted", 130
-  if stopped:
-    if results.get("summary") and not keeper.moved():
+    why, status = "interrupted", 130
+  done, of = len(keeper.seeds), keeper.config.seeds
+  where = f"{done} of {of} seeds finished" if done else "no seed finished"
+  if done < of:
+    where += f"; in {keeper.work.position()}"
+  if keeper.is_there():
+    if done:
       with contextlib.suppress(OSError):  # such as a full disk
-        show(workdir, results)
-    print(f"{stopped} ({where_it_stands(keeper, chosen, workdir)})", file=sys.stderr)
-    sys.exit(status)
-
-
-def where_it_stands(
-  keeper: keeping.Keeper, chosen: settings.Settings, workdir: storage.epath.Path
-) -> str:
-  """How far a run has come that ends early, and how it goes on."""
-  done = len(keeper.seeds)
-  what = f"{done} of {chosen.seeds} seeds finished" if done else "no seed finished"
-  if done < chosen.seeds:
-    what += f"; in {keeper.work.position()}"
-  if keeper.moved():
-    return what
-  return f"{what}; the same flags with --workdir={workdir} go on from what is saved"
+        show(keeper.workdir, running.results_of(task, keeper))
+    where += f"; the same flags with --workdir={keeper.workdir} go on from what is saved"
+  print(f"{why} ({where})", file=sys.stderr)
+  sys.exit(status)
 
 
 def show(workdir: storage.epath.Path, results: dict) -> None:

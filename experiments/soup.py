@@ -18,14 +18,8 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from experiments import (
-  hardware,
-  method_flags,
-  outputs,
-  pretraining_flags,
-  settings,
-  soup_flags,
-)
+from experiments import outputs, soup_flags
+from experiments.config import run_config
 from experiments.flag_files import run_with_flags
 from experiments.soup_barrier import say_barrier
 from experiments.soup_checks import (
@@ -50,7 +44,7 @@ from jaxsms.safetensors import first_sentence
 from jaxsms.soups import soup_weights
 
 FLAGS = flags.FLAGS
-for module in (soup_flags, outputs, settings, pretraining_flags, method_flags, hardware):
+for module in (soup_flags, outputs, run_config):
   flags.adopt_module_key_flags(module)
 
 

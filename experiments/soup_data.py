@@ -1,5 +1,6 @@
 """Merging models where there are data: chosen, recalibrated and measured on them."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import hardware, method_flags, settings
+from experiments import hardware
+from experiments.config import run_config
 from experiments.soup_checks import check_masks, result_specs
 from experiments.soup_flags import Choice
-from experiments.task import Task, load, make_task
+from experiments.task import Task, load, make_task, with_data
 from jaxsms import pretrained
 from jaxsms.disk.merging import Found, Job, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
@@ -38,14 +40,12 @@ def make_data_task(m: int) -> Task:
   Raises:
     ValueError: see `experiments.task.make_task`.
   """
-  chosen = settings.read_settings(merge="uniform")
-  method = method_flags.read_method(chosen)._replace(init=None, ood=())
-  alone = {"coordinator": None, "processes": None, "process": None}
-  devices = hardware.read_hardware(chosen.model, m)._replace(**alone)
-  hardware.start(devices, chosen.model, m)
-  dataset = load(chosen)
-  chosen = settings.with_data(chosen._replace(ingredients=m), dataset)
-  return make_task(chosen, devices, method, dataset)
+  alone = dict.fromkeys(("coordinator", "processes", "process"))
+  config = run_config.read_config(merge="uniform")
+  config = dataclasses.replace(config, ingredients=m, init=None, ood=(), **alone)
+  hardware.start(config, m)
+  dataset = load(config)
+  return make_task(with_data(config, dataset), dataset)
 
 
 def as_ours(model: Tensors, task: Task) -> InMemory:

@@ -1,5 +1,6 @@
 """What all seeds and methods of a run share: data, network, programs, schedule."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.hardware import Hardware, copies_at_once, mesh_of, network_options
-from experiments.method_flags import MethodFlags, model_options
+from experiments.config.dense_flags import dense_schedule
+from experiments.config.run_config import Config
+from experiments.hardware import copies_at_once, mesh_of, network_options
 from experiments.ood import corrupted_test_data
-from experiments.pretraining_flags import dense_schedule
-from experiments.settings import Settings, check_data
 from jaxsms import data, models, multiply_adds, pretrained
 from jaxsms.data import (
   Dataset,
@@ -25,7 +25,7 @@ from jaxsms.data import (
   training_images,
 )
 from jaxsms.meshes import place
-from jaxsms.pruning import prunable_flags
+from jaxsms.pruning import prunable_flags, removal_count
 from jaxsms.training import (
   Data,
   Engine,
@@ -44,7 +44,6 @@ class Task(NamedTuple):
   """What all seeds and methods of a run share.
 
   Attributes:
-    method: flags.
     module: the network.
     engine: its compiled work, on the data.
     variant: `variant(own_masks=True)` or `variant(feedback=True)`: other programs.
@@ -57,7 +56,6 @@ class Task(NamedTuple):
     ood_sources: where each corruption comes from.
   """
 
-  method: MethodFlags
   module: Any
   engine: Engine
   variant: Callable[..., Programs]
@@ -70,34 +68,35 @@ class Task(NamedTuple):
   ood_sources: dict[str, str]
 
 
-def load(settings: Settings) -> Dataset | StreamedDataset:
+def load(config: Config) -> Dataset | StreamedDataset:
   """The data set, in memory or to be read as it is used.
 
   Raises:
     ValueError: see `jaxsms.data.load` and `jaxsms.data.open_streamed`.
   """
-  if settings.stream:
-    return data.open_streamed(settings.dataset, settings.data_dir)
-  return data.load(settings.dataset, settings.data_dir, settings.cache_dir)
+  if config.stream:
+    return data.open_streamed(config.dataset, config.data_dir)
+  return data.load(config.dataset, config.data_dir, config.cache_dir)
 
 
-def make_task(
-  settings: Settings,
-  chosen: Hardware,
-  method: MethodFlags,
-  dataset: Dataset | StreamedDataset,
-) -> Task:
+def with_data(config: Config, dataset: Dataset | StreamedDataset) -> Config:
+  """Fills in what the data set itself decides: the augmentation."""
+  augmentation = config.augmentation or dataset.augmentation
+  return dataclasses.replace(config, augmentation=augmentation)
+
+
+def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
   """Splits the data, puts it on the devices, and makes network and programs.
 
   Raises:
-    ValueError: settings do not fit the data or the devices, or the weights to start from
+    ValueError: flags do not fit the data or the devices, or the weights to start from
       not the network.
   """
   if isinstance(dataset, StreamedDataset):
-    splits, image_shape = streamed_splits(settings, dataset)
+    splits, image_shape = streamed_splits(config, dataset)
   else:
     splits, image_shape = resident_splits(dataset), dataset.train_images.shape[1:]
-  module = make_network(settings, chosen, method, dataset.num_classes)
+  module = make_network(config, dataset.num_classes)
   shapes = Model(
     *jax.eval_shape(
       functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
@@ -105,40 +104,38 @@ def make_task(
   )
   pairs = zip(jax.tree.leaves(shapes.params), prunable_flags(shapes.params), strict=True)
   check_data(
-    settings, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
+    config, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
   )
   initial = None
-  if method.init is not None:
-    initial = Model(**pretrained.load_model(method.init, module, image_shape))
+  if config.init is not None:
+    initial = Model(**pretrained.load_model(config.init, module, image_shape))
   variant = functools.cache(
     functools.partial(
       network_programs,
-      settings,
-      chosen,
+      config,
       dataset,
       module,
       sum(x.size for x in jax.tree.leaves(shapes.params)),
     )
   )
   programs = variant()
-  splits = on_devices(splits, programs.mesh_of(settings.ingredients))
-  corrupted, ood_sources = corrupted_test_data(settings, method, dataset, splits.test)
+  splits = on_devices(splits, programs.mesh_of(config.ingredients))
+  corrupted, ood_sources = corrupted_test_data(config, dataset, splits.test)
   splits = splits._replace(
-    corrupted=corrupted, also_measured=("train",) if method.train_metrics else ()
+    corrupted=corrupted, also_measured=("train",) if config.train_metrics else ()
   )
-  steps_per_epoch = splits.train.size // settings.batch_size
-  steps = settings.epochs * steps_per_epoch
-  schedule, warmup_steps = dense_schedule(settings, steps_per_epoch)
+  steps_per_epoch = splits.train.size // config.batch_size
+  steps = config.epochs * steps_per_epoch
+  schedule, warmup_steps = dense_schedule(config, steps_per_epoch)
   pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
   describe = functools.partial(
     describe_weights,
-    goal_sparsity=settings.goal_sparsity,
+    goal_sparsity=config.goal_sparsity,
     multiply_adds=inference_cost(module, *shapes, image_shape),
   )
   return Task(
-    method=method,
     module=module,
-    engine=Engine(programs, splits, describe, chunk_steps(settings)),
+    engine=Engine(programs, splits, describe, chunk_steps(config)),
     variant=variant,
     shapes=shapes,
     image_shape=image_shape,
@@ -150,11 +147,25 @@ def make_task(
   )
 
 
-def chunk_steps(settings: Settings) -> int:
+def check_data(config: Config, name: str, train_size: int, prunable_size: int) -> None:
+  """Raises ValueError where flags do not fit the data and the network."""
+  if removal_count(config.goal_sparsity, prunable_size) == prunable_size:
+    raise ValueError(
+      f"--goal_sparsity is {config.goal_sparsity}: that removes all {prunable_size} "
+      "weights of the network, choose a smaller one"
+    )
+  if config.batch_size > train_size:
+    raise ValueError(
+      f"--batch_size is {config.batch_size}, but the training split of {name} "
+      f"has {train_size} examples (after 10 % went to validation): choose at most that"
+    )
+
+
+def chunk_steps(config: Config) -> int:
   """Most steps in one dispatch: an epoch, where the host need not look more often."""
-  if settings.chunk_steps is not None:
-    return settings.chunk_steps
-  often = settings.stream or jax.default_backend() == "cpu"
+  if config.chunk_steps is not None:
+    return config.chunk_steps
+  often = config.stream or jax.default_backend() == "cpu"
   return 50 if often else 2**31
 
 
@@ -185,10 +196,10 @@ def resident_splits(dataset: Dataset) -> Splits:
 
 
 def streamed_splits(
-  settings: Settings, dataset: StreamedDataset
+  config: Config, dataset: StreamedDataset
 ) -> tuple[Splits, tuple[int, int, int]]:
   """Training, validation and test images to be decoded; and the shape of one."""
-  size = settings.image_size
+  size = config.image_size
   transforms = (
     functools.partial(random_resized_crop, size=size),
     functools.partial(resize_centre_crop, size=size, resize=round(size * 256 / 224)),
@@ -211,17 +222,14 @@ def on_devices(splits: Splits, mesh: jax.sharding.Mesh | None) -> Splits:
   return place(splits, NamedSharding(mesh, PartitionSpec()))
 
 
-def make_network(
-  settings: Settings, chosen: Hardware, method: MethodFlags, num_classes: int
-) -> Any:
+def make_network(config: Config, num_classes: int) -> Any:
   """The Flax module that the flags describe."""
-  options = network_options(chosen, settings.model) | model_options(settings, method)
-  return models.create(settings.model, num_classes, **options)
+  options = network_options(config) | config.model_options()
+  return models.create(config.model, num_classes, **options)
 
 
 def network_programs(
-  settings: Settings,
-  chosen: Hardware,
+  config: Config,
   dataset: Dataset | StreamedDataset,
   module: Any,
   parameters: int,
@@ -233,16 +241,16 @@ def network_programs(
   """
   return make_programs(
     module,
-    functools.partial(sgd, momentum=settings.momentum, nesterov=settings.weight_decay > 0),
+    functools.partial(sgd, momentum=config.momentum, nesterov=config.weight_decay > 0),
     training_images=lambda key, images: training_images(
-      settings.augmentation, key, images, dataset.mean, dataset.std
+      config.augmentation, key, images, dataset.mean, dataset.std
     ),
     evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
-    batch_size=settings.batch_size,
-    mesh=mesh_of(chosen, settings.model, settings.batch_size),
-    at_once=copies_at_once(chosen, settings.model, settings.ingredients * parameters),
+    batch_size=config.batch_size,
+    mesh=mesh_of(config),
+    at_once=copies_at_once(config, config.ingredients * parameters),
     skip_inactive=jax.default_backend() == "cpu",
-    micro_batches=chosen.micro_batches,
-    split_params=chosen.split_params,
+    micro_batches=config.micro_batches,
+    split_params=config.split_params,
     **variant,
   )

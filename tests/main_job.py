@@ -8,25 +8,33 @@ import sys
 
 import jax
 import numpy as np
+from absl import flags as absl_flags
 
-from experiments import hardware, keeping, method_flags, settings, sms
+from experiments import sms
+from experiments.config.fields import names
+from experiments.config.run_config import Config, read_config
 from jaxsms import checkpoint, faults
 
 ROOT = pathlib.Path(__file__).parent.parent
-FLAGS = (
-  *settings.Settings._fields,
-  *method_flags.MethodFlags._fields,
-  *hardware.Hardware._fields,
-  *keeping.Retention._fields,
-  "workdir",
-)
+FLAGS = names(Config)
+
+
+def unparse(*flags):
+  """Forgets what earlier tests gave, also for these flags of other binaries."""
+  for name in (*FLAGS, *flags):
+    absl_flags.FLAGS[name].unparse()
 
 
 def parse(*flags):
-  """Parses flags anew: what earlier tests gave is forgotten."""
-  for name in FLAGS:
-    settings.FLAGS[name].unparse()
-  return settings.FLAGS(["sms", *flags])
+  """Parses flags anew."""
+  unparse()
+  return absl_flags.FLAGS(["sms", *flags])
+
+
+def config_of(*flags):
+  """What the main job makes of flags."""
+  parse(*flags)
+  return read_config()
 
 
 def exit_status(main, argv):

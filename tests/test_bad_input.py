@@ -9,9 +9,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from main_job import ROOT, exit_status, parse
+from main_job import ROOT, config_of, exit_status, parse, unparse
 
-from experiments import compare, flag_files, hardware, lock, run_directory, settings
+from experiments import compare, flag_files, lock, run_directory
 from experiments.lock import Lock, Moved
 from jaxsms import data, pretrained, storage
 from jaxsms.data import sources
@@ -19,11 +19,9 @@ from jaxsms.series import Series
 
 
 def test_devices_of_a_cpu_are_bounded_before_anything_starts(rejects):
-  parse("--cpu_devices=100000")
   with rejects("--cpu_devices is 100000: give at most 256"):
-    hardware.read_hardware("mlp", 2)
-  parse("--cpu_devices=256")
-  assert hardware.read_hardware("mlp", 2).cpu_devices == 256
+    config_of("--cpu_devices=100000")
+  assert config_of("--cpu_devices=256").cpu_devices == 256
 
 
 def bomb(path, shape=(60_000, 200, 200, 3), zeros=None):
@@ -120,19 +118,16 @@ def test_the_commands_read_their_flags_so(tmp_path):
   ],
 )
 def test_the_grid_names_the_flag_that_was_given(flags, words, rejects):
-  settings.FLAGS["sparsities"].unparse()
-  settings.FLAGS["copies"].unparse()
+  unparse("sparsities", "copies")
   parse(*flags)
   with rejects(words):
     compare.read_grid()
-  settings.FLAGS["sparsities"].unparse()
-  settings.FLAGS["copies"].unparse()
+  unparse("sparsities", "copies")
 
 
 def test_numbers_are_those_that_can_be_read(tmp_path, rejects):
-  parse("--hidden=2\N{SUPERSCRIPT TWO}")
   with rejects("--hidden is 2\N{SUPERSCRIPT TWO}: give whole numbers"):
-    settings.read_settings()
+    config_of("--hidden=2\N{SUPERSCRIPT TWO}")
   parse()
   (tmp_path / "\N{SUPERSCRIPT TWO}").mkdir()
   assert Series(tmp_path).newest().number is None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from experiments import bench, bench_jax, bench_settings
 from experiments.bench_statistics import Contender, alternate, calls_for, ratio, spread
+from experiments.config.fields import define_flags
 from jaxsms import models
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +28,7 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="compares with PyTorch")
 
 def parse(*given):
   values = flags.FlagValues()
-  bench_settings.define_flags(values)
+  define_flags(bench_settings.Config, values)
   return values(["bench", *given]), values
 
 
@@ -139,24 +140,24 @@ def test_bad_flags_end_with_one_sentence(given, words, capsys):
   assert not captured.out
 
 
-def test_settings_of_cifar10_and_overrides():
-  settings = bench_settings.read_settings(parse("--dataset=cifar10")[1])
-  assert (settings.model, settings.batch_size, settings.examples) == (
+def test_flags_of_cifar10_and_overrides():
+  config = bench_settings.read_config(parse("--dataset=cifar10")[1])
+  assert (config.model, config.batch_size, config.examples) == (
     "resnet20",
     128,
     50_000,
   )
-  assert settings.image == (32, 32, 3)
+  assert config.image == (32, 32, 3)
   given = ["--dataset=cifar10", "--image=4x5x6", "--copies=4,1,4"]
-  settings = bench_settings.read_settings(parse(*given, "--model=mlp", "--hidden=3")[1])
-  assert settings.image == (4, 5, 6)
-  assert settings.copies == (1, 4)
-  assert (settings.model, settings.hidden) == ("mlp", (3,))
+  config = bench_settings.read_config(parse(*given, "--model=mlp", "--hidden=3")[1])
+  assert config.image == (4, 5, 6)
+  assert config.copies == (1, 4)
+  assert (config.model, config.hidden) == ("mlp", (3,))
 
 
 def test_without_pytorch(monkeypatch, rejects):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  read = bench_settings.read_settings
+  read = bench_settings.read_config
   kinds, note = bench.torch_kinds(read(parse()[1]))
   assert kinds == ()
   assert "pip install -e '.[bench]'" in note

@@ -3,16 +3,17 @@
 import pytest
 from absl import flags
 
-from experiments import bench_saving, hardware, keeping
+from experiments import bench_saving
 from experiments.bench_statistics import spread
+from experiments.config import keeping_flags  # noqa: F401, whose flag it is
+from experiments.config.fields import define_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def parse(*given):
   values = flags.FlagValues()
-  bench_saving.define_flags(values)
-  hardware.define_flags(values)
+  define_flags(bench_saving.Config, values)
   values(["bench_saving", *given])
   return values
 
@@ -20,9 +21,8 @@ def parse(*given):
 def test_a_measurement(monkeypatch):
   monkeypatch.setattr(bench_saving, "ROUND_SECONDS", 0.01)
   values = parse("--ingredients=2", "--rounds=2", "--mesh=none")
-  chosen = bench_saving.read_settings(values)
-  devices = hardware.read_hardware("mlp", 2, values)
-  cost = bench_saving.measure(bench_saving.make_training(chosen, devices), 2, None)
+  config = bench_saving.read_config(values)
+  cost = bench_saving.measure(bench_saving.make_training(config), 2, None)
   parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
   # Two float32 models, the masks, and of both copies parameters and momentum.
   arrays = parameters * (2 * 4 + 1 + 2 * 2 * 4)
@@ -34,18 +34,18 @@ def test_a_measurement(monkeypatch):
 
 def test_shares_are_of_the_interval_and_of_all_cores(monkeypatch):
   monkeypatch.setattr(bench_saving, "cores", lambda: 4)
-  chosen = bench_saving.read_settings(parse("--save_minutes=2"))
+  config = bench_saving.read_config(parse("--save_minutes=2"))
   some = {name: spread([1.0]) for name in ("training", "blocked")}
   cost = bench_saving.Cost(
     1.0, 1, held_up=spread([0.6, 1.2, 2.4]), cpu=spread([4.8]), **some
   )
-  last = bench_saving.text(chosen, cost).splitlines()[-1]
+  last = bench_saving.text(config, cost).splitlines()[-1]
   assert last == ("saved every 120 s: 1 [0.5, 2] % of the time, 1 [1, 1] % of the cores")
 
 
 def test_the_interval_is_that_of_the_main_job():
   default = parse()["save_minutes"].default
-  assert default == keeping.FLAGS["save_minutes"].default
+  assert default == flags.FLAGS["save_minutes"].default
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_the_interval_is_that_of_the_main_job():
 )
 def test_bad_flags(flag, words, rejects):
   with rejects(words):
-    bench_saving.read_settings(parse(flag))
+    bench_saving.read_config(parse(flag))

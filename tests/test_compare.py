@@ -1,5 +1,6 @@
 """Comparisons: their parts, what these share, how they go on, and what they add up to."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,8 +13,9 @@ import pytest
 from scipy import stats
 from test_experiments import ROOT, SMALL, run
 
-from experiments import compare, comparison, method_flags, part_runs, settings
+from experiments import compare, comparison, part_runs, running
 from experiments.comparison import Part
+from experiments.config import run_config
 from experiments.report import write_report
 
 PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.txt"))
@@ -22,8 +24,7 @@ GRID_FLAGS = ("sparsities", "copies")
 
 
 def parse(*flags):
-  for name in GRID_FLAGS:
-    settings.FLAGS[name].unparse()
+  main_job.unparse(*GRID_FLAGS)
   return main_job.parse(*flags)
 
 
@@ -145,15 +146,15 @@ def test_statistics_are_paired_t_intervals(finished):
 
 def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
   flags = (*SMALL, "--mesh=none", "--baselines=imp", f"--workdir={tmp_path / 'c'}")
-  real, seen = part_runs.methods.run_seed, []
+  real, seen = running.run_seed, []
 
-  def interrupted(settings, task, work, observer, names):
+  def interrupted(task, names, listener):
     seen.append(names)
     if len(seen) == 3:
       raise KeyboardInterrupt
-    return real(settings, task, work, observer, names)
+    return real(task, names, listener)
 
-  monkeypatch.setattr(part_runs.methods, "run_seed", interrupted)
+  monkeypatch.setattr(running, "run_seed", interrupted)
   assert compare_with(*flags) == 130
   assert "interrupted (2 of 3 parts finished" in capsys.readouterr().err
   assert compare_with(*flags) == 0
@@ -164,14 +165,14 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
 
 
 def test_a_method_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
-  real = part_runs.methods.run_seed
+  real = running.run_seed
 
-  def diverging(settings, task, work, observer, names):
+  def diverging(task, names, listener):
     if names == ("sms",):
       raise FloatingPointError("all 2 copies diverged")
-    return real(settings, task, work, observer, names)
+    return real(task, names, listener)
 
-  monkeypatch.setattr(part_runs.methods, "run_seed", diverging)
+  monkeypatch.setattr(running, "run_seed", diverging)
   flags = (*SMALL, "--mesh=none", "--baselines=imp", f"--workdir={tmp_path / 'c'}")
   assert compare_with(*flags) == 1
   assert "error: sms-0.75-m2-seed0 failed: all 2 copies diverged" in capsys.readouterr().err
@@ -224,7 +225,7 @@ def test_a_damaged_file_of_the_comparison_costs_nothing(finished, capsys, monkey
   def never(*arguments):
     raise AssertionError("nothing is to be trained")
 
-  monkeypatch.setattr(part_runs.methods, "run_seed", never)
+  monkeypatch.setattr(running, "run_seed", never)
   flags = (*SMALL, "--mesh=none", "--sparsities=0.75", "--copies=2", "--baselines=imp")
   results = finished / "parts" / "imp-0.75-seed0" / "results.json"
   before = read(results.parent)["seeds"]
@@ -262,13 +263,11 @@ def test_presets_are_flags_that_fit(path):
   assert f"experiments/presets/{path.name}" in path.read_text()
   parse(f"--flagfile={path}")
   goals, copies = compare.read_grid()
-  settings.FLAGS.goal_sparsity, settings.FLAGS.ingredients = max(goals), max(copies)
-  base = settings.read_settings()
+  compare.FLAGS.goal_sparsity, compare.FLAGS.ingredients = max(goals), max(copies)
+  base = run_config.read_config()
   for goal in goals:
     for m in copies:
-      chosen = base._replace(goal_sparsity=goal, ingredients=m)
-      settings.check(chosen)
-      method_flags.check(chosen, method_flags.read_method(chosen))
+      run_config.check(dataclasses.replace(base, goal_sparsity=goal, ingredients=m))
 
 
 @pytest.mark.slow

@@ -12,18 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from main_job import FLAGS, parse, run
+from main_job import FLAGS, config_of, run
 from rich.console import Console
 
-from experiments import (
-  hardware,
-  method_flags,
-  methods,
-  pretraining_flags,
-  run_directory,
-  settings,
-  sms,
-)
+from experiments import methods, run_directory, running, sms
+from experiments.config.dense_flags import dense_schedule
 from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
 from experiments.task import make_task
 from jaxsms import checkpoint, data, prunable, training
@@ -114,14 +107,14 @@ def test_saved_soup_is_sparse_and_scores_what_the_results_say(finished):
       kept, removed = kept + mask.sum(), removed + (~mask).sum()
   assert removed == round(0.75 * (kept + removed))
   run_flags = json.loads((workdir / "results.json").read_text())
-  parse(*SMALL)
-  chosen = settings.read_settings()
-  devices, method = hardware.read_hardware("mlp", 2), method_flags.read_method(chosen)
-  task = make_task(chosen, devices, method, data.load("digits"))
+  task = make_task(config_of(*SMALL), data.load("digits"))
   model = training.Model(soup["params"], {})
   (scores,) = measure(task.engine, one_model(model)).scores
   expected = run_flags["seeds"][1]["phases"][-1]["soup"]
-  assert scores == pytest.approx({name: expected[name] for name in scores}, abs=1e-5)
+  names = [name for name in scores if name.startswith(("test_", "validation_"))]
+  assert len(names) == 12
+  for name in names:
+    assert scores[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
 def test_figures_are_there(finished):
@@ -267,14 +260,14 @@ def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path,
 
 
 def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
-  run_seed = methods.run_seed
+  run_seed = running.run_seed
 
-  def interrupted(chosen, task, work, observer, names):
-    if work.seed == 1:
+  def interrupted(task, names, listener):
+    if listener.keeper.work.seed == 1:
       raise KeyboardInterrupt
-    return run_seed(chosen, task, work, observer, names)
+    return run_seed(task, names, listener)
 
-  monkeypatch.setattr(methods, "run_seed", interrupted)
+  monkeypatch.setattr(running, "run_seed", interrupted)
   workdir = tmp_path / "run"
   assert (
     run(*SMALL, "--mesh=none", "--seeds=3", "--baselines=", f"--workdir={workdir}") == 130
@@ -306,11 +299,9 @@ def test_unknown_flags_and_values_end_without_a_traceback():
 
 
 def test_planned_steps_are_the_steps_taken():
-  parse(*SMALL, "--seeds=3")
-  chosen = settings.read_settings()
+  config = config_of(*SMALL, "--seeds=3")
   # 20 steps an epoch: 2 dense; per phase 1 of two copies, 1 of IMP, 2 of IMP 2x.
-  method = method_flags.read_method(chosen)
-  assert methods.planned_steps(chosen, method, 20, methods.names_of(chosen)) == {
+  assert methods.planned_steps(config, 20, methods.names_of(config)) == {
     1: 3 * 20 * (2 + 2 * 3),
     2: 3 * 20 * 2,
   }
@@ -325,14 +316,12 @@ def test_planned_steps_are_the_steps_taken():
   ],
 )
 def test_schedules_count_epochs(flags, factors):
-  parse(*flags, "--epochs=7", "--warmup_epochs=0")
-  chosen = settings.read_settings()
-  schedule, warmup_steps = pretraining_flags.dense_schedule(chosen, 3)
+  config = config_of(*flags, "--epochs=7", "--warmup_epochs=0")
+  schedule, warmup_steps = dense_schedule(config, 3)
   np.testing.assert_allclose(schedule(np.arange(7) * 3), 0.1 * np.array(factors), 1e-5)
   assert warmup_steps == 0
   # The flag file gives the same settings.
-  parse(*settings.flagfile(chosen._asdict()).split())
-  assert settings.read_settings() == chosen
+  assert config_of(*config.flagfile().split()) == config
 
 
 def test_time_left_uses_each_programs_own_speed():

@@ -9,7 +9,7 @@ import main_job
 import numpy as np
 import pytest
 
-from experiments import export, settings, soup
+from experiments import export, soup
 from experiments.inference import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms.export import load_compact
@@ -32,10 +32,8 @@ def finished(tmp_path_factory):
 
 def run(*words):
   """Exports inside this process; exit status."""
-  main_job.parse()
-  for name in ("out", "format"):
-    settings.FLAGS[name].unparse()
-  return main_job.exit_status(export.main, settings.FLAGS(["export", *map(str, words)]))
+  main_job.unparse("out", "format")
+  return main_job.exit_status(export.main, export.FLAGS(["export", *map(str, words)]))
 
 
 def assert_same(a, b):
@@ -129,15 +127,13 @@ def test_a_soup_of_checkpoints_scores_what_the_run_says(finished, tmp_path, caps
   export.save_compact(tmp_path / "a.safetensors", {"params": found["params"]})
   words = [workdir / "soup" / "seed_3", tmp_path / "a.safetensors", "--greedy"]
   words += [f"--flagfile={workdir / 'flags.txt'}", f"--out={tmp_path / 'soup'}"]
-  main_job.parse()
-  for name in ("out", "masks", "sparsity", "weights"):
-    settings.FLAGS[name].unparse()
-  soup.main(settings.FLAGS(["soup", *map(str, words)]))
+  main_job.unparse("out", "masks", "sparsity", "weights")
+  soup.main(soup.FLAGS(["soup", *map(str, words)]))
   assert_same(checkpoint.restore(tmp_path / "soup")["params"], found["params"])
   (entry,) = json.loads((workdir / "results.json").read_text())["seeds"]
   score = entry["phases"][-1]["soup"]["test_accuracy"]
   assert capsys.readouterr().out.count(f" {100 * score:.2f} ") == 3
-  settings.FLAGS["greedy"].unparse()
+  soup.FLAGS["greedy"].unparse()
 
 
 def test_a_run_says_what_its_soup_takes(finished, tmp_path):

@@ -10,20 +10,17 @@ import pytest
 from absl import flags
 
 from experiments import hardware, task, tuning
-from experiments.method_flags import MethodFlags
-from experiments.settings import Settings
+from experiments.config.fields import define_flags
+from experiments.config.run_config import Config, read_config
 from jaxsms import convolution, data
 
-METHOD = MethodFlags(
-  **dict.fromkeys(MethodFlags._fields) | {"ood": (), "vary": "seed", "values": None}
-)
 
-
-def read(*given, model="resnet8", copies=4):
+def read(*given, model="resnet8", batch_size=8):
   values = flags.FlagValues()
-  hardware.define_flags(values)
-  values(["test", *given])
-  return hardware.read_hardware(model, copies, values)
+  define_flags(Config, values)
+  more = [f"--model={model}", f"--batch_size={batch_size}", "--ingredients=4"]
+  values(["test", *more, *given])
+  return read_config(values)
 
 
 @pytest.mark.parametrize(
@@ -58,27 +55,27 @@ def test_what_a_network_without_convolutions_makes_no_use_of(given, rejects):
 
 
 def test_meshes(rejects):
-  assert hardware.mesh_of(read("--mesh=none"), "resnet8", 8)(3) is None
-  auto = hardware.mesh_of(read(), "resnet8", 8)
+  assert hardware.mesh_of(read("--mesh=none"))(3) is None
+  auto = hardware.mesh_of(read())
   assert dict(auto(8).shape) == {"ingredient": 8, "data": 1}
   assert auto(8) is auto(8)
   assert dict(auto(1).shape) == {"ingredient": 1, "data": 8}
-  fixed = hardware.mesh_of(read("--mesh=2x2"), "resnet8", 8)
+  fixed = hardware.mesh_of(read("--mesh=2x2"))
   assert dict(fixed(1).shape) == dict(fixed(5).shape) == {"ingredient": 2, "data": 2}
   with rejects("a mesh of 3 x 3 devices does not fit 8"):
-    hardware.mesh_of(read("--mesh=3x3"), "resnet8", 9)
+    hardware.mesh_of(read("--mesh=3x3", batch_size=9))
   with rejects("a batch of 9 does not split over 2 devices"):
-    hardware.mesh_of(read("--mesh=4x2"), "resnet8", 9)
+    hardware.mesh_of(read("--mesh=4x2", batch_size=9))
   with rejects("a batch of 8 in 8 micro-batches does not split over 2 devices"):
-    hardware.mesh_of(read("--mesh=4x2", "--micro_batches=8"), "resnet8", 8)
+    hardware.mesh_of(read("--mesh=4x2", "--micro_batches=8"))
 
 
 def test_rules_of_a_cpu():
-  assert hardware.copies_at_once(read(), "resnet8", 10) == 1
-  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5) is None
-  assert hardware.copies_at_once(read(model="mlp"), "mlp", 10**5 + 1) == 1
-  assert hardware.copies_at_once(read("--ingredients_at_once=3"), "resnet8", 10) == 3
-  sharing_nothing = hardware.mesh_of(read(model="mlp"), "mlp", 8)
+  assert hardware.copies_at_once(read(), 10) == 1
+  assert hardware.copies_at_once(read(model="mlp"), 10**5) is None
+  assert hardware.copies_at_once(read(model="mlp"), 10**5 + 1) == 1
+  assert hardware.copies_at_once(read("--ingredients_at_once=3"), 10) == 3
+  sharing_nothing = hardware.mesh_of(read(model="mlp"))
   assert dict(sharing_nothing(1).shape) == {"ingredient": 8, "data": 1}
   assert not hardware.bfloat16("auto")
   assert hardware.bfloat16("bfloat16")
@@ -102,11 +99,11 @@ def test_bfloat16_where_the_hardware_gains_from_it(
 
 
 def test_options_of_a_network():
-  assert hardware.network_options(read(model="mlp"), "mlp") == {}
-  options = hardware.network_options(read("--precision=bfloat16", "--remat"), "resnet8")
+  assert hardware.network_options(read(model="mlp")) == {}
+  options = hardware.network_options(read("--precision=bfloat16", "--remat"))
   assert options["dtype"] == jnp.bfloat16 and options["remat"]
   assert options["convolution"] is convolution.conv_general_dilated
-  grouped = hardware.network_options(read("--convolution=grouped"), "resnet8")
+  grouped = hardware.network_options(read("--convolution=grouped"))
   assert grouped["convolution"].keywords == {"lowering": "grouped"}
 
 
@@ -115,18 +112,15 @@ def test_measuring_keeps_the_fastest(monkeypatch):
   clock = itertools.count()
   now = [0.0]
 
-  def runner(settings, chosen, method, dataset):
+  def runner(config, dataset):
     while True:
-      now[0] += seconds[chosen.convolution] + 0.01 * (next(clock) % 3)
+      now[0] += seconds[config.convolution] + 0.01 * (next(clock) % 3)
       yield
 
   monkeypatch.setattr(tuning, "_runner", runner)
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-  chosen = tuning.measured(None, read("--convolution=measure"), METHOD, None)
-  assert chosen.convolution == "grouped"
-  assert (
-    tuning.measured(None, read("--convolution=loop"), METHOD, None).convolution == "loop"
-  )
+  assert tuning.measured(read("--convolution=measure"), None).convolution == "grouped"
+  assert tuning.measured(read("--convolution=loop"), None).convolution == "loop"
 
 
 def test_what_is_measured_is_training(monkeypatch):
@@ -135,13 +129,8 @@ def test_what_is_measured_is_training(monkeypatch):
   dataset = data.Dataset(
     "tiny", images, labels, images[:4], labels[:4], 2, (0.5,), (0.5,), "none"
   )
-  chosen = dict.fromkeys(Settings._fields)
-  chosen |= {
-    "model": "mlp", "hidden": (3,), "dropout": 0.0, "ingredients": 2, "epochs": 1,
-    "batch_size": 12, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0,
-    "goal_sparsity": 0.5, "pretrain_schedule": "Linear", "warmup_epochs": 0.0,
-    "end_lr": 0.0, "augmentation": "none",
-  }  # fmt: skip
+  small = ("--hidden=3", "--ingredients=2", "--goal_sparsity=0.5", "--augmentation=none")
+  config = read(*small, model="mlp", batch_size=12)
   seen = []
   real = tuning.train_chunks
 
@@ -151,8 +140,8 @@ def test_what_is_measured_is_training(monkeypatch):
       yield state, chunk
 
   monkeypatch.setattr(tuning, "train_chunks", watched)
-  runner = tuning._runner(Settings(**chosen), read(model="mlp"), METHOD, dataset)
+  runner = tuning._runner(config, dataset)
   for _ in range(tuning.ROUNDS + 2):
     next(runner)
   assert seen == [(2, 3)] * (tuning.ROUNDS + 2)
-  assert task.chunk_steps(Settings(**chosen)) == 50
+  assert task.chunk_steps(config) == 50

@@ -3,17 +3,19 @@
 import main_job
 import numpy as np
 import pytest
+from absl import flags
 
-from experiments import settings, soup_progress
+from experiments import soup_progress
 from jaxsms.merges import MERGES
+from jaxsms.training.merging import NAMES
 
 IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "greedy"})
 
 
 def test_merges_that_need_more_are_not_those_of_a_run():
-  assert sorted({*settings.MERGES, "weighted", "task_arithmetic"}) == sorted(MERGES)
-  for name in settings.MERGES:
-    assert name in settings.FLAGS["merge"].help
+  assert sorted({*NAMES, "weighted", "task_arithmetic"}) == sorted(MERGES)
+  for name in NAMES:
+    assert name in flags.FLAGS["merge"].help
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from main_job import config_of, run
 from test_data import prepare
-from test_experiments import SMALL, parse, run
+from test_experiments import SMALL
 
-from experiments import hardware, method_flags, methods, settings
+from experiments import methods
 from experiments.criteria import classifier, pruning
-from experiments.methods.registry import looks, resampled
+from experiments.methods.registry import bimp_epochs, looks, resampled
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.ood import corrupted_test_data
 from experiments.task import Task, make_task
@@ -36,12 +37,6 @@ def quick(quick_compilation, quick_figures):
 
 def results(workdir):
   return json.loads((workdir / "results.json").read_text())["seeds"][0]
-
-
-def read(*flags):
-  parse(*flags)
-  chosen = settings.read_settings()
-  return chosen, method_flags.read_method(chosen)
 
 
 # One that goes from phase to phase, one of copies of their own masks, one from scratch.
@@ -72,9 +67,9 @@ def test_what_is_shown_can_be_told_apart():
 
 def test_every_baseline_is_measured_at_its_sparsity(everything):
   first, last = results(everything)["phases"]
-  chosen, _ = read(f"--flagfile={everything / 'flags.txt'}")
-  assert set(chosen.baselines) == set(last) & set(methods.baselines())
-  for name in chosen.baselines:
+  config = config_of(f"--flagfile={everything / 'flags.txt'}")
+  assert set(config.baselines) == set(last) & set(methods.baselines())
+  for name in config.baselines:
     assert (name in first) == (name not in FROM_SCRATCH)
     for phase in (first, last):
       if name in phase:
@@ -95,10 +90,8 @@ def test_training_is_as_long_as_planned(everything):
     before = last.get(name, 0) if step > last.get(name, 0) else 0
     steps[m] = steps.get(m, 0) + step - before
     last[name] = step
-  chosen, method = read(f"--flagfile={everything / 'flags.txt'}")
-  assert steps == methods.planned_steps(
-    chosen, method, 1077 // 64, methods.names_of(chosen)
-  )
+  config = config_of(f"--flagfile={everything / 'flags.txt'}")
+  assert steps == methods.planned_steps(config, 1077 // 64, methods.names_of(config))
 
 
 def test_records_hold_what_models_are_measured_by(everything):
@@ -161,8 +154,8 @@ def test_given_weights_ood_and_copies_of_other_lengths(everything, tmp_path):
   [("random", 0.75), ("erk", 0.75), ("lamp", 0.75), ("n_m", 0.75), ("magnitude", 0.75)],
 )
 def test_criteria_remove_what_is_asked(criterion, sparsity):
-  chosen, method = read(*SMALL, f"--criterion={criterion}")
-  prune = pruning(chosen, method, jax.random.key(0))
+  config = config_of(*SMALL, f"--criterion={criterion}")
+  prune = pruning(config, jax.random.key(0))
   params = models.create("mlp", 10, hidden=(16,)).init(
     jax.random.key(1), jnp.zeros((1, 8, 8, 1))
   )["params"]
@@ -185,11 +178,11 @@ def test_filters_and_groups_in_other_networks(model):
   )["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-  chosen, method = read("--criterion=filters")
-  masks = pruning(chosen, method, jax.random.key(0))(params, 0.5)
+  config = config_of("--criterion=filters")
+  masks = pruning(config, jax.random.key(0))(params, 0.5)
   assert masks[classifier(params)]["kernel"].all()
-  chosen, method = read("--criterion=n_m", "--goal_sparsity=0.5", "--phases=1")
-  masks = pruning(chosen, method, jax.random.key(0))(params, 0.5)
+  config = config_of("--criterion=n_m", "--goal_sparsity=0.5", "--phases=1")
+  masks = pruning(config, jax.random.key(0))(params, 0.5)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   kept = [
     float(mask.mean())
@@ -200,16 +193,15 @@ def test_filters_and_groups_in_other_networks(model):
   assert sorted(kept) == [0.5] * (len(kept) - 1) + [1.0]
 
 
-def seed_of(chosen, method, steps_per_epoch):
+def seed_of(config, steps_per_epoch):
   nothing = dict.fromkeys(Task._fields)
-  task = Task(**nothing | {"method": method, "steps_per_epoch": steps_per_epoch})
-  return Run(chosen, task, None)
+  return Run(config, Task(**nothing | {"steps_per_epoch": steps_per_epoch}), None)
 
 
 def test_what_varies():
   def of(*flags, m=3):
-    chosen, method = read("--ingredients=3", "--weight_decay=0.5", *flags)
-    return varied_ingredients(seed_of(chosen, method, 10), m, 40)
+    config = config_of("--ingredients=3", "--weight_decay=0.5", *flags)
+    return varied_ingredients(seed_of(config, 10), m, 40)
 
   assert of()["seed"].tolist() == [0, 1, 2]
   assert of("--values=5,7,6")["seed"].tolist() == [5, 7, 6]
@@ -223,8 +215,8 @@ def test_what_varies():
 
 def test_learning_rates_that_vary_are_llrs_first():
   flags = ["--ingredients=2", "--vary=learning_rate", "--values=0.5,0.25"]
-  chosen, method = read(*flags)
-  run = seed_of(chosen, method, 10)
+  config = config_of(*flags)
+  run = seed_of(config, 10)
   rates = np.full(30, 0.1, np.float32)
   run = run._replace(task=run.task._replace(warmup_steps=0, pretrain_lrs=rates))
   _, lrs = retraining_plan(run, 2, 20)({})
@@ -254,7 +246,7 @@ def test_prepared_corruptions_come_before_our_own(monkeypatch):
 
   def made(*flags):
     flags = ["--dataset=cifar10", "--ood_severities=1,3", *flags]
-    return corrupted_test_data(*read(*flags), clean, test)
+    return corrupted_test_data(config_of(*flags), clean, test)
 
   sets, sources = made("--ood=fog,frost,contrast")
   assert sources == {"fog": "tfds", "frost": "tfds", "contrast": "jaxsms"}
@@ -279,8 +271,8 @@ def test_streamed_corruptions_are_read_as_prepared(tmp_path):
     prepare(tmp_path, {"validation": pairs}, called="tiny_corrupted", config=name)
   flags = ["--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=4"]
   flags += ["--ood_severities=1,2"]
-  assert list(corrupted_test_data(*read(*flags, "--ood=all"), None, None)[0]) == ["fog"]
-  sets, sources = corrupted_test_data(*read(*flags, "--ood=fog"), None, None)
+  assert list(corrupted_test_data(config_of(*flags, "--ood=all"), None, None)[0]) == ["fog"]
+  sets, sources = corrupted_test_data(config_of(*flags, "--ood=fog"), None, None)
   assert sources == {"fog": "tfds"}
   for made, name in zip(sets["fog"], ("fog_1", "fog_2"), strict=True):
     test = made()
@@ -296,9 +288,9 @@ def test_streamed_corruptions_are_read_as_prepared(tmp_path):
 def test_streamed_corruptions_that_are_not_prepared(tmp_path, rejects):
   flags = ["--dataset=tiny", f"--data_dir={tmp_path}", "--stream"]
   with rejects("--ood has fog: streamed images are not corrupted here, prepare tiny_corr"):
-    corrupted_test_data(*read(*flags, "--ood=fog"), None, None)
+    corrupted_test_data(config_of(*flags, "--ood=fog"), None, None)
   with rejects("TFDS has no tiny_corrupted prepared"):
-    corrupted_test_data(*read(*flags, "--ood=all"), None, None)
+    corrupted_test_data(config_of(*flags, "--ood=all"), None, None)
 
 
 def test_budgets_resample_the_schedule():
@@ -310,10 +302,10 @@ def test_budgets_resample_the_schedule():
 
 def test_bimp_stays_within_its_budget():
   for budget, phases, share in ((30, 5, 0.5), (7, 3, 0.3), (100, 4, 0.75)):
-    chosen, method = read(
+    config = config_of(
       f"--budget_epochs={budget}", f"--phases={phases}", f"--fixed_after={share}"
     )
-    dense, cycle = method_flags.bimp_epochs(chosen, method)
+    dense, cycle = bimp_epochs(config)
     assert dense + phases * cycle == budget
     assert dense >= share * budget
 
@@ -327,11 +319,10 @@ def test_options_reach_their_networks():
     (["--model=vgg16"], {}),
     (["--model=mlp", "--dataset=x"], {"hidden": (512,), "dropout": 0.2}),
   ):  # fmt: skip
-    chosen, method = read(*flags)
-    assert method_flags.model_options(chosen, method) == options
-    models.create(chosen.model, 10, **options)
-    text = settings.flagfile({**chosen._asdict(), **method._asdict()})
-    assert read(*text.split()) == (chosen, method)
+    config = config_of(*flags)
+    assert config.model_options() == options
+    models.create(config.model, 10, **options)
+    assert config_of(*config.flagfile().split()) == config
 
 
 @pytest.mark.parametrize(
@@ -401,13 +392,13 @@ def test_pytorch_weights_start_a_run(tmp_path):
   params = module.init(jax.random.key(4), jnp.zeros((1, 8, 8, 1)))["params"]
   path = tmp_path / "torch.npz"
   np.savez(path, **pretrained.to_torch({"params": params}, module, (8, 8, 1)))
-  chosen, method = read(*FAST, f"--init={path}")
-  task = make_task(chosen, hardware.read_hardware("mlp", 2), method, data.load("digits"))
+  config = config_of(*FAST, f"--init={path}")
+  task = make_task(config, data.load("digits"))
   for ours, given in zip(
     jax.tree.leaves(params), jax.tree.leaves(task.initial.params), strict=True
   ):
     np.testing.assert_array_equal(ours, given)
-  assert methods.planned_steps(chosen, method, 10, methods.names_of(chosen)) == {
+  assert methods.planned_steps(config, 10, methods.names_of(config)) == {
     1: 10 * 3,
     2: 10,
   }

@@ -16,10 +16,10 @@ import main_job
 import numpy as np
 import pages
 import pytest
+from absl import flags
 from pages import ALL, CHAPTERS, PAGES, README, ROOT, blocks, snippets
 
 import jaxsms
-from experiments import settings
 from experiments.methods import METHODS
 from jaxsms import prunable
 
@@ -253,7 +253,7 @@ def known_flags():
   called = [found for command in commands() if (found := modules(command))]
   for name in {found.group(1) for found in called}:
     importlib.import_module(name)
-  return {*settings.FLAGS, "helpshort", "flagfile"}
+  return {*flags.FLAGS, "helpshort", "flagfile"}
 
 
 def test_commands_use_flags_that_exist(known_flags):

@@ -8,14 +8,12 @@ import signal
 
 import pytest
 import store
-from main_job import SMALL, TWO, assert_same_run, parse, results, run
+from main_job import SMALL, TWO, assert_same_run, config_of, results, run
 
 from experiments import (
   environment,
-  hardware,
   keeping,
   lock,
-  settings,
   tuning,
 )
 from jaxsms import checkpoint, storage
@@ -349,7 +347,6 @@ def test_on_an_object_store(tmp_path, undisturbed, monkeypatch, capsys):
 
 
 def test_a_resumed_run_keeps_the_convolution_that_it_measured():
-  parse("--model=resnet8", "--convolution=measure")
-  devices = hardware.read_hardware("resnet8", 2)
-  found = tuning.measured(settings.read_settings(), devices, None, None, before="loop")
+  config = config_of("--model=resnet8", "--convolution=measure")
+  found = tuning.measured(config, None, before="loop")
   assert found.convolution == "loop"

@@ -9,18 +9,15 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from main_job import parse
+from main_job import config_of
 from test_data import pairs, prepare
 
-from experiments import hardware, method_flags, run_directory, settings
+from experiments import run_directory
 from jaxsms import checkpoint, data, storage
 
 
 def defining(dataset, *flags):
-  parse(*flags)
-  chosen = settings.read_settings()
-  devices, method = hardware.read_hardware("mlp", 2), method_flags.read_method(chosen)
-  return run_directory.defining(chosen, devices, method, dataset)
+  return run_directory.defining(config_of(*flags), dataset)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import store
 from test_export_job import assert_same
 
-from experiments import compare, export, lock, report, settings
+from experiments import compare, export, lock, report
 from jaxsms import checkpoint, pretrained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -43,10 +43,8 @@ def finished(tmp_path_factory):
 
 def run(main, *words):
   """Runs a binary of absl: exit status."""
-  main_job.parse()
-  for name in ("out", "format", "sparsities", "copies"):
-    settings.FLAGS[name].unparse()
-  return main_job.exit_status(main, settings.FLAGS(["job", *words]))
+  main_job.unparse("out", "format", "sparsities", "copies")
+  return main_job.exit_status(main, compare.FLAGS(["job", *words]))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import struct
 
 import numpy as np
 import pytest
-from main_job import parse, run
+from main_job import config_of, parse, run
 
-from experiments import keeping, tensorboard
+from experiments import tensorboard
 from experiments.tensorboard import Board
 
 SMALL = (
@@ -166,15 +166,12 @@ def test_a_run_writes_what_its_metrics_say(tmp_path):
 
 
 def test_refused_before_any_work(rejects, monkeypatch):
-  parse("--tensorboard", "--workdir=gs://bucket/run")
   with rejects("gs://bucket/run is an object store"):
-    keeping.read_retention()
+    config_of("--tensorboard", "--workdir=gs://bucket/run")
   monkeypatch.setattr(tensorboard.util, "find_spec", lambda name: None)
-  parse("--tensorboard")
   with rejects("--tensorboard needs tensorboardX, which is not installed"):
-    keeping.read_retention()
-  parse()
-  assert not keeping.read_retention().tensorboard
+    config_of("--tensorboard")
+  assert not config_of().tensorboard
 
 
 @pytest.fixture(autouse=True, scope="module")

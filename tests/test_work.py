@@ -73,16 +73,14 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
     of[changed] = data.draw(JSON)
   for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=1)):
     arrays[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=2)))
-  keeper = keeping.Keeper(
-    tmp_path_factory.getbasetemp(), {}, keeping.Retention(5, 2, False), StopSignals()
-  )
+  config = types.SimpleNamespace(ingredients=2, save_minutes=5, keep_checkpoints=2)
+  keeper = keeping.Keeper(tmp_path_factory.getbasetemp(), {}, config, StopSignals())
   task = types.SimpleNamespace(
     shapes=jax.eval_shape(lambda: trained().dense),
     engine=types.SimpleNamespace(programs=PROGRAMS),
   )
-  settings = types.SimpleNamespace(ingredients=2)
   try:
-    keeper._take_up(Found(1, arrays, storage.plain(meta), []), settings, task)
+    keeper._take_up(Found(1, arrays, storage.plain(meta), []), task)
   except ValueError as error:
     assert "checkpoint 1 of" in str(error)
     assert "\n" not in str(error)
@@ -97,9 +95,9 @@ def test_the_last_good_soup_is_handed_over_where_all_copies_diverge(monkeypatch)
     raise FloatingPointError("the loss of each of 2 copies is not finite")
 
   monkeypatch.setattr(registry, "prune_and_retrain", diverges)
-  settings = types.SimpleNamespace(retrain_epochs=1, ingredients=2, phases=2)
+  config = types.SimpleNamespace(retrain_epochs=1, ingredients=2, phases=2)
   task = types.SimpleNamespace(steps_per_epoch=1)
-  run, given = methods.Run(settings, task, None, Work(0, dense="dense")), []
+  run, given = methods.Run(config, task, None, Work(0, dense="dense")), []
   with pytest.raises(FloatingPointError):
     for event in methods.seed_events(run, ["sms"]):
       given.append(event)

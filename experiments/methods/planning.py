@@ -13,8 +13,7 @@ from experiments.progress import MEASURED
 from jaxsms.training.engine import Record
 
 if TYPE_CHECKING:
-  from experiments.method_flags import MethodFlags
-  from experiments.settings import Settings
+  from experiments.config.run_config import Config
   from experiments.task import Task
   from experiments.work import Work
 
@@ -22,42 +21,41 @@ STATISTICS = 0.2  # share of the training images that batch statistics come from
 PASSES = 3  # forward passes that a training step is worth
 
 
-def names_of(settings: Settings) -> tuple[str, ...]:
+def names_of(config: Config) -> tuple[str, ...]:
   """The methods of a run: the soup, and what it is compared with."""
-  return (SOUP, *settings.baselines)
+  return (SOUP, *config.baselines)
 
 
 def planned_steps(
-  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
+  config: Config, steps_per_epoch: int, names: Sequence[str]
 ) -> dict[int, int]:
   """Steps of a whole run, by the number of copies that a step trains.
 
   Args:
-    settings: of the run.
-    method: the same.
+    config: of the run.
     steps_per_epoch: in training.
     names: of its methods.
   """
-  plans = [{1: 0 if method.init else settings.epochs}]
+  plans = [{1: 0 if config.init else config.epochs}]
   for name in names:
-    plans.append(METHODS[name].epochs(settings, method))
+    plans.append(METHODS[name].epochs(config))
   total: dict[int, float] = {}
   for plan in plans:
     for copies, epochs in plan.items():
       total[copies] = total.get(copies, 0) + epochs
-  return {m: round(settings.seeds * steps_per_epoch * n) for m, n in total.items()}
+  return {m: round(config.seeds * steps_per_epoch * n) for m, n in total.items()}
 
 
 def planned_work(
-  settings: Settings, method: MethodFlags, steps_per_epoch: int, names: Sequence[str]
+  config: Config, steps_per_epoch: int, names: Sequence[str]
 ) -> dict[int, int]:
   """Those steps, and under `MEASURED` how many models are measured."""
   models = 1
   for name in names:
-    copies = max(METHODS[name].epochs(settings, method))
-    models += _models(copies, 1 if "ramp" in METHODS[name].traits else settings.phases)
-  steps = planned_steps(settings, method, steps_per_epoch, names)
-  return {**steps, MEASURED: settings.seeds * models}
+    copies = max(METHODS[name].epochs(config))
+    models += _models(copies, 1 if "ramp" in METHODS[name].traits else config.phases)
+  steps = planned_steps(config, steps_per_epoch, names)
+  return {**steps, MEASURED: config.seeds * models}
 
 
 def _models(copies, phases):
@@ -94,7 +92,7 @@ def seed_events(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
   for name in names:
     method = METHODS[name]
     if name == SOUP:
-      finished = len(work.phases.get(SOUP, [])) == run.settings.phases
+      finished = len(work.phases.get(SOUP, [])) == run.config.phases
       if finished and work.method != SOUP:
         continue
     elif name in work.baselines:

@@ -29,8 +29,7 @@ from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
 if TYPE_CHECKING:
-  from experiments.method_flags import MethodFlags
-  from experiments.settings import Settings
+  from experiments.config.run_config import Config
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 MASK_STEPS = {"gmp": 100, "dpf": 16}
@@ -60,7 +59,7 @@ class Method(NamedTuple):
     marker: there.
     run: `run(run, dense)`, a generator that yields chunks, states and phases and returns
       metrics by phase, or by the last phase alone where it makes one model.
-    epochs: `epochs(settings, flags)` giving how many it trains for, by the number of copies
+    epochs: `epochs(config)` giving how many it trains for, by the number of copies
       that train at once.
     resumes: whether it goes on where it was after a break; else it is done again.
     traits: what else tells it from the others. `one_copy`: no number depends on m. `dense`:
@@ -72,14 +71,14 @@ class Method(NamedTuple):
   colour: str
   marker: str
   run: Callable[[Run, Model], Events]
-  epochs: Callable[[Settings, MethodFlags], dict[int, float]]
+  epochs: Callable[[Config], dict[int, float]]
   resumes: bool = False
   traits: frozenset[str] = frozenset()
 
 
 def sparse_soup(run: Run, dense: Model) -> Events:
   """Sparse Model Soups. The last soup is handed over, also where a later phase fails."""
-  m = run.settings.ingredients
+  m = run.config.ingredients
   try:
     records = yield from prune_and_retrain(run, dense, SOUP, m, run.retrain_steps)
   except FloatingPointError:  # the soup of the phase before is still good
@@ -103,14 +102,14 @@ def imp(run: Run, dense: Model) -> Events:
 
 def imp_mx(run: Run, dense: Model) -> Events:
   """One copy, as long as all of the soup's together."""
-  steps = run.settings.ingredients * run.retrain_steps
+  steps = run.config.ingredients * run.retrain_steps
   records = yield from prune_and_retrain(run, dense, "imp_mx", 1, steps)
   return metrics_by_phase(records)
 
 
 def dense_soup(run: Run, dense: Model) -> Events:
   """As the soup, but nothing is pruned: what pruning can be measured against."""
-  m = run.settings.ingredients
+  m = run.config.ingredients
   records = yield from prune_and_retrain(
     run, dense, "dense_soup", m, run.retrain_steps, goal_sparsity=0.0
   )
@@ -119,7 +118,7 @@ def dense_soup(run: Run, dense: Model) -> Events:
 
 def reprune(run: Run, dense: Model) -> Events:
   """Copies that prune on their own, averaged and pruned again."""
-  m = run.settings.ingredients
+  m = run.config.ingredients
   own_masks = run.engine._replace(programs=run.task.variant(own_masks=True))
   records = yield from records_of(
     imp_reprune(
@@ -139,14 +138,14 @@ def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
   """GMP or DPF, from scratch."""
 
   def method(run, dense):
-    settings, task = run.settings, run.task
+    config, task = run.config, run.task
     lrs = budget_learning_rates(run)
-    m = settings.ingredients if soup else 1
+    m = config.ingredients if soup else 1
     most = min(MASK_STEPS[name], run.engine.chunk_steps)
     pruning = GradualPruning(
-      settings.goal_sparsity,
-      ramp_steps=max(1, int(task.method.fixed_after * len(lrs))),
-      mask_steps=task.method.mask_steps or most,
+      config.goal_sparsity,
+      ramp_steps=max(1, int(config.fixed_after * len(lrs))),
+      mask_steps=config.mask_steps or most,
       prune=run.prune,
     )
     records = yield from records_of(
@@ -158,7 +157,7 @@ def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
         np.broadcast_to(lrs, [m, len(lrs)]),
         pruning,
         feedback_programs=task.variant(feedback=True) if name == "dpf" else None,
-        phase=settings.phases,
+        phase=config.phases,
       )
     )
     return metrics_by_phase(records)
@@ -170,13 +169,13 @@ def bimp(name: str, soup: bool) -> Callable[[Run, Model], Events]:
   """A shorter dense training, then prune-retrain cycles, all in one training's budget."""
 
   def method(run, dense):
-    epochs, cycle = bimp_epochs(run.settings, run.task.method)
+    epochs, cycle = bimp_epochs(run.config)
     lrs = resampled(run.task.pretrain_lrs, epochs * run.task.steps_per_epoch)
     shorter = yield from train_dense(run, lrs, SCRATCH)
     # The cycles' schedules read the record of that training.
     warmup_steps = run.task.warmup_steps * len(lrs) // len(run.task.pretrain_lrs)
     task = run.task._replace(pretrain_lrs=lrs, warmup_steps=warmup_steps)
-    m, steps = run.settings.ingredients if soup else 1, cycle * task.steps_per_epoch
+    m, steps = run.config.ingredients if soup else 1, cycle * task.steps_per_epoch
     run = run._replace(task=task)
     records = yield from prune_and_retrain(run, shorter, name, m, steps)
     return metrics_by_phase(records[-1:])
@@ -186,9 +185,9 @@ def bimp(name: str, soup: bool) -> Callable[[Run, Model], Events]:
 
 def rewinding_soup(run: Run, dense: Model) -> Events:
   """SWAMP: rounds from one early checkpoint, averaged over copies and over time."""
-  task, m = run.task, run.settings.ingredients
+  task, m = run.task, run.config.ingredients
   lrs = budget_learning_rates(run)
-  early = task.method.rewind_epochs * task.steps_per_epoch
+  early = run.config.rewind_epochs * task.steps_per_epoch
   ticket = fresh_model(run)
   if early:
     ticket = yield from train_dense(run, lrs[:early], SCRATCH)
@@ -212,7 +211,7 @@ def rewinding_soup(run: Run, dense: Model) -> Events:
 
 def budget_learning_rates(run: Run) -> np.ndarray:
   """The schedule of dense training, over the budget of those that start from scratch."""
-  epochs = run.task.method.budget_epochs
+  epochs = run.config.budget_epochs
   return resampled(run.task.pretrain_lrs, epochs * run.task.steps_per_epoch)
 
 
@@ -221,30 +220,30 @@ def resampled(learning_rates: np.ndarray, steps: int) -> np.ndarray:
   return learning_rates[np.arange(steps) * len(learning_rates) // steps]
 
 
-def bimp_epochs(s: Settings, method: MethodFlags) -> tuple[int, int]:
+def bimp_epochs(config: Config) -> tuple[int, int]:
   """Epochs of BIMP's dense training and of each of its cycles, within the budget."""
-  cycle = int(method.budget_epochs * (1 - method.fixed_after) / s.phases)
-  return method.budget_epochs - cycle * s.phases, cycle
+  cycle = int(config.budget_epochs * (1 - config.fixed_after) / config.phases)
+  return config.budget_epochs - cycle * config.phases, cycle
 
 
-def longest(s: Settings, method: MethodFlags) -> float:
+def longest(config: Config) -> float:
   """Epochs of the longest copy in a phase."""
-  return max(method.values) if method.vary == "epochs" else s.retrain_epochs
+  return max(config.values) if config.vary == "epochs" else config.retrain_epochs
 
 
-def _gradual_epochs(s, method, copies):
-  head = method.fixed_after * method.budget_epochs
-  return _sum((1, head), (copies, method.budget_epochs - head))
+def _gradual_epochs(config, copies):
+  head = config.fixed_after * config.budget_epochs
+  return _sum((1, head), (copies, config.budget_epochs - head))
 
 
-def _bimp_epochs(s, method, copies):
-  dense, cycle = bimp_epochs(s, method)
-  return _sum((1, dense), (copies, s.phases * cycle))
+def _bimp_epochs(config, copies):
+  dense, cycle = bimp_epochs(config)
+  return _sum((1, dense), (copies, config.phases * cycle))
 
 
-def _swamp_epochs(s, method):
-  rounds = (s.phases + 1) * (method.budget_epochs - method.rewind_epochs)
-  return _sum((1, method.rewind_epochs), (s.ingredients, rounds))
+def _swamp_epochs(config):
+  rounds = (config.phases + 1) * (config.budget_epochs - config.rewind_epochs)
+  return _sum((1, config.rewind_epochs), (config.ingredients, rounds))
 
 
 def _sum(*parts: tuple[int, float]) -> dict[int, float]:
@@ -254,8 +253,8 @@ def _sum(*parts: tuple[int, float]) -> dict[int, float]:
   return total
 
 
-def _copies_epochs(s, method):
-  return {s.ingredients: s.phases * longest(s, method)}
+def _copies_epochs(config):
+  return {config.ingredients: config.phases * longest(config)}
 
 
 # In the order of tables. Colours are told apart by those who are colour-blind (Okabe and
@@ -263,12 +262,12 @@ def _copies_epochs(s, method):
 METHODS: dict[str, Method] = {
   SOUP: Method("Sparse soup", "#D55E00", "o", sparse_soup, _copies_epochs, True),
   "imp": Method(
-    "IMP", "#009E73", "v", imp, lambda s, f: {1: s.phases * s.retrain_epochs}, True,
+    "IMP", "#009E73", "v", imp, lambda c: {1: c.phases * c.retrain_epochs}, True,
     frozenset({"one_copy"}),
   ),
   "imp_mx": Method(
     "IMP {m}x", "#CC79A7", "D", imp_mx,
-    lambda s, f: {1: s.ingredients * s.phases * s.retrain_epochs}, True,
+    lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
   ),
   "imp_reprune": Method("IMP-RePrune", "#009E73", "X", reprune, _copies_epochs),
   "swamp": Method(
@@ -276,30 +275,30 @@ METHODS: dict[str, Method] = {
     frozenset({"one_schedule"}),
   ),
   "gmp": Method(
-    "GMP", "#56B4E9", "<", gradual("gmp", False), lambda s, f: _gradual_epochs(s, f, 1),
+    "GMP", "#56B4E9", "<", gradual("gmp", False), lambda c: _gradual_epochs(c, 1),
     False, frozenset({"one_copy", "ramp"}),
   ),
   "gmp_soup": Method(
     "GMP soup", "#0072B2", "<", gradual("gmp", True),
-    lambda s, f: _gradual_epochs(s, f, s.ingredients), False,
+    lambda c: _gradual_epochs(c, c.ingredients), False,
     frozenset({"ramp", "one_schedule"}),
   ),
   "dpf": Method(
-    "DPF", "#E69F00", ">", gradual("dpf", False), lambda s, f: _gradual_epochs(s, f, 1),
+    "DPF", "#E69F00", ">", gradual("dpf", False), lambda c: _gradual_epochs(c, 1),
     False, frozenset({"one_copy", "ramp"}),
   ),
   "dpf_soup": Method(
     "DPF soup", "#D55E00", ">", gradual("dpf", True),
-    lambda s, f: _gradual_epochs(s, f, s.ingredients), False,
+    lambda c: _gradual_epochs(c, c.ingredients), False,
     frozenset({"ramp", "one_schedule"}),
   ),
   "bimp": Method(
-    "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda s, f: _bimp_epochs(s, f, 1), False,
+    "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda c: _bimp_epochs(c, 1), False,
     frozenset({"one_copy"}),
   ),
   "bimp_soup": Method(
     "BIMP soup", "#000000", "h", bimp("bimp_soup", True),
-    lambda s, f: _bimp_epochs(s, f, s.ingredients), False, frozenset({"one_schedule"}),
+    lambda c: _bimp_epochs(c, c.ingredients), False, frozenset({"one_schedule"}),
   ),
   "dense_soup": Method(
     "Dense soup", "#000000", "d", dense_soup, _copies_epochs, True, frozenset({"dense"})

@@ -28,7 +28,7 @@ from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
-  from experiments.settings import Settings
+  from experiments.config.run_config import Config
   from experiments.task import Task
   from experiments.work import Work
 
@@ -56,13 +56,13 @@ class Run(NamedTuple):
   """One seed of a run, for its methods.
 
   Attributes:
-    settings: of all seeds.
+    config: of all seeds.
     task: shared by all seeds.
     key: of the seed.
     work: what is done of it already, and grows; None for a method that begins anew.
   """
 
-  settings: Settings
+  config: Config
   task: Task
   key: jax.Array
   work: Work | None = None
@@ -76,17 +76,17 @@ class Run(NamedTuple):
   def prune(self) -> Prune:
     """The criterion."""
     key = jax.random.fold_in(self.key, PRUNE)
-    return pruning(self.settings, self.task.method, key)
+    return pruning(self.config, key)
 
   @property
   def sparsities(self) -> dict[int, float]:
     """After each phase."""
-    return phase_sparsities(self.settings.goal_sparsity, self.settings.phases)
+    return phase_sparsities(self.config.goal_sparsity, self.config.phases)
 
   @property
   def retrain_steps(self) -> int:
     """Of one copy in a phase."""
-    return self.settings.retrain_epochs * self.task.steps_per_epoch
+    return self.config.retrain_epochs * self.task.steps_per_epoch
 
   def stream(self, number: int) -> jax.Array:
     """One of the independent keys of the seed."""
@@ -115,17 +115,17 @@ def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
     m: how many.
     steps: of each copy, unless that is what varies.
   """
-  method = run.task.method
-  chosen = ingredients(m, run.settings.weight_decay, steps)
-  if method.vary == "seed":
-    if method.values is not None:
-      chosen["seed"] = np.array(method.values[:m], np.int32)
+  config = run.config
+  chosen = ingredients(m, config.weight_decay, steps)
+  if config.vary == "seed":
+    if config.values is not None:
+      chosen["seed"] = np.array(config.values[:m], np.int32)
     return chosen
   chosen["seed"][:] = 0
-  if m > 1 and method.vary == "weight_decay":
-    chosen["weight_decay"] = np.array(method.values, np.float32)
-  if m > 1 and method.vary == "epochs":
-    chosen["steps"] = np.array(method.values, np.int32) * run.task.steps_per_epoch
+  if m > 1 and config.vary == "weight_decay":
+    chosen["weight_decay"] = np.array(config.values, np.float32)
+  if m > 1 and config.vary == "epochs":
+    chosen["steps"] = np.array(config.values, np.int32) * run.task.steps_per_epoch
   return chosen
 
 
@@ -143,7 +143,7 @@ def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
     jax.tree.map(lambda x: jnp.ones_like(x, bool), fresh.params),
     run.stream(stream),
     state,
-    ingredients(1, run.settings.weight_decay, len(learning_rates)),
+    ingredients(1, run.config.weight_decay, len(learning_rates)),
     learning_rates[None],
   )
   return model_at(Model(end.params, end.batch_stats), 0)
@@ -169,19 +169,19 @@ def take_state(run: Run) -> TrainState | None:
 
 def retraining_plan(run: Run, m: int, steps: int) -> Plan:
   """Ingredients and learning rates of m copies, of so many steps unless that varies."""
-  settings, task = run.settings, run.task
+  config, task = run.config, run.task
   chosen = varied_ingredients(run, m, steps)
 
   def plan(record):
     if not np.max(chosen["steps"]):
       return chosen, np.zeros([m, 0], np.float32)
     options = {}
-    if settings.retrain_schedule == "ALLR":
+    if config.retrain_schedule == "ALLR":
       options = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
-    if m > 1 and task.method.vary == "learning_rate":
-      options["initial_lr"] = np.array(task.method.values, np.float32)
+    if m > 1 and config.vary == "learning_rate":
+      options["initial_lr"] = np.array(config.values, np.float32)
     lrs = retrain_learning_rates(
-      settings.retrain_schedule,
+      config.retrain_schedule,
       task.pretrain_lrs,
       chosen["steps"],
       pretrain_warmup_steps=task.warmup_steps,
@@ -205,8 +205,8 @@ def prune_and_retrain(
 
   What the run's work holds of them already is not done again.
   """
-  settings, work = run.settings, run.work
-  goal = settings.goal_sparsity if goal_sparsity is None else goal_sparsity
+  config, work = run.config, run.work
+  goal = config.goal_sparsity if goal_sparsity is None else goal_sparsity
   model, masks, records = dense, None, []
   if work is not None:
     work.begin(method)
@@ -217,9 +217,9 @@ def prune_and_retrain(
     run.stream(RETRAIN),
     Start(model, masks, take_state(run)),
     retraining_plan(run, m, steps),
-    phase_sparsities(goal, settings.phases, done=len(records)),
+    phase_sparsities(goal, config.phases, done=len(records)),
     prune=run.prune,
-    merging=merging_of(settings.merge, settings.weight_decay),
+    merging=merging_of(config.merge, config.weight_decay),
     landscapes=landscape_phases(run) if method == "sms" else (),
   ):
     if isinstance(event, Phase):
@@ -233,8 +233,8 @@ def prune_and_retrain(
 
 def landscape_phases(run: Run) -> range:
   """The phases of --landscape."""
-  phases = run.settings.phases
-  first = {"last": phases, "all": 1, "none": phases + 1}[run.task.method.landscape]
+  phases = run.config.phases
+  first = {"last": phases, "all": 1, "none": phases + 1}[run.config.landscape]
   return range(first, phases + 1)
 
 

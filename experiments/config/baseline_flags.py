@@ -1,0 +1,72 @@
+"""Flags of what the soup is compared with."""
+
+import dataclasses
+from typing import Any
+
+from experiments.config.fields import at_least, define_flags, ensure, flag, one_of
+from experiments.methods.registry import baselines, bimp_epochs
+
+
+def _unique(words, name, values):
+  given = tuple(dict.fromkeys(word for word in words if word))
+  return baselines() if given == ("all",) else given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselineFlags:
+  """What the soup is compared with."""
+
+  baselines: tuple[str, ...] = flag(
+    "What the soup is compared with. At the same sparsities: imp (one copy, the same "
+    "epochs), imp_mx (one copy, m times the epochs), imp_reprune (m runs of imp, averaged "
+    "and pruned again), dense_soup (nothing pruned), swamp (rewinding, averages over "
+    "copies and time); at the goal alone, trained from scratch: gmp, dpf, bimp, and "
+    "gmp_soup, dpf_soup, bimp_soup of m copies. all for all of these, --baselines= for "
+    "none.",
+    lambda name, value: one_of("baseline", baselines())(name, value),
+    default=["imp", "imp_mx"],
+    parse=_unique,
+  )
+  budget_epochs: int = flag(
+    "Epochs of the baselines gmp, dpf and bimp, and of each round of swamp. Default: "
+    "--epochs.",
+    at_least(1),
+    fill=lambda values: values["epochs"],
+  )
+  fixed_after: float = flag(
+    "Share of --budget_epochs after which the masks of gmp and dpf are fixed (the copies "
+    "of their soups branch there), and after which bimp begins to prune.",
+    ensure(lambda value: 0 < value < 1, "it is a share of --budget_epochs, in (0, 1)"),
+    default=0.5,
+  )
+  mask_steps: int | None = flag(
+    "Most steps between two masks of gmp and dpf. Default: 100 for gmp and 16 for dpf, as "
+    "published.",
+    at_least(1),
+  )
+  rewind_epochs: int = flag(
+    "Epochs of training that swamp's rounds rewind to.", at_least(0), default=2
+  )
+
+
+define_flags(BaselineFlags)
+
+
+def check(config: Any) -> None:
+  """Raises ValueError where a baseline does not fit in its budget.
+
+  Args:
+    config: with the phases of the soup.
+  """
+  if any(name.startswith("bimp") for name in config.baselines):
+    dense, cycle = bimp_epochs(config)
+    if not dense or not cycle:
+      raise ValueError(
+        f"--budget_epochs is {config.budget_epochs}: bimp needs an epoch of dense training "
+        f"and one for each of {config.phases} cycles, give more, or another --fixed_after"
+      )
+  if "swamp" in config.baselines and config.rewind_epochs >= config.budget_epochs:
+    raise ValueError(
+      f"--rewind_epochs is {config.rewind_epochs} of --budget_epochs "
+      f"{config.budget_epochs}: rounds of swamp rewind to an earlier epoch"
+    )

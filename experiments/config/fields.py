@@ -1,0 +1,165 @@
+"""Fields of a configuration: each declares its flag, its default and what it may be."""
+
+import dataclasses
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from jaxsms.names import check_name
+
+flags.disclaim_key_flags()  # they belong to the module that calls `define_flags`
+
+Check = Callable[[str, Any], None]
+
+
+class Flag(NamedTuple):
+  """The flag that fills a field; the field has its name and type.
+
+  Attributes:
+    help: what --help says.
+    checks: each raises ValueError for a name and a value that will not do; None is let by.
+    default: where the flag is not given.
+    bounds: `lower_bound` and `upper_bound` that absl itself checks.
+    fill: gives what None stands for, from the values of the fields before.
+    parse: makes a value of what was given, the name and the values of the fields before.
+    kind: what absl makes of the text, where that is not the type of the field.
+  """
+
+  help: str
+  checks: tuple[Check, ...] = ()
+  default: Any = None
+  bounds: Mapping[str, float] = types.MappingProxyType({})
+  fill: Callable[[dict[str, Any]], Any] | None = None
+  parse: Callable[[Any, str, dict[str, Any]], Any] | None = None
+  kind: type | None = None
+
+
+def flag(help: str, *checks: Check, **options: Any) -> Any:
+  """A field that a flag of its name fills, see `Flag`.
+
+  >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+  ... class Example:
+  ...   rounds: int = flag("Times that all is done.", at_least(1), default=5)
+  >>> given = flags.FlagValues()
+  >>> define_flags(Example, given)
+  >>> _ = given(["example", "--rounds=3"])
+  >>> read_fields(Example, given)
+  Example(rounds=3)
+  """
+  return dataclasses.field(metadata={"flag": Flag(help, checks, **options)})
+
+
+def define_flags(part: type, to: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of a class's fields; inherited ones may be there already."""
+  define = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+    tuple: flags.DEFINE_list,
+  }
+  own = inspect.get_annotations(part)
+  for field in dataclasses.fields(part):
+    if field.name in to and field.name not in own:
+      continue
+    this = field.metadata["flag"]
+    kind = this.kind or field.type
+    if isinstance(kind, types.UnionType):  # this or None
+      kind = typing.get_args(kind)[0]
+    define[typing.get_origin(kind) or kind](
+      field.name, this.default, this.help, flag_values=to, **this.bounds
+    )
+
+
+def read_fields(
+  kind: type, given: flags.FlagValues, instead: Mapping[str, Any] | None = None
+) -> Any:
+  """A configuration from parsed flags, each field checked by itself.
+
+  Args:
+    kind: of the configuration.
+    given: the flags.
+    instead: values of fields, whatever the flags say.
+
+  Raises:
+    ValueError: a flag is out of range or names something unknown.
+  """
+  values: dict[str, Any] = {}
+  for field in dataclasses.fields(kind):
+    name, this = field.name, field.metadata["flag"]
+    value = (instead or {}).get(name, given[name].value)
+    if value is None and this.fill:
+      value = this.fill(values)
+    elif value is not None and this.parse:
+      value = this.parse(value, name, values)
+    for check in this.checks if value is not None else ():
+      check(name, value)
+    values[name] = value
+  return kind(**values)
+
+
+def names(part: type) -> tuple[str, ...]:
+  """The fields of a configuration, those that it inherits among them."""
+  return tuple(field.name for field in dataclasses.fields(part))
+
+
+def by_dataset(digits: Any, other: Any) -> Callable[[dict[str, Any]], Any]:
+  """A `fill` for the digits, and for every other data set."""
+  return lambda values: digits if values["dataset"] == "digits" else other
+
+
+def ensure(holds: Callable[[Any], bool], sentence: str) -> Check:
+  """A check with what is said where it does not hold."""
+
+  def check(name, value):
+    if not holds(value):
+      raise ValueError(f"--{name} is {value}: {sentence}")
+
+  return check
+
+
+def at_least(least: int) -> Check:
+  """For numbers that are counts."""
+  return ensure(lambda value: value >= least, f"it must be at least {least}")
+
+
+from_zero = ensure(lambda value: 0 <= value < math.inf, "it must be a number, 0 or above")
+above_zero = ensure(lambda value: 0 < value < math.inf, "it must be a number above 0")
+
+
+def one_of(kind: str, known: Iterable[str]) -> Check:
+  """For a name, or each of several, in a sentence that calls it a `kind`."""
+
+  def check(name, value):
+    for one in value if isinstance(value, tuple) else (value,):
+      check_name(kind, one, known)
+
+  return check
+
+
+def whole_numbers(example: str) -> Callable[..., tuple[int, ...]]:
+  """A `parse` for whole numbers such as the example."""
+
+  def parse(words, name, values):
+    if any(not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(word)) for word in words):
+      raise ValueError(
+        f"--{name} is {','.join(words)}: give whole numbers, such as {example}"
+      )
+    return tuple(int(word) for word in words)
+
+  return parse
+
+
+def numbers(words: list[str], name: str, kind: type = float) -> tuple[float, ...]:
+  """Words as numbers of a kind."""
+  try:
+    return tuple(kind(word) for word in words)
+  except ValueError as error:
+    what = "whole numbers" if kind is int else "numbers"
+    raise ValueError(f"--{name} is {','.join(words)}: give {what}, such as 1,2") from error

@@ -1,0 +1,47 @@
+"""Flags of how a run is kept: they change none of its numbers."""
+
+import dataclasses
+import math
+
+from experiments.config.fields import at_least, define_flags, ensure, flag
+from experiments.tensorboard import check_available
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepingFlags:
+  """How a run is kept."""
+
+  workdir: str | None = flag(
+    "Run directory: flags, metrics, results.json, the soup and the figure. It must hold no "
+    "other run. Default: a new folder in runs/, named by date and time."
+  )
+  save_minutes: float = flag(
+    "Minutes of training between two checkpoints, in --workdir; 0 saves after every chunk. "
+    "Also saved after each phase, unless saving takes more than 2 % of the time since.",
+    ensure(lambda value: 0 <= value < math.inf, "give a number, 0 or above"),
+    default=5.0,
+  )
+  keep_checkpoints: int = flag(
+    "How many checkpoints stay: where one is damaged, the next is used.",
+    at_least(1),
+    default=2,
+  )
+  tensorboard: bool = flag(
+    "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
+    "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
+    default=False,
+  )
+  allow_other_version: bool = flag(
+    "Goes on with a run that another version of jaxsms or jax began; results.json then "
+    "says which did what, in `environments`.",
+    default=False,
+  )
+
+
+define_flags(KeepingFlags)
+
+
+def check(config: KeepingFlags) -> None:
+  """Raises ValueError where TensorBoard's files cannot be written."""
+  if config.tensorboard:
+    check_available(config.workdir)

@@ -1,0 +1,62 @@
+"""Flags of what is measured beside accuracy and loss."""
+
+import dataclasses
+from typing import Any
+
+from experiments.config.fields import define_flags, flag, numbers, one_of
+from jaxsms.data import CORRUPTIONS
+from jaxsms.names import check_name
+
+LANDSCAPES = ("last", "all", "none")
+
+
+def _check_severities(name, value):
+  if any(not 1 <= n <= 5 for n in value) or len(set(value)) < len(value):
+    raise ValueError(f"--{name} is {','.join(map(str, value))}: give some of 1,2,3,4,5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasuringFlags:
+  """What is measured."""
+
+  ood: tuple[str, ...] = flag(
+    "Corruptions of the test images that every model is measured on: names, all, or none. "
+    "Prepared TFDS sets (cifar10_corrupted) come first, then our own on the device; "
+    "streamed data have the former alone.",
+    default=[],
+    parse=lambda words, name, values: tuple(
+      dict.fromkeys(word for word in words if word and word != "none")
+    ),
+  )
+  ood_severities: tuple[int, ...] = flag(
+    "Severities of --ood, 1 to 5.",
+    _check_severities,
+    default=["1", "2", "3", "4", "5"],
+    parse=lambda words, name, values: numbers(words, name, int),
+  )
+  landscape: str = flag(
+    "Phases in which the validation loss between the copies (on lines, and on the plane "
+    "through three) goes into results.json: last, all, or none. Not where data are "
+    "streamed.",
+    one_of("landscape", LANDSCAPES),
+    default="last",
+  )
+  train_metrics: bool = flag("Measures every model on training data too.", default=False)
+
+
+define_flags(MeasuringFlags)
+
+
+def check(config: Any) -> None:
+  """Raises ValueError for corruptions that no data have; with the data the others show.
+
+  Args:
+    config: with the flags of the data.
+  """
+  if config.ood and not config.ood_severities:
+    raise ValueError("--ood_severities is empty: give some of 1,2,3,4,5")
+  if len(config.ood) > 1 and "all" in config.ood:
+    raise ValueError(f"--ood is {','.join(config.ood)}: give names, or all alone")
+  if config.in_memory:
+    for name in config.ood:  # TFDS may have others
+      check_name("corruption", name, ("all", *CORRUPTIONS))

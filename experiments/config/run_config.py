@@ -1,0 +1,115 @@
+"""The configuration of a run: every flag with its value for the data set filled in."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from experiments.config import (
+  baseline_flags,
+  data_flags,
+  dense_flags,
+  device_flags,
+  keeping_flags,
+  measuring_flags,
+  soup_flags,
+)
+from experiments.config.fields import (
+  at_least,
+  define_flags,
+  flag,
+  from_zero,
+  names,
+  read_fields,
+)
+
+# Whoever adopts the flags of this file gets these with them.
+for subject in (
+  data_flags, dense_flags, soup_flags, baseline_flags, measuring_flags, device_flags
+):  # fmt: skip
+  flags.adopt_module_key_flags(subject)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+  keeping_flags.KeepingFlags,
+  device_flags.DeviceFlags,
+  measuring_flags.MeasuringFlags,
+  baseline_flags.BaselineFlags,
+  soup_flags.SoupFlags,
+  dense_flags.DenseFlags,
+  data_flags.DataFlags,
+):
+  """What a run is told: the fields of all subjects, and its seeds."""
+
+  seed: int = flag(
+    "The first seed; it decides everything random in a run.", from_zero, default=0
+  )
+  seeds: int = flag(
+    "How many seeds to run, one after another, from --seed on.", at_least(1), default=1
+  )
+  chunk_steps: int | None = flag(
+    "Most training steps between two looks of the progress bar. Default: 50 on a CPU, else "
+    "a whole epoch; 50 where data are streamed.",
+    at_least(1),
+  )
+
+  def flags(self) -> dict[str, Any]:
+    """All of them by name, but for those of how the run is kept."""
+    kept = names(keeping_flags.KeepingFlags)
+    return {name: getattr(self, name) for name in names(Config) if name not in kept}
+
+  def flagfile(self) -> str:
+    """The same as a file for --flagfile."""
+    lines = []
+    for name, value in self.flags().items():
+      if value is None:
+        continue
+      text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+      lines.append(f"--{name}={text}\n")
+    return "".join(lines)
+
+
+define_flags(Config)
+
+
+def read_config(given: flags.FlagValues = flags.FLAGS, **instead: Any) -> Config:
+  """The parsed flags, checked as far as they can be without data and devices.
+
+  Args:
+    given: the flags.
+    **instead: values of fields, whatever the flags say.
+
+  Raises:
+    ValueError: a flag is out of range, names something unknown, or does not fit others.
+  """
+  config = read_fields(Config, given, instead)
+  check(config)
+  device_flags.check(config, config.ingredients)
+  keeping_flags.check(config)
+  return config
+
+
+def check(config: Config) -> None:
+  """Raises ValueError where flags of the work itself do not fit one another."""
+  data_flags.check(config)
+  dense_flags.check(config)
+  soup_flags.check(config)
+  baseline_flags.check(config)
+  measuring_flags.check(config)
+  if config.seed + config.seeds > 2**32:
+    raise ValueError(f"--seed is {config.seed}: seeds are below 2^32, the last one too")
+
+
+def config_of(known: Mapping[str, Any]) -> Config:
+  """The configuration that a run had, from what `Config.flags` gave, as JSON has it.
+
+  Raises:
+    KeyError: a flag is missing.
+  """
+  kept = dict.fromkeys(names(keeping_flags.KeepingFlags))
+  values = {name: known[name] for name in names(Config) if name not in kept}
+  return Config(
+    **{k: tuple(v) if isinstance(v, list) else v for k, v in (values | kept).items()}
+  )

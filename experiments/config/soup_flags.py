@@ -1,0 +1,191 @@
+"""Flags of the soup: its copies, its phases, what is pruned and how copies are merged."""
+
+import dataclasses
+import math
+from typing import Any
+
+from experiments.config.fields import (
+  at_least,
+  by_dataset,
+  define_flags,
+  flag,
+  from_zero,
+  numbers,
+  one_of,
+)
+from experiments.methods.registry import having
+from jaxsms.merges import MERGES
+from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
+from jaxsms.schedules import RETRAIN_SCHEDULES
+from jaxsms.training import merging
+
+# What may differ between the copies, and the type of its values.
+VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}
+CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters")
+WITH_SCOPE = ("magnitude", "random", "filters")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoupFlags:
+  """The soup."""
+
+  ingredients: int = flag(
+    "m: how many copies are retrained and averaged in each phase.", at_least(1), default=5
+  )
+  phases: int = flag(
+    "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3.",
+    at_least(1),
+    fill=by_dataset(5, 3),
+  )
+  goal_sparsity: float = flag(
+    "Sparsity after the last phase, in [0, 1).",
+    lambda name, value: check_sparsity(value, f"--{name}"),
+    default=0.95,
+  )
+  retrain_epochs: int = flag(
+    "Epochs of each phase; 0 only prunes. Default: 2 for digits, else 5.",
+    from_zero,
+    fill=by_dataset(2, 5),
+  )
+  retrain_schedule: str = flag(
+    "Learning rate of each phase: FT (constant, the smallest of dense training), LRW (its "
+    "last steps again), SLR (all of it, compressed), CLR (cosine from its largest to its "
+    "smallest), LLR (linear from its largest to 0), ALLR (LLR, lower where pruning did "
+    "little harm).",
+    one_of("retraining schedule", RETRAIN_SCHEDULES),
+    default="LLR",
+  )
+  merge: str = flag(
+    "How candidates become one model: uniform (their mean), greedy (from the best one on, "
+    "each that does not lower the validation accuracy of the average), learned or "
+    "learned_by_layer (weights learned on validation data), fisher or inverse_variance "
+    "(weights of each entry, from squared gradients), ties (what most agree on beyond the "
+    "pruned model), slerp (of two copies).",
+    one_of("merge", merging.NAMES),
+    default="uniform",
+  )
+  vary: str = flag(
+    "What differs between the copies: seed (batch order, augmentation, dropout) or, with "
+    "the same seed, weight_decay, epochs (of each phase) or learning_rate (the first of "
+    "LLR).",
+    one_of("variable", VARIABLES),
+    default="seed",
+  )
+  values: tuple[float, ...] | None = flag(
+    "Values of --vary, one for each copy. Default: the seeds 0 to m - 1.",
+    parse=lambda words, name, values: numbers(words, name, VARIABLES[values["vary"]]),
+  )
+  criterion: str = flag(
+    "Which weights go: magnitude or random (among those of --scope), erk or lamp "
+    "(magnitude, other shares for each layer), n_m (n of every m inputs stay), filters "
+    "(whole outputs of all layers but the classifier; the share counts filters).",
+    one_of("criterion", CRITERIA),
+    default="magnitude",
+  )
+  scope: str = flag(
+    "Which weights compete: global (all of them) or uniform (those of each layer).",
+    one_of("scope", SCOPES),
+    default="global",
+  )
+  n_m_group: int = flag(
+    "m of --criterion=n_m; n follows from the sparsity.", at_least(2), default=4
+  )
+
+
+define_flags(SoupFlags)
+
+
+def check(config: Any) -> None:
+  """Raises ValueError where the flags of the soup do not fit one another.
+
+  Args:
+    config: with those of its baselines.
+  """
+  _check_values(config)
+  _check_criterion(config)
+  _check_merge(config)
+
+
+def _check_merge(config):
+  """--merge, with --ingredients and --stream."""
+  entry = MERGES[config.merge]
+  if entry.two and config.ingredients != 2:
+    raise ValueError(
+      f"--merge={config.merge} is of two copies, and --ingredients is "
+      f"{config.ingredients}: give --ingredients=2 or another merge"
+    )
+  if config.stream and entry.in_memory:
+    raise ValueError(
+      f"--merge={config.merge} needs images in memory, and they are streamed: give another "
+      "merge"
+    )
+
+
+def _check_values(config):
+  """--vary and --values."""
+  vary, values = config.vary, config.values
+  if values is None:
+    if vary != "seed":
+      raise ValueError(
+        f"--vary={vary} needs --values, one for each of {config.ingredients} copies"
+      )
+    return
+  if vary != "seed" and config.ingredients == 1:
+    raise ValueError(
+      f"--vary={vary} with --ingredients=1: nothing differs between one copy"
+    )
+  if len(values) != config.ingredients:
+    raise ValueError(
+      f"--values gives {len(values)} values for --ingredients={config.ingredients}: give "
+      "one for each copy"
+    )
+  given = ",".join(f"{value:g}" for value in values)
+  above = {"epochs": 0, "learning_rate": 0}.get(vary, -1e-9)
+  below = 2**31 if vary in ("seed", "epochs") else math.inf
+  if any(not above < value < below for value in values):
+    raise ValueError(
+      f"--values is {given}: {vary} is a number, "
+      + ("above 0" if above == 0 else "0 or above")
+    )
+  if len(set(values)) < len(values):
+    raise ValueError(
+      f"--values is {given}: copies that are equal add nothing, give each another value"
+    )
+  if vary == "learning_rate" and config.retrain_schedule != "LLR":
+    raise ValueError(
+      "--vary=learning_rate sets the first rate of LLR: "
+      f"{config.retrain_schedule} has its own"
+    )
+  if vary in ("epochs", "learning_rate"):
+    for name in config.baselines:
+      if name in having("one_schedule"):
+        raise ValueError(
+          f"--baselines has {name}, whose copies share one schedule: leave it out with "
+          f"--vary={vary}"
+        )
+
+
+def _check_criterion(config):
+  """--criterion, with --scope, --n_m_group and the sparsities."""
+  if config.scope != "global" and config.criterion not in WITH_SCOPE:
+    raise ValueError(
+      f"--scope={config.scope} is of {', '.join(WITH_SCOPE)}: "
+      f"--criterion={config.criterion} shares the sparsity out itself, leave it out"
+    )
+  if config.criterion != "n_m":
+    return
+  m = config.n_m_group
+  for phase in range(1, config.phases + 1):
+    removed = m * phase_sparsity(config.goal_sparsity, phase, config.phases)
+    if abs(removed - round(removed)) > 1e-6:
+      raise ValueError(
+        f"--criterion=n_m would remove {removed:.3g} of {m} weights in phase {phase}: "
+        "choose --goal_sparsity, --phases and --n_m_group that make it whole, such as "
+        "0.75, 2 and 4"
+      )
+  for name in config.baselines:
+    if name in having("ramp"):
+      raise ValueError(
+        f"--baselines has {name}, whose sparsity rises smoothly: leave it out with "
+        "--criterion=n_m"
+      )

@@ -1,0 +1,59 @@
+"""The configuration of a run: its flags, what they stand for, and that nothing is lost."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+from main_job import config_of
+
+from experiments.config import fields
+from experiments.config.run_config import Config
+from experiments.config.run_config import config_of as restored
+
+
+@pytest.mark.parametrize(
+  ("flags", "expected"),
+  [
+    ((), {"model": "mlp", "hidden": (256, 256), "dropout": 0.0, "phases": 5,
+          "retrain_epochs": 2, "batch_size": 20, "weight_decay": 1e-4, "stream": False}),
+    (("--dataset=cifar10",), {"model": "resnet20", "hidden": None, "dropout": None,
+      "phases": 3, "retrain_epochs": 5, "batch_size": 128, "weight_decay": 5e-4}),
+    (("--dataset=cifar10", "--model=mlp"), {"hidden": (512,), "dropout": 0.2}),
+    (("--model=resnet8", "--epochs=7"), {"hidden": None, "batch_size": 20,
+                                         "budget_epochs": 7}),
+    (("--dataset=imagenet2012",), {"stream": True}),
+    (("--dataset=imagenet2012", "--nostream"), {"stream": False}),
+    (("--vary=seed", "--values=3,1", "--ingredients=2"), {"values": (3, 1)}),
+    (("--ood=fog,none,,fog",), {"ood": ("fog",), "ood_severities": (1, 2, 3, 4, 5)}),
+    (("--baselines=swamp,imp,swamp",), {"baselines": ("swamp", "imp")}),
+  ],
+)  # fmt: skip
+def test_what_flags_stand_for(flags, expected):
+  config = config_of(*flags)
+  assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_flags_come_back_from_json_and_from_a_file():
+  config = config_of("--baselines=imp,gmp", "--values=0.1,0.2", "--vary=weight_decay",
+                     "--ingredients=2", "--save_minutes=1", "--workdir=x")  # fmt: skip
+  known = config.flags()
+  assert "workdir" not in known and "save_minutes" not in known
+  assert restored(json.loads(json.dumps(known))).flags() == known
+  assert config_of(*config.flagfile().split()).flags() == known
+  del known["width"]
+  with pytest.raises(KeyError):
+    restored(known)
+
+
+def test_a_configuration_is_not_changed():
+  config = config_of()
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.phases = 3
+  assert dataclasses.replace(config, phases=3).phases == 3
+  assert config.phases == 5
+
+
+def test_every_field_has_a_flag_and_the_example_runs():
+  assert all(field.metadata["flag"].help for field in dataclasses.fields(Config))
+  assert doctest.testmod(fields) == doctest.TestResults(failed=0, attempted=5)
