@@ -13,7 +13,13 @@ from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
 from jaxsms.channels.values import Record
-from jaxsms.trees import PyTree, is_array, is_concrete, match_masks, path_names, path_string
+from jaxsms.trees import (
+  PyTree,
+  is_array,
+  is_concrete,
+  mask_leaves,
+  path_string,
+)
 
 Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
 
@@ -269,16 +275,8 @@ def _dtype(name):
 
 def _matched(params, masks):
   """The masks in the structure of `params`; True where a leaf is no array."""
-  flat = jax.tree_util.tree_leaves_with_path(masks)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  arrays = [i for i, (_, x) in enumerate(leaves) if is_array(x)]
-  if len(flat) == len(arrays):  # of the arrays alone
-    own = iter(x for _, x in flat)
-    every = [next(own) if is_array(x) else True for _, x in leaves]
-    names = [path_names(leaves[i][0]) for i in arrays]
-    if names == [path_names(path) for path, _ in flat]:
-      masks = jax.tree.unflatten(structure, every)
-  return match_masks(params, masks)
+  own = [True if mask is None else mask for mask in mask_leaves(params, masks)]
+  return jax.tree.unflatten(jax.tree.structure(params), own)
 
 
 def _zeros(params, masks) -> Kept:
