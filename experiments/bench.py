@@ -13,9 +13,13 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from experiments import bench_jax, bench_settings, bench_tables, hardware
-from experiments.bench_settings import TORCH_MODELS, Config, read_config
-from experiments.bench_statistics import (
+from jaxsms import models
+from jaxsms.disk.files import whole_file
+from jaxsms.disk.storage import plain
+
+from .benchmarks import bench_jax, bench_settings, bench_tables
+from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config
+from .benchmarks.bench_statistics import (
   ROUND_SECONDS,
   Contender,
   Spread,
@@ -26,14 +30,12 @@ from experiments.bench_statistics import (
   scaled,
   seconds,
 )
-from experiments.config import device_flags
-from experiments.config.fields import define_flags
-from experiments.environment import environment
-from experiments.flag_files import refusals, run_with_flags
-from experiments.terminal import terminal
-from jaxsms import models
-from jaxsms.files import whole_file
-from jaxsms.storage import plain
+from .config import device_flags
+from .config.fields import define_flags
+from .run import hardware
+from .run.environment import environment
+from .run.flag_files import refusals, run_with_flags
+from .run.terminal import terminal
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -134,7 +136,7 @@ def measure(
   contenders = {("jaxsms", m): our_contender(t, config.steps) for m, t in trainings.items()}
   versions = environment() | {"cores": cores()}
   if kinds:
-    from experiments import bench_torch
+    from .benchmarks import bench_torch
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     versions |= bench_torch.prepare(device)

@@ -20,29 +20,24 @@ from typing import Any
 
 from absl import flags
 
-from experiments import (
-  comparison,
-  keeping,
-  methods,
-  reporting,
-  run_directory,
-  running,
-  tuning,
-)
-from experiments.comparison import DENSE, Part, is_finished
-from experiments.config import keeping_flags, run_config
-from experiments.config.fields import at_least
-from experiments.environment import check_version, environment
-from experiments.flag_files import refusals, run_with_flags
-from experiments.lock import Busy
-from experiments.part_runs import Comparison, planned, run_part, write
-from experiments.progress import RunProgress, clock
-from experiments.report import write_report
-from experiments.signals import Stopped, StopSignals
-from experiments.task import make_task
-from experiments.terminal import say, terminal
-from jaxsms import storage
+from jaxsms.disk import storage
 from jaxsms.pruning import check_sparsity
+
+from . import methods, reporting
+from .comparison import parts as comparison
+from .comparison.part_runs import Comparison, planned, run_part, write
+from .comparison.parts import DENSE, Part, is_finished
+from .config import keeping_flags, run_config
+from .config.fields import at_least
+from .report import write_report
+from .run import keeping, run_directory, running, tuning
+from .run.environment import check_version, environment
+from .run.flag_files import refusals, run_with_flags
+from .run.lock import Busy
+from .run.progress import RunProgress, clock
+from .run.signals import Stopped, StopSignals
+from .run.task import make_task
+from .run.terminal import say, terminal
 
 for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)

@@ -13,17 +13,19 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import outputs, run_directory
-from experiments.config.run_config import config_of
-from experiments.flag_files import run_with_flags
-from experiments.inference import with_all_kept
-from experiments.task import load
-from jaxsms import checkpoint, models, pretrained, sparsity, storage
+from jaxsms import checkpoint, models, pretrained, sparsity
 from jaxsms.data import StreamedDataset
+from jaxsms.disk import storage
+from jaxsms.disk.safetensors import save_safetensors, write_safetensors
 from jaxsms.export import save_compact
 from jaxsms.names import check_name
-from jaxsms.safetensors import save_safetensors, write_safetensors
 from jaxsms.trees import PyTree
+
+from .config.run_config import config_of
+from .run import outputs, run_directory
+from .run.flag_files import run_with_flags
+from .run.latency import with_all_kept
+from .run.task import load
 
 FORMATS = {
   "compact": (".safetensors",),

@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from experiments import reporting
-from experiments.reporting import Case
-from experiments.run_results import read
-from jaxsms import storage
+from jaxsms.disk import storage
+
+from . import reporting
+from .reporting import Case
+from .reporting.run_results import read
 
 
 def write_report(

@@ -31,17 +31,19 @@ from typing import Any
 
 from absl import flags
 
-from experiments import keeping, methods, reporting, run_directory, running, tuning
-from experiments.config import keeping_flags, run_config
-from experiments.environment import environment
-from experiments.flag_files import refusals, run_with_flags
-from experiments.inference import inference
-from experiments.progress import RunProgress, clock
-from experiments.report import write_report
-from experiments.signals import Stopped, StopSignals
-from experiments.task import Task, make_task
-from experiments.terminal import say, terminal
-from jaxsms import storage
+from jaxsms.disk import storage
+
+from . import methods, reporting
+from .config import keeping_flags, run_config
+from .report import write_report
+from .run import keeping, run_directory, running, tuning
+from .run.environment import environment
+from .run.flag_files import refusals, run_with_flags
+from .run.latency import inference
+from .run.progress import RunProgress, clock
+from .run.signals import Stopped, StopSignals
+from .run.task import Task, make_task
+from .run.terminal import say, terminal
 
 for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)

@@ -18,30 +18,32 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from experiments import outputs, soup_flags
-from experiments.config import run_config
-from experiments.flag_files import run_with_flags
-from experiments.soup_barrier import say_barrier
-from experiments.soup_checks import (
+from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
+from jaxsms.disk.opening import open_tensors
+from jaxsms.disk.rules import RULES, passes_of
+from jaxsms.disk.safetensors import first_sentence
+from jaxsms.disk.tensors import Spec, Tensors, prunable_names
+from jaxsms.merges import MERGES
+from jaxsms.soups import soup_weights
+
+from .config import run_config
+from .merging import choice as soup_flags
+from .merging.barrier import say_barrier
+from .merging.bytes_progress import BytesProgress
+from .merging.checks import (
   check_masks,
   check_models,
   check_others,
   result_specs,
   statistics,
 )
-from experiments.soup_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
-from experiments.soup_flags import Choice, read_choice
-from experiments.soup_output import Output, copy_others, write_card, writing
-from experiments.soup_progress import BytesProgress
-from experiments.soup_table import show
-from experiments.terminal import say, terminal
-from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
-from jaxsms.disk.opening import open_tensors
-from jaxsms.disk.rules import RULES, passes_of
-from jaxsms.disk.tensors import Spec, Tensors, prunable_names
-from jaxsms.merges import MERGES
-from jaxsms.safetensors import first_sentence
-from jaxsms.soups import soup_weights
+from .merging.choice import Choice, read_choice
+from .merging.output import Output, copy_others, write_card, writing
+from .merging.table import show
+from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
+from .run import outputs
+from .run.flag_files import run_with_flags
+from .run.terminal import say, terminal
 
 FLAGS = flags.FLAGS
 for module in (soup_flags, outputs, run_config):

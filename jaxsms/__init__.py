@@ -31,6 +31,8 @@ from jaxsms.channels.scores import (
 )
 from jaxsms.channels.table import GroupSensitivity, sensitivity
 from jaxsms.criteria import erk_masks, lamp_masks
+from jaxsms.devices.ingredients import map_ingredients, pad_ingredients
+from jaxsms.devices.meshes import fit_mesh, make_mesh
 from jaxsms.flops import (
   layer_sparsities,
   multiply_adds,
@@ -44,7 +46,6 @@ from jaxsms.geometry import (
   soup_geometry,
 )
 from jaxsms.gradual import PrunedState, pruned
-from jaxsms.ingredients import map_ingredients, pad_ingredients
 from jaxsms.landscape import (
   Plane,
   loss_on_plane,
@@ -53,7 +54,6 @@ from jaxsms.landscape import (
   plane_grid,
   plane_through,
 )
-from jaxsms.meshes import fit_mesh, make_mesh
 from jaxsms.metrics import (
   accuracy,
   agreement,

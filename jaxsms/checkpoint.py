@@ -13,12 +13,12 @@ from typing import Any, TypedDict, cast
 import jax
 import numpy as np
 
-from jaxsms import storage
 from jaxsms.checks import check_outside_jit
-from jaxsms.faults import fault_point
-from jaxsms.meshes import fetch
-from jaxsms.safetensors import by_path, check_fit, first_sentence
-from jaxsms.storage import Damaged
+from jaxsms.devices.meshes import fetch
+from jaxsms.disk import storage
+from jaxsms.disk.faults import fault_point
+from jaxsms.disk.safetensors import by_path, check_fit, first_sentence
+from jaxsms.disk.storage import Damaged
 from jaxsms.trees import PyTree
 
 ARRAYS = "arrays"
@@ -154,7 +154,7 @@ def restore_plain(path: storage.Path) -> Any:
 
 
 def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
-  """Arrays by name (see `jaxsms.safetensors.by_path`) as a tree.
+  """Arrays by name (see `jaxsms.disk.safetensors.by_path`) as a tree.
 
   Args:
     like: see `restore`.

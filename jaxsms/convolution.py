@@ -3,7 +3,7 @@
 `vmap` over kernels makes grouped convolutions, and autodiff's backward convolutions
 have layouts that a CPU runs as unoptimised code inside loops. Here a convolution and
 its two gradients are three operations on m copies at once. How they run is a fixed rule:
-"loop" on a CPU, "grouped" on any other platform; see `jaxsms.lowerings`.
+"loop" on a CPU, "grouped" on any other platform; see `jaxsms.nn.lowerings`.
 """
 
 import functools
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsms.lowerings import LOWERINGS, NHWC, Geometry, pair, vary_alike
 from jaxsms.names import check_name
+from jaxsms.nn.lowerings import LOWERINGS, NHWC, Geometry, pair, vary_alike
 
 # How the operations run on a platform, by measurement on CPU alone: BUILD_NOTES.md.
 RULE = {"cpu": "loop", "default": "grouped"}
@@ -62,7 +62,7 @@ def conv_general_dilated(
       to XLA.
     out_sharding: of the result; with one, XLA's own convolution runs.
     lowering: "auto" follows the rule of the platform that the program is compiled for;
-      "loop", "grouped" or "unrolled" hold on all of them, see `jaxsms.lowerings`;
+      "loop", "grouped" or "unrolled" hold on all of them, see `jaxsms.nn.lowerings`;
       "native" is `jax.lax.conv_general_dilated` itself.
 
   Returns:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxsms.ingredients import repeat_model
-from jaxsms.meshes import fetch
+from jaxsms.devices.ingredients import repeat_model
+from jaxsms.devices.meshes import fetch
 from jaxsms.phases import Prune, finite_models
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Phase

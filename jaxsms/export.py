@@ -14,8 +14,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.experimental import sparse
 
-from jaxsms.pruning import prunable_flags
-from jaxsms.safetensors import (
+from jaxsms.disk.safetensors import (
   by_path,
   check_dtypes,
   check_fit,
@@ -23,6 +22,7 @@ from jaxsms.safetensors import (
   read_with_metadata,
   write_safetensors,
 )
+from jaxsms.pruning import prunable_flags
 from jaxsms.trees import Prunable, PyTree, is_concrete, mask_leaves
 
 FORMAT = "jaxsms-compact-1"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.meshes import fetch
+from jaxsms.devices.meshes import fetch
 from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
 
 FLAT = 1e-6  # of the length of a side: what float32 leaves of three models on one line

@@ -12,8 +12,8 @@ from absl import logging
 
 from jaxsms import counts
 from jaxsms.checks import check_indices, check_outside_jit
-from jaxsms.ingredients import take_ingredients
-from jaxsms.meshes import fetch
+from jaxsms.devices.ingredients import take_ingredients
+from jaxsms.devices.meshes import fetch
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms import checkpoint, export, storage
+from jaxsms import checkpoint, export
 from jaxsms.data.sources import read_npz
-from jaxsms.files import on_disk
-from jaxsms.safetensors import by_path, check_fit, first_sentence, read_with_metadata
-from jaxsms.torch_layout import (
+from jaxsms.disk import storage
+from jaxsms.disk.files import on_disk
+from jaxsms.disk.safetensors import by_path, check_fit, first_sentence, read_with_metadata
+from jaxsms.disk.torch_layout import (
   canonical,
   fitting_options,
   layout,

@@ -11,8 +11,8 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.checks import check_outside_jit
-from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import INGREDIENT_AXIS, gather, place
+from jaxsms.devices.ingredients import map_ingredients
+from jaxsms.devices.meshes import INGREDIENT_AXIS, gather, place
 from jaxsms.pruning import apply_masks
 from jaxsms.substitution import with_own_convolutions
 from jaxsms.trees import (

@@ -13,7 +13,7 @@ import jax
 
 from jaxsms.channels.budgets import check_reachable
 from jaxsms.checks import check_call, check_goal, check_outside_jit, check_phases
-from jaxsms.meshes import gather
+from jaxsms.devices.meshes import gather
 from jaxsms.phases import Merge, Prune, entries, merge_phase, prune_phase
 from jaxsms.pruning import check_sparsity, magnitude_masks, phase_sparsity, prunable_flags
 from jaxsms.retraining import Retrain, retrain_phase

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from jaxsms import convolution
-from jaxsms.lowerings import Geometry, vary_alike
+from jaxsms.nn.lowerings import Geometry, vary_alike
 
 _HOW = "auto"
 _NONE = ((0, 0), (0, 0))

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from experiments.comparison import Part, cells_of
-from jaxsms import storage
+from experiments.comparison.parts import Part, cells_of
+from jaxsms.disk import storage
 
 LAYERS = ("Conv_0/kernel", "Dense_0/kernel")
 ENVIRONMENT = {"jaxsms": "0.1.0", "jax": "0.10.2", "device": "cpu", "devices": 1}

@@ -13,7 +13,8 @@ from absl import flags as absl_flags
 from experiments import sms
 from experiments.config.fields import names
 from experiments.config.run_config import Config, read_config
-from jaxsms import checkpoint, faults
+from jaxsms import checkpoint
+from jaxsms.disk import faults
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = names(Config)

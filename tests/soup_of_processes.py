@@ -54,7 +54,7 @@ def main(port, process, out):
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", 2, int(process))
   import jaxsms
-  from jaxsms.meshes import place
+  from jaxsms.devices.meshes import place
 
   mesh = jaxsms.make_mesh()
   host = soup(dense(), mesh)

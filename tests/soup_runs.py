@@ -3,7 +3,8 @@
 import main_job
 from absl import flags
 
-from experiments import soup, soup_flags
+from experiments import soup
+from experiments.merging import choice as soup_flags
 
 
 def run(*words):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from main_job import ROOT, config_of, exit_status, parse, unparse
 
-from experiments import compare, flag_files, lock, run_directory
-from experiments.lock import Lock, Moved
-from jaxsms import data, pretrained, storage
+from experiments import compare
+from experiments.run import flag_files, lock, run_directory
+from experiments.run.lock import Lock, Moved
+from jaxsms import data, pretrained
 from jaxsms.data import sources
-from jaxsms.series import Series
+from jaxsms.disk import storage
+from jaxsms.disk.series import Series
 
 
 def test_devices_of_a_cpu_are_bounded_before_anything_starts(rejects):

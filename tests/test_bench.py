@@ -14,8 +14,15 @@ from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import bench, bench_jax, bench_settings
-from experiments.bench_statistics import Contender, alternate, calls_for, ratio, spread
+from experiments import bench
+from experiments.benchmarks import bench_jax, bench_settings
+from experiments.benchmarks.bench_statistics import (
+  Contender,
+  alternate,
+  calls_for,
+  ratio,
+  spread,
+)
 from experiments.config.fields import define_flags
 from jaxsms import models
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import bench_accelerator as bench
+from experiments.benchmarks import bench_accelerator as bench
 
 
 def test_a_command_is_run_and_its_output_kept(tmp_path):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from experiments import bench_convolution as bench
-from jaxsms.lowerings import NHWC
+from experiments.benchmarks import bench_convolution as bench
+from jaxsms.nn.lowerings import NHWC
 
 
 @pytest.mark.parametrize("text", ["3x3/3/4", "3x3/2/4/2", "1x1/3/4", "1x1/2/4/2"])

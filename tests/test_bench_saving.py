@@ -3,8 +3,8 @@
 import pytest
 from absl import flags
 
-from experiments import bench_saving
-from experiments.bench_statistics import spread
+from experiments.benchmarks import bench_saving
+from experiments.benchmarks.bench_statistics import spread
 from experiments.config import keeping_flags  # noqa: F401, whose flag it is
 from experiments.config.fields import define_flags
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from jaxsms import magnitude_masks, models
+from jaxsms.disk.torch_layout import layout
 from jaxsms.pretrained import to_torch
-from jaxsms.torch_layout import layout
 from jaxsms.training import TrainState, init_variables, sgd, start
 from jaxsms.training import step as training_step
 
 torch = pytest.importorskip("torch")
 
-from experiments.bench_torch import Alone, Ensemble, Recipe  # noqa: E402
-from experiments.torch_batches import Batches, resident  # noqa: E402
-from experiments.torch_networks import make_network  # noqa: E402
+from experiments.benchmarks.bench_torch import Alone, Ensemble, Recipe  # noqa: E402
+from experiments.benchmarks.torch_batches import Batches, resident  # noqa: E402
+from experiments.benchmarks.torch_networks import make_network  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4

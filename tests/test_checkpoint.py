@@ -18,7 +18,8 @@ import pytest
 import store
 from hypothesis import strategies as st
 
-from jaxsms import checkpoint, storage
+from jaxsms import checkpoint
+from jaxsms.disk import storage
 
 
 def test_what_is_saved_is_restored(tmp_path):

@@ -13,10 +13,13 @@ import pytest
 from scipy import stats
 from test_experiments import ROOT, SMALL, run
 
-from experiments import compare, comparison, part_runs, running
-from experiments.comparison import Part
+from experiments import compare
+from experiments.comparison import part_runs
+from experiments.comparison import parts as comparison
+from experiments.comparison.parts import Part
 from experiments.config import run_config
 from experiments.report import write_report
+from experiments.run import running
 
 PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.txt"))
 GRID = (*SMALL, "--mesh=none", "--seeds=2", "--sparsities=0.75,0.5", "--copies=2")

@@ -15,10 +15,11 @@ from jax import export, lax
 from jax.sharding import NamedSharding
 
 import jaxsms
-from jaxsms import convolution, lowerings, make_mesh, map_ingredients
+from jaxsms import convolution, make_mesh, map_ingredients
 from jaxsms.compat import enable_x64
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.meshes import split_batch
+from jaxsms.devices.meshes import split_batch
+from jaxsms.nn import lowerings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -19,7 +19,7 @@ from jaxsms import (
   training,
   uniform_soup,
 )
-from jaxsms.meshes import params_sharding
+from jaxsms.devices.meshes import params_sharding
 from jaxsms.training import Model, memory
 from jaxsms.training.state import start
 

@@ -19,15 +19,7 @@ from test_training import (
   train,
 )
 
-from jaxsms import (
-  data,
-  fit_mesh,
-  magnitude_masks,
-  make_mesh,
-  merge_phase,
-  models,
-  training,
-)
+from jaxsms import data, fit_mesh, magnitude_masks, make_mesh, merge_phase, models, training
 from jaxsms.convolution import conv_general_dilated
 from jaxsms.training import Model, Splits
 from jaxsms.training.state import start

@@ -15,10 +15,11 @@ import pytest
 from main_job import FLAGS, config_of, run
 from rich.console import Console
 
-from experiments import methods, run_directory, running, sms
+from experiments import methods, sms
 from experiments.config.dense_flags import dense_schedule
-from experiments.progress import MEASURED, RunProgress, TimeLeft, clock
-from experiments.task import make_task
+from experiments.run import run_directory, running
+from experiments.run.progress import MEASURED, RunProgress, TimeLeft, clock
+from experiments.run.task import make_task
 from jaxsms import checkpoint, data, prunable, training
 from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import measure

@@ -13,13 +13,13 @@ from jax.experimental import sparse
 
 import jaxsms
 from jaxsms import checkpoint, models, pretrained
-from jaxsms.export import apply_bcoo, load_compact, nested, save_compact, to_bcoo
-from jaxsms.safetensors import (
+from jaxsms.disk.safetensors import (
   read_safetensors,
   read_with_metadata,
   save_safetensors,
   write_safetensors,
 )
+from jaxsms.export import apply_bcoo, load_compact, nested, save_compact, to_bcoo
 
 
 @pytest.fixture(scope="module")

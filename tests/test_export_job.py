@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import export, soup
-from experiments.inference import measure_inference
+from experiments.run.latency import measure_inference
 from jaxsms import checkpoint, models, pretrained
+from jaxsms.disk.safetensors import by_path, load_safetensors, read_with_metadata
 from jaxsms.export import load_compact
-from jaxsms.safetensors import by_path, load_safetensors, read_with_metadata
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 

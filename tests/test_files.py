@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import store
 
-from experiments import outputs
-from jaxsms import checkpoint, export, pretrained, report, storage
-from jaxsms.files import on_disk, whole_file
-from jaxsms.safetensors import load_safetensors, read_safetensors, save_safetensors
+from experiments.run import outputs
+from jaxsms import checkpoint, export, pretrained, report
+from jaxsms.disk import storage
+from jaxsms.disk.files import on_disk, whole_file
+from jaxsms.disk.safetensors import load_safetensors, read_safetensors, save_safetensors
 
 TREE = {"params": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
 
@@ -145,11 +146,11 @@ def test_every_writer_syncs_the_file_and_then_its_folder(ending, tmp_path, monke
 def test_nothing_else_in_the_two_packages_opens_files_to_write():
   """One atomic write for all: what needs another way is named here."""
   allowed = {
-    "jaxsms/storage.py",  # it is there
-    "jaxsms/files.py",  # a copy in a folder of its own, to be read
+    "jaxsms/disk/storage.py",  # it is there
+    "jaxsms/disk/files.py",  # a copy in a folder of its own, to be read
     "jaxsms/checkpoint.py",  # an empty mark
-    "experiments/metrics_file.py",  # grows by lines
-    "experiments/lock.py",  # an empty file, for its lock
+    "experiments/run/metrics_file.py",  # grows by lines
+    "experiments/run/lock.py",  # an empty file, for its lock
   }
   writes = re.compile(
     r"open\([^)]*[\"'][wax]b?[\"']|write_text\(|\.write_bytes\(|os\.rename|os\.replace|mkstemp"

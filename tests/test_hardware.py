@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import hardware, task, tuning
 from experiments.config.fields import define_flags
 from experiments.config.run_config import Config, read_config
+from experiments.run import hardware, task, tuning
 from jaxsms import convolution, data
 
 

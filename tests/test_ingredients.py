@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxsms import make_mesh, map_ingredients, pad_ingredients, stack
-from jaxsms.ingredients import repeat_model, take_ingredients
+from jaxsms.devices.ingredients import repeat_model, take_ingredients
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

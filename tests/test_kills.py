@@ -18,7 +18,7 @@ from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
 from experiments import reporting, sms
-from jaxsms import faults
+from jaxsms.disk import faults
 
 IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")
 SOME = ("save arrays:2", "merge:1", "remove:2")

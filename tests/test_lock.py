@@ -8,9 +8,9 @@ import time
 import pytest
 import store
 
-from experiments import lock
-from experiments.lock import Lock
-from jaxsms import storage
+from experiments.run import lock
+from experiments.run.lock import Lock
+from jaxsms.disk import storage
 
 
 @pytest.fixture(autouse=True)

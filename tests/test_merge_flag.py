@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import soup_progress
+from experiments.merging import bytes_progress as soup_progress
 from jaxsms.merges import MERGES
 from jaxsms.training.merging import NAMES
 

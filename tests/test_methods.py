@@ -11,20 +11,13 @@ from test_data import prepare
 from test_experiments import SMALL
 
 from experiments import methods
-from experiments.criteria import classifier, pruning
+from experiments.methods.criteria import classifier, pruning
 from experiments.methods.registry import bimp_epochs, looks, resampled
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
-from experiments.ood import corrupted_test_data
-from experiments.task import Task, make_task
-from jaxsms import (
-  checkpoint,
-  data,
-  models,
-  pretrained,
-  prunable,
-  safetensors,
-  training,
-)
+from experiments.run.ood import corrupted_test_data
+from experiments.run.task import Task, make_task
+from jaxsms import checkpoint, data, models, pretrained, prunable, training
+from jaxsms.disk import safetensors
 
 FAST = (*SMALL, "--mesh=none", "--phases=1")
 FROM_SCRATCH = {"gmp", "gmp_soup", "dpf", "dpf_soup", "bimp", "bimp_soup"}

@@ -5,10 +5,10 @@ import json
 import fake_runs
 import pytest
 
-from experiments import run_results
-from experiments.metrics_file import read_lines
 from experiments.report import write_report
-from jaxsms import storage
+from experiments.reporting import run_results
+from experiments.run.metrics_file import read_lines
+from jaxsms.disk import storage
 
 
 def drawn(page):

@@ -14,11 +14,14 @@ import pytest
 from hypothesis import strategies as st
 from main_job import ROOT, SMALL, run
 
-from experiments import comparison, report, run_directory, run_results
+from experiments import report
 from experiments import reporting as pages
-from experiments.metrics_file import read_lines
-from experiments.results_check import check_results
-from jaxsms import storage
+from experiments.comparison import parts as comparison
+from experiments.reporting import run_results
+from experiments.reporting.results_check import check_results
+from experiments.run import run_directory
+from experiments.run.metrics_file import read_lines
+from jaxsms.disk import storage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 

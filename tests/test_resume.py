@@ -10,13 +10,9 @@ import pytest
 import store
 from main_job import SMALL, TWO, assert_same_run, config_of, results, run
 
-from experiments import (
-  environment,
-  keeping,
-  lock,
-  tuning,
-)
-from jaxsms import checkpoint, storage
+from experiments.run import environment, keeping, lock, tuning
+from jaxsms import checkpoint
+from jaxsms.disk import storage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 

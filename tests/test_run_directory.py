@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from main_job import config_of
 from test_data import pairs, prepare
 
-from experiments import run_directory
-from jaxsms import checkpoint, data, storage
+from experiments.run import run_directory
+from jaxsms import checkpoint, data
+from jaxsms.disk import storage
 
 
 def defining(dataset, *flags):

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxsms.pretrained import load_weights
-from jaxsms.safetensors import (
+from jaxsms.disk.safetensors import (
   load_safetensors,
   read_safetensors,
   save_safetensors,
   write_safetensors,
 )
+from jaxsms.pretrained import load_weights
 
 
 def file_of(header, data=b"", length=None):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import store
 
-from jaxsms import checkpoint, storage
-from jaxsms.series import Series
+from jaxsms import checkpoint
+from jaxsms.disk import storage
+from jaxsms.disk.series import Series
 
 
 @pytest.fixture(params=["disk", "object store"])

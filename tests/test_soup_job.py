@@ -13,8 +13,8 @@ import store
 from soup_runs import run
 
 from jaxsms import checkpoint, data, models, pretrained
+from jaxsms.disk.safetensors import by_path, read_safetensors, save_safetensors
 from jaxsms.export import save_compact
-from jaxsms.safetensors import by_path, read_safetensors, save_safetensors
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")

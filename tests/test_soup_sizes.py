@@ -14,18 +14,18 @@ import orbax.checkpoint as ocp
 import pytest
 from soup_runs import run
 
-from experiments import soup_output
+from experiments.merging import output as soup_output
 from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import passes, writing
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
-from jaxsms.models import create
-from jaxsms.safetensors import (
+from jaxsms.disk.safetensors import (
   by_path,
   read_safetensors,
   save_safetensors,
   write_safetensors,
 )
+from jaxsms.models import create
 from jaxsms.training import phases
 
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,8 @@ import pytest
 import store
 from test_export_job import assert_same
 
-from experiments import compare, export, lock, report
+from experiments import compare, export, report
+from experiments.run import lock
 from jaxsms import checkpoint, pretrained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from main_job import config_of, parse, run
 
-from experiments import tensorboard
-from experiments.tensorboard import Board
+from experiments.run import tensorboard
+from experiments.run.tensorboard import Board
 
 SMALL = (
   "--hidden=8", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",

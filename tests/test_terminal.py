@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from experiments import bench_tables, outputs, report, soup
-from experiments.progress import RunProgress
+from experiments import report, soup
+from experiments.benchmarks import bench_tables
 from experiments.reporting import console_table
-from experiments.terminal import say, terminal
+from experiments.run import outputs
+from experiments.run.progress import RunProgress
+from experiments.run.terminal import say, terminal
 from jaxsms import checkpoint
 from jaxsms.data import tfds_corrupted
 from jaxsms.training import Chunk

@@ -29,7 +29,7 @@ from jaxsms import (
   sparsity,
 )
 from jaxsms.trees import path_string
-from jaxsms.weights import prunable_flags, say_what_is_left_out
+from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 KEY = jax.random.key(0)
 
@@ -132,7 +132,7 @@ def test_what_is_left_out_is_said_once(caplog):
   own = Weights(prunable=lambda path, leaf: leaf.ndim > 1)
   for again in ({"dense": params["dense"]}, {**params, "embedding": np.ones((8, 3))}):
     magnitude_masks(again, 0.5, prunable=own)
-    say_what_is_left_out(again, None)
+    warn_of_unpruned_matrices(again, None)
   (record,) = caplog.records
   assert "embedding [8, 3]" in record.message
 

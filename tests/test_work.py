@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from experiments import keeping, methods
+from experiments import methods
 from experiments.methods import registry
-from experiments.signals import StopSignals
-from experiments.work import Work, packed, unpacked
-from jaxsms import storage, training
-from jaxsms.series import Found
+from experiments.run import keeping
+from experiments.run.signals import StopSignals
+from experiments.run.work import Work, packed, unpacked
+from jaxsms import training
+from jaxsms.disk import storage
+from jaxsms.disk.series import Found
 from jaxsms.training import Model
 
 PROGRAMS = types.SimpleNamespace(

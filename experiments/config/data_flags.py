@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
-from experiments.config.fields import (
+from jaxsms import models
+from jaxsms.data import AUGMENTATIONS
+
+from ..config.fields import (
   at_least,
   by_dataset,
   define_flags,
@@ -11,8 +14,6 @@ from experiments.config.fields import (
   one_of,
   whole_numbers,
 )
-from jaxsms import models
-from jaxsms.data import AUGMENTATIONS
 
 WITH_DROPOUT = ("mlp", "wide_resnet28_10", "wide_resnet22_10", "vit_tiny")
 # Options of `jaxsms.models.create` that some networks have.

@@ -4,7 +4,9 @@ import dataclasses
 
 import optax
 
-from experiments.config.fields import (
+from jaxsms.schedules import DECAY_ARGUMENTS, PRETRAIN_SCHEDULES, pretrain_schedule
+
+from ..config.fields import (
   above_zero,
   at_least,
   by_dataset,
@@ -15,7 +17,6 @@ from experiments.config.fields import (
   one_of,
   whole_numbers,
 )
-from jaxsms.schedules import DECAY_ARGUMENTS, PRETRAIN_SCHEDULES, pretrain_schedule
 
 # The flags that give the arguments of `pretrain_schedule` in epochs.
 DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}

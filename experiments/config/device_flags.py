@@ -4,8 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
-from experiments.config.fields import at_least, define_flags, ensure, flag, one_of
 from jaxsms.convolution import CHOICES
+
+from ..config.fields import at_least, define_flags, ensure, flag, one_of
 
 MESHES = ("auto", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")

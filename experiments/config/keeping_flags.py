@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from experiments.config.fields import at_least, define_flags, ensure, flag
-from experiments.tensorboard import check_available
+from ..config.fields import at_least, define_flags, ensure, flag
+from ..run.tensorboard import check_available
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from experiments.config.fields import define_flags, flag, numbers, one_of
 from jaxsms.data import CORRUPTIONS
 from jaxsms.names import check_name
+
+from ..config.fields import define_flags, flag, numbers, one_of
 
 LANDSCAPES = ("last", "all", "none")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.config import (
+from ..config import (
   baseline_flags,
   data_flags,
   dense_flags,
@@ -15,7 +15,7 @@ from experiments.config import (
   measuring_flags,
   soup_flags,
 )
-from experiments.config.fields import (
+from ..config.fields import (
   at_least,
   define_flags,
   flag,

@@ -4,7 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
-from experiments.config.fields import (
+from jaxsms.merges import MERGES
+from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
+from jaxsms.schedules import RETRAIN_SCHEDULES
+from jaxsms.training import merging
+
+from ..config.fields import (
   at_least,
   by_dataset,
   define_flags,
@@ -13,11 +18,7 @@ from experiments.config.fields import (
   numbers,
   one_of,
 )
-from experiments.methods.registry import having
-from jaxsms.merges import MERGES
-from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
-from jaxsms.schedules import RETRAIN_SCHEDULES
-from jaxsms.training import merging
+from ..methods.registry import having
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}

@@ -1,6 +1,6 @@
 """The methods of a run: the soup, and what it is compared with."""
 
-from experiments.methods.planning import (
+from ..methods.planning import (
   entry_of,
   model_steps,
   names_of,
@@ -8,8 +8,8 @@ from experiments.methods.planning import (
   planned_work,
   seed_events,
 )
-from experiments.methods.registry import DENSE, METHODS, SOUP, Method, baselines, having
-from experiments.methods.seeds import Run, Soup
+from ..methods.registry import DENSE, METHODS, SOUP, Method, baselines, having
+from ..methods.seeds import Run, Soup
 
 __all__ = [
   "DENSE",

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from experiments.methods.registry import DENSE, METHODS, SOUP
-from experiments.methods.seeds import Run, dense_model
-from experiments.progress import MEASURED
 from jaxsms.training.engine import Record
 
+from ..methods.registry import DENSE, METHODS, SOUP
+from ..methods.seeds import Run, dense_model
+from ..run.progress import MEASURED
+
 if TYPE_CHECKING:
-  from experiments.config.run_config import Config
-  from experiments.task import Task
-  from experiments.work import Work
+  from ..config.run_config import Config
+  from ..run.task import Task
+  from ..run.work import Work
 
 STATISTICS = 0.2  # share of the training images that batch statistics come from
 PASSES = 3  # forward passes that a training step is worth

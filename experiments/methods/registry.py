@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from experiments.methods.seeds import (
+from jaxsms.baselines import imp_reprune, swamp
+from jaxsms.dynamic import GradualPruning, prune_during_training
+from jaxsms.training import Model
+
+from ..methods.seeds import (
   RETRAIN,
   SCRATCH,
   Events,
@@ -24,12 +28,9 @@ from experiments.methods.seeds import (
   train_dense,
   varied_ingredients,
 )
-from jaxsms.baselines import imp_reprune, swamp
-from jaxsms.dynamic import GradualPruning, prune_during_training
-from jaxsms.training import Model
 
 if TYPE_CHECKING:
-  from experiments.config.run_config import Config
+  from ..config.run_config import Config
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 MASK_STEPS = {"gmp": 100, "dpf": 16}

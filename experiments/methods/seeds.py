@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.criteria import pruning
 from jaxsms import Phase
 from jaxsms.phases import Prune
 from jaxsms.sms import phase_sparsities
@@ -27,10 +26,12 @@ from jaxsms.training.merging import merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
+from ..methods.criteria import pruning
+
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
-  from experiments.config.run_config import Config
-  from experiments.task import Task
-  from experiments.work import Work
+  from ..config.run_config import Config
+  from ..run.task import Task
+  from ..run.work import Work
 
 # Independent streams of a seed's key.
 INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH = 0, 1, 2, 3, 4

@@ -4,12 +4,12 @@
 `Results`: what a results.json, or a part of it, is read as.
 """
 
-from experiments.reporting.cases import Case, Origin
-from experiments.reporting.cost_sections import duration, flag_text
-from experiments.reporting.figures import accuracy_figure
-from experiments.reporting.page import files
-from experiments.reporting.sections import document
-from experiments.reporting.statistics import (
+from ..reporting.cases import Case, Origin
+from ..reporting.cost_sections import duration, flag_text
+from ..reporting.figures import accuracy_figure
+from ..reporting.page import files
+from ..reporting.sections import document
+from ..reporting.statistics import (
   Estimate,
   Results,
   dataset_title,
@@ -17,7 +17,7 @@ from experiments.reporting.statistics import (
   method_title,
   summarize,
 )
-from experiments.reporting.tables import (
+from ..reporting.tables import (
   HEADER,
   caption,
   console_table,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.reporting.statistics import Results, dataset_title
+from ..reporting.statistics import Results, dataset_title
 
 
 class Case(NamedTuple):

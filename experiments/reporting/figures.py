@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.methods.registry import looks
-from experiments.reporting.cases import Case
-from experiments.reporting.drawing import (
+from jaxsms.disk.files import whole_file
+
+from ..methods.registry import looks
+from ..reporting.cases import Case
+from ..reporting.drawing import (
   MARKERS,
   MIDDLE,
   canvas,
@@ -16,8 +18,7 @@ from experiments.reporting.drawing import (
   file_of,
   legend,
 )
-from experiments.reporting.statistics import Results, method_title, summarize
-from jaxsms.files import whole_file
+from ..reporting.statistics import Results, method_title, summarize
 
 PERCENT = {
   "test_accuracy": "Test accuracy in percent",

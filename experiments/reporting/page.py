@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from html import escape
 
-from experiments.reporting.document import Code, Document, Folded, Picture, Table
-from experiments.reporting.drawing import file_of, inline_svg
+from ..reporting.document import Code, Document, Folded, Picture, Table
+from ..reporting.drawing import file_of, inline_svg
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --middle: #666;

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
-from experiments.methods.registry import looks
-from experiments.reporting import figures
-from experiments.reporting.cases import Case, Origin
-from experiments.reporting.cost_sections import (
+from ..methods.registry import looks
+from ..reporting import figures
+from ..reporting.cases import Case, Origin
+from ..reporting.cost_sections import (
   cost_section,
   inference_section,
   origin_section,
 )
-from experiments.reporting.document import Document, Folded, Picture, Section, Table
-from experiments.reporting.statistics import Results, method_title, summarize
-from experiments.reporting.summary import sentences
-from experiments.reporting.tables import accuracy, gain, notes
-from experiments.reporting.training_sections import (
+from ..reporting.document import Document, Folded, Picture, Section, Table
+from ..reporting.statistics import Results, method_title, summarize
+from ..reporting.summary import sentences
+from ..reporting.tables import accuracy, gain, notes
+from ..reporting.training_sections import (
   CASES_DRAWN,
   curves_section,
   cut,

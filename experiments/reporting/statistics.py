@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.methods.registry import looks
+from ..methods.registry import looks
 
 Results = dict[str, Any]
 

@@ -1,9 +1,9 @@
 """What a run shows, in plain words."""
 
-from experiments.methods.registry import looks
-from experiments.reporting.cases import Case
-from experiments.reporting.statistics import Results, method_title, summarize
-from experiments.reporting.tables import ends, signed
+from ..methods.registry import looks
+from ..reporting.cases import Case
+from ..reporting.statistics import Results, method_title, summarize
+from ..reporting.tables import ends, signed
 
 # What the soup is held against in words; the rest is in the table.
 AGAINST = {

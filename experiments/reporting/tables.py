@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from experiments.methods.registry import looks
-from experiments.reporting.statistics import (
+from ..methods.registry import looks
+from ..reporting.statistics import (
   Results,
   dataset_title,
   estimate,

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reporting.cases import Case
-from experiments.reporting.drawing import (
+from ..reporting.cases import Case
+from ..reporting.drawing import (
   COLOURS,
   FAINT,
   MARKERS,

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from experiments.reporting import training_figures
-from experiments.reporting.cases import Case
-from experiments.reporting.document import Picture, Section
-from experiments.reporting.statistics import Results
+from ..reporting import training_figures
+from ..reporting.cases import Case
+from ..reporting.document import Picture, Section
+from ..reporting.statistics import Results
 
 CASES_DRAWN = 6  # at most so many where each has figures of its own
 

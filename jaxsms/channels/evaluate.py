@@ -15,7 +15,7 @@ from jaxsms.channels.arrays import take
 from jaxsms.channels.calls import CALLS, own_operation, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
-from jaxsms.lowerings import vary_alike, varying
+from jaxsms.nn.lowerings import vary_alike, varying
 
 
 class Cut:

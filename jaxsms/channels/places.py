@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.meshes import fetch
+from jaxsms.devices.meshes import fetch
 from jaxsms.pruning import with_all_kept
 from jaxsms.trees import Path, PyTree, is_array, is_concrete, match_masks, path_string
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.channels.places import channel_leaves
-from jaxsms.meshes import fetch
+from jaxsms.devices.meshes import fetch
 from jaxsms.names import check_name
 from jaxsms.trees import Path, PyTree, is_parameter, path_names
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, Sharding
 from jaxsms.data.examples import Examples, chosen, grain, read_ahead, read_example
 from jaxsms.data.placement import place, process_block, spread
 from jaxsms.data.splits import integer
-from jaxsms.meshes import DATA_AXIS
+from jaxsms.devices.meshes import DATA_AXIS
 
 
 class EvaluationBatch(NamedTuple):

@@ -27,7 +27,7 @@ from jaxsms.data.examples import (
 )
 from jaxsms.data.placement import place, process_block, spread
 from jaxsms.data.splits import integer, integers
-from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS
+from jaxsms.devices.meshes import DATA_AXIS, INGREDIENT_AXIS
 
 ORDER, CROP = 0, 1  # independent streams of one copy's key and seed
 Transform = Callable[[np.random.Generator, Any], np.ndarray]

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms.data.sources import read_npz
-from jaxsms.files import whole_file
+from jaxsms.disk.files import whole_file
 from jaxsms.names import check_name
 
 # TFDS's name/config:version, and nothing that could leave its directory, reach a

@@ -3,12 +3,13 @@
 import contextlib
 import os
 
-from jaxsms import export, pretrained, storage
+from jaxsms import export, pretrained
+from jaxsms.disk import storage
+from jaxsms.disk.files import on_disk
 from jaxsms.disk.orbax_folders import open_checkpoint
 from jaxsms.disk.shards import INDEX_ENDINGS, index_of, open_file, open_shards
 from jaxsms.disk.tensors import InMemory, Tensors
 from jaxsms.disk.zips import open_npz, open_pytorch
-from jaxsms.files import on_disk
 
 PYTORCH = (".pt", ".pth", ".bin", ".pth.tar")
 _COLLECTIONS = ("params", "batch_stats")

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from jaxsms import checkpoint
+from jaxsms.disk.safetensors import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors
-from jaxsms.safetensors import first_sentence
 from jaxsms.trees import is_array, path_string
 
 _METADATA = "_METADATA"  # in every folder with arrays that orbax wrote

@@ -4,9 +4,9 @@ import json
 import os
 from typing import Any
 
+from jaxsms.disk.safetensors import first_sentence, read_header, unique
 from jaxsms.disk.tensors import InFiles, Range, Spec
 from jaxsms.disk.zips import open_pytorch
-from jaxsms.safetensors import first_sentence, read_header, unique
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxsms import storage
+from jaxsms.disk import storage
 from jaxsms.disk.passes import Block, blocks_of, in_order, scratch
+from jaxsms.disk.safetensors import check_dtypes, make_header
 from jaxsms.disk.shards import SINGLE
 from jaxsms.disk.tensors import Range, Spec, Tensors
-from jaxsms.safetensors import check_dtypes, make_header
 
 
 class Writer(Protocol):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.data.sources import read_npz
+from jaxsms.disk.safetensors import first_sentence
 from jaxsms.disk.tensors import InFiles, InMemory, Range, Spec, Tensors
-from jaxsms.safetensors import first_sentence
 
 _HEADERS = {
   (1, 0): np.lib.format.read_array_header_1_0,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.normalization import BatchNorm
+from jaxsms.nn.normalization import BatchNorm
 
 # PyTorch draws weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.meshes import split_batch
+from jaxsms.devices.meshes import split_batch
 from jaxsms.training.state import Data
 from jaxsms.trees import PyTree
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.devices.ingredients import take_ingredients
+from jaxsms.devices.meshes import fetch
 from jaxsms.geometry import loss_barrier
-from jaxsms.ingredients import take_ingredients
 from jaxsms.landscape import (
   Plane,
   affine_combination,
@@ -19,7 +20,6 @@ from jaxsms.landscape import (
   plane_through,
   plane_weights,
 )
-from jaxsms.meshes import fetch
 from jaxsms.training.engine import Engine, Model
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.devices.meshes import fetch
 from jaxsms.flops import layer_sparsities, sparse_multiply_adds
 from jaxsms.geometry import soup_geometry
-from jaxsms.meshes import fetch
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import prediction_ensemble
 from jaxsms.training import streamed

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from jaxsms.faults import fault_point
-from jaxsms.ingredients import take_ingredients
-from jaxsms.meshes import fetch
+from jaxsms.devices.ingredients import take_ingredients
+from jaxsms.devices.meshes import fetch
+from jaxsms.disk.faults import fault_point
 from jaxsms.metrics import agreement
 from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase, prune_phase
 from jaxsms.pruning import magnitude_masks

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from jaxsms.ingredients import map_ingredients
-from jaxsms.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, whole
-from jaxsms.meshes import split_params as split_over_data
+from jaxsms.devices.ingredients import map_ingredients
+from jaxsms.devices.meshes import DATA_AXIS, INGREDIENT_AXIS, place_on, whole
+from jaxsms.devices.meshes import split_params as split_over_data
 from jaxsms.metrics import (
   accuracy,
   balanced_accuracy,

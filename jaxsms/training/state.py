@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsms.ingredients import repeat_model
-from jaxsms.meshes import params_sharding, place
+from jaxsms.devices.ingredients import repeat_model
+from jaxsms.devices.meshes import params_sharding, place
 from jaxsms.trees import PyTree, number_of_models, settled
 
 Scalar = float | np.ndarray | jax.Array
@@ -122,7 +122,7 @@ def make_in_parts(function: Callable, mesh: Mesh, stacked: bool, *arguments) -> 
 
   Args:
     function: jittable.
-    mesh: over whose data axis each leaf is split, see `jaxsms.meshes.split_params`.
+    mesh: over whose data axis each leaf is split, see `jaxsms.devices.meshes.split_params`.
     stacked: whether leaves are [m, ...], spread over the axis "ingredient" where m divides
       evenly.
     *arguments: of the function.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsms.meshes import split_batch
+from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked

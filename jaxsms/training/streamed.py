@@ -10,7 +10,7 @@ import numpy as np
 from jaxsms.data.evaluation import evaluation_batches
 from jaxsms.data.examples import Examples
 from jaxsms.data.streaming import Batches, stream
-from jaxsms.meshes import fetch
+from jaxsms.devices.meshes import fetch
 from jaxsms.training.inference import recalibration_batches
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Ingredients

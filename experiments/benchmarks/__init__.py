@@ -1,0 +1,1 @@
+"""What `experiments.bench` times, here and with PyTorch."""

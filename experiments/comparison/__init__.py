@@ -1,0 +1,1 @@
+"""Comparisons: parts that are runs of their own, and what they add up to."""

@@ -1,0 +1,1 @@
+"""What `experiments.soup` checks and prints."""

@@ -1,0 +1,204 @@
+"""Merging models where there are data: chosen, recalibrated and measured on them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from jaxsms import pretrained
+from jaxsms.disk.merging import Found, Job, find_thresholds, merge
+from jaxsms.disk.other_writers import ToMemory
+from jaxsms.disk.passes import Combine, as_float, weighted
+from jaxsms.disk.rules import RULES, Parts
+from jaxsms.disk.safetensors import by_path
+from jaxsms.disk.tensors import InMemory, Tensors, prunable_names
+from jaxsms.export import nested
+from jaxsms.merges import MERGES
+from jaxsms.phases import Weighted
+from jaxsms.pruning import magnitude_masks
+from jaxsms.soups import greedy_soup, soup_weights
+from jaxsms.training.engine import Model, one_model
+from jaxsms.training.measurements import measure, recalibrated
+from jaxsms.training.merging import named_merge, on_validation
+from jaxsms.trees import model_at
+
+from ..config import run_config
+from ..merging.checks import check_masks, result_specs
+from ..merging.choice import Choice
+from ..run import hardware
+from ..run.task import Task, load, make_task, with_data
+
+FLAGS = flags.FLAGS
+Arrays = dict[str, np.ndarray]
+
+
+def make_data_task(m: int) -> Task:
+  """Network, data and programs that the flags describe, for m models.
+
+  Raises:
+    ValueError: see `experiments.run.task.make_task`.
+  """
+  alone = dict.fromkeys(("coordinator", "processes", "process"))
+  config = run_config.read_config(merge="uniform")
+  config = dataclasses.replace(config, ingredients=m, init=None, ood=(), **alone)
+  hardware.start(config, m)
+  dataset = load(config)
+  return make_task(with_data(config, dataset), dataset)
+
+
+def as_ours(model: Tensors, task: Task) -> InMemory:
+  """A model of any layout as variables of the network, by their names.
+
+  Raises:
+    ValueError: see `jaxsms.pretrained.fit_model`.
+  """
+  arrays = {
+    name: model.read(name, 0, spec.size).reshape(spec.shape)
+    for name, spec in model.specs.items()
+  }
+  fitting = pretrained.fit_model(arrays, task.module, task.image_shape, model.path)
+  return InMemory(model.path, by_path(fitting))
+
+
+def as_model(arrays: Arrays) -> Model:
+  """Variables by name as parameters and batch statistics."""
+  tree = nested(arrays)
+  return Model(tree["params"], tree.get("batch_stats", {}))
+
+
+def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
+  """Metrics of each model as it is."""
+  trees = [as_model(arrays) for arrays in models]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  return measure(task.engine, stacked).scores
+
+
+class Others(NamedTuple):
+  """What is merged with the models.
+
+  Attributes:
+    base: the model that all were trained from, in a list.
+    squared_gradients: of each model.
+  """
+
+  base: Sequence[Tensors] | None
+  squared_gradients: Sequence[Tensors] | None
+
+
+def parts_of(
+  choice: Choice,
+  models: Sequence[Tensors],
+  weights: np.ndarray,
+  others: Others,
+  on_bytes: Callable[[int], None] = lambda count: None,
+) -> Parts:
+  """What the rules of merging by part take."""
+  return Parts(
+    models=models,
+    weights=weights,
+    base=others.base and others.base[0],
+    squared_gradients=others.squared_gradients,
+    prior=choice.prior,
+    scale=choice.scale,
+    density=choice.density,
+    on_bytes=on_bytes,
+  )
+
+
+def soup_in_memory(
+  choice: Choice, models: list[InMemory], others: Others, task: Task, goal: float | None
+) -> tuple[InMemory, Found, np.ndarray, list[dict[str, float]]]:
+  """Merges models of the network, and estimates batch statistics anew.
+
+  Args:
+    choice: flags.
+    models: variables of the network, see `as_ours`.
+    others: what is merged with them.
+    task: the network on its data.
+    goal: sparsity to prune to; None prunes nothing.
+
+  Returns:
+    The soup, what was found on the way, the weights, and metrics of all models and the
+    soup.
+
+  Raises:
+    ValueError: the models do not share a mask, and no flag says what to do.
+  """
+  key = jax.random.key(FLAGS.seed)
+  arrays = [model.arrays for model in models]
+  combine, weights = chosen_rule(choice, models, others, task, key, goal)
+  specs = result_specs(models[0], choice.dtype)
+  taken = np.flatnonzero(weights).tolist()
+  job = Job(models, combine, specs, taken)
+  thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
+  memory = ToMemory(specs)
+  found = merge(job, memory, thresholds)
+  if choice.masks is None:
+    check_masks(models, taken, found)
+  one = one_model(as_model(memory.arrays))
+  anew = recalibrated(task.engine, key, one)
+  soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
+  return InMemory("the soup", soup), found, weights, measured(task, [*arrays, soup])
+
+
+def chosen_rule(
+  choice: Choice,
+  models: list[InMemory],
+  others: Others,
+  task: Task,
+  key: jax.Array,
+  goal: float | None,
+) -> tuple[Combine, np.ndarray]:
+  """How models are merged, and the weight of each, float [m]."""
+  m = len(models)
+  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
+  if choice.merge == "greedy":
+    weights = greedy_weights([model.arrays for model in models], task, key, goal)
+    return weighted(weights), weights
+  if choice.merge in RULES and (
+    not MERGES[choice.merge].in_memory or others.squared_gradients
+  ):
+    return RULES[choice.merge](parts_of(choice, models, weights, others)), weights
+  trees = [as_model(model.arrays) for model in models]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  run = named_merge(choice.merge, task.engine, key, None, choice.prior, weights)
+  merged = run(stacked)
+  if isinstance(merged, Weighted):
+    merged, weights = merged
+  found = by_path(jax.device_get(merged)._asdict())
+
+  def combine(block, values):
+    return as_float(found[block.name].reshape(-1)[block.start : block.stop])
+
+  return combine, weights
+
+
+def greedy_weights(
+  arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
+) -> np.ndarray:
+  """Equal weights of the models that `greedy_soup` takes, float [m]."""
+
+  def validation_accuracy(average):
+    average = jax.device_get(average)
+    if goal is not None:
+      average = pruned(average, goal, FLAGS.scope)
+    found = on_validation(task.engine, key, as_model(average))
+    return found["validation_accuracy"]
+
+  stacked = {name: np.stack([one[name] for one in arrays]) for name in arrays[0]}
+  return soup_weights(greedy_soup(stacked, validation_accuracy)[1], len(arrays))
+
+
+def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:
+  """A model pruned by magnitude, see `jaxsms.magnitude_masks`."""
+  weights = {name: model[name] for name in prunable_names(InMemory("", model).specs)}
+  masks = jax.device_get(
+    magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
+  )
+  zero = np.float32(0)
+  return model | {
+    n: np.where(masks[n], x, zero.astype(x.dtype)) for n, x in weights.items()
+  }

@@ -1,0 +1,428 @@
+"""What results.json, run.json and metrics.jsonl must look like to be read.
+
+Their digests tell damage; here is told what somebody else wrote. A check is a function of a
+value that raises ValueError with what it should be; where it stands is put in front.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from jaxsms.disk.storage import Damaged
+from jaxsms.training.failures import COPY_FAULTS
+
+from ..methods.registry import looks
+
+Check = Callable[[Any], None]
+MOST = 1e39  # of a number: beyond float32, and its square is still one
+MOST_WHOLE = 2**53
+
+
+class Unfit(ValueError):
+  """A value that is not what it should be."""
+
+  def __init__(self, expected: str, where: str = ""):
+    """`expected`: what it should be; `where`: keys and positions that lead to it."""
+    super().__init__(expected)
+    self.expected, self.where = expected, where
+
+
+def check_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
+  """Raises Damaged where results.json is not what a run or a comparison writes.
+
+  Args:
+    path: of the file, for the message.
+    results: its content.
+  """
+  _checked(path, COMPARISON if "cells" in results else RUN, results)
+
+
+def check_run(path: str | os.PathLike, run: dict[str, Any]) -> None:
+  """Raises Damaged where run.json is not what a run or a comparison writes."""
+  _checked(path, record({"flags": FLAGS, "defining": MAPPING, "environment": SCALARS}), run)
+
+
+def fits_line(line: Any) -> bool:
+  """Whether a line of metrics.jsonl is of an epoch, or of an evaluation."""
+  try:
+    record({"seed": whole(0), "method": text, "phase": whole(0)})(line)
+    if "evaluation" not in line:
+      EPOCH(line)
+    elif line["method"] == "dense":
+      MODEL(line["evaluation"])
+    elif line["method"] == "sms":
+      every(PHASE, record({"soup": SOUP}))(line["evaluation"])
+    else:
+      record({"soup": SOUP})(line["evaluation"])
+  except Unfit:
+    return False
+  return True
+
+
+def _checked(path, check, content):
+  try:
+    check(content)
+  except Unfit as error:
+    where = " ".join(error.where.lstrip(".").split())[-100:] or "it"
+    raise Damaged(
+      f"{path} is not what a run writes: {where} should be {error.expected}"
+    ) from error
+
+
+def number(least: float = -MOST, most: float = MOST) -> Check:
+  """A finite number within bounds, or null, which stands for one that is not finite."""
+
+  def check(value):
+    if value is None:
+      return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise Unfit("a number")
+    if not least <= value <= most:
+      bounds = f" of {least:g} to {most:g}" if most < MOST else ""
+      raise Unfit("a number" + (bounds or ", 0 or above" if least == 0 else bounds))
+
+  return check
+
+
+def known(check: Check) -> Check:
+  """The same, and not null."""
+
+  def checked(value):
+    if value is None:
+      raise Unfit("there")
+    check(value)
+
+  return checked
+
+
+def whole(least: int, most: int = MOST_WHOLE) -> Check:
+  """A whole number within bounds."""
+
+  def check(value):
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+      raise Unfit(f"a whole number from {least} on")
+
+  return check
+
+
+def text(value: Any) -> None:
+  """Text that can be written again."""
+  if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
+    raise Unfit("text")
+
+
+def flag(value: Any) -> None:
+  """True or false."""
+  if not isinstance(value, bool):
+    raise Unfit("true or false")
+
+
+def scalar(value: Any) -> None:
+  """Text, a number, true, false or null."""
+  if isinstance(value, str):
+    text(value)
+  elif not isinstance(value, bool):
+    number()(value)
+
+
+def scalar_or_list(value: Any) -> None:
+  """What a flag can be."""
+  if isinstance(value, list):
+    listing(scalar)(value)
+  else:
+    scalar(value)
+
+
+def listing(check: Check, least: int = 0) -> Check:
+  """A list of such values, with at least so many."""
+
+  def checked(value):
+    if not isinstance(value, list) or len(value) < least:
+      raise Unfit("a list" + (f" with at least {least}" if least else ""))
+    for i, one in enumerate(value):
+      _at(f"[{i}]", check, one)
+
+  return checked
+
+
+def mapping(check: Check) -> Check:
+  """An object with any names, of such values."""
+
+  def checked(value):
+    if not isinstance(value, dict):
+      raise Unfit("an object")
+    for name, one in value.items():
+      text(name)
+      _at(f".{name}", check, one)
+
+  return checked
+
+
+def record(required: dict[str, Check], **optional: Check) -> Check:
+  """An object with these names, and perhaps those; others are not looked at."""
+
+  def checked(value):
+    if not isinstance(value, dict):
+      raise Unfit("an object")
+    for name, check in required.items():
+      if name not in value:
+        raise Unfit("there", f".{name}")
+      _at(f".{name}", check, value[name])
+    for name, check in optional.items():
+      if name in value:
+        _at(f".{name}", check, value[name])
+
+  return checked
+
+
+def maybe(check: Check) -> Check:
+  """Such a value, or null."""
+  return lambda value: None if value is None else check(value)
+
+
+def _at(step, check, value):
+  try:
+    check(value)
+  except Unfit as error:
+    raise Unfit(error.expected, step + error.where) from error
+
+
+def every(*checks: Check) -> Check:
+  """All of them."""
+
+  def checked(value):
+    for check in checks:
+      check(value)
+
+  return checked
+
+
+def _metrics(value):
+  """Accuracies and sparsities are shares, losses and errors are numbers."""
+  for name, one in value.items():
+    if name.endswith(("accuracy", "sparsity")):
+      _at(f".{name}", SHARE, one)
+    elif name.endswith(("loss", "error")):
+      _at(f".{name}", number(), one)
+
+
+def _same_lengths(*names):
+  def checked(value):
+    if len({len(value[name]) for name in names}) > 1:
+      raise Unfit(f"as long as {names[0]}", f".{names[1]}")
+
+  return checked
+
+
+def _grid(plane):
+  shape = len(plane["y"]), len(plane["x"])
+  if len(plane["loss"]) != shape[0] or any(len(row) != shape[1] for row in plane["loss"]):
+    raise Unfit(f"{shape[0]} lists of {shape[1]} numbers", ".loss")
+
+
+def _same_layers(seeds):
+  """What one soup says of its layers all of them say."""
+  soups = [
+    (f"[{i}].phases[{j}].soup", phase["soup"])
+    for i, seed in enumerate(seeds)
+    for j, phase in enumerate(seed["phases"])
+    if "soup" in phase
+  ]
+  for where, soup in soups:
+    for name in ("layer_sparsities", "multiply_adds"):
+      same = soups[0][1].get(name), soup.get(name)
+      names = [sorted(x) if isinstance(x, dict) else x is None for x in same]
+      if names[0] != names[1]:
+        raise Unfit("as in the other soups", f"{where}.{name}")
+  if any("multiply_adds" in seed["dense"] for seed in seeds):
+    for where, soup in soups:
+      for name in ("multiply_adds", "sparsity"):
+        if soup.get(name) is None:
+          raise Unfit("there, as of the dense network", f"{where}.{name}")
+
+
+SCALARS = mapping(scalar)
+MAPPING = mapping(lambda value: None)
+SHARE = number(0, 1)
+COUNTS = listing(whole(0))
+FLAGS = mapping(scalar_or_list)
+# Of the flags of a run together with those in its results.
+KNOWN_FLAGS = every(
+  FLAGS,
+  record(
+    {
+      "model": text,
+      "dataset": text,
+      "ingredients": whole(1, 10**6),
+      "phases": whole(1, 10**6),
+      "goal_sparsity": known(SHARE),
+    },
+    seeds=whole(0),
+    seed=whole(0),
+  ),
+)
+FAULTS = {name: flag if name == "all_collapsed" else COUNTS for name in COPY_FAULTS}
+COSTS = dict.fromkeys(("sparse_multiply_adds", "theoretical_speedup"), number(0))
+
+
+def _costs(value):
+  if value.get("multiply_adds") is not None:
+    record({"nonzero_parameters": number(0), **COSTS})(value)
+
+
+MODEL = every(
+  record({}, layer_sparsities=mapping(known(SHARE)), **FAULTS),
+  record({}, ood=mapping(mapping(number()))),
+  _metrics,
+  _costs,
+)
+SOUP = every(MODEL, record({"sparsity": known(SHARE)}))
+DISTANCE = number(0)
+GEOMETRY = record(
+  {
+    f"{kind}_{what}": DISTANCE
+    for kind in ("max", "min", "mean")
+    for what in ("l2_distance", "angle")
+  },
+  max_barycentre_distance=DISTANCE,
+)
+NUMBERS = listing(number(), least=2)
+LINE = every(
+  record(
+    {
+      "between": listing(whole(0), least=2),
+      "barrier": number(),
+      "positions": listing(known(number()), least=2),
+      "loss": NUMBERS,
+      "accuracy": listing(SHARE, least=2),
+    }
+  ),
+  _same_lengths("positions", "loss"),
+  _same_lengths("positions", "accuracy"),
+)
+AXIS = listing(known(number()), least=2)
+PLANE = every(
+  record(
+    {
+      "through": COUNTS,
+      "x": AXIS,
+      "y": AXIS,
+      "loss": listing(NUMBERS, least=2),
+      "points": mapping(listing(known(number()), least=2)),
+      "unit": text,
+    },
+    distance_from_plane=maybe(mapping(number())),
+  ),
+  _grid,
+)
+LANDSCAPE = record(
+  {"split": text, "images": whole(0), "lines": listing(LINE, least=1)}, plane=maybe(PLANE)
+)
+FAILED = record(
+  {
+    "soup_validation_accuracy": known(SHARE),
+    "worst_candidate_validation_accuracy": known(SHARE),
+    "copies": COUNTS,
+    "barrier": number(),
+  }
+)
+PHASE = record(
+  {"phase": whole(1, 10**6), "sparsity": known(SHARE)},
+  candidates=listing(MODEL),
+  geometry=maybe(GEOMETRY),
+  landscape=maybe(LANDSCAPE),
+  averaging_failed=maybe(FAILED),
+  **FAULTS,
+  **dict.fromkeys(looks(), MODEL),
+)
+DENSE = every(record({"test_accuracy": SHARE}), MODEL)
+SEED = record({"seed": whole(0), "dense": DENSE, "phases": listing(PHASE)})
+SEEDS = every(listing(SEED), _same_layers)
+MILLISECONDS = record(dict.fromkeys(("median", "min", "max"), known(number(0))))
+SIZES = record({"bytes": known(number(0))})
+
+
+def _timed(value):
+  """Sizes of a model, and its times, of which older runs have one number."""
+  SIZES(value)
+  times = value.get("milliseconds")
+  _at(".milliseconds", MILLISECONDS if isinstance(times, dict) else number(0), times)
+
+
+def _models(value):
+  """Under `models`, or in older runs beside the rest."""
+  if "models" in value:
+    _at(".models", mapping(_timed), value["models"])
+  found = value.get("models") or {
+    k: v for k, v in value.items() if isinstance(v, dict) and "bytes" in v
+  }
+  if not found:
+    raise Unfit("there", ".models")
+  mapping(_timed)(found)
+
+
+INFERENCE = every(record({"device": text, "batch": whole(1)}), _models)
+PART = record(
+  {
+    "method": text,
+    "seed": whole(0),
+    "goal_sparsity": SHARE,
+    "ingredients": maybe(whole(1)),
+  }
+)
+
+
+def _part(results):
+  """A part has one seed, whose phases have its method's metrics."""
+  if "part" not in results:
+    return
+  part = results["part"]
+  if part.keys() != {"method", "seed", "goal_sparsity", "ingredients"}:
+    raise Unfit("a method with a seed", ".part")
+  if results.get("finished") and len(results["seeds"]) != 1:
+    raise Unfit("a list with 1", ".seeds")
+  method = "soup" if part["method"] == "sms" else part["method"]
+  for i, seed in enumerate(results["seeds"]):
+    for j, phase in enumerate(seed["phases"]):
+      if method != "dense" and method not in phase:
+        raise Unfit("there", f".seeds[{i}].phases[{j}].{method}")
+
+
+SHARED = {
+  "environment": SCALARS,
+  "environments": listing(record({"from": text, "environment": SCALARS})),
+  "ood_sources": maybe(mapping(scalar)),
+  "inference": maybe(INFERENCE),
+  "finished": flag,
+  "seconds": known(number(0)),
+}
+RUN = every(
+  record({"flags": KNOWN_FLAGS, "seeds": SEEDS}, part=PART, **SHARED),
+  _part,
+)
+CELL = record(
+  {
+    "goal_sparsity": known(SHARE),
+    "ingredients": whole(1, 10**6),
+    "seeds": every(listing(SEED, least=1), _same_layers),
+  }
+)
+COMPARISON = record(
+  {"flags": KNOWN_FLAGS, "cells": listing(CELL)},
+  methods=listing(text),
+  dense=mapping(MODEL),
+  failed=maybe(mapping(text)),
+  **SHARED,
+)
+EPOCH = every(
+  record(
+    {
+      "epoch": whole(1, 10**9),
+      "loss": listing(number(), least=1),
+      "accuracy": listing(SHARE, least=1),
+      "learning_rate": listing(number(), least=1),
+    }
+  ),
+  _same_lengths("loss", "accuracy"),
+  _same_lengths("loss", "learning_rate"),
+)

@@ -1,0 +1,1 @@
+"""One run: its flags, task, checkpoints, directory and lock, progress."""

@@ -1,0 +1,150 @@
+"""What the network of a run takes to be used: bytes, and time for one batch of images."""
+
+import os
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from jaxsms import checkpoint
+from jaxsms.export import apply_bcoo, save_compact, to_bcoo
+from jaxsms.pruning import prunable_flags
+from jaxsms.trees import PyTree
+
+from ..benchmarks.bench_statistics import (
+  Contender,
+  alternate,
+  calls_for,
+  scaled,
+  seconds,
+)
+from ..run.run_directory import soup_folder
+from ..run.task import Task
+
+BATCH = 32
+ROUNDS, ROUND_SECONDS = 5, 0.02  # of each model
+
+
+def inference(task: Task, workdir: str | os.PathLike, seed: int) -> dict[str, Any] | None:
+  """Sizes and times of a run's last soup, for results.json.
+
+  Args:
+    task: of the run.
+    workdir: its directory.
+    seed: whose soup.
+
+  Returns:
+    See `measure_inference`; None where that soup cannot be read or used.
+  """
+  try:
+    soup = checkpoint.restore(soup_folder(workdir, seed))
+    return measure_inference(task.module, task.image_shape, soup)
+  except (ValueError, OSError, RuntimeError) as error:  # the run is no worse for it
+    logging.warning("inference is not timed: %s", error)
+    return None
+
+
+def measure_inference(
+  module: Any, image_shape: tuple[int, ...], soup: dict[str, PyTree]
+) -> dict[str, Any]:
+  """Bytes, and milliseconds of one batch on one device, of a network dense and sparse.
+
+  Args:
+    module: the network.
+    image_shape: [height, width, channels].
+    soup: `params`, `batch_stats` and `masks`.
+
+  Returns:
+    `device`, `batch` (images), `image_shape`, `sparsity` (of the weights) and `models`: by
+    name `bytes` (of parameters and batch statistics) and, but for files, `milliseconds`
+    (`median`, `min`, `max` over rounds). Of "dense" no weight is 0, "soup" holds its zeros
+    as such, "soup, compact file" is what `jaxsms.export.save_compact` writes, and
+    "soup, BCOO dense layers", of networks without other weights, what
+    `jaxsms.export.to_bcoo` gives.
+  """
+  device = jax.local_devices()[0]
+  variables = {"params": soup["params"], "batch_stats": soup.get("batch_stats", {})}
+  models = {
+    "dense": {**variables, "params": filled(soup["params"], soup["masks"])},
+    "soup": variables,
+  }
+  dense = jax.jit(lambda v, images: module.apply(v, images, train=False))
+  calls = {"dense": dense, "soup": dense}
+  flags = prunable_flags(soup["params"])
+  weights = [x for x, f in zip(jax.tree.leaves(soup["params"]), flags, strict=True) if f]
+  if all(x.ndim == 2 for x in weights):
+    name = "soup, BCOO dense layers"
+    models[name] = {**variables, "params": to_bcoo(soup["params"])}
+    calls[name] = jax.jit(lambda v, images: apply_bcoo(module, v, images, train=False))
+  images = np.random.default_rng(0).standard_normal((BATCH, *image_shape), np.float32)
+  images, models = jax.device_put((images, models), device)
+  times = timed({name: (calls[name], models[name], images) for name in models})
+  records = {
+    name: {"bytes": size(tree), "milliseconds": times[name]}
+    for name, tree in models.items()
+  }
+  records["soup, compact file"] = {"bytes": compact_bytes(variables, soup["masks"])}
+  return {
+    "device": device.device_kind,
+    "batch": BATCH,
+    "image_shape": list(image_shape),
+    "sparsity": sum(int(np.sum(x == 0)) for x in weights) / sum(x.size for x in weights),
+    "models": records,
+  }
+
+
+def timed(calls: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
+  """Milliseconds of each call, a function and its arguments, in alternating rounds."""
+  contenders, longest = {}, 0.0
+  for name, (function, *arguments) in calls.items():
+
+    def call(function=function, arguments=arguments):
+      jax.block_until_ready(function(*arguments))
+
+    call()  # compiles
+    once = seconds(call)
+    n = calls_for(ROUND_SECONDS, once)
+
+    def repeat(call=call, n=n):
+      for _ in range(n):
+        call()
+
+    contenders[name], longest = Contender(repeat, n, {}), max(longest, once)
+  spreads = alternate(contenders, ROUNDS if longest < 0.1 else 3)
+  milliseconds = {name: scaled(spread, 1000) for name, spread in spreads.items()}
+  return {
+    name: {"median": ms.median, "min": ms.min, "max": ms.max}
+    for name, ms in milliseconds.items()
+  }
+
+
+def filled(params: PyTree, masks: PyTree) -> PyTree:
+  """The same with small random numbers for what was removed."""
+  rng = np.random.default_rng(0)
+
+  def leaf(x, mask):
+    return np.where(mask, x, rng.uniform(0.01, 0.05, x.shape)).astype(x.dtype)
+
+  return jax.tree.map(leaf, params, masks)
+
+
+def size(tree: PyTree) -> int:
+  """Bytes of all arrays; those of sparse matrices, too, are leaves."""
+  return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(tree))
+
+
+def compact_bytes(variables: dict[str, PyTree], masks: PyTree) -> int:
+  """Of the file that `save_compact` writes."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "soup.safetensors")
+    save_compact(path, variables, with_all_kept(variables, masks))
+    return os.path.getsize(path)
+
+
+def with_all_kept(variables: dict[str, PyTree], masks: PyTree) -> dict[str, PyTree]:
+  """Masks of parameters as those of parameters and batch statistics."""
+  statistics = jax.tree.map(lambda _: True, variables["batch_stats"])
+  return {"params": masks, "batch_stats": statistics}

@@ -1,0 +1,75 @@
+"""The --out of the binaries that write a model: what it may be, and its formats."""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from absl import flags
+
+from jaxsms.disk import storage
+from jaxsms.disk.files import whole_file
+
+flags.DEFINE_string("out", None, "What to write; it must not exist yet.")
+FLAGS = flags.FLAGS
+
+
+def check_out(endings: tuple[str, ...], example: str) -> str:
+  """The value of --out, once it is certain that it can be written.
+
+  Args:
+    endings: that it may have; "" among them means a folder, whose name has none.
+    example: of a value.
+
+  Returns:
+    An absolute path, or an address in an object store.
+
+  Raises:
+    ValueError: it is missing, exists, or ends otherwise.
+  """
+  out = FLAGS.out
+  if not out:
+    raise ValueError(f"--out is missing: say what to write, such as --out={example}")
+  ending = os.path.splitext(out.rstrip("/"))[1].lower()
+  if ending not in endings:
+    known = [e or "nothing (a folder)" for e in endings]
+    raise ValueError(
+      f"--out is {out}: it must end in {' or '.join(known)}, such as --out={example}"
+    )
+  path = storage.as_path(out)
+  if path.exists():
+    raise ValueError(f"--out {out} exists already: choose another name, or remove it")
+  return str(path)
+
+
+def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays to an .npz file, of the dtypes that NumPy itself has.
+
+  Raises:
+    ValueError: a dtype is another, such as bfloat16.
+  """
+  for name, array in arrays.items():
+    if array.dtype.kind == "V":
+      raise ValueError(
+        f"{name} is {array.dtype.name}, which .npz files do not have: let --out end in "
+        ".safetensors"
+      )
+  with whole_file(path) as file:
+    np.savez(file, **arrays)
+
+
+def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays as PyTorch's state dict.
+
+  Raises:
+    ImportError: PyTorch is not installed.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{path} is written by PyTorch, which is not installed: run `pip install torch`, or "
+      "let --out end in .safetensors"
+    ) from error
+  state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+  with whole_file(path) as file:
+    torch.save(state, file)

@@ -1,0 +1,197 @@
+"""What the binaries that train share: their flags and data, and what they show and keep."""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from jaxsms import Phase
+from jaxsms.data import Dataset, StreamedDataset
+from jaxsms.disk import storage
+from jaxsms.training import Chunk, Engine, TrainState
+
+from .. import methods, reporting
+from ..config.run_config import Config, read_config
+from ..run import hardware, keeping
+from ..run.environment import environment
+from ..run.progress import MEASURED, RunProgress
+from ..run.run_directory import save_soup
+from ..run.task import Task, load, with_data
+
+
+def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
+  """Reads the flags, starts the devices and loads the data.
+
+  Args:
+    argv: what was left on the command line, the program's name first.
+
+  Returns:
+    The flags, with what the data set decides, and the data set.
+
+  Raises:
+    ValueError: a flag, or the data, are not as they should be.
+    ImportError: a package is missing.
+  """
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  if len(argv) > 1:
+    raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+  if not importlib.util.find_spec("matplotlib"):  # better missed before training
+    raise ImportError(
+      "the figure needs matplotlib, which is not installed: run "
+      "`pip install 'jaxsms[experiments]'`"
+    )
+  config = read_config()
+  hardware.start(config, config.ingredients)
+  dataset = load(config)
+  return with_data(config, dataset), dataset
+
+
+def workdir(config: Config, prefix: str = "") -> storage.epath.Path:
+  """--workdir, or a new folder in runs/ named by date and time.
+
+  Raises:
+    ValueError: several processes have to agree on one.
+  """
+  if config.workdir:
+    return storage.as_path(config.workdir)
+  if jax.process_count() > 1:
+    raise ValueError(
+      "--workdir is missing: the processes of a run share one, give a folder that all see"
+    )
+  return storage.as_path(os.path.join("runs", time.strftime(f"{prefix}%Y%m%d-%H%M%S")))
+
+
+class Listener:
+  """Shows what a run yields, writes it down, and saves it."""
+
+  def __init__(
+    self,
+    progress: RunProgress,
+    keeper: keeping.Keeper,
+    steps_per_epoch: int,
+    prefix: str = "",
+  ):
+    """Touches nothing yet.
+
+    Args:
+      progress: where it is shown.
+      keeper: of the run.
+      steps_per_epoch: in training.
+      prefix: of what is shown.
+    """
+    self._progress, self.keeper = progress, keeper
+    self._steps_per_epoch, self._prefix = steps_per_epoch, prefix
+
+  def engine(self, engine: Engine) -> Engine:
+    """The same engine: it counts the models it measures, and asks when to save.
+
+    Describing a model is the last thing that is done when it is measured.
+    """
+
+    def described(params):
+      record = engine.describe(params)
+      self._progress.measured()
+      self.keeper.count(MEASURED, 1)
+      return record
+
+    return engine._replace(describe=described, wants_state=self.keeper.due)
+
+  def take(self, method: str, event: Any) -> None:
+    """Acts on an event, see `methods.seed_events`.
+
+    Raises:
+      Stopped: a signal asked the run to stop, and all is saved.
+      OSError: something cannot be written.
+    """
+    keeper = self.keeper
+    resumes = method == methods.DENSE or methods.METHODS[method].resumes
+    match event:
+      case None:
+        if not resumes:  # nothing of it is saved before its end: what is there has to be
+          keeper.begin(keeper.work)
+      case Chunk():
+        self._chunk(method, event)
+        if not resumes:
+          keeper.pause()
+      case TrainState():
+        keeper.save(dataclasses.replace(keeper.work, state=event))
+      case Phase():
+        self._progress.phase()
+        line = {"seed": keeper.work.seed, "method": method}
+        line["phase"] = event.record.get("phase", 0)
+        keeper.append_metrics({**line, "evaluation": event.record})
+        if resumes:
+          keeper.save(keeper.work)
+      case methods.Soup():
+        keeper.check()
+        save_soup(keeper.workdir, keeper.work.seed, event._asdict())
+
+  def _chunk(self, method, chunk):
+    """Shows a chunk; where it completes an epoch, the epoch's means are written down."""
+    keeper, config = self.keeper, self.keeper.config
+    epoch, epochs = keeper.epoch, -(-chunk.steps // self._steps_per_epoch)
+    titles = {methods.DENSE: "dense", methods.SOUP: "SMS"}
+    title = titles.get(method) or reporting.method_title(method, config.ingredients)
+    title = f"{self._prefix}seed {keeper.work.seed}  {title}"
+    title += f" phase {chunk.phase}/{config.phases}" if chunk.phase else ""
+    self._progress.chunk(title, epochs, chunk)
+    keeper.count(chunk.copies, chunk.taken)
+    epoch["loss"].append(chunk.loss)
+    epoch["accuracy"].append(chunk.accuracy)
+    epoch["taken"].append(chunk.taken)
+    if chunk.step * epochs != chunk.epoch * chunk.steps:  # the epoch goes on
+      return
+    loss, accuracy = (
+      np.average(epoch[name], axis=0, weights=epoch["taken"])
+      for name in ("loss", "accuracy")
+    )
+    keeper.append_metrics(
+      {
+        "seed": keeper.work.seed,
+        "method": method,
+        "phase": chunk.phase,
+        "epoch": chunk.epoch,
+        "step": chunk.step,
+        "loss": loss,
+        "accuracy": accuracy,
+        "learning_rate": chunk.learning_rate,
+      }
+    )
+    for values in epoch.values():
+      values.clear()
+
+
+def run_seed(task: Task, names: Sequence[str], listener: Listener) -> dict[str, Any]:
+  """Does what is left of the seed under way; gives its entry in results.json.
+
+  Args:
+    task: shared by all seeds.
+    names: of the methods, in order.
+    listener: to whom all that happens is told; its keeper has what is done already.
+  """
+  work, config = listener.keeper.work, listener.keeper.config
+  task = task._replace(engine=listener.engine(task.engine))
+  run = methods.Run(config, task, jax.random.key(work.seed), work)
+  for method, event in methods.seed_events(run, names):
+    listener.take(method, event)
+  return methods.entry_of(work, names)
+
+
+def results_of(task: Task, keeper: keeping.Keeper) -> dict[str, Any]:
+  """What results.json holds of a run, as far as it has come."""
+  return {
+    "flags": {**keeper.config.flags(), "workdir": str(keeper.workdir)},
+    "environment": environment(),
+    "environments": keeper.environments,
+    "ood_sources": task.ood_sources,
+    "seeds": keeper.seeds,
+    "seconds": keeper.seconds(),
+    "finished": len(keeper.seeds) == keeper.config.seeds,
+  }

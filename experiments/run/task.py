@@ -1,0 +1,257 @@
+"""What all seeds and methods of a run share: data, network, programs, schedule."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxsms import data, models, multiply_adds, pretrained
+from jaxsms.data import (
+  Dataset,
+  StreamedDataset,
+  evaluation_images,
+  random_resized_crop,
+  resize_centre_crop,
+  train_validation_split,
+  training_images,
+)
+from jaxsms.devices.meshes import place
+from jaxsms.pruning import prunable_flags, removal_count
+from jaxsms.training import (
+  Data,
+  Engine,
+  Model,
+  Programs,
+  Splits,
+  StreamedData,
+  init_variables,
+  make_programs,
+  sgd,
+)
+from jaxsms.training.measurements import describe_weights
+
+from ..config.dense_flags import dense_schedule
+from ..config.run_config import Config
+from ..run.hardware import copies_at_once, mesh_of, network_options
+from ..run.ood import corrupted_test_data
+
+
+class Task(NamedTuple):
+  """What all seeds and methods of a run share.
+
+  Attributes:
+    module: the network.
+    engine: its compiled work, on the data.
+    variant: `variant(own_masks=True)` or `variant(feedback=True)`: other programs.
+    shapes: of the network's parameters and batch statistics.
+    image_shape: [height, width, channels].
+    steps_per_epoch: training steps.
+    pretrain_lrs: float [pretraining steps].
+    warmup_steps: how many of them are warmup.
+    initial: the trained model to start from; None trains one.
+    ood_sources: where each corruption comes from.
+  """
+
+  module: Any
+  engine: Engine
+  variant: Callable[..., Programs]
+  shapes: Model
+  image_shape: tuple[int, ...]
+  steps_per_epoch: int
+  pretrain_lrs: np.ndarray
+  warmup_steps: int
+  initial: Model | None
+  ood_sources: dict[str, str]
+
+
+def load(config: Config) -> Dataset | StreamedDataset:
+  """The data set, in memory or to be read as it is used.
+
+  Raises:
+    ValueError: see `jaxsms.data.load` and `jaxsms.data.open_streamed`.
+  """
+  if config.stream:
+    return data.open_streamed(config.dataset, config.data_dir)
+  return data.load(config.dataset, config.data_dir, config.cache_dir)
+
+
+def with_data(config: Config, dataset: Dataset | StreamedDataset) -> Config:
+  """Fills in what the data set itself decides: the augmentation."""
+  augmentation = config.augmentation or dataset.augmentation
+  return dataclasses.replace(config, augmentation=augmentation)
+
+
+def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
+  """Splits the data, puts it on the devices, and makes network and programs.
+
+  Raises:
+    ValueError: flags do not fit the data or the devices, or the weights to start from
+      not the network.
+  """
+  if isinstance(dataset, StreamedDataset):
+    splits, image_shape = streamed_splits(config, dataset)
+  else:
+    splits, image_shape = resident_splits(dataset), dataset.train_images.shape[1:]
+  module = make_network(config, dataset.num_classes)
+  shapes = Model(
+    *jax.eval_shape(
+      functools.partial(init_variables, module, image_shape=image_shape), jax.random.key(0)
+    )
+  )
+  pairs = zip(jax.tree.leaves(shapes.params), prunable_flags(shapes.params), strict=True)
+  check_data(
+    config, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
+  )
+  initial = None
+  if config.init is not None:
+    initial = Model(**pretrained.load_model(config.init, module, image_shape))
+  variant = functools.cache(
+    functools.partial(
+      network_programs,
+      config,
+      dataset,
+      module,
+      sum(x.size for x in jax.tree.leaves(shapes.params)),
+    )
+  )
+  programs = variant()
+  splits = on_devices(splits, programs.mesh_of(config.ingredients))
+  corrupted, ood_sources = corrupted_test_data(config, dataset, splits.test)
+  splits = splits._replace(
+    corrupted=corrupted, also_measured=("train",) if config.train_metrics else ()
+  )
+  steps_per_epoch = splits.train.size // config.batch_size
+  steps = config.epochs * steps_per_epoch
+  schedule, warmup_steps = dense_schedule(config, steps_per_epoch)
+  pretrain_lrs = np.asarray(schedule(jnp.arange(steps)), np.float32)
+  describe = functools.partial(
+    describe_weights,
+    goal_sparsity=config.goal_sparsity,
+    multiply_adds=inference_cost(module, *shapes, image_shape),
+  )
+  return Task(
+    module=module,
+    engine=Engine(programs, splits, describe, chunk_steps(config)),
+    variant=variant,
+    shapes=shapes,
+    image_shape=image_shape,
+    steps_per_epoch=steps_per_epoch,
+    pretrain_lrs=np.broadcast_to(pretrain_lrs, [steps]),
+    warmup_steps=warmup_steps,
+    initial=initial,
+    ood_sources=ood_sources,
+  )
+
+
+def check_data(config: Config, name: str, train_size: int, prunable_size: int) -> None:
+  """Raises ValueError where flags do not fit the data and the network."""
+  if removal_count(config.goal_sparsity, prunable_size) == prunable_size:
+    raise ValueError(
+      f"--goal_sparsity is {config.goal_sparsity}: that removes all {prunable_size} "
+      "weights of the network, choose a smaller one"
+    )
+  if config.batch_size > train_size:
+    raise ValueError(
+      f"--batch_size is {config.batch_size}, but the training split of {name} "
+      f"has {train_size} examples (after 10 % went to validation): choose at most that"
+    )
+
+
+def chunk_steps(config: Config) -> int:
+  """Most steps in one dispatch: an epoch, where the host need not look more often."""
+  if config.chunk_steps is not None:
+    return config.chunk_steps
+  often = config.stream or jax.default_backend() == "cpu"
+  return 50 if often else 2**31
+
+
+def inference_cost(
+  module: Any, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
+) -> dict[str, int]:
+  """Multiply-adds of each weight for one image, from shapes alone."""
+  counts = multiply_adds(
+    lambda variables, images: module.apply(variables, images, train=False),
+    {"params": params, "batch_stats": batch_stats},
+    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+  )
+  return {name.removeprefix("params/"): count for name, count in counts.items()}
+
+
+def resident_splits(dataset: Dataset) -> Splits:
+  """Training, validation and test images as arrays."""
+  train, validation = train_validation_split(len(dataset.train_labels))
+
+  def split(images, labels):
+    return Data(np.asarray(images), np.asarray(labels, np.int32))
+
+  return Splits(
+    split(dataset.train_images[train], dataset.train_labels[train]),
+    split(dataset.train_images[validation], dataset.train_labels[validation]),
+    split(dataset.test_images, dataset.test_labels),
+  )
+
+
+def streamed_splits(
+  config: Config, dataset: StreamedDataset
+) -> tuple[Splits, tuple[int, int, int]]:
+  """Training, validation and test images to be decoded; and the shape of one."""
+  size = config.image_size
+  transforms = (
+    functools.partial(random_resized_crop, size=size),
+    functools.partial(resize_centre_crop, size=size, resize=round(size * 256 / 224)),
+  )
+  train, validation = train_validation_split(len(dataset.train))
+  splits = Splits(
+    StreamedData(dataset.train, train, *transforms),
+    StreamedData(dataset.train, validation, *transforms),
+    StreamedData(dataset.test, np.arange(len(dataset.test)), *transforms),
+  )
+  return splits, (size, size, len(dataset.mean))
+
+
+def on_devices(splits: Splits, mesh: jax.sharding.Mesh | None) -> Splits:
+  """Resident splits on every device, once for the whole run."""
+  if isinstance(splits.train, StreamedData):
+    return splits
+  if mesh is None:
+    return jax.device_put(splits)
+  return place(splits, NamedSharding(mesh, PartitionSpec()))
+
+
+def make_network(config: Config, num_classes: int) -> Any:
+  """The Flax module that the flags describe."""
+  options = network_options(config) | config.model_options()
+  return models.create(config.model, num_classes, **options)
+
+
+def network_programs(
+  config: Config,
+  dataset: Dataset | StreamedDataset,
+  module: Any,
+  parameters: int,
+  **variant: bool,
+) -> Programs:
+  """The compiled work of a network, of so many parameters, on a data set.
+
+  A variant is an option of its own.
+  """
+  return make_programs(
+    module,
+    functools.partial(sgd, momentum=config.momentum, nesterov=config.weight_decay > 0),
+    training_images=lambda key, images: training_images(
+      config.augmentation, key, images, dataset.mean, dataset.std
+    ),
+    evaluation_images=lambda images: evaluation_images(images, dataset.mean, dataset.std),
+    batch_size=config.batch_size,
+    mesh=mesh_of(config),
+    at_once=copies_at_once(config, config.ingredients * parameters),
+    skip_inactive=jax.default_backend() == "cpu",
+    micro_batches=config.micro_batches,
+    split_params=config.split_params,
+    **variant,
+  )

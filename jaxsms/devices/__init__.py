@@ -1,0 +1,1 @@
+"""Meshes, mapping over copies, counts, and advice where memory runs out."""

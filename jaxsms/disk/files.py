@@ -1,0 +1,45 @@
+"""Single files on disks and object stores, for what knows disks alone."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from jaxsms.disk import storage
+
+
+@contextlib.contextmanager
+def whole_file(path: storage.Path) -> Iterator[IO[bytes]]:
+  """A new file to write to; it gets its name when all of it is on the disk for certain.
+
+  Args:
+    path: the file, on a disk or (gs://...) an object store; its folder is made where it is
+      missing, and an older file replaced.
+  """
+  target = storage.as_path(path)
+  if not storage.is_remote(target):
+    os.makedirs(target.parent, exist_ok=True)
+  with storage.whole_file(target) as file:
+    yield file
+
+
+@contextlib.contextmanager
+def on_disk(path: storage.Path) -> Iterator[str]:
+  """The name of a file on a disk: itself, or a copy for as long as it is read.
+
+  What is mapped of the copy stays readable: its bytes go when nobody has them open.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  source = storage.as_path(path)
+  if not storage.is_remote(source):
+    yield os.fspath(source)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = os.path.join(folder, source.name)
+    with source.open("rb") as reader, open(local, "wb") as writer:
+      shutil.copyfileobj(reader, writer)
+    yield local

@@ -1,0 +1,358 @@
+"""Arrays in safetensors files, the format in which most weights are published."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsms.checks import check_outside_jit
+from jaxsms.disk import storage
+from jaxsms.disk.files import on_disk, whole_file
+from jaxsms.trees import PyTree, is_array, path_string
+
+_MAX_HEADER = 100_000_000  # bytes, as the format's own library allows
+_DTYPES = {
+  "BOOL": "bool",
+  "U8": "uint8",
+  "I8": "int8",
+  "U16": "uint16",
+  "I16": "int16",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "U32": "uint32",
+  "I32": "int32",
+  "F32": "float32",
+  "U64": "uint64",
+  "I64": "int64",
+  "F64": "float64",
+}
+_CODES = {name: code for code, name in _DTYPES.items()}
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads all arrays of a safetensors file.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The arrays by name, read-only. They are views of the file: what is not used is not
+    read, and the file must not be written in place while they are.
+
+  Raises:
+    ValueError: there is no such file, or it is damaged: its header is no JSON object with
+      a known dtype, a shape and a range of bytes for each name, names come twice, or the
+      ranges do not cover the rest of the file, each byte once.
+
+  References:
+    https://github.com/huggingface/safetensors#format
+  """
+  return read_with_metadata(path)[0]
+
+
+def read_with_metadata(
+  path: str | os.PathLike,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads all arrays of a safetensors file, and the text that lies beside them.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The arrays as `read_safetensors` gives them, and the metadata; {} where there is none.
+
+  Raises:
+    ValueError: see `read_safetensors`.
+  """
+  file = storage.as_path(path)
+  if not file.is_file():
+    raise ValueError(f"there is no file {path}: give a .safetensors file")
+  try:
+    with on_disk(file) as local:
+      return _read(local)
+  except (OSError, ValueError, OverflowError, RecursionError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({first_sentence(error)}): give a whole .safetensors file"
+    ) from error
+
+
+class Place(NamedTuple):
+  """Where an array lies in a safetensors file.
+
+  Attributes:
+    dtype: of its entries, little endian.
+    shape: as the header has it.
+    begin: its first byte, counted from the start of the file.
+    end: the byte after its last.
+  """
+
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  begin: int
+  end: int
+
+
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Place], dict[str, str]]:
+  """Reads what a safetensors file says of its arrays, and none of them.
+
+  Args:
+    path: the file, on a disk.
+
+  Returns:
+    Where each array lies, by name, and the metadata; {} where there is none.
+
+  Raises:
+    ValueError: see `read_safetensors`.
+    OSError: it cannot be read.
+  """
+  if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never end
+    raise ValueError("it is no file")
+  with open(path, "rb") as file:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+      raise ValueError(f"it has {size} bytes, too few for a header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, _MAX_HEADER):
+      raise ValueError(f"its header would have {length} bytes")
+    text = file.read(length).decode()
+  if not text.startswith("{"):
+    raise ValueError("its header is no JSON object")
+  header = json.loads(text, object_pairs_hook=unique)
+  metadata = header.pop("__metadata__", {})
+  _check_metadata(metadata)
+  entries = {name: _entry(name, entry) for name, entry in header.items()}
+  covered = 0
+  for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+    if begin != covered:
+      raise ValueError(f"{name!r} begins at byte {begin}, not at {covered}")
+    covered = end
+  start = 8 + length
+  if covered != size - start:
+    raise ValueError(f"it holds {size - start} bytes of data, but names {covered}")
+  places = {
+    name: Place(dtype, tuple(shape), start + begin, start + end)
+    for name, (dtype, shape, begin, end) in entries.items()
+  }
+  return places, metadata
+
+
+def _read(path):
+  places, metadata = read_header(path)
+  data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+  return {name: _view(name, data, *place) for name, place in places.items()}, metadata
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object as a dict; ValueError where a name comes twice."""
+  result = dict(pairs)
+  if len(result) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"a name comes twice in its header: {twice!r}")
+  return result
+
+
+def _check_metadata(metadata):
+  if not isinstance(metadata, dict) or not all(
+    isinstance(value, str) for value in metadata.values()
+  ):
+    raise ValueError("its __metadata__ are not strings by name")
+
+
+def _entry(name, entry):
+  """The dtype, shape, first byte and end of an entry, each checked on its own."""
+  try:
+    code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = jnp.dtype(_DTYPES[code]).newbyteorder("<")
+    numbers = [*shape, begin, end]
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{name!r} has no dtype of {', '.join(_DTYPES)}, shape and pair of data_offsets"
+    ) from error
+  # type() and not isinstance(): True is an int too.
+  if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) > 64:
+    raise ValueError(f"{name!r} has a shape or data_offsets out of range")
+  if math.prod(shape) * dtype.itemsize != end - begin:
+    raise ValueError(f"{name!r} is {code}{shape}, but has {end - begin} bytes")
+  return dtype, shape, begin, end
+
+
+def _view(name, data, dtype, shape, begin, end):
+  values = data[begin:end]
+  if dtype.kind == "b" and values.size and values.max() > 1:
+    raise ValueError(f"{name!r} is BOOL, but has bytes other than 0 and 1")
+  return values.view(dtype).reshape(shape)
+
+
+def write_safetensors(
+  path: str | os.PathLike,
+  arrays: Mapping[str, jax.Array],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes arrays to a safetensors file; a killed write leaves none of that name.
+
+  Args:
+    path: the file; its folder is made where it is missing, and an older file replaced.
+    arrays: floating (not complex), integer or bool arrays, of JAX or NumPy, by name.
+    metadata: text to lie beside them, by name.
+
+  Raises:
+    ValueError: a name or dtype that the format does not have.
+  """
+  check_dtypes(arrays)
+  text, places = make_header(arrays, metadata or {})
+  with whole_file(path) as file:
+    file.write(text)
+    for name in places:
+      array = np.asarray(arrays[name])
+      array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+      file.write(array.reshape(-1).view(np.uint8))
+
+
+def make_header(
+  arrays: Mapping[str, Any], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Place]]:
+  """The first bytes of a safetensors file, and where its arrays go.
+
+  Args:
+    arrays: what has a shape and a dtype, by name.
+    metadata: text to lie beside them, by name.
+
+  Returns:
+    The bytes, and the places in the order in which they lie in the file.
+  """
+  # Largest items first: then each array lies at a multiple of its item size.
+  names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+  header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+  begin, places = 0, {}
+  for name in names:
+    shape, dtype = tuple(arrays[name].shape), arrays[name].dtype
+    end = begin + math.prod(shape) * dtype.itemsize
+    entry = {"dtype": _CODES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
+    header[name], places[name] = entry, Place(dtype, shape, begin, end)
+    begin = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  text = len(text).to_bytes(8, "little") + text
+  moved = {
+    name: place._replace(begin=place.begin + len(text), end=place.end + len(text))
+    for name, place in places.items()
+  }
+  return text, moved
+
+
+def check_dtypes(arrays: Mapping[str, Any]) -> None:
+  """Raises ValueError where a name or a dtype is none that the format has, or no value."""
+  check_outside_jit("save", arrays, "call it outside of jit, on what the program gives")
+  for name, array in arrays.items():
+    if name == "__metadata__" or array.dtype.name not in _CODES:
+      raise ValueError(
+        f"{name!r} is {array.dtype.name}: a safetensors file takes {', '.join(_CODES)} "
+        "under any name but __metadata__"
+      )
+
+
+def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:
+  """Writes a tree of arrays to a safetensors file, under names such as "params/a/kernel".
+
+  Args:
+    path: the file; its folder is made where it is missing, and an older file replaced.
+    tree: floating (not complex), integer or bool arrays in dicts, lists, tuples.
+
+  Raises:
+    ValueError: a leaf is no such array, or two have the same name.
+  """
+  write_safetensors(path, by_path(tree))
+
+
+def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
+  """Reads a tree that `save_safetensors` wrote.
+
+  Args:
+    path: the file.
+    template: a tree of arrays or `jax.ShapeDtypeStruct`, whose structure and dtypes the
+      result takes.
+
+  Returns:
+    The tree, of NumPy arrays.
+
+  Raises:
+    ValueError: the file is damaged, its names or shapes are not those of the template, or
+      a dtype is of another kind (floating dtypes may differ).
+  """
+  found = read_safetensors(path)
+  expected = by_path(template)
+  check_fit(
+    f"{os.fspath(path)} does not fit the template",
+    expected,
+    found,
+    "give a file that save_safetensors wrote of such a tree",
+  )
+  for name, leaf in expected.items():
+    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, found[name]))
+    if leaf.dtype != found[name].dtype and not floating:
+      raise ValueError(
+        f"{name} is {found[name].dtype} in {os.fspath(path)} and {leaf.dtype} in the "
+        "template: only floating dtypes may differ"
+      )
+  arrays = [np.array(found[name], leaf.dtype) for name, leaf in expected.items()]
+  return jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def by_path(tree: PyTree) -> dict[str, jax.Array]:
+  """The leaves under names such as "params/a/kernel", in the order of the tree.
+
+  Raises:
+    ValueError: a leaf is no array, or two have the same name.
+  """
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = path_string(path)
+    if not is_array(leaf) or name in arrays:
+      problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"
+      raise ValueError(f"leaf {name} {problem}: give a tree of arrays with unique names")
+    arrays[name] = leaf
+  return arrays
+
+
+def check_fit(
+  problem: str,
+  expected: Mapping[str, jax.Array],
+  found: Mapping[str, jax.Array],
+  advice: str,
+) -> None:
+  """Raises ValueError unless two sets of arrays agree in their names and shapes.
+
+  Args:
+    problem: begins the message.
+    expected: the arrays (or anything with a shape) that there should be.
+    found: those that there are.
+    advice: ends the message.
+  """
+  missing = [name for name in expected if name not in found]
+  left_over = [name for name in found if name not in expected]
+  differing = [
+    f"{name} is {tuple(found[name].shape)} and should be {tuple(array.shape)}"
+    for name, array in expected.items()
+    if name in found and tuple(found[name].shape) != tuple(array.shape)
+  ]
+  parts = [_few("missing: ", missing), _few("left over: ", left_over), _few("", differing)]
+  if any(parts):
+    raise ValueError(f"{problem} ({'; '.join(filter(None, parts))}): {advice}")
+
+
+def _few(label: str, items: list[str]) -> str:
+  """The first five, and how many more there are."""
+  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+  return f"{label}{', '.join(items[:5])}{more}" if items else ""
+
+
+def first_sentence(error: Exception) -> str:
+  """What an error of another library says first, for use within one sentence."""
+  words: Iterable[str] = str(error).split()
+  return " ".join(words).split(". ")[0][:200].rstrip(".") or type(error).__name__

@@ -1,0 +1,251 @@
+"""Files that are whole or not there, on disks and, through etils, on object stores."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any, TypeAlias
+
+from etils import epath
+
+from jaxsms.disk.faults import fault_point
+
+# Of a name that is not taken, not even by a link to nowhere.
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NEW_FILE |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+Path: TypeAlias = str | os.PathLike  # what `as_path` makes an `epath.Path` of
+FORMAT = 1  # of run directories and checkpoints; another one is refused
+
+
+class Damaged(ValueError):
+  """Something on disk is not what was written."""
+
+
+def as_path(path: Path) -> epath.Path:
+  """An absolute path of the kind that its prefix names, such as gs://.
+
+  Raises:
+    ValueError: nothing here knows that prefix.
+  """
+  try:
+    expanded = epath.Path(path).expanduser()
+  except KeyError as error:  # of etils
+    raise ValueError(
+      f"{os.fspath(path)} is in no store that is known here: give a local path, or one of "
+      "gs:// or s3://"
+    ) from error
+  return expanded if is_remote(expanded) else epath.Path(os.path.abspath(expanded))
+
+
+def is_remote(path: epath.Path) -> bool:
+  """Whether a path is of an object store: no locks, no appending, no renaming at once."""
+  return "://" in str(path)
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+  """Writes a file that holds the old content or the new, whatever happens.
+
+  An object store does so by itself. A disk has the new content for certain afterwards.
+  """
+  if is_remote(path):
+    fault_point(f"write {path.name}")
+    path.write_bytes(data)
+    return
+  with whole_file(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+  """A new file to write to; it gets its name when all of it is on the disk for certain.
+
+  Until then it has a name that nobody can foresee, beside the other one. Where that is
+  taken, by a link for instance, nothing is written.
+
+  Args:
+    path: the file, on a disk or (gs://...) an object store; an older file is replaced.
+  """
+  target = as_path(path)
+  if is_remote(target):
+    with tempfile.TemporaryFile() as file:
+      yield file
+      file.seek(0)
+      write_bytes(target, file.read())
+    return
+  unfinished = f"{target.name[:80]}.{secrets.token_hex(8)}.partial"
+  partial = os.path.join(target.parent, unfinished)
+  handle = os.open(partial, _NEW_FILE, 0o666)
+  try:
+    with os.fdopen(handle, "wb") as writer:
+      yield writer
+      writer.flush()
+      os.fsync(writer.fileno())
+    fault_point(f"write {target.name}")
+    os.replace(partial, target)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.remove(partial)
+    raise
+  sync(target.parent)
+
+
+def sync(path: Path) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def written_to(path: epath.Path) -> Iterator[str]:
+  """A folder on a disk to be made by somebody else, who knows disks alone.
+
+  Afterwards its files are on the disk for certain, or at `path` in the object store.
+  """
+  if not is_remote(path):
+    with _plainly_named(path.parent) as parent:
+      yield os.path.join(parent, path.name)
+    for folder, _, files in os.walk(path):
+      for name in files:
+        sync(os.path.join(folder, name))
+      sync(folder)
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    local = os.path.join(temporary, path.name)
+    yield local
+    for folder, _, files in os.walk(local):
+      target = path / os.path.relpath(folder, local)
+      target.mkdir(parents=True, exist_ok=True)
+      for name in files:
+        _copy_file(epath.Path(folder) / name, target / name)
+
+
+@contextlib.contextmanager
+def read_from(path: epath.Path) -> Iterator[str]:
+  """That folder again: itself, or a copy for as long as it is read."""
+  if not is_remote(path):
+    with _plainly_named(path) as folder:
+      yield folder
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    local = epath.Path(temporary) / path.name
+    _copy_tree(path, local)
+    yield os.fspath(local)
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: epath.Path) -> Iterator[str]:
+  """That folder by a name without brackets: orbax would look for files by them."""
+  name = os.fspath(folder)
+  if glob.escape(name) == name:
+    yield name
+    return
+  with tempfile.TemporaryDirectory() as temporary:
+    link = os.path.join(temporary, "folder")
+    os.symlink(name, link)
+    yield link
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+  target.mkdir()
+  for child in source.iterdir():
+    copy = _copy_tree if child.is_dir() else _copy_file
+    copy(child, target / child.name)
+
+
+def _copy_file(source: epath.Path, target: epath.Path) -> None:
+  with source.open("rb") as reader, target.open("wb") as writer:
+    shutil.copyfileobj(reader, writer)
+
+
+def set_aside(path: epath.Path) -> epath.Path:
+  """Gives something damaged a name under which nobody looks for it; gives that path."""
+  number, aside = 1, path.parent / f"{path.name}.damaged"
+  while aside.exists():
+    number += 1
+    aside = path.parent / f"{path.name}.damaged{number}"
+  if is_remote(path) and path.is_dir():  # not every store can rename a folder
+    _copy_tree(path, aside)
+    path.rmtree()
+    return aside
+  return path.rename(aside)
+
+
+def content_digest(path: Path) -> str:
+  """A digest of a file's bytes, or of the names and bytes of all files in a folder.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  root, digest = as_path(path), hashlib.sha256()
+  for file in _files(root):
+    if not file.is_file():  # a pipe may never end
+      raise OSError(f"{file} is no file")
+    digest.update(f"{file.relative_to(root)}\0".encode())
+    with file.open("rb") as reader:
+      digest.update(hashlib.file_digest(reader, "sha256").digest())
+  return digest.hexdigest()
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+  if not path.is_dir():
+    return [path]
+  return [file for child in sorted(path.iterdir()) for file in _files(child)]
+
+
+def write_json(path: epath.Path, document: dict[str, Any]) -> None:
+  """Writes a document with its format's version and a digest of it all."""
+  document = plain({**document, "format": FORMAT})
+  document["digest"] = _digest(document)
+  write_bytes(path, json.dumps(document, indent=1, allow_nan=False).encode())
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a document that `write_json` wrote.
+
+  Raises:
+    FileNotFoundError: there is none.
+    Damaged: it is not what was written.
+    ValueError: it has the format of another version.
+  """
+  data = path.read_bytes()
+  try:
+    document = json.loads(data)
+    digest = document.pop("digest")
+    whole = _digest(document) == digest
+  except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    raise Damaged(f"{path} is damaged: its content does not have its digest")
+  if document.pop("format", None) != FORMAT:
+    raise ValueError(
+      f"{path} was written by another version of jaxsms: go on with that version, or begin "
+      "anew in another folder"
+    )
+  return document
+
+
+def _digest(document: dict[str, Any]) -> str:
+  text = json.dumps(document, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+  """A value in terms of JSON: arrays as lists, NaN and infinities as None."""
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [plain(v) for v in value]
+  if hasattr(value, "tolist"):
+    return plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
