@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import store
 
+from experiments.reporting import accuracy_figure
 from experiments.run import outputs
-from jaxsms import checkpoint, export, pretrained, report
+from jaxsms import checkpoint, export, pretrained
 from jaxsms.disk import storage
 from jaxsms.disk.files import on_disk, whole_file
 from jaxsms.disk.safetensors import load_safetensors, read_safetensors, save_safetensors
@@ -113,7 +114,7 @@ WRITERS = {
   "npz": lambda path: outputs.write_npz(path, {"a": np.ones(3)}),
   "safetensors": lambda path: save_safetensors(path, TREE),
   "html": lambda path: storage.write_bytes(storage.as_path(path), b"<html>"),
-  "png": lambda path: report.accuracy_figure(RESULTS, path),
+  "png": lambda path: accuracy_figure(RESULTS, path),
 }
 RESULTS = {"flags": fake_runs.run_flags(), "seeds": [fake_runs.entry(0)]}
 
