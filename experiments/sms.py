@@ -14,7 +14,7 @@ Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epoch
               decay, step_epochs, milestones, momentum, weight_decay
 The soup      ingredients, phases, goal_sparsity, retrain_epochs, retrain_schedule,
               merge; vary, values
-Pruning       criterion, scope, n_m_group
+Pruning       criterion, scope, budget, shrink, n_m_group
 Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs
 Measuring     ood, ood_severities, train_metrics, landscape
 Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, remat,

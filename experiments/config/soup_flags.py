@@ -22,8 +22,9 @@ from ..methods.registry import having
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}
-CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters")
-WITH_SCOPE = ("magnitude", "random", "filters")
+CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters", "channels")
+WITH_SCOPE = ("magnitude", "random", "filters", "channels")
+BUDGETS = ("weights", "channels", "multiply_adds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ class SoupFlags:
   criterion: str = flag(
     "Which weights go: magnitude or random (among those of --scope), erk or lamp "
     "(magnitude, other shares for each layer), n_m (n of every m inputs stay), filters "
-    "(whole outputs of all layers but the classifier; the share counts filters).",
+    "(whole outputs of all layers but the classifier; the share counts filters), channels "
+    "(in all places that can only go together; the share counts what --budget says).",
     one_of("criterion", CRITERIA),
     default="magnitude",
   )
@@ -87,6 +89,17 @@ class SoupFlags:
     "Which weights compete: global (all of them) or uniform (those of each layer).",
     one_of("scope", SCOPES),
     default="global",
+  )
+  budget: str = flag(
+    "What --goal_sparsity is a share of where whole channels go: weights, channels, or "
+    "multiply_adds.",
+    one_of("budget", BUDGETS),
+    default="weights",
+  )
+  shrink: bool = flag(
+    "Cuts the network after each pruning: what the masks empty leaves its arrays, and the "
+    "copies retrain the smaller network. Made for --criterion=channels.",
+    default=False,
   )
   n_m_group: int = flag(
     "m of --criterion=n_m; n follows from the sparsity.", at_least(2), default=4
@@ -167,7 +180,24 @@ def _check_values(config):
 
 
 def _check_criterion(config):
-  """--criterion, with --scope, --n_m_group and the sparsities."""
+  """--criterion, with --scope, --budget, --shrink, --n_m_group and the sparsities."""
+  if config.budget != "weights" and config.criterion != "channels":
+    raise ValueError(
+      f"--budget={config.budget} is of --criterion=channels: leave it out with "
+      f"--criterion={config.criterion}"
+    )
+  if config.shrink:
+    for name in config.baselines:
+      if name in having("own_masks"):
+        raise ValueError(
+          f"--baselines has {name}, whose masks are its own: nothing can be cut for all "
+          "copies, leave it out with --shrink"
+        )
+    if config.split_params or config.processes not in (None, 1):
+      raise ValueError(
+        "--shrink cuts models that lie whole in one process: leave out --split_params and "
+        "--processes"
+      )
   if config.scope != "global" and config.criterion not in WITH_SCOPE:
     raise ValueError(
       f"--scope={config.scope} is of {', '.join(WITH_SCOPE)}: "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
 
 from jaxsms import (
+  ChannelGroups,
+  channel_masks,
   erk_masks,
   filter_masks,
   lamp_masks,
@@ -23,13 +26,20 @@ if TYPE_CHECKING:
   from ..config.run_config import Config
 
 
-def pruning(config: Config, key: jax.Array) -> Prune:
+def pruning(
+  config: Config, key: jax.Array, groups: Callable[[], ChannelGroups] | None = None
+) -> Prune:
   """The function `prune(params, sparsity, masks=masks)` of --criterion.
 
   Args:
     config: of the run.
     key: of the seed; decides what random pruning removes.
+    groups: gives the network's groups of channels, for --criterion=channels.
   """
+  if config.criterion == "channels":
+    return functools.partial(
+      channel_masks, groups=groups(), scope=config.scope, budget=config.budget
+    )
   if config.criterion == "magnitude":
     return functools.partial(magnitude_masks, scope=config.scope)
   if config.criterion == "random":

@@ -66,6 +66,7 @@ class Method(NamedTuple):
     traits: what else tells it from the others. `one_copy`: no number depends on m. `dense`:
       nothing is pruned. `ramp`: its sparsity rises smoothly, to one model at the goal.
       `one_schedule`: its copies share one schedule.
+      `own_masks`: its masks are not those of one model between phases.
   """
 
   title: str
@@ -270,28 +271,30 @@ METHODS: dict[str, Method] = {
     "IMP {m}x", "#CC79A7", "D", imp_mx,
     lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
   ),
-  "imp_reprune": Method("IMP-RePrune", "#009E73", "X", reprune, _copies_epochs),
+  "imp_reprune": Method(
+    "IMP-RePrune", "#009E73", "X", reprune, _copies_epochs, False, frozenset({"own_masks"})
+  ),
   "swamp": Method(
     "SWAMP", "#E69F00", "P", rewinding_soup, _swamp_epochs, False,
-    frozenset({"one_schedule"}),
+    frozenset({"one_schedule", "own_masks"}),
   ),
   "gmp": Method(
     "GMP", "#56B4E9", "<", gradual("gmp", False), lambda c: _gradual_epochs(c, 1),
-    False, frozenset({"one_copy", "ramp"}),
+    False, frozenset({"one_copy", "ramp", "own_masks"}),
   ),
   "gmp_soup": Method(
     "GMP soup", "#0072B2", "<", gradual("gmp", True),
     lambda c: _gradual_epochs(c, c.ingredients), False,
-    frozenset({"ramp", "one_schedule"}),
+    frozenset({"ramp", "one_schedule", "own_masks"}),
   ),
   "dpf": Method(
     "DPF", "#E69F00", ">", gradual("dpf", False), lambda c: _gradual_epochs(c, 1),
-    False, frozenset({"one_copy", "ramp"}),
+    False, frozenset({"one_copy", "ramp", "own_masks"}),
   ),
   "dpf_soup": Method(
     "DPF soup", "#D55E00", ">", gradual("dpf", True),
     lambda c: _gradual_epochs(c, c.ingredients), False,
-    frozenset({"ramp", "one_schedule"}),
+    frozenset({"ramp", "one_schedule", "own_masks"}),
   ),
   "bimp": Method(
     "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda c: _bimp_epochs(c, 1), False,

@@ -77,7 +77,7 @@ class Run(NamedTuple):
   def prune(self) -> Prune:
     """The criterion."""
     key = jax.random.fold_in(self.key, PRUNE)
-    return pruning(self.config, key)
+    return pruning(self.config, key, self.task.groups)
 
   @property
   def sparsities(self) -> dict[int, float]:
@@ -222,6 +222,7 @@ def prune_and_retrain(
     prune=run.prune,
     merging=merging_of(config.merge, config.weight_decay),
     landscapes=landscape_phases(run) if method == "sms" else (),
+    shrink=run.task.shrink,
   ):
     if isinstance(event, Phase):
       records.append(event.record)

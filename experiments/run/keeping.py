@@ -193,6 +193,7 @@ class Keeper:
         task.engine.programs,
         self.config.ingredients,
         what,
+        self.config.shrink,
       )
       return operator.index(meta["metrics_bytes"])
     except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:

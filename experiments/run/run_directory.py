@@ -29,6 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
 # What is compared by its content, and how that is named where it differs.
+# What runs had before these flags were there.
+SINCE = {"budget": "weights", "shrink": False}
 OTHER = {
   "data": "other data",
   "init": "other weights in --init",
@@ -139,6 +141,7 @@ def check_same(
   if old.get("kind") != wanted.get("kind"):
     what = old.get("kind") or "run of experiments.sms"
     raise ValueError(f"{path} holds a {what}: choose another --workdir")
+  old = {**{k: v for k, v in SINCE.items() if k in wanted}, **old}
   names = [k for k in old.keys() | wanted.keys() if old.get(k) != wanted.get(k)]
   differing = [
     OTHER[name]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms import data, models, multiply_adds, pretrained
+from jaxsms import ChannelGroups, channel_groups, data, models, multiply_adds, pretrained
+from jaxsms.channels.budgets import check_reachable
 from jaxsms.data import (
   Dataset,
   StreamedDataset,
@@ -33,10 +34,12 @@ from jaxsms.training import (
   make_programs,
   sgd,
 )
+from jaxsms.training.cutting import Cut, cut_engine
 from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
+from ..methods.criteria import pruning
 from ..run.hardware import copies_at_once, mesh_of, network_options
 from ..run.ood import corrupted_test_data
 
@@ -55,6 +58,8 @@ class Task(NamedTuple):
     warmup_steps: how many of them are warmup.
     initial: the trained model to start from; None trains one.
     ood_sources: where each corruption comes from.
+    groups: gives the groups of channels of the network.
+    shrink: cuts it between phases, see `cut_engine`; None leaves it whole.
   """
 
   module: Any
@@ -67,6 +72,8 @@ class Task(NamedTuple):
   warmup_steps: int
   initial: Model | None
   ood_sources: dict[str, str]
+  groups: Callable[[], ChannelGroups] | None = None
+  shrink: Callable[[Engine, Model, Any], Cut] | None = None
 
 
 def load(config: Config) -> Dataset | StreamedDataset:
@@ -110,14 +117,19 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
   initial = None
   if config.init is not None:
     initial = Model(**pretrained.load_model(config.init, module, image_shape))
+  parameters = sum(x.size for x in jax.tree.leaves(shapes.params))
   variant = functools.cache(
-    functools.partial(
-      network_programs,
-      config,
-      dataset,
-      module,
-      sum(x.size for x in jax.tree.leaves(shapes.params)),
-    )
+    functools.partial(network_programs, config, dataset, module, parameters)
+  )
+  groups = functools.cache(
+    functools.partial(groups_of, module, *shapes, image_shape=image_shape)
+  )
+  check_channels(config, shapes.params, groups)
+  shrink = functools.partial(
+    cut_engine,
+    module=module,
+    programs_of=lambda cut: network_programs(config, dataset, cut, parameters),
+    image_shape=image_shape,
   )
   programs = variant()
   splits = on_devices(splits, programs.mesh_of(config.ingredients))
@@ -145,7 +157,33 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
     warmup_steps=warmup_steps,
     initial=initial,
     ood_sources=ood_sources,
+    groups=groups,
+    shrink=shrink if config.shrink else None,
   )
+
+
+def groups_of(
+  module: Any, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
+) -> ChannelGroups:
+  """The channels of a network that can only go together, from shapes alone."""
+  statistics = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_stats)
+
+  def apply(params, images):
+    variables = {"params": params, "batch_stats": statistics}
+    return module.apply(variables, images, train=False)
+
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  return channel_groups(apply, params, images)
+
+
+def check_channels(
+  config: Config, params: Any, groups: Callable[[], ChannelGroups]
+) -> None:
+  """Raises ValueError where whole channels cannot make up the goal."""
+  if config.criterion == "channels":
+    prune = pruning(config, jax.random.key(0), groups)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+    check_reachable(prune, ones, config.goal_sparsity)
 
 
 def check_data(config: Config, name: str, train_size: int, prunable_size: int) -> None:

@@ -85,6 +85,7 @@ def unpacked(
   programs: Programs,
   copies: int,
   what: str,
+  cut: bool = False,
 ) -> Work:
   """What `packed` packed, models on the devices.
 
@@ -95,6 +96,7 @@ def unpacked(
     programs: of the network.
     copies: how many train at once in its methods.
     what: where it comes from, for the message.
+    cut: whether the network shrinks: a state then has the shapes that were saved.
 
   Raises:
     ValueError: the arrays are those of another network.
@@ -117,10 +119,22 @@ def unpacked(
         ),
         like["state"],
       )
+    if cut:
+      like["state"] = as_saved(like["state"], arrays)
   trees = checkpoint.fill({name: like[name] for name in parts}, arrays, what)
   if programs.mesh_of(copies) is None:  # bound to no device, as what training gives is:
     trees = jax.tree.map(jnp.array, trees)  # else every program would be compiled again
   return Work(**{k: v for k, v in rest.items() if k != "parts"}, **trees)
+
+
+def as_saved(like: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+  """The shapes of a state, those of the arrays that have its names."""
+  saved = {f"state/{name}": leaf for name, leaf in by_path(like).items()}
+  shapes = {
+    name: jax.ShapeDtypeStruct(np.shape(arrays.get(name, leaf)), leaf.dtype)
+    for name, leaf in saved.items()
+  }
+  return jax.tree.unflatten(jax.tree.structure(like), list(shapes.values()))
 
 
 def _on_devices(shapes, programs, copies):

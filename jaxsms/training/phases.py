@@ -40,6 +40,7 @@ from jaxsms.training.merging import Merging, merging_of, on_validation
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
+COSTS = ("parameters", "multiply_adds")  # of a phase's network as it is stored and run
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 
 
@@ -49,6 +50,8 @@ class MergeRecord(SetRecord, Faults):
   Attributes:
     weights: of each candidate in the soup.
     soup: its metrics.
+    parameters: of the network as it is stored and run, where they are described.
+    multiply_adds: of it.
     best_candidate: metrics of the candidate of best validation accuracy.
     candidates: metrics of each; NaN for those that diverged.
     prediction_ensemble: metrics of the candidates' prediction ensemble.
@@ -60,6 +63,8 @@ class MergeRecord(SetRecord, Faults):
 
   weights: list[float]
   soup: Record
+  parameters: NotRequired[int]
+  multiply_adds: NotRequired[int]
   best_candidate: Record
   candidates: list[Record]
   prediction_ensemble: Record
@@ -263,6 +268,7 @@ def merge_candidates(
   record: MergeRecord = {
     "weights": weights.tolist(),
     "soup": soup,
+    **{name: soup[name] for name in COSTS if name in soup},
     "best_candidate": scores[best_candidate(scores)],
     **set_record(measured, finite.params),
     "candidates": scores,
