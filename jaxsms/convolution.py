@@ -181,7 +181,8 @@ def _operation(how, index):
     a, b = (x if on else x[None] for x, on in zip((a, b), batched, strict=True))
     return stacked(a, b), True
 
-  stack.convolution = (how, index)  # by which `jaxsms.channels` knows it in a jaxpr
+  # By which `jaxsms.channels` knows it in a jaxpr.
+  stack.convolution = (how, index)  # type: ignore[attr-defined]  # a name on a function
 
   @stacked.def_vmap
   def join(size, batched, a, b):
@@ -197,5 +198,5 @@ def _operation(how, index):
     out = stacked(flat(a), flat(b))
     return out.reshape(size, copies, *out.shape[1:]), True
 
-  join.stacked_convolution = (how, index)
+  join.stacked_convolution = (how, index)  # type: ignore[attr-defined]  # the same
   return operation

@@ -64,7 +64,8 @@ def save_compact(
     kept = [_bits(array) != 0 if flag else True for array, flag in pairs]
   else:
     kept = [True if m is None else np.asarray(m) for m in mask_leaves(tree, masks)]
-  parts, shapes = {}, {}
+  parts: dict[str, np.ndarray] = {}
+  shapes: dict[str, list[int]] = {}
   for (name, array), mask in zip(arrays.items(), kept, strict=True):
     if np.all(mask):
       stored = {name: array}
@@ -295,14 +296,18 @@ def apply_bcoo(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
     layer = context.module
     if not isinstance(layer, nn.Dense) or context.method_name != "__call__":
       return call(*inputs, **options)
-    kernel, bias = (layer.get_variable("params", name) for name in ("kernel", "bias"))
+    kernel: Any = layer.get_variable("params", "kernel")
+    bias: Any = layer.get_variable("params", "bias")
     if not isinstance(kernel, sparse.BCOO):
       return call(*inputs, **options)
     x, values, bias = promote_dtype(*inputs, kernel.data, bias, dtype=layer.dtype)
     # Sorted and unique as before: that saves work in the product.
-    leaves = {"indices_sorted": kernel.indices_sorted, "shape": kernel.shape}
-    leaves["unique_indices"] = kernel.unique_indices
-    product = x @ sparse.BCOO((values, kernel.indices), **leaves)
+    as_before: dict[str, Any] = {
+      "indices_sorted": kernel.indices_sorted,
+      "shape": kernel.shape,
+      "unique_indices": kernel.unique_indices,
+    }
+    product = x @ sparse.BCOO((values, kernel.indices), **as_before)
     return product if bias is None else product + bias
 
   with nn.intercept_methods(dense):

@@ -1,7 +1,7 @@
 """A schedule of sparsity inside an optimizer."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class PrunedState(NamedTuple):
     inner: the state of the transformation inside.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # not the count of a tuple
   masks: PyTree
   inner: Any
 
@@ -89,7 +89,7 @@ def pruned(
   options = {} if prunable is None else {"prunable": prunable}
 
   def init(params):
-    first = schedule(np.int32(0))
+    first = schedule(cast(jax.Array, np.int32(0)))
     if is_concrete(first):
       check_share(first, "the schedule's sparsity at step 0")
     masks = with_all_kept(params, {})

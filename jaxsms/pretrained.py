@@ -170,7 +170,8 @@ def from_torch(
   template, tensors, head = layout(module, image_shape)
   expected = {tensor.name: tensor for tensor in tensors}
   ours = {canonical(name): name for name in expected}
-  found, sources = {}, {}
+  found: dict[str, np.ndarray] = {}
+  sources: dict[str, str] = {}
   for name, array in _plain(state_dict).items():
     known = ours.get(canonical(name), name)
     if known in found:

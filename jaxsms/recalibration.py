@@ -1,6 +1,7 @@
 """Batch statistics estimated anew, of any framework's network."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +117,8 @@ def _check_momentum(batch_stats: PyTree, momentum: list[jax.Array]) -> None:
   for path, shares in zip(paths, momentum, strict=True):
     if not is_concrete(shares) or not shares.size:
       continue
-    shares = np.asarray(shares, float)
-    if not (shares.max() - shares.min() < 1e-2 and -1e-2 < shares.mean() < 1.01):
+    values = np.asarray(shares, float)
+    if not (values.max() - values.min() < 1e-2 and -1e-2 < values.mean() < 1.01):
       raise ValueError(
         f"update gives no running average of batch_stats at {path_string(path)}: let it "
         "return old * momentum + new * (1 - momentum), of one forward pass in training "
@@ -127,7 +128,8 @@ def _check_momentum(batch_stats: PyTree, momentum: list[jax.Array]) -> None:
 
 def _check_fits(batch_stats: PyTree, new: PyTree) -> None:
   """Raises ValueError unless `update` gave a tree as it got."""
-  same = jax.tree.structure(new) == jax.tree.structure(batch_stats)
+  structure: Any = jax.tree.structure(batch_stats)
+  same = jax.tree.structure(new) == structure
   pairs = zip(jax.tree.leaves(new), jax.tree.leaves(batch_stats), strict=False)
   if not same or any(np.shape(a) != np.shape(b) for a, b in pairs):
     raise ValueError(

@@ -7,6 +7,7 @@ that copies with different ones share a program; optax's own schedules branch on
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def pretrain_schedule(
     main = optax.linear_schedule(peak_lr, end_lr, length)
   elif name == "Cosine":
     if is_concrete(peak_lr):
-      alpha = end_lr / peak_lr if peak_lr else 0.0
+      alpha: Any = end_lr / peak_lr if peak_lr else 0.0
     else:
       alpha = jnp.where(peak_lr == 0, 0.0, end_lr / jnp.where(peak_lr == 0, 1, peak_lr))
     main = optax.cosine_decay_schedule(peak_lr, length, alpha=alpha)

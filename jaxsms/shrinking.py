@@ -42,7 +42,8 @@ class Shrinking:
         f"shrink is {type(shrink).__name__}: give a tuple (apply, *inputs), the network "
         "and what it is called with after its params"
       )
-    self._trace, self._network, self._masks = shrink, None, None
+    self._trace, self._masks = shrink, None
+    self._network: Any = None  # a `Compact`, from the first pruning on
     self.prune = channel_masks if prune is magnitude_masks else prune
     if _takes_groups(self.prune):
       apply, *inputs = shrink
@@ -94,10 +95,10 @@ class Shrinking:
 
     def merged(candidates):
       soup = merge(jax.vmap(network.expand)(candidates))
-      structure = jax.tree.structure(candidates)
-      if jax.tree.structure(soup) == structure:
+      structure: Any = jax.tree.structure(candidates)
+      if structure == jax.tree.structure(soup):
         return network.shrink(soup)
-      if isinstance(soup, tuple) and jax.tree.structure(soup[0]) == structure:
+      if isinstance(soup, tuple) and structure == jax.tree.structure(soup[0]):
         return network.shrink(soup[0]), *soup[1:]
       return soup  # which is no model: `merge_phase` says so
 

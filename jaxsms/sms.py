@@ -234,8 +234,8 @@ def sparse_model_soup(
   network = None if shrink is None else Shrinking(shrink, params, prune)
   prune = prune if network is None else network.prune
   check_reachable(prune, params, goal_sparsity, masks, prunable)
-  prune_once = functools.partial(prune_phase, prune=prune, prunable=prunable, regrow=regrow)
-  prune_once = prune_once if network is None else network.pruning(prune_once)
+  alone = functools.partial(prune_phase, prune=prune, prunable=prunable, regrow=regrow)
+  prune_once = alone if network is None else network.pruning(alone)
 
   def retrain_all(key, params, masks, record):
     varied = ingredients(record["phase"]) if callable(ingredients) else ingredients

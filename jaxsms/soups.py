@@ -18,7 +18,7 @@ from jaxsms.trees import (
 )
 
 
-def uniform_soup(stacked: PyTree, weights: jax.Array | None = None) -> PyTree:
+def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None) -> PyTree:
   """Averages m models into one.
 
   Sums run in float32 (float64 for float64 leaves). A model of weight 0 is left out, also

@@ -64,7 +64,7 @@ def weight_uses(
 
 def uses_in(jaxpr: Any, leaves: Sequence[str]) -> dict[str, WeightUse]:
   """As `weight_uses`, for a traced function whose first inputs are these leaves."""
-  given = [_ACTIVATION] * len(jaxpr.invars)
+  given: list[Any] = [_ACTIVATION] * len(jaxpr.invars)
   for i, name in enumerate(leaves):
     axes = range(len(jaxpr.invars[i].aval.shape))
     given[i] = _Origin(name, tuple(frozenset({axis}) for axis in axes))

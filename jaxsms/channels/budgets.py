@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,8 +84,8 @@ def channel_masks(
     [[True, False]]
   """
   check_name("budget", budget, BUDGETS)
-  options = {"groups": groups, "score": score, "scope": scope, "round_to": round_to}
-  options |= {"masks": masks, "prunable": prunable, "key": key}
+  options: dict[str, Any] = {"groups": groups, "score": score, "scope": scope}
+  options |= {"round_to": round_to, "masks": masks, "prunable": prunable, "key": key}
   if budget == "latency":
     from jaxsms.channels.latency import masks_for_latency  # which takes shares of channels
 
@@ -116,7 +117,7 @@ def check_reachable(
   prunable: Prunable | None = None,
 ) -> None:
   """Raises ValueError where `prune` is `channel_masks`, and cannot remove as much."""
-  options = {}
+  options: dict[str, Any] = {}
   function = prune
   while isinstance(function, functools.partial):
     options = {**function.keywords, **options}
@@ -143,7 +144,8 @@ class Cost:
     prunable: Prunable | None = None,
   ):
     """Counts entries once, with what earlier masks removed."""
-    self._counts, self._left_alone = [], 0
+    self._counts: list[tuple[float, EntryCount]] = []
+    self._left_alone: float = 0
     self._may_go = may_go if budget == "channels" else None
     if budget == "channels":
       pairs = zip(groups, may_go, strict=True)
@@ -159,7 +161,8 @@ class Cost:
       if i in places and each[i]:
         self._counts.append((each[i], EntryCount(places[i], masks[i])))
       elif each[i]:
-        left = size if masks[i] is None else int(np.count_nonzero(masks[i]))
+        mask = masks[i]
+        left = size if mask is None else int(np.count_nonzero(mask))
         self._left_alone += each[i] * left
 
   def removed(self, kept: Kept) -> float:

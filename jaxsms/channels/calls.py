@@ -88,10 +88,10 @@ def cond(walk: Walk, equation: Any, ins: list[Value]) -> Any:
 
 
 def _one_of(walk, values):
-  axes = zip(*(v.axes for v in values), strict=True)
+  each = zip(*(v.axes for v in values), strict=True)
   known = {v.known for v in values}
   layer = next((v.layer for v in values if v.layer), "")
-  axes = tuple(joined(walk, a) for a in axes)
+  axes = tuple(joined(walk, a) for a in each)
   return Value(axes, known.pop() if len(known) == 1 else None, layer=layer)
 
 

@@ -281,7 +281,7 @@ def _matched(params, masks):
 
 def _zeros(params, masks) -> Kept:
   """For each leaf and axis, bool [n]: at which positions the masks leave nothing."""
-  zeros = []
+  zeros: list[list[np.ndarray | None]] = []
   pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
   for leaf, mask in pairs:
     if not is_array(leaf):
@@ -291,7 +291,8 @@ def _zeros(params, masks) -> Kept:
     if mask.shape != leaf.shape or mask.all():
       zeros.append([None] * rank)
       continue
-    zeros.append([~mask.any(tuple(j for j in range(rank) if j != i)) for i in range(rank)])
+    others = [tuple(j for j in range(rank) if j != i) for i in range(rank)]
+    zeros.append([np.asarray(~mask.any(axes)) for axes in others])
   return zeros
 
 

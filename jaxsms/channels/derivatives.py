@@ -111,9 +111,9 @@ def _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs):
 def _walk_vjp(walk, function, avals, floating, floating_outs, ins, outs):
   def forward(*primals):
     def of_floating(*some):
-      some = iter(some)
+      rest = iter(some)
       return function(
-        *(next(some) if f else x for x, f in zip(primals, floating, strict=True))
+        *(next(rest) if f else x for x, f in zip(primals, floating, strict=True))
       )
 
     some = [x for x, f in zip(primals, floating, strict=True) if f]

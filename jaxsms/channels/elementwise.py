@@ -76,13 +76,13 @@ def _tied(walk, equation, ins, there, i, combine):
     axis = labels.normal(first)
   if not isinstance(axis, Axis):
     return axis
-  values = [
+  each = [
     labels.values(v.axes[i], axis.labels)
     if k in there
     else np.uint8(ZERO if v.known == 0 else FINITE)
     for k, v in enumerate(ins)
   ]
-  values = np.broadcast_to(combine(equation, ins, values), axis.labels.shape)
+  values = np.broadcast_to(combine(equation, ins, each), axis.labels.shape)
   return Axis(axis.labels, values.astype(np.uint8))
 
 
@@ -96,7 +96,7 @@ def _folded(name: str, ins: Sequence[Value]) -> float | None:
   return None
 
 
-_FOLD = {
+_FOLD: dict[str, Callable[..., Any]] = {
   "convert_element_type": float, "copy": float, "stop_gradient": float, "neg": np.negative,
   "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide,
   "max": np.maximum, "min": np.minimum, "sqrt": np.sqrt,

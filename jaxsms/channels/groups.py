@@ -154,9 +154,9 @@ class Trace:
     self.closed, self.out_tree = closed, jax.tree.structure(outs)
     self.walk = Walk(RULES, derivatives=zeros is not None)
     labels = self.walk.labels
-    self.axes = []
+    self.axes: list[tuple[Axis | Fixed, ...]] = []
     for i, (path, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
-      axes = []
+      axes: list[Axis | Fixed] = []
       for axis, n in enumerate(leaf.shape):
         if not is_floating(leaf):
           axes.append(labels.fixed("it holds no floating numbers"))
@@ -211,17 +211,17 @@ class Trace:
     for i, (own, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
       if leaf.shape != out.shape or not leaf.shape:
         continue
-      own, common = path_names(own), 0
-      while common < min(len(own), len(names)) and own[-1 - common] == names[-1 - common]:
+      mine, common = path_names(own), 0
+      while common < min(len(mine), len(names)) and mine[-1 - common] == names[-1 - common]:
         common += 1
-      if common >= max(len(own) - 1, 1):  # all of the path but its root
+      if common >= max(len(mine) - 1, 1):  # all of the path but its root
         best.append((common, i))
     best.sort(reverse=True)
     if not best or (len(best) > 1 and best[0][0] == best[1][0]):
       return None
-    common, leaf = best[0]
-    whole = common == len(path_names(self.paths[leaf])) > 1
-    return leaf if whole or self._is_state(leaf, value) else None
+    common, number = best[0]
+    whole = common == len(path_names(self.paths[number])) > 1
+    return number if whole or self._is_state(number, value) else None
 
   def _is_state(self, leaf, value):
     """Whether an output is a batch statistic, or made from the leaf of its name."""
@@ -241,11 +241,13 @@ class Trace:
 
     A place is (leaf, axis, layer of labels, k).
     """
-    labels, places, parts = self.walk.labels, [], []
+    labels, parts = self.walk.labels, []
+    places: list[tuple[int, int, int]] = []
     for leaf, axes in enumerate(self.axes):
       for axis, one in enumerate(axes):
-        one = labels.normal(one)
-        for layer, row in enumerate(one.labels if isinstance(one, Axis) else ()):
+        normal = labels.normal(one)
+        rows = normal.labels if isinstance(normal, Axis) else np.zeros([0, 0], int)
+        for layer, row in enumerate(rows):
           where = np.flatnonzero(labels.may_go(row))
           parts.append((row[where], np.full(len(where), len(places)), where))
           places.append((leaf, axis, layer))
@@ -284,7 +286,7 @@ class Trace:
 
   def groups(self) -> ChannelGroups:
     """Channels with the same places, together."""
-    groups, gone = [], []
+    groups, gone = [], list[tuple[str, int]]()
     for channels, places, positions in self.channels():
       names = tuple((path_string(self.paths[leaf]), axis) for leaf, axis, *_ in places)
       whole = any(k == self.leaves[leaf].shape[axis] for leaf, axis, _, k in places)
@@ -293,15 +295,14 @@ class Trace:
       else:
         indices = tuple(p[:, 0] if p.shape[1] == 1 else p for p in positions)
         groups.append(ChannelGroup(len(channels), names, indices))
-    names = [path_string(path) for path in self.paths]
-    uses = uses_in(self.closed.jaxpr, names)
+    uses = uses_in(self.closed.jaxpr, [path_string(path) for path in self.paths])
     return ChannelGroups(groups, self._left_alone(gone), uses)
 
   def _left_alone(self, gone):
     labels, left = self.walk.labels, []
     for path, leaf, axes in zip(self.paths, self.leaves, self.axes, strict=True):
-      for i, axis in enumerate(axes):
-        axis, name = labels.normal(axis), path_string(path)
+      for i, one in enumerate(axes):
+        axis, name = labels.normal(one), path_string(path)
         if leaf.shape[i] == 1 or not is_floating(leaf):
           continue
         if (name, i) in gone:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.shapes import joined
 from jaxsms.channels.values import Value, Walk, reason
 
@@ -43,7 +44,7 @@ def gather(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   for i in range(len(shape)):
     if i not in kept or sizes[i] != shape[i] or i in d.start_index_map:
       walk.freeze(value, i, text)
-  axes = [None] * len(equation.outvars[0].aval.shape)
+  axes: list[Axis | Fixed | None] = [None] * len(equation.outvars[0].aval.shape)
   for i, j in zip(kept, d.offset_dims, strict=True):
     axes[j] = value.axes[i] if sizes[i] == shape[i] else walk.labels.fixed(text)
   walk.freeze(indices, len(indices.axes) - 1, text)

@@ -43,7 +43,7 @@ class Labels:
     self._composite = np.zeros(1024, bool)
     self._members: dict[int, np.ndarray] = {}
     self._used = 1
-    self.reasons = [None, "it meets positions that stay"]  # 0 is no reason to stay
+    self.reasons = ["", "it meets positions that stay"]  # 0 is no reason to stay
     self._reason_ids = {self.reasons[1]: 1}
     self._reason[0] = 1  # label 0 is none
 
@@ -155,6 +155,7 @@ class Labels:
           if isinstance(other, Axis):
             self._freeze(other.labels.ravel(), one.reason)
           return
+      assert isinstance(a, Axis) and isinstance(b, Axis)
       if len(a.labels) == len(b.labels) == 1 and a.labels.all() and b.labels.all():
         self._union(a.labels[0], b.labels[0])
         return

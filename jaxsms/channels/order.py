@@ -91,10 +91,10 @@ def removal_order(
       if len(order):
         values.append(np.add.reduceat(own[order], starts) / length)
     first += group.size
-  values, lengths = np.concatenate(values), np.concatenate(lengths)
-  rank = np.argsort(np.repeat(values, lengths), kind="stable")
-  ends = np.cumsum([0, *lengths[np.argsort(values, kind="stable")]])
-  ends = ends[: 1 + np.sum(values < np.inf)]  # infinite scores stay
+  means, runs = np.concatenate(values), np.concatenate(lengths)
+  rank = np.argsort(np.repeat(means, runs), kind="stable")
+  ends = np.cumsum([0, *runs[np.argsort(means, kind="stable")]])
+  ends = ends[: 1 + np.sum(means < np.inf)]  # infinite scores stay
   return RemovalOrder(start, np.concatenate(channels)[rank], ends, may_go)
 
 

@@ -98,7 +98,8 @@ def kept_channels(params: PyTree, groups: Sequence, masks: PyTree) -> list[np.nd
 
 def masks_on_host(params: PyTree, masks: PyTree | None) -> list[np.ndarray | None]:
   """The mask of each leaf, in its shape; None where it is no array, or has none."""
-  leaves, structure = jax.tree.flatten(params)
+  leaves = jax.tree.leaves(params)
+  structure: Any = jax.tree.structure(params)
   if masks is None:
     return [None] * len(leaves)
   masks = structure.flatten_up_to(match_masks(params, masks))
@@ -118,7 +119,7 @@ def channel_leaves(params: PyTree, groups: Sequence) -> list[ChannelLeaf]:
   """
   leaves = jax.tree_util.tree_leaves_with_path(params)
   numbers = {path_string(path): i for i, (path, _) in enumerate(leaves)}
-  found = {}
+  found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
   for g, group in enumerate(groups):
     for (name, axis), indices in zip(group.places, group.indices, strict=True):
       shape = np.shape(leaves[numbers[name]][1]) if name in numbers else None
@@ -132,7 +133,7 @@ def channel_leaves(params: PyTree, groups: Sequence) -> list[ChannelLeaf]:
       place = found.setdefault(numbers[name], {})
       members = place.setdefault(axis % len(shape), [])
       members.append((g, indices.reshape(group.size, -1)))
-  return [ChannelLeaf(i, *leaves[i], found[i]) for i in sorted(found)]
+  return [ChannelLeaf(i, *leaves[i], axes=found[i]) for i in sorted(found)]
 
 
 def _fits(shape, axis, indices, size) -> bool:
@@ -154,7 +155,7 @@ def alive_positions(place: ChannelLeaf, kept: Sequence) -> dict[int, np.ndarray]
 
 def any_along(mask: np.ndarray, axis: int) -> np.ndarray:
   """Bool [length]: at which positions of an axis anything is kept."""
-  return mask.any(tuple(a for a in range(mask.ndim) if a != axis))
+  return np.asarray(mask.any(tuple(a for a in range(mask.ndim) if a != axis)))
 
 
 class EntryCount:

@@ -94,7 +94,7 @@ def own_convolution(walk: Walk, index: int, ins: list[Value]) -> list[Value]:
   window = walk.labels.fixed("a convolution's window moves along it")
   if index == 0:  # images [n, h, w, c], kernel [kh, kw, c, o]
     contract(walk, a[3], b[2], text)
-    axes = (a[0], window, window, b[3])
+    axes: tuple[Axis | Fixed, ...] = (a[0], window, window, b[3])
   elif index == 1:  # outputs [n, h, w, o], kernel [kh, kw, c, o]
     contract(walk, a[3], b[3], text)
     axes = (a[0], window, window, b[2])

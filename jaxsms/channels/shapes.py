@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +21,8 @@ def merged(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Ax
     for axis in axes:
       walk.labels.freeze(axis, text)
     return walk.labels.fixed(text)
-  labels, values = [], []
+  labels: list[np.ndarray] = []
+  values: list[np.ndarray] = []
   for i, axis in enumerate(axes):
     if isinstance(axis, Axis):
       shape = [len(axis.labels)] + [n if j == i else 1 for j, n in enumerate(sizes)]
@@ -45,7 +46,8 @@ def parted(
     return [next(parts) if i in long else one for i in range(len(sizes))]
   if len(sizes) == 1:
     return [axis]
-  labels, values = [[] for _ in sizes], [[] for _ in sizes]
+  labels: list[list[np.ndarray]] = [[] for _ in sizes]
+  values: list[list[np.ndarray]] = [[] for _ in sizes]
   for row, value in zip(axis.labels, axis.values, strict=True):
     row = np.where(walk.labels.may_go(row), row, 0) if len(axis.labels) > 1 else row
     grid, value = row.reshape(sizes), value.reshape(sizes)
@@ -54,14 +56,14 @@ def parted(
     ] or [0]
     rest = [tuple(k for k in range(len(sizes)) if k != i) for i in range(len(sizes))]
     if len(depends) > 1:  # position (a, b) goes with its a or with its b
-      new = {i: walk.labels.fresh(sizes[i], FINITE) for i in depends}
-      sets = [
+      new = {i: cast(Axis, walk.labels.fresh(sizes[i], FINITE)) for i in depends}
+      each = [
         np.broadcast_to(
           new[i].labels.reshape([n if k == i else 1 for k, n in enumerate(sizes)]), sizes
         ).ravel()
         for i in depends
       ]
-      sets = np.stack(sets)
+      sets = np.stack(each)
       walk.labels.tie(
         Axis(row[None], value.reshape(1, -1)), Axis(sets, np.zeros(sets.shape, np.uint8))
       )
@@ -83,7 +85,8 @@ def reshape(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   """Axes that keep their size, are flattened or split, in runs of equal products."""
   (value,) = ins
   old, new = (v.aval.shape for v in (equation.invars[0], equation.outvars[0]))
-  axes = [walk.labels.fixed("an axis of length 1 is not cut")] * len(new)
+  one = walk.labels.fixed("an axis of length 1 is not cut")
+  axes: list[Axis | Fixed] = [one] * len(new)
   if math.prod(old) == 0:
     return [walk.stays(new, "it is empty")]
   for i, n in enumerate(old):
@@ -111,17 +114,17 @@ def broadcast_in_dim(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]
   """New axes, and those that had length 1, have labels of their own."""
   value, mapped = ins[0], equation.params["broadcast_dimensions"]
   old, new = (v.aval.shape for v in (equation.invars[0], equation.outvars[0]))
-  axes = [None] * len(new)
+  axes: list[Axis | Fixed | None] = [None] * len(new)
   for i, j in enumerate(mapped):
     if old[i] == new[j]:
       axes[j] = value.axes[i]
     else:
       walk.freeze(value, i, "a broadcast of a single position")
-  axes = [
+  every = [
     walk.fresh(n, value.known) if axis is None else axis
     for axis, n in zip(axes, new, strict=True)
   ]
-  return [Value(tuple(axes), value.known, value.summed)]
+  return [Value(tuple(every), value.known, value.summed)]
 
 
 def tile(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
@@ -270,6 +273,7 @@ def pad(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
       continue
     n = equation.invars[0].aval.shape[i]
     axis = taken(axes[i], slice(max(-low, 0), n - max(-high, 0)))
+    assert isinstance(axis, Axis)
     ends = [_padding(walk, max(k, 0), fill.known) for k in (low, high)]
     parts = [ends[0], axis, ends[1]]
     sizes = [max(low, 0), axis.labels.shape[1], max(high, 0)]
@@ -280,8 +284,7 @@ def pad(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
 
 def _padding(walk, n, known):
   # One position alone may go too: the axis that it joins is longer.
-  axis = walk.fresh(n + 1, known) if n else None
-  return taken(axis, slice(1, None)) if n else Fixed(1)
+  return taken(walk.fresh(n + 1, known), slice(1, None)) if n else Fixed(1)
 
 
 RULES = {

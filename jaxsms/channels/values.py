@@ -59,8 +59,8 @@ class Walk:
 
     def read(variable):
       if isinstance(variable, Literal):
-        if np.shape(variable.val):
-          return self.stays(variable.aval.shape, "it meets a constant")
+        if shape := np.shape(variable.val):
+          return self.stays(shape, "it meets a constant")
         return self.constant(variable.val)
       return values[variable]
 

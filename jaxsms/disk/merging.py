@@ -138,7 +138,7 @@ def merge_block(
   differing, shared = np.zeros_like(zeros), 0
   if zeros.any():
     differing = np.array([np.count_nonzero(z != zero[job.taken[0]]) for z in zero])
-    shared = np.count_nonzero(np.all([zero[i] for i in job.taken], axis=0))
+    shared = int(np.count_nonzero(np.all([zero[i] for i in job.taken], axis=0)))
   # The models' values are this thread's, to be overwritten.
   held = [x.copy() for x in models] if thresholds else ()
   return Part(block, values, held, zeros, differing, shared, gram)
@@ -239,7 +239,7 @@ def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
   wide = any(job.specs[name].dtype == np.float64 for name in names)
   chosen = [names] if scope == "global" else [[name] for name in names]
   groups = [
-    (group, removal_count(sparsity, sum(job.specs[name].size for name in group)))
+    (group, int(removal_count(sparsity, sum(job.specs[name].size for name in group))))
     for group in chosen
   ]
 

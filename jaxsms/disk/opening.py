@@ -65,6 +65,6 @@ def _opened(path, stack):
     found.close()
   elif lower.endswith(".npz"):
     return open_npz(local, path)
-  elif lower.endswith(PYTORCH) and (found := open_pytorch(local, path)):
-    return found
+  elif lower.endswith(PYTORCH) and (tensors := open_pytorch(local, path)):
+    return tensors
   return InMemory(path, pretrained.load_weights(local))

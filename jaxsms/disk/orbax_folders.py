@@ -89,7 +89,7 @@ class Chunks(Tensors):
         f"{self.path} cannot be read ({first_sentence(error)}): give a whole checkpoint"
       ) from error
     digest = self._digests.get(name)
-    if digest and hashlib.sha256(values.view(np.uint8)).hexdigest() != digest:
+    if digest and hashlib.sha256(values.view(np.uint8).data).hexdigest() != digest:
       raise ValueError(
         f"checkpoint {self.path} is damaged: {name} is not what was saved, give a whole one"
       )

@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class ToNpz:
 
   def __enter__(self):
     self._archive = zipfile.ZipFile(self._file, "x")
-    self._member = None
+    self._member: Any = None
     return self
 
   def __exit__(self, *exception):

@@ -90,7 +90,7 @@ def as_float(values: np.ndarray, what: Any = None) -> np.ndarray:
   if what is None:
     wide = np.empty(values.shape, np.float32)
   else:
-    wide = scratch((what, "wide"), values.size, np.float32)
+    wide = scratch((what, "wide"), values.size, np.dtype(np.float32))
   if values.dtype == jnp.bfloat16:  # its bits are the first of a float32
     np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
   else:
@@ -114,7 +114,7 @@ def read_finite(model: Tensors, block: Block, what: Any) -> np.ndarray:
   return values
 
 
-def weighted(weights: Sequence[float]) -> Combine:
+def weighted(weights: Sequence[float] | np.ndarray) -> Combine:
   """The weighted sum of the models, one weight each; one of weight 0 is left out."""
   taken = [(i, np.float64(w)) for i, w in enumerate(weights) if w]
 

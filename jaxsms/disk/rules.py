@@ -58,9 +58,11 @@ def fisher(parts: Parts, prior: float = 0.0) -> Combine:
   def combine(block, values):
     if not _is_trained(parts, block.name):
       return average(block, values)
+    assert parts.squared_gradients is not None
+    squares = parts.squared_gradients
     stacked = np.stack([values[i] for i in taken])
     precision = np.stack(
-      [read_finite(parts.squared_gradients[i], block, ("squares", i)) for i in taken]
+      [read_finite(squares[int(i)], block, ("squares", i)) for i in taken]
     )
     if (precision < 0).any():
       raise ValueError(
@@ -86,6 +88,7 @@ def task_arithmetic(parts: Parts) -> Combine:
     target = average(block, values)
     if not _is_trained(parts, block.name):
       return target
+    assert parts.base is not None
     base = read_finite(parts.base, block, "base")
     moved = base + target.dtype.type(parts.scale) * (target - base)
     return np.where(_kept(parts, values), moved, 0)
@@ -107,6 +110,7 @@ def ties(parts: Parts) -> Combine:
       for i, x in enumerate(differences)
     ]
     move = agreed(np, np.stack(differences))
+    assert parts.base is not None
     base = read_finite(parts.base, block, "base")
     return np.where(kept, base + move.dtype.type(parts.scale) * move, 0)
 
@@ -116,7 +120,9 @@ def ties(parts: Parts) -> Combine:
 def _task_thresholds(parts: Parts) -> Thresholds:
   """What is trimmed of each model's differences, whose names begin with its number."""
   taken = np.flatnonzero(parts.weights)
-  specs = parts.base.specs
+  base = parts.base
+  assert base is not None
+  specs = base.specs
   names = [name for name in sorted(specs) if _is_trained(parts, name)]
   total = sum(specs[name].size for name in names)
   goal = total - round(parts.density * total)
@@ -129,7 +135,7 @@ def _task_thresholds(parts: Parts) -> Thresholds:
 
   def values() -> Iterator[tuple[Block, np.ndarray]]:
     for block, differences in in_order(work, blocks_of(specs, names)):
-      parts.on_bytes(bytes_of([*parts.models, parts.base], block))
+      parts.on_bytes(bytes_of([*parts.models, base], block))
       for i, x in enumerate(differences):
         yield block._replace(name=f"{i}:{block.name}"), x
 
@@ -162,7 +168,10 @@ def slerp(parts: Parts) -> Combine:
   for block, found in in_order(work, blocks_of(specs, names)):
     parts.on_bytes(bytes_of(parts.models, block))
     products[block.name] += found
-  weights = {name: arc_weights(np, *found, t) for name, found in products.items()}
+  weights = {
+    name: arc_weights(np, found[0], found[1], found[2], t)
+    for name, found in products.items()
+  }
 
   def combine(block, values):
     return weighted(weights.get(block.name, (1 - t, t)))(block, values)

@@ -191,7 +191,7 @@ def _view(name, data, dtype, shape, begin, end):
 
 def write_safetensors(
   path: str | os.PathLike,
-  arrays: Mapping[str, jax.Array],
+  arrays: Mapping[str, jax.Array | np.ndarray],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes arrays to a safetensors file; a killed write leaves none of that name.
@@ -211,7 +211,7 @@ def write_safetensors(
     for name in places:
       array = np.asarray(arrays[name])
       array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-      file.write(array.reshape(-1).view(np.uint8))
+      file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def make_header(
@@ -322,8 +322,8 @@ def by_path(tree: PyTree) -> dict[str, jax.Array]:
 
 def check_fit(
   problem: str,
-  expected: Mapping[str, jax.Array],
-  found: Mapping[str, jax.Array],
+  expected: Mapping[str, Any],
+  found: Mapping[str, Any],
   advice: str,
 ) -> None:
   """Raises ValueError unless two sets of arrays agree in their names and shapes.

@@ -76,6 +76,7 @@ def open_shards(local: str, path: str | os.PathLike) -> InFiles:
     ValueError: a file is missing or damaged, or index and files do not agree.
   """
   index = index_of(local) if os.path.isdir(local) else local
+  assert index is not None  # or it is no folder of a model
   folder = os.path.dirname(index)
   if not index.endswith(INDEX_ENDINGS):
     found = _open_part(index, path)
@@ -83,7 +84,9 @@ def open_shards(local: str, path: str | os.PathLike) -> InFiles:
     return found
   name = os.path.basename(index)
   weight_map = _weight_map(index, path)
-  specs, ranges, metadata = {}, {}, {}
+  specs: dict[str, Spec] = {}
+  ranges: dict[str, Range] = {}
+  metadata: dict[str, str] = {}
   for file in sorted(set(weight_map.values())):
     where = os.path.join(folder, file)
     if not os.path.isfile(where):

@@ -144,7 +144,7 @@ class InFiles(Tensors):
   ) -> np.ndarray:
     file, begin = self._ranges[name]
     values = np.empty([stop - start], self.specs[name].dtype) if into is None else into
-    view = memoryview(values.view(np.uint8))
+    view = values.view(np.uint8).data
     at = begin + start * values.itemsize
     while view:
       count = os.preadv(self._handle(file), [view], at)

@@ -8,7 +8,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class _Tensor:
 
 
 class _Pickler(pickle._Pickler):  # the one in Python: what it writes can be changed
-  dispatch = pickle._Pickler.dispatch.copy()
+  dispatch: ClassVar[Any] = pickle._Pickler.dispatch.copy()
 
   def persistent_id(self, obj: Any) -> Any:
     if not isinstance(obj, _Storage):
@@ -55,7 +55,7 @@ class _Pickler(pickle._Pickler):  # the one in Python: what it writes can be cha
     kind = next(n for n, x in STORAGES.items() if np.dtype(x) == obj.spec.dtype)
     return "storage", _Global("torch", kind), obj.key, "cpu", obj.spec.size
 
-  def _save_name(self, obj):
+  def _save_name(self: Any, obj: Any) -> None:
     self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
     self.memoize(obj)
 
@@ -86,7 +86,7 @@ class ToPytorch:
 
   def __enter__(self):
     self._archive = zipfile.ZipFile(self._file, "x")
-    self._member = None
+    self._member: Any = None
     pickled = io.BytesIO()
     tensors = ((name, _Tensor(key, self._specs[name])) for name, key in self._keys.items())
     _Pickler(pickled, 2).dump(collections.OrderedDict(tensors))
@@ -119,7 +119,9 @@ class ToPytorch:
 
   def _begin(self, name):
     info = zipfile.ZipInfo(f"archive/{name}")
-    begin = self._archive.fp.tell() + 30 + len(info.filename) + 4 + _ZIP64
+    file = self._archive.fp
+    assert file is not None  # it is open
+    begin = file.tell() + 30 + len(info.filename) + 4 + _ZIP64
     padding = -begin % _ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     return self._archive.open(info, "w", force_zip64=True)

@@ -80,11 +80,11 @@ class ToSafetensors:
     if self._index is not None:
       weight_map = {n: os.path.basename(r.file) for n, r in sorted(self._ranges.items())}
       document = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-      with open(self._index, "x", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+      with open(self._index, "x", encoding="utf-8") as index:
+        json.dump(document, index, indent=2)
+        index.write("\n")
+        index.flush()
+        os.fsync(index.fileno())
 
 
 def _write_all(handle, data, at):
@@ -133,7 +133,7 @@ class Digests:
 
   def write(self, block: Block, values: np.ndarray) -> None:
     before = self._digests.get(block.name, 0)
-    self._digests[block.name] = zlib.crc32(as_bytes(values), before)
+    self._digests[block.name] = zlib.crc32(as_bytes(values).data, before)
     self._writer.write(block, values)
 
   def finish(self) -> None:
@@ -155,7 +155,7 @@ def check_digests(written: Tensors, digests: Mapping[str, int]) -> None:
     found = 0
     for block in blocks_of(written.specs, [name]):
       into = scratch("read", block.stop - block.start, written.specs[name].dtype)
-      found = zlib.crc32(as_bytes(written.read(*block, into=into)), found)
+      found = zlib.crc32(as_bytes(written.read(*block, into=into)).data, found)
     return name, found
 
   if written.specs.keys() != digests.keys():

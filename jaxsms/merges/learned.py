@@ -154,7 +154,8 @@ def average_by_leaf(stacked: PyTree, weights: PyTree) -> PyTree:
     ValueError: leaves disagree on m, or the trees in their structure.
   """
   number_of_models(stacked)
-  if jax.tree.structure(stacked) != jax.tree.structure(weights):
+  structure: Any = jax.tree.structure(stacked)
+  if structure != jax.tree.structure(weights):
     raise ValueError(
       "stacked and weights have different tree structures: give a weight [m] for each leaf"
     )

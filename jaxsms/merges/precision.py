@@ -17,7 +17,7 @@ SquaredGradients = PyTree | Callable[[PyTree], PyTree]
 def fisher_soup(
   stacked: PyTree,
   squared_gradients: SquaredGradients,
-  weights: jax.Array | None = None,
+  weights: jax.Array | np.ndarray | None = None,
   *,
   prior: float = 0.0,
   data: Sequence[Any] = (),

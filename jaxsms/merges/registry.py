@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 
 from jaxsms.merges.learned import learned_soup
 from jaxsms.merges.precision import fisher_soup
@@ -31,7 +32,7 @@ class Means(NamedTuple):
     t: where between two models, from 0 to 1.
   """
 
-  weights: jax.Array | None = None
+  weights: jax.Array | np.ndarray | None = None
   base: PyTree | None = None
   evaluate: Callable[[PyTree], float] | None = None
   loss: Callable[..., jax.Array] | None = None
@@ -84,7 +85,7 @@ MERGES = {
     "from the best one on, each that does not lower the validation accuracy of the average",
     ("evaluate",),
     False,
-    lambda means: functools.partial(greedy_soup, evaluate=means.evaluate),
+    lambda means: functools.partial(greedy_soup, evaluate=cast(Any, means.evaluate)),
   ),
   "learned": Entry(
     "the mean with a weight for each model, learned on validation data",

@@ -57,7 +57,7 @@ def _slerp(stacked, finite, t):
       products = [
         jnp.vdot(x, y) for x, y in ((first, first), (first, second), (second, second))
       ]
-      a, b = arc_weights(jnp, *products, t)
+      a, b = arc_weights(jnp, products[0], products[1], products[2], t)
     return (a * first + b * second).astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(one, stacked)

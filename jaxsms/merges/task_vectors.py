@@ -15,7 +15,11 @@ from jaxsms.trees import PyTree, is_concrete, is_parameter, number_of_models
 
 
 def task_arithmetic(
-  stacked: PyTree, base: PyTree, weights: jax.Array | None = None, *, scale: float = 1.0
+  stacked: PyTree,
+  base: PyTree,
+  weights: jax.Array | np.ndarray | None = None,
+  *,
+  scale: float = 1.0,
 ) -> PyTree:
   """Adds the models' mean difference from a base model to it.
 

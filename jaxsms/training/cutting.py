@@ -45,7 +45,7 @@ class CutModule:
     return CutModule(self._module.clone(**fields), self._network)
 
   def _called_with(self, train, mutable):
-    options = {"mutable": list(mutable)} if mutable else {}
+    options: dict[str, Any] = {"mutable": list(mutable)} if mutable else {}
 
     def full(variables, images, rngs):
       return self._module.apply(variables, images, train=train, rngs=rngs, **options)

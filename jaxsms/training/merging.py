@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jaxsms.training.engine import Engine, Model, one_model
 from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, recalibrated, score
 from jaxsms.training.programs import Programs
+from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
@@ -116,7 +117,7 @@ def named_merge(
   means = Means(base=base, prior=prior, weights=weights)
   if name in ("learned", "learned_by_layer"):
     by = "layer" if name == "learned_by_layer" else "model"
-    held_out = evenly(splits.validation, LEARNING_IMAGES)
+    held_out = evenly(cast(Data, splits.validation), LEARNING_IMAGES)
     data = held_out.images, held_out.labels
 
     def learned(candidates):
@@ -125,14 +126,15 @@ def named_merge(
 
     return learned
   if name in ("fisher", "inverse_variance"):
-    images = evenly(splits.train, FISHER_IMAGES).images
+    images = evenly(cast(Data, splits.train), FISHER_IMAGES).images
     means = means._replace(squared_gradients=squares_of(programs), data=(key, images))
   return bind(name, means)
 
 
 def mean_weights(weights: PyTree) -> np.ndarray:
   """float [m], the mean over leaves of weights [m]."""
-  return np.mean(jax.device_get(jax.tree.leaves(weights)), axis=0, dtype=np.float64)
+  leaves = jax.device_get(jax.tree.leaves(weights))
+  return np.asarray(np.mean(leaves, axis=0, dtype=np.float64))
 
 
 # Cached: what is compiled for a function serves in all phases.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, NotRequired
+from typing import Any, NamedTuple, NotRequired, cast
 
 import jax
 import numpy as np
@@ -158,7 +158,8 @@ def training_phases(
       found = measure_landscape(
         cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
       )
-      merged |= {} if found is None else {"landscape": found}
+      if found is not None:
+        cast(dict[str, Any], merged)["landscape"] = found
     return cut.expand(soup), merged
 
   return soup_phases(
