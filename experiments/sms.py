@@ -121,7 +121,7 @@ def early_end(task: Task, keeper: keeping.Keeper) -> Iterator[None]:
   where = f"{done} of {of} seeds finished" if done else "no seed finished"
   if done < of:
     where += f"; in {keeper.work.position()}"
-  if keeper.is_there():
+  if not keeper.moved():
     if done:
       with contextlib.suppress(OSError):  # such as a full disk
         show(keeper.workdir, running.results_of(task, keeper))
