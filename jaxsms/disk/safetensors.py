@@ -70,7 +70,7 @@ def read_with_metadata(
     ValueError: see `read_safetensors`.
   """
   file = storage.as_path(path)
-  if not file.is_file():
+  if not storage.is_file(file):
     raise ValueError(f"there is no file {path}: give a .safetensors file")
   try:
     with on_disk(file) as local:

@@ -179,6 +179,12 @@ def set_aside(path: epath.Path) -> epath.Path:
   return path.rename(aside)
 
 
+def is_file(path: Path) -> bool:
+  """Whether a path is a file, and no pipe, which may never end."""
+  path = as_path(path)
+  return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
 def content_digest(path: Path) -> str:
   """A digest of a file's bytes, or of the names and bytes of all files in a folder.
 
@@ -187,7 +193,7 @@ def content_digest(path: Path) -> str:
   """
   root, digest = as_path(path), hashlib.sha256()
   for file in _files(root):
-    if not file.is_file():  # a pipe may never end
+    if not is_file(file):
       raise OSError(f"{file} is no file")
     digest.update(f"{file.relative_to(root)}\0".encode())
     with file.open("rb") as reader:
