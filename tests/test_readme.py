@@ -107,9 +107,22 @@ def test_jaxpruners_global_scope_normalizes(quick_compilation):
     np.testing.assert_array_equal(masks[layer]["kernel"], x >= threshold)
 
 
+def test_networks_that_shrink():
+  names = pages.run(CHAPTERS["shrinking"], {})
+  small, params = names["small"], names["params"]
+  found = small.apply(small.params, names["images"])
+  expected = names["Net"]().apply(names["pruned"], names["images"])
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (params, small.params)]
+  assert sizes[1] < 0.4 * sizes[0]
+  assert names["soup"].history[-1]["sparsity"] >= 0.75
+  full = jax.tree.map(np.shape, names["full"])
+  assert full == jax.tree.map(np.shape, params)
+
+
 def test_every_page_with_snippets_is_run():
   assert {name for name, text in PAGES.items() if snippets(text)} == {
-    "README", "own_code", "recipes", "coming_from_jaxpruner",
+    "README", "own_code", "recipes", "coming_from_jaxpruner", "shrinking",
   }  # fmt: skip
 
 

@@ -1,0 +1,4 @@
+"""Networks that shrink: channels, masks of them, and networks cut to what is left.
+
+.. include:: shrinking.md
+"""
