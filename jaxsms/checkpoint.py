@@ -223,6 +223,19 @@ def is_unfinished(path: storage.Path) -> bool:
   return not any((root / name).exists() for name in (ARRAYS, MANIFEST))
 
 
+def holds_nothing(path: storage.Path) -> bool:
+  """Whether a folder of whatever wrote it is empty, or one of ours that is unfinished.
+
+  Args:
+    path: an existing folder.
+
+  Returns:
+    True where nothing can be read of it.
+  """
+  root = storage.as_path(path)
+  return (root / UNFINISHED).exists() or not any(root.iterdir())
+
+
 def remove(path: storage.Path) -> None:
   """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged.
 

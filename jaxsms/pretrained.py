@@ -244,7 +244,7 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
       found = {k: v for k, v in found.items() if k.split("/")[0] in _COLLECTIONS}
     return found
   whole = (folder / checkpoint.MANIFEST).exists()
-  if not whole and checkpoint.is_unfinished(path):
+  if not whole and checkpoint.holds_nothing(path):
     raise ValueError(
       f"{path} cannot be read (it holds no whole checkpoint): give a folder that "
       "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"

@@ -77,7 +77,6 @@ def test_steps_of_pytorch_are_ours(name):
 
   optimizer = sgd(LR, DECAY, momentum=MOMENTUM, nesterov=True)
   state = start(params, batch_stats, optimizer, 2)
-  recipe = training_step.Recipe(module)
   step = jax.jit(
     jax.vmap(
       lambda state, images, labels: training_step.train_step(

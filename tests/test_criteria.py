@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -270,6 +270,8 @@ def filter_reference(values, share, scope):
   params = tree(values.astype(float))
   norms = [np.sqrt(np.sum(params[name]["kernel"].reshape(-1, 4) ** 2, 0)) for name in NAMES]
   norms = [x / max(np.sqrt(np.sum(x**2)), 1e-30) for x in norms]
+  for first, second in (np.sort(x)[:-3:-1] for x in norms):  # in float32 either may win
+    assume(first == second or first - second > 1e-5 * first)
   protected = [len(x) - 1 - np.argmax(x[::-1]) for x in norms]
   for x, i in zip(norms, protected, strict=True):
     x[i] = np.inf

@@ -130,8 +130,9 @@ def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
   state = jax.tree.map(lambda x: x[0], start(*small, sgd, 1))
   images = jnp.asarray(examples.images[:4], jnp.float32) / 255
   labels = examples.labels[:4]
-  new, metrics = jax.jit(training.step.train_step, static_argnums=(0, 1, 7))(
-    Small(), sgd, jax.random.key(0), state, all_true(small.params), images, labels, 2
+  recipe = training.step.Recipe(Small(), micro_batches=2)
+  new, metrics = jax.jit(training.step.train_step, static_argnums=(0, 1))(
+    recipe, sgd, jax.random.key(0), state, all_true(small.params), images, labels
   )
   stats, gradients, losses = small.batch_stats, [], []
   for part in (slice(0, 4, 2), slice(1, 4, 2)):

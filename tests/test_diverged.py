@@ -249,9 +249,8 @@ def test_averaging_that_fails_is_not_hidden_by_a_collapsed_copy(programs, traine
     bad = jax.tree.map(lambda x: -x[0], candidates.params)
     return candidates._replace(params=bad)
 
-  merging = Merging(lambda engine, key: half_bad)
   copies = copies_of(trained, {3: negated})
-  _, record = merged(programs, copies, start=0.95, merging=merging)
+  _, record = merged(programs, copies, start=0.95, merge=half_bad)
   assert record["collapsed"] == [3]
   failed = record["averaging_failed"]
   good = [record["candidates"][i]["validation_accuracy"] for i in range(3)]

@@ -8,12 +8,11 @@ from rich.progress import (
   BarColumn,
   DownloadColumn,
   Progress,
-  TextColumn,
   TimeRemainingColumn,
 )
 
 from ..run.progress import clock
-from ..run.terminal import say, terminal
+from ..run.terminal import say, terminal, text_column
 
 EVERY = 10  # seconds between two lines where there is no terminal
 
@@ -32,7 +31,7 @@ class BytesProgress:
     self._total, self._done = total, 0
     self._started = self._said = time.monotonic()
     self._bar = Progress(
-      TextColumn("{task.description}"),
+      text_column("{task.description}"),
       BarColumn(bar_width=24),
       DownloadColumn(),
       TimeRemainingColumn(),

@@ -112,10 +112,15 @@ def notes(seeds: list[Results]) -> list[str]:
         found.append(
           f"{where}: averaging failed. The soup has {_of(failed, 'soup')} % on validation "
           f"data, its worst candidate {_of(failed, 'worst_candidate')} %; between copies "
-          f"{' and '.join(map(str, failed['copies']))} the loss rises"
-          + ("." if failed["barrier"] is None else f" by {failed['barrier']:.3g}.")
+          f"{' and '.join(map(str, failed['copies']))} the loss rises by "
+          f"{_barrier(failed['barrier'])}."
         )
   return found
+
+
+def _barrier(value: float | None) -> str:
+  """A barrier as text; None stands for one that is not finite."""
+  return "more than any number" if value is None else f"{value:.3g}"
 
 
 def _copies(where: str, entry: Results) -> list[str]:

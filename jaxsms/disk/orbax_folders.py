@@ -126,7 +126,7 @@ def open_checkpoint(local: str, path: str | os.PathLike) -> Tensors:
     leaves = checkpoint.read_manifest(local)["leaves"]
     folder = os.path.join(local, checkpoint.ARRAYS)
     digests = {name: leaf["sha256"] for name, leaf in leaves.items()}
-  elif checkpoint.is_unfinished(local):
+  elif checkpoint.holds_nothing(local):
     raise ValueError(
       f"{path} cannot be read (it holds no whole checkpoint): give a folder that "
       "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
