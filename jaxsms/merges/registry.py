@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from jaxsms.merges.learned import learned_soup
+from jaxsms.merges.learned import weighted_by_learning
 from jaxsms.merges.precision import fisher_soup
 from jaxsms.merges.sphere import slerp
 from jaxsms.merges.task_vectors import task_arithmetic, ties
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 def _learned(by):
   return lambda means: functools.partial(
-    learned_soup, loss=means.loss, data=means.data, by=by
+    weighted_by_learning, loss=means.loss, data=means.data, by=by
   )
 
 
