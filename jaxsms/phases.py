@@ -40,7 +40,7 @@ class Weighted(NamedTuple):
   """
 
   params: PyTree
-  weights: np.ndarray
+  weights: np.ndarray | jax.Array
 
 
 def prune_phase(
@@ -134,7 +134,7 @@ def merge_phase(
   merged = merge(candidates)
   if isinstance(merged, Weighted) and _is_one_of(candidates, merged.params):
     weights = np.zeros([m])
-    weights[healthy] = merged.weights
+    weights[healthy] = fetch(merged.weights)
     return merged.params, weights
   if _is_one_of(candidates, merged):
     return merged, soup_weights(healthy, m)

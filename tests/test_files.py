@@ -14,7 +14,7 @@ import store
 from experiments.reporting import accuracy_figure
 from experiments.run import outputs
 from jaxsms import checkpoint, export, pretrained
-from jaxsms.disk import storage
+from jaxsms.disk import storage, writing
 from jaxsms.disk.files import on_disk, whole_file
 from jaxsms.disk.safetensors import load_safetensors, read_safetensors, save_safetensors
 
@@ -142,6 +142,27 @@ def test_every_writer_syncs_the_file_and_then_its_folder(ending, tmp_path, monke
   plain = tmp_path / "plain"
   plain.touch()
   assert os.stat(path).st_mode == plain.stat().st_mode  # as any file of this user
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_name_is_given_to_what_is_on_the_disk(kind, tmp_path, monkeypatch):
+  """Every file of a folder, whoever wrote it, and the folder."""
+  fsync, rename, synced = os.fsync, os.rename, set()
+
+  def renamed(source, target):
+    inside = [source, *pathlib.Path(source).rglob("*")]
+    assert {os.stat(x).st_ino for x in inside} <= synced
+    rename(source, target)
+
+  monkeypatch.setattr(os, "fsync", lambda f: (fsync(f), synced.add(os.fstat(f).st_ino)))
+  monkeypatch.setattr(os, "rename", renamed)
+  with writing.partial(str(tmp_path / "out")) as temporary:
+    if kind == "folder":
+      os.makedirs(os.path.join(temporary, "inner"))
+      temporary = os.path.join(temporary, "inner", "config.json")
+    pathlib.Path(temporary).write_text("{}")
+  out = tmp_path / "out"
+  assert (out if kind == "file" else out / "inner" / "config.json").read_text() == "{}"
 
 
 def test_nothing_else_in_the_two_packages_opens_files_to_write():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -289,7 +290,9 @@ def test_the_notebook_reads_through_the_same_check():
 
 def test_what_the_notebook_takes_from_here_is_there():
   notebook = json.loads((ROOT / "experiments" / "paper_figures.ipynb").read_text())
-  source = "\n".join("".join(cell["source"]) for cell in notebook["cells"][1::2])
+  source = "\n".join(
+    "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"
+  )
   lines = re.findall(r"^(?:from|import) (?:experiments|jaxsms).*$", source, re.MULTILINE)
   names: dict = {}
   exec("\n".join(lines), names)

@@ -76,8 +76,7 @@ def weighted_by_learning(stacked: PyTree, loss: Loss, **options: Any) -> Weighte
     FloatingPointError: the same.
   """
   weights = learned_weights(stacked, loss, **options)
-  leaves = jax.device_get(jax.tree.leaves(weights))
-  mean = np.asarray(np.mean(leaves, axis=0, dtype=np.float64))
+  mean = jnp.mean(jnp.stack(jax.tree.leaves(weights)), axis=0)
   return Weighted(average_by_leaf(stacked, weights), mean)
 
 
