@@ -283,14 +283,7 @@ def test_candidates_are_let_go_before_others_are_trained():
   for keep in (False, True):
     seen.clear()
     alive.clear()
-    soup = run(
-      shift,
-      lambda phase: retrain({"amount": jnp.array([0.5, 1.0 + phase])}),
-      on_phase=lambda phase: seen.extend(
-        map(weakref.ref, jax.tree.leaves(phase.candidates))
-      ),
-      keep_candidates=keep,
-    )
+    soup = run(shift, ingredients, on_phase=on_phase, keep_candidates=keep)
     assert len(seen) == PHASES * len(jax.tree.leaves(PARAMS))
     assert alive == [0] * PHASES
     assert (soup.candidates is not None) == keep
