@@ -350,7 +350,7 @@ def test_rejects_sparsities(share, rejects):
 
 def test_a_phase_counts_masks_that_broadcast():
   params = {"kernel": np.arange(1.0, 13.0, dtype=np.float32).reshape(6, 2)}
-  row = np.array([[True, False]])
+  row = np.array([True, False])
   pruned, _, record = prune_phase(params, None, 0.5, lambda *a, **k: {"kernel": row})
   assert record["sparsity"] == sparsity(pruned) == 0.5
   _, _, record = prune_phase(

@@ -290,9 +290,8 @@ def test_the_notebook_reads_through_the_same_check():
 
 def test_what_the_notebook_takes_from_here_is_there():
   notebook = json.loads((ROOT / "experiments" / "paper_figures.ipynb").read_text())
-  source = "\n".join(
-    "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"
-  )
+  cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+  source = "\n".join(map("".join, cells))
   lines = re.findall(r"^(?:from|import) (?:experiments|jaxsms).*$", source, re.MULTILINE)
   names: dict = {}
   exec("\n".join(lines), names)

@@ -24,8 +24,8 @@ class Means(NamedTuple):
     base: the model that all were trained from, leaves [...].
     evaluate: a score of one model on validation data, higher is better.
     loss: `loss(params, *data)` of one model on validation data, differentiable.
+    data: of the loss, or of the function of squared gradients.
     squared_gradients: leaves [m, ...], or a function `f(model, *data)` of one model.
-    data: of the loss, or of that function.
     prior: of inverse variances, the L2 coefficient of training.
     scale: of what task vectors add.
     density: share of a task vector that TIES keeps.
