@@ -129,7 +129,9 @@ def _forward(how, images, kernels):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def image_gradient(how, outputs, kernels):
+def image_gradient(
+  how: tuple[Geometry, str], outputs: jax.Array, kernels: jax.Array
+) -> jax.Array:
   """The transpose of a convolution in its images.
 
   Args:
@@ -144,7 +146,9 @@ def image_gradient(how, outputs, kernels):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kernel_gradient(how, images, outputs):
+def kernel_gradient(
+  how: tuple[Geometry, str], images: jax.Array, outputs: jax.Array
+) -> jax.Array:
   """The transpose of a convolution in its kernels.
 
   Args:
