@@ -106,7 +106,7 @@ def _with_inner_replaced(equation, inputs, left):
     else:
       parameters[name] = tuple(_transformed(branch, left) for branch in inner)
   if not entered:
-    left[0] += sum(map(_count_convolutions, _functions_in(equation.params)))
+    left[0] += sum(map(_count_convolutions, _functions_in(equation)))
   return equation.replace(params=parameters), inputs
 
 
@@ -135,14 +135,16 @@ def _count_convolutions(jaxpr):
   """Of a function, and of those inside it."""
   return sum(
     (equation.primitive.name == "conv_general_dilated")
-    + sum(map(_count_convolutions, _functions_in(equation.params)))
+    + sum(map(_count_convolutions, _functions_in(equation)))
     for equation in jaxpr.eqns
   )
 
 
-def _functions_in(parameters):
-  """Those that an operation calls, by whatever name it has them."""
-  for value in parameters.values():
+def _functions_in(equation):
+  """Those that an operation calls, but for those with a batching rule of their own."""
+  if equation.primitive.name == "custom_vmap_call":  # as our convolutions have
+    return
+  for value in equation.params.values():
     for inner in value if isinstance(value, tuple | list) else (value,):
       if isinstance(inner, ClosedJaxpr):
         yield inner.jaxpr

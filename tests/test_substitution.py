@@ -11,6 +11,7 @@ from jax import lax
 from test_convolution import ONE_PAD, assert_close, group_counts, normal
 
 import jaxsms
+from jaxsms import convolution
 from jaxsms.substitution import with_own_convolutions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -88,6 +89,20 @@ def test_convolutions_with_a_gradient_of_their_own_are_left_and_counted(kind):
   found, left = with_own_convolutions(lambda x, w: own(x, w) + convolve(x, w), x, w)
   assert left == 1
   np.testing.assert_allclose(found, 2 * convolve(x, w), 1e-5, 1e-5)
+
+
+def test_convolutions_of_ours_are_none_that_are_left():
+  x, w = normal(0, 3, 6, 6, 4), normal(1, 3, 3, 4, 4)
+
+  def loss(x, w):
+    out = convolution.conv_general_dilated(
+      x, w, (1, 1), "SAME", dimension_numbers=LAYOUTS[0]
+    )
+    return jnp.sum(out**2)
+
+  assert with_own_convolutions(loss, x, w)[1] == 0
+  assert with_own_convolutions(jax.grad(loss), x, w)[1] == 0
+  assert with_own_convolutions(jax.vmap(loss), x[None], w[None])[1] == 0
 
 
 class Network(nn.Module):
