@@ -108,7 +108,7 @@ def sync_tree(path: Path) -> None:
   """Waits until a file, or all that is in a folder, is on the disk."""
   if os.path.isfile(path):
     sync(path)
-  for folder, _, files in os.walk(path):
+  for folder, _, files in os.walk(os.fspath(path)):
     for name in files:
       sync(os.path.join(folder, name))
     sync(folder)
@@ -188,8 +188,8 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 def is_file(path: Path) -> bool:
   """Whether a path is a file, and no pipe, which may never end."""
-  path = as_path(path)
-  return path.is_file() if is_remote(path) else os.path.isfile(path)
+  place = as_path(path)
+  return place.is_file() if is_remote(place) else os.path.isfile(place)
 
 
 def content_digest(path: Path) -> str:
