@@ -64,7 +64,7 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.patterns import filter_masks, n_m_masks
-from jaxsms.phases import merge_phase, prune_phase
+from jaxsms.phases import Weighted, merge_phase, prune_phase
 from jaxsms.pruning import (
   apply_masks,
   magnitude_masks,
@@ -93,6 +93,7 @@ __all__ = [
   "Plane",
   "PrunedState",
   "SparseSoup",
+  "Weighted",
   "Weights",
   "accuracy",
   "agreement",
@@ -157,8 +158,8 @@ __all__ = [
 ]
 
 _ROOMS = (
-  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "guide", "models",
-  "pretrained", "training",
+  "baselines", "checkpoint", "convolution", "data", "dynamic", "export", "guide", "merges",
+  "models", "pretrained", "training",
 )  # fmt: skip
 
 

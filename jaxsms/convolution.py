@@ -130,14 +130,36 @@ def _forward(how, images, kernels):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def image_gradient(how, outputs, kernels):
-  """The transpose of `_forward` in its images: outputs, kernels -> images."""
+def image_gradient(
+  how: tuple[Geometry, str], outputs: jax.Array, kernels: jax.Array
+) -> jax.Array:
+  """The transpose of a convolution in its images.
+
+  Args:
+    how: (its geometry, "auto" or the name of a lowering).
+    outputs: [n, out_h, out_w, o].
+    kernels: [h, w, c, o].
+
+  Returns:
+    Images [n, h, w, c].
+  """
   return _operation(how, 1)(outputs, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kernel_gradient(how, images, outputs):
-  """The transpose of `_forward` in its kernels: images, outputs -> kernels."""
+def kernel_gradient(
+  how: tuple[Geometry, str], images: jax.Array, outputs: jax.Array
+) -> jax.Array:
+  """The transpose of a convolution in its kernels.
+
+  Args:
+    how: (its geometry, "auto" or the name of a lowering).
+    images: [n, h, w, c].
+    outputs: [n, out_h, out_w, o].
+
+  Returns:
+    Kernels [h, w, c, o].
+  """
   return _operation(how, 2)(images, outputs)
 
 

@@ -40,7 +40,7 @@ class Weighted(NamedTuple):
   """
 
   params: PyTree
-  weights: np.ndarray
+  weights: np.ndarray | jax.Array
 
 
 def prune_phase(
@@ -134,7 +134,7 @@ def merge_phase(
   merged = merge(candidates)
   if isinstance(merged, Weighted) and _is_one_of(candidates, merged.params):
     weights = np.zeros([m])
-    weights[healthy] = merged.weights
+    weights[healthy] = fetch(merged.weights)
     return merged.params, weights
   if _is_one_of(candidates, merged):
     return merged, soup_weights(healthy, m)
@@ -211,8 +211,8 @@ def _check_nested(params: PyTree, masks: PyTree, new: PyTree) -> None:
   """Raises ValueError where new masks keep what earlier ones removed."""
   earlier, now = mask_leaves(params, masks), mask_leaves(params, new)
   leaves = zip(jax.tree.leaves(params), earlier, now, strict=True)
-  pairs = [(old, _full(mask, x)) for x, old, mask in leaves if old is not None]
-  if regrown := int(_count_regrown(pairs)):
+  pairs = [(_full(old, x), _full(mask, x)) for x, old, mask in leaves if old is not None]
+  if pairs and (regrown := counts.on_host(fetch(_count_regrown(pairs)))):
     raise ValueError(
       f"prune keeps {regrown:,} weights that were removed before: let it hand on the masks "
       "it is given, or pass regrow=True"
@@ -220,13 +220,17 @@ def _check_nested(params: PyTree, masks: PyTree, new: PyTree) -> None:
 
 
 def _full(mask, leaf):
-  """The mask of a leaf, True where there is none."""
-  return np.ones(np.shape(leaf), bool) if mask is None or mask is True else mask
+  """The mask of a leaf, of its shape, True where there is none."""
+  if mask is None or mask is True:
+    return np.ones(np.shape(leaf), bool)
+  if np.shape(mask) == np.shape(leaf):
+    return mask
+  return jnp.broadcast_to(mask, np.shape(leaf))
 
 
 @jax.jit
 def _count_regrown(pairs):
-  return sum((jnp.count_nonzero(new & ~old) for old, new in pairs), jnp.int32(0))
+  return counts.count([new & ~old for old, new in pairs])
 
 
 @jax.jit

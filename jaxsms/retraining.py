@@ -37,6 +37,7 @@ def retrain_phase(
   retrain: Retrain,
   mesh: jax.sharding.Mesh | None = None,
   at_once: int | None = None,
+  keep: bool = True,
 ) -> tuple[PyTree, PyTree | None]:
   """Retrains one copy of a model per ingredient, all in one jitted program.
 
@@ -49,6 +50,7 @@ def retrain_phase(
     mesh: None for one device, else as `jaxsms.make_mesh` gives.
     at_once: copies that one device trains at the same time; groups of so many follow one
       another in the same program, in less memory. None means all.
+    keep: keeps the compiled program, for later calls with the same `retrain`.
 
   Returns:
     The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports,
@@ -76,7 +78,7 @@ def retrain_phase(
   if mesh is not None:  # a later phase's, on the mesh already, would compile again
     arguments = place(arguments, NamedSharding(mesh, PartitionSpec()))
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  program = _retrain_program(retrain, mesh, at_once, device.platform)
+  program = _retrain_program(retrain, mesh, at_once, device.platform, keep)
   candidates, report, moved = program.run(*arguments)
   candidates, report, moved = gather(settled((candidates, report, moved)))
   if program.native.pop("convolutions", 0) and len(moved) > _devices(mesh) and at_once != 1:
@@ -123,9 +125,15 @@ class _Program(NamedTuple):
 
 
 def _retrain_program(
-  retrain: Retrain, mesh: jax.sharding.Mesh | None, at_once: int | None, platform: str
+  retrain: Retrain,
+  mesh: jax.sharding.Mesh | None,
+  at_once: int | None,
+  platform: str,
+  keep: bool,
 ) -> _Program:
   """The mapped, jitted program of a caller's function, kept so that phases share it."""
+  if not keep:
+    return _hashed_retrain_program.__wrapped__(retrain, mesh, at_once, platform)
   try:
     hash(retrain)
   except TypeError:

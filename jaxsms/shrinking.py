@@ -9,6 +9,7 @@ import jax
 
 from jaxsms.channels import channel_groups, compact
 from jaxsms.channels.budgets import channel_masks
+from jaxsms.phases import Weighted
 from jaxsms.pruning import magnitude_masks
 from jaxsms.soups import uniform_soup
 from jaxsms.trees import PyTree
@@ -96,6 +97,8 @@ class Shrinking:
     def merged(candidates):
       soup = merge(jax.vmap(network.expand)(candidates))
       structure: Any = jax.tree.structure(candidates)
+      if isinstance(soup, Weighted) and structure == jax.tree.structure(soup.params):
+        return soup._replace(params=network.shrink(soup.params))
       if structure == jax.tree.structure(soup):
         return network.shrink(soup)
       if isinstance(soup, tuple) and structure == jax.tree.structure(soup[0]):

@@ -123,6 +123,7 @@ def soup_phases(
     candidates, report = yield from retrain(phase_key, params, masks, record)
     params, merged = merge(phase_key, candidates, record)
     yield Phase(params, masks, candidates, {**record, **merged, **report})
+    del candidates  # they are as large as those that the next phase trains
 
 
 def phase_sparsities(goal: float, phases: int, done: int = 0) -> dict[int, float]:
@@ -240,7 +241,9 @@ def sparse_model_soup(
   def retrain_all(key, params, masks, record):
     varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
     one = retrain if network is None else network.retrain(retrain)
-    candidates, report = retrain_phase(key, params, masks, varied, one, mesh, at_once)
+    candidates, report = retrain_phase(
+      key, params, masks, varied, one, mesh, at_once, keep=network is None
+    )
     return candidates, {"retrain": report}
     yield  # a generator, as the loop asks for; one program has nothing to report
 
@@ -261,10 +264,12 @@ def sparse_model_soup(
   ):
     params, masks = phase.params, phase.masks
     history.append(phase.record)
-    candidates = phase.candidates if keep_candidates else None
+    if keep_candidates and len(history) == phases:
+      candidates = phase.candidates
     if network is not None:
       phase = phase._replace(expand=network.expand, cut=network.cut)
     if on_phase is not None:
       on_phase(phase)
+    del phase  # and its candidates, before others are trained
   ways = () if network is None else (network.expand, network.cut)
   return SparseSoup(params, masks, history, candidates, *ways)

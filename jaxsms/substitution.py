@@ -12,19 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from jaxsms import convolution
 from jaxsms.nn.lowerings import Geometry, vary_alike
 
 _HOW = "auto"
 _NONE = ((0, 0), (0, 0))
-_LOOPS = {
+_ENTERED = {
   "scan": ("jaxpr",),
   "while": ("body_jaxpr",),
   "cond": ("branches",),
   "jit": ("jaxpr",),
   "pjit": ("jaxpr",),
+  "closed_call": ("call_jaxpr",),
+  "checkpoint": ("jaxpr",),  # open ones
+  "remat2": ("jaxpr",),
 }
 
 
@@ -37,7 +40,7 @@ def with_own_convolutions(function: Callable, *arguments: Any) -> tuple[Any, int
 
   Returns:
     Its result, to rounding, and how many convolutions were left as they are: dilated,
-    grouped, complex, or not over two dimensions.
+    grouped, complex, not over two dimensions, or in a function with a gradient of its own.
   """
   leaves, structure = jax.tree.flatten(arguments)
   places = [i for i, leaf in enumerate(leaves) if _is_value(leaf)]
@@ -53,7 +56,7 @@ def with_own_convolutions(function: Callable, *arguments: Any) -> tuple[Any, int
 
   traced = jax.make_jaxpr(of_arrays)(*(leaves[i] for i in places))
   arrays, left = [leaves[i] for i in places], [0]
-  if _has_convolutions(traced.jaxpr):
+  if _count_convolutions(traced.jaxpr):
     found = iter(_evaluate(traced.jaxpr, traced.consts, arrays, left))
   else:
     found = iter(jaxpr_as_fun(traced)(*arrays))
@@ -76,7 +79,7 @@ def _evaluate(jaxpr, consts, arguments, left):
     found = _replaced(equation, inputs, left)
     if found is None:
       with equation.ctx.manager:
-        found = _bind(_with_inner_replaced(equation, left), inputs)
+        found = _bind(*_with_inner_replaced(equation, inputs, left))
     values.update(zip(equation.outvars, found, strict=True))
   return [read(v) for v in jaxpr.outvars]
 
@@ -89,20 +92,33 @@ def _bind(equation, inputs):
   return found if equation.primitive.multiple_results else [found]
 
 
-def _with_inner_replaced(equation, left):
-  """The operation, with the functions inside it transformed as well."""
+def _with_inner_replaced(equation, inputs, left):
+  """The operation and its inputs, with the functions inside it transformed as well."""
   parameters = dict(equation.params)
-  for name in _LOOPS.get(equation.primitive.name, ()):
+  entered = _ENTERED.get(equation.primitive.name, ())
+  for name in entered:
     inner = parameters[name]
     if isinstance(inner, ClosedJaxpr):
       parameters[name] = _transformed(inner, left)
+    elif isinstance(inner, Jaxpr):
+      new = _transformed(ClosedJaxpr(inner, ()), left)
+      parameters[name], inputs = _opened(new.jaxpr), [*new.consts, *inputs]
     else:
       parameters[name] = tuple(_transformed(branch, left) for branch in inner)
-  return equation.replace(params=parameters)
+  if not entered:
+    left[0] += sum(map(_count_convolutions, _functions_in(equation)))
+  return equation.replace(params=parameters), inputs
+
+
+def _opened(jaxpr):
+  """The function with its constants as arguments, the first."""
+  if not jaxpr.constvars:
+    return jaxpr
+  return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
 def _transformed(closed, left):
-  if not _has_convolutions(closed.jaxpr):
+  if not _count_convolutions(closed.jaxpr):
     return closed
 
   def function(*arguments):
@@ -115,16 +131,25 @@ def _transformed(closed, left):
   return new if same else closed
 
 
-def _has_convolutions(jaxpr):
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "conv_general_dilated":
-      return True
-    for name in _LOOPS.get(equation.primitive.name, ()):
-      inner = equation.params[name]
-      inner = [inner] if isinstance(inner, ClosedJaxpr) else inner
-      if any(_has_convolutions(closed.jaxpr) for closed in inner):
-        return True
-  return False
+def _count_convolutions(jaxpr):
+  """Of a function, and of those inside it."""
+  return sum(
+    (equation.primitive.name == "conv_general_dilated")
+    + sum(map(_count_convolutions, _functions_in(equation)))
+    for equation in jaxpr.eqns
+  )
+
+
+def _functions_in(equation):
+  """Those that an operation calls, but for those with a batching rule of their own."""
+  if equation.primitive.name == "custom_vmap_call":  # as our convolutions have
+    return
+  for value in equation.params.values():
+    for inner in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(inner, ClosedJaxpr):
+        yield inner.jaxpr
+      elif isinstance(inner, Jaxpr):
+        yield inner
 
 
 def _replaced(equation, inputs, left):

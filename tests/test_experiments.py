@@ -424,3 +424,9 @@ def test_help_names_every_flag_once_by_subject():
   lines = sms.__doc__.split("in about a minute.")[1].splitlines()
   named = [name for line in lines for name in re.findall(r"\w+", line[14:])]
   assert sorted(named) == sorted(FLAGS)
+
+
+def test_an_event_that_nobody_knows_is_an_error():
+  listener = running.Listener(None, None, 1)
+  with pytest.raises(TypeError, match="an event that is a dict"):
+    listener.take(methods.DENSE, {})

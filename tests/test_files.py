@@ -14,7 +14,7 @@ import store
 from experiments.reporting import accuracy_figure
 from experiments.run import outputs
 from jaxsms import checkpoint, export, pretrained
-from jaxsms.disk import storage
+from jaxsms.disk import storage, writing
 from jaxsms.disk.files import on_disk, whole_file
 from jaxsms.disk.safetensors import load_safetensors, read_safetensors, save_safetensors
 
@@ -144,12 +144,38 @@ def test_every_writer_syncs_the_file_and_then_its_folder(ending, tmp_path, monke
   assert os.stat(path).st_mode == plain.stat().st_mode  # as any file of this user
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_name_is_given_to_what_is_on_the_disk(kind, tmp_path, monkeypatch):
+  """Every file of a folder, whoever wrote it, and the folder."""
+  fsync, rename, synced = os.fsync, os.rename, set()
+
+  def renamed(source, target):
+    inside = [source, *pathlib.Path(source).rglob("*")]
+    assert {os.stat(x).st_ino for x in inside} <= synced
+    rename(source, target)
+
+  monkeypatch.setattr(os, "fsync", lambda f: (fsync(f), synced.add(os.fstat(f).st_ino)))
+  monkeypatch.setattr(os, "rename", renamed)
+  with writing.partial(str(tmp_path / "out")) as temporary:
+    if kind == "folder":
+      os.makedirs(os.path.join(temporary, "inner"))
+      temporary = os.path.join(temporary, "inner", "config.json")
+    pathlib.Path(temporary).write_text("{}")
+  out = tmp_path / "out"
+  assert (out if kind == "file" else out / "inner" / "config.json").read_text() == "{}"
+
+
 def test_nothing_else_in_the_two_packages_opens_files_to_write():
   """One atomic write for all: what needs another way is named here."""
   allowed = {
     "jaxsms/disk/storage.py",  # it is there
     "jaxsms/disk/files.py",  # a copy in a folder of its own, to be read
     "jaxsms/checkpoint.py",  # an empty mark
+    "jaxsms/disk/writing.py",  # under a temporary name; synced, then renamed
+    "jaxsms/disk/other_writers.py",  # as above
+    "jaxsms/disk/to_pytorch.py",  # as above
+    "experiments/merging/output.py",  # as above
+    "experiments/benchmarks/bench_accelerator.py",  # what a command says, as it says it
     "experiments/run/metrics_file.py",  # grows by lines
     "experiments/run/lock.py",  # an empty file, for its lock
   }
@@ -157,8 +183,10 @@ def test_nothing_else_in_the_two_packages_opens_files_to_write():
     r"open\([^)]*[\"'][wax]b?[\"']|write_text\(|\.write_bytes\(|os\.rename|os\.replace|mkstemp"
     r"|json\.dump\("
   )
-  root = pathlib.Path(storage.__file__).parent.parent
-  for file in [*root.glob("jaxsms/**/*.py"), *root.glob("experiments/**/*.py")]:
+  root = pathlib.Path(storage.__file__).parents[2]
+  files = [*root.glob("jaxsms/**/*.py"), *root.glob("experiments/**/*.py")]
+  assert allowed <= {str(file.relative_to(root)) for file in files}
+  for file in files:
     text = file.read_text().replace("storage.write_bytes(", "")
     if str(file.relative_to(root)) not in allowed:
       assert not writes.search(text), file

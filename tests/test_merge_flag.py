@@ -7,7 +7,10 @@ from absl import flags
 
 from experiments.merging import bytes_progress as soup_progress
 from jaxsms.merges import MERGES
-from jaxsms.training.merging import NAMES
+from jaxsms.training import Engine, Splits
+from jaxsms.training.merging import NAMES, merging_of
+from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.streamed import StreamedData
 
 IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "greedy"})
 
@@ -31,6 +34,20 @@ def test_what_a_run_cannot_merge_is_refused(tmp_path, capsys, flags, words):
   assert main_job.run(*flags, f"--workdir={tmp_path / 'run'}") == 2
   assert words in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+def test_streamed_images_are_refused_before_anything_is_trained():
+  data = StreamedData(np.zeros(3), np.arange(3))
+  engine = Engine(None, Splits(data, data, data))
+  for name in NAMES:
+    merging = merging_of(name)
+    arguments = engine, None, Start(None), None, {1: 0.5}
+    if not MERGES[name].in_memory:
+      training_phases(*arguments, merging=merging)
+      continue
+    with pytest.raises(ValueError, match=f"merge {name} needs images in memory") as error:
+      training_phases(*arguments, merging=merging)
+    assert "--" not in str(error.value)
 
 
 def test_progress_without_a_terminal_says_bytes_and_time_left(capsys, monkeypatch):

@@ -10,7 +10,8 @@ import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsms import sparse_model_soup
+import jaxsms
+from jaxsms import Weighted, sparse_model_soup
 from jaxsms.merges import (
   MERGES,
   Means,
@@ -85,9 +86,11 @@ def test_every_merge_keeps_the_mask_and_leaves_out_what_is_not_finite(name):
   broken = jax.tree.map(np.copy, stacked)
   broken["a"]["kernel"][0, 0, 0] = np.nan
   merged = merge(broken)
-  merged = merged[0] if isinstance(merged, tuple) else merged
   rest = jax.tree.map(lambda x: x[1:], stacked)
   alone = bind(name, means(rest, base))(rest)
+  if isinstance(merged, Weighted):
+    assert merged.weights[0] == 0
+    merged, alone = merged.params, alone.params
   for x, y in zip(jax.tree.leaves(merged), jax.tree.leaves(alone), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
   with pytest.raises(FloatingPointError):
@@ -241,12 +244,51 @@ def test_half_precision_counters_and_transformations():
       loss=lambda p: jnp.sum(p["w"].astype(jnp.float32) ** 2)
     )
     merge = bind(name, given_means)
-    soup = merge(stacked)
+    soup, traced = merge(stacked), jax.jit(merge)(stacked)
+    if isinstance(soup, Weighted):
+      np.testing.assert_allclose(traced.weights, soup.weights, rtol=1e-2)
+      soup, traced = soup.params, traced.params
     assert soup["w"].dtype == jnp.bfloat16 and soup["steps"] == 0
-    traced = jax.jit(merge)(stacked)
     np.testing.assert_allclose(
       traced["w"].astype(np.float32), soup["w"].astype(np.float32), rtol=1e-2
     )
+
+
+@pytest.mark.parametrize("by", ["", "_by_layer"])
+def test_learned_weights_are_in_the_record(by):
+  """Two weights that differ, found again by least squares."""
+  stacked = {
+    "a": {"kernel": jnp.array([[[1.0, 2.0]], [[3.0, 1.0]]])},
+    "b": {"kernel": jnp.array([[[4.0, 1.0]], [[2.0, 3.0]]])},
+  }
+  wanted = {"a": 0.8, "b": 0.8 if not by else 0.3}
+
+  def loss(params):
+    goals = {k: w * stacked[k]["kernel"][0] for k, w in wanted.items()}
+    goals = {k: g + (1 - wanted[k]) * stacked[k]["kernel"][1] for k, g in goals.items()}
+    return sum(jnp.sum((params[k]["kernel"] - goals[k]) ** 2) for k in goals)
+
+  merge = bind(f"learned{by}", Means(loss=loss))
+  result = sparse_model_soup(
+    jax.random.key(0), jax.tree.map(lambda x: x[0], stacked),
+    lambda key, params, masks, ingredient: jax.tree.map(
+      lambda x: x[ingredient["seed"]], stacked
+    ),
+    ingredients={"seed": jnp.arange(2)}, goal_sparsity=0.0, phases=1, merge=merge,
+  )  # fmt: skip
+  shares = []
+  for layer in ("a", "b"):
+    one, two = (np.ravel(x) for x in stacked[layer]["kernel"])
+    soup = np.ravel(result.params[layer]["kernel"])
+    shares.append(np.dot(soup - two, one - two) / np.dot(one - two, one - two))
+  mean = np.mean(shares)
+  assert mean == pytest.approx(np.mean(list(wanted.values())), abs=0.05)
+  np.testing.assert_allclose(result.history[0]["weights"], [mean, 1 - mean], atol=1e-5)
+
+
+def test_the_merges_are_a_part_of_the_package():
+  assert jaxsms.merges.bind is bind
+  assert jaxsms.Weighted is Weighted
 
 
 def test_rejects(rejects):

@@ -14,6 +14,7 @@ from jaxsms import (
   magnitude_masks,
   masks_from_keys,
   phase_sparsity,
+  prune_phase,
   random_masks,
   sparsity,
   stack,
@@ -345,6 +346,19 @@ def test_rejects_sparsities(share, rejects):
       prune(params, share)
   with rejects("goal sparsity is"):
     phase_sparsity(share, 1, 1)
+
+
+def test_a_phase_counts_masks_that_broadcast():
+  params = {"kernel": np.arange(1.0, 13.0, dtype=np.float32).reshape(6, 2)}
+  row = np.array([True, False])
+  pruned, _, record = prune_phase(params, None, 0.5, lambda *a, **k: {"kernel": row})
+  assert record["sparsity"] == sparsity(pruned) == 0.5
+  _, _, record = prune_phase(
+    pruned, {"kernel": row}, 0.5, lambda *a, **k: {"kernel": row & np.ones((6, 1), bool)}
+  )
+  assert (record["sparsity"], record["pruned_fraction"]) == (0.5, 0)
+  with pytest.raises(ValueError, match="keeps 6 weights that were removed before"):
+    prune_phase(params, {"kernel": row}, 0.5, lambda *a, **k: {"kernel": np.array(True)})
 
 
 def test_rejects(rejects):

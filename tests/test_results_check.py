@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -285,6 +286,22 @@ def test_the_notebook_reads_through_the_same_check():
   source = "".join("".join(cell["source"]) for cell in notebook["cells"])
   assert "run_directory.checked_results(" in source
   assert "json.load" not in source
+
+
+def test_what_the_notebook_takes_from_here_is_there():
+  notebook = json.loads((ROOT / "experiments" / "paper_figures.ipynb").read_text())
+  cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+  source = "\n".join(map("".join, cells))
+  lines = re.findall(r"^(?:from|import) (?:experiments|jaxsms).*$", source, re.MULTILINE)
+  names: dict = {}
+  exec("\n".join(lines), names)
+  assert names.keys() >= {"looks", "report", "run_directory"}
+  for module, name in set(re.findall(r"\b(report|run_directory)\.(\w+)", source)):
+    assert hasattr(names[module], name)
+  for name in ("soup", "mean_candidate", "best_candidate", "imp_mx"):
+    _, colour, marker = names["looks"]()[name]
+    assert re.fullmatch("#[0-9A-F]{6}", colour)
+    assert marker
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import optax
 import pytest
 
 from jaxsms import (
+  Weighted,
   channel_groups,
   channel_masks,
   greedy_soup,
   make_mesh,
   masked,
+  retraining,
   sparse_model_soup,
   taylor_scores,
 )
@@ -192,6 +194,24 @@ def test_greedy_merge_evaluates_the_full_network(assert_trees_equal):
   )
   same_history(soup.history, plain.history)
   assert_trees_equal(soup.expand(soup.params), plain.params, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_that_says_its_weights():
+  def first(candidates):
+    return Weighted(jax.tree.map(lambda x: x[0], candidates), np.array([1.0, 0.0]))
+
+  soup = run(merge=first, phases=1, keep_candidates=True)
+  assert soup.history[0]["weights"].tolist() == [1, 0]
+  for x, many in zip(
+    jax.tree.leaves(soup.params), jax.tree.leaves(soup.candidates), strict=True
+  ):
+    np.testing.assert_array_equal(x, many[0])
+
+
+def test_programs_of_single_phases_are_not_kept():
+  before = retraining._hashed_retrain_program.cache_info().misses
+  run(phases=1)
+  assert retraining._hashed_retrain_program.cache_info().misses == before
 
 
 def test_on_a_mesh(shrunk, assert_trees_equal):

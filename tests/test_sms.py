@@ -2,6 +2,7 @@ import functools
 import itertools
 import logging
 import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -266,6 +267,26 @@ def test_the_loop_by_hand():
   norm = math.sqrt(1 + 4 + 9 + 1600)
   assert first["relative_norm_drop"] == pytest.approx(1 / norm, rel=1e-5)
   assert second["relative_norm_drop"] == 0
+
+
+def test_candidates_are_let_go_before_others_are_trained():
+  """Of the loop, of `sparse_model_soup` around it, and where the last are kept."""
+  alive, seen = [], []
+
+  def ingredients(phase):
+    alive.append(sum(ref() is not None for ref in seen))
+    return {"amount": jnp.array([0.5, 1.0 + phase])}
+
+  def on_phase(phase):
+    seen.extend(map(weakref.ref, jax.tree.leaves(phase.candidates)))
+
+  for keep in (False, True):
+    seen.clear()
+    alive.clear()
+    soup = run(shift, ingredients, on_phase=on_phase, keep_candidates=keep)
+    assert len(seen) == PHASES * len(jax.tree.leaves(PARAMS))
+    assert alive == [0] * PHASES
+    assert (soup.candidates is not None) == keep
 
 
 def test_greedy_merge():

@@ -11,6 +11,7 @@ from jax import lax
 from test_convolution import ONE_PAD, assert_close, group_counts, normal
 
 import jaxsms
+from jaxsms import convolution
 from jaxsms.substitution import with_own_convolutions
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,6 +55,54 @@ def test_value_and_gradients_stay(layout, image, kernel, strides, padding):
   assert_close(got(x, w), jax.jit(jax.vmap(step))(x, w))
   text = got.lower(x, w).as_text()
   assert set(group_counts(text)) == {(1, 1)}
+
+
+def test_what_is_computed_again_for_its_gradient_is_entered():
+  """`jax.checkpoint`, whose backward pass has convolutions of its own."""
+  x, w = normal(0, 2, 3, 6, 6, 4), normal(1, 2, 3, 3, 4, 4)
+  shift = np.linspace(0, 1, 6 * 6 * 4, dtype=np.float32).reshape(6, 6, 4)
+
+  @jax.checkpoint
+  def layer(x, w):
+    y = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUTS[0])
+    return jnp.sin(y + shift)
+
+  step = jax.value_and_grad(lambda x, w: jnp.sum(layer(layer(x, w), w) ** 2), (0, 1))
+  assert "checkpoint" in (text := str(jax.make_jaxpr(step)(x[0], w[0]))) or "remat" in text
+  got = jax.jit(jax.vmap(replaced(step)))
+  assert_close(got(x, w), jax.jit(jax.vmap(step))(x, w))
+  assert set(group_counts(got.lower(x, w).as_text())) == {(1, 1)}
+
+
+@pytest.mark.parametrize("kind", ["custom_vjp", "custom_jvp"])
+def test_convolutions_with_a_gradient_of_their_own_are_left_and_counted(kind):
+  x, w = normal(0, 3, 6, 6, 4), normal(1, 3, 3, 4, 4)
+
+  def convolve(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUTS[0])
+
+  own = getattr(jax, kind)(convolve)
+  if kind == "custom_vjp":
+    own.defvjp(lambda x, w: (convolve(x, w), (x, w)), lambda kept, g: kept)
+  else:
+    own.defjvp(lambda primals, tangents: (convolve(*primals), convolve(*primals)))
+  found, left = with_own_convolutions(lambda x, w: own(x, w) + convolve(x, w), x, w)
+  assert left == 1
+  np.testing.assert_allclose(found, 2 * convolve(x, w), 1e-5, 1e-5)
+
+
+def test_convolutions_of_ours_are_none_that_are_left():
+  x, w = normal(0, 3, 6, 6, 4), normal(1, 3, 3, 4, 4)
+
+  def loss(x, w):
+    out = convolution.conv_general_dilated(
+      x, w, (1, 1), "SAME", dimension_numbers=LAYOUTS[0]
+    )
+    return jnp.sum(out**2)
+
+  assert with_own_convolutions(loss, x, w)[1] == 0
+  assert with_own_convolutions(jax.grad(loss), x, w)[1] == 0
+  assert with_own_convolutions(jax.vmap(loss), x[None], w[None])[1] == 0
 
 
 class Network(nn.Module):

@@ -167,7 +167,7 @@ def chosen_rule(
   run = named_merge(choice.merge, task.engine, key, None, choice.prior, weights)
   merged = run(stacked)
   if isinstance(merged, Weighted):
-    merged, weights = merged
+    merged, weights = merged.params, np.asarray(merged.weights, float)
   found = by_path(jax.device_get(merged)._asdict())
 
   def combine(block, values):

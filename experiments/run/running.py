@@ -109,6 +109,7 @@ class Listener:
     Raises:
       Stopped: a signal asked the run to stop, and all is saved.
       OSError: something cannot be written.
+      TypeError: it is no event.
     """
     keeper = self.keeper
     resumes = method == methods.DENSE or methods.METHODS[method].resumes
@@ -132,6 +133,8 @@ class Listener:
       case methods.Soup():
         keeper.check()
         save_soup(keeper.workdir, keeper.work.seed, event._asdict())
+      case _:
+        raise TypeError(f"nothing is known of an event that is a {type(event).__name__}")
 
   def _chunk(self, method, chunk):
     """Shows a chunk; where it completes an epoch, the epoch's means are written down."""

@@ -225,7 +225,7 @@ def largest_sparsity(models: Sequence[Tensors], names: Sequence[str]) -> float:
 
 
 def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
-  """What --masks=prune removes from the result, see `jaxsms.magnitude_masks`.
+  """What pruning removes from the result, see `jaxsms.magnitude_masks`.
 
   Args:
     job: what is merged.

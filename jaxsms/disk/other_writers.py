@@ -30,8 +30,8 @@ class ToNpz:
     for name, spec in specs.items():
       if spec.dtype.kind == "V":
         raise ValueError(
-          f"{name} is {spec.dtype.name}, which .npz files do not have: let --out end in "
-          ".safetensors, or give --dtype=float32"
+          f"{name} is {spec.dtype.name}, which .npz files do not have: write a "
+          ".safetensors file, or float32"
         )
     self._file, self._specs = file, specs
 

@@ -104,6 +104,16 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
+def sync_tree(path: Path) -> None:
+  """Waits until a file, or all that is in a folder, is on the disk."""
+  if os.path.isfile(path):
+    sync(path)
+  for folder, _, files in os.walk(os.fspath(path)):
+    for name in files:
+      sync(os.path.join(folder, name))
+    sync(folder)
+
+
 @contextlib.contextmanager
 def written_to(path: epath.Path) -> Iterator[str]:
   """A folder on a disk to be made by somebody else, who knows disks alone.
@@ -113,10 +123,7 @@ def written_to(path: epath.Path) -> Iterator[str]:
   if not is_remote(path):
     with _plainly_named(path.parent) as parent:
       yield os.path.join(parent, path.name)
-    for folder, _, files in os.walk(path):
-      for name in files:
-        sync(os.path.join(folder, name))
-      sync(folder)
+    sync_tree(path)
     return
   with tempfile.TemporaryDirectory() as temporary:
     local = os.path.join(temporary, path.name)
@@ -181,8 +188,8 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 def is_file(path: Path) -> bool:
   """Whether a path is a file, and no pipe, which may never end."""
-  path = as_path(path)
-  return path.is_file() if is_remote(path) else os.path.isfile(path)
+  place = as_path(path)
+  return place.is_file() if is_remote(place) else os.path.isfile(place)
 
 
 def content_digest(path: Path) -> str:

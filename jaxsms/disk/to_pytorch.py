@@ -78,8 +78,8 @@ class ToPytorch:
     for name, spec in specs.items():
       if spec.dtype not in known:
         raise ValueError(
-          f"{name} is {spec.dtype.name}, which PyTorch's files do not have: let --out end "
-          "in .safetensors"
+          f"{name} is {spec.dtype.name}, which PyTorch's files do not have: write a "
+          ".safetensors file"
         )
     self._file, self._specs = file, specs
     self._keys = {name: str(i) for i, name in enumerate(sorted(specs))}

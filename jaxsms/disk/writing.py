@@ -188,6 +188,7 @@ def partial(out: str) -> Iterator[str]:
   temporary = f"{path}.{secrets.token_hex(4)}.partial"
   try:
     yield temporary
+    storage.sync_tree(temporary)
     if os.path.lexists(path):
       raise FileExistsError(17, f"{path} exists by now")
     os.rename(temporary, path)

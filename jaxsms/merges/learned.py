@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxsms.merges.finite import check_some_finite, without_others
-from jaxsms.phases import finite_models
+from jaxsms.phases import Weighted, finite_models
 from jaxsms.trees import PyTree, is_floating, number_of_models, path_names
 
 Loss = Callable[..., jax.Array]
@@ -58,6 +58,26 @@ def learned_soup(
     stacked, loss, data, by=by, steps=steps, learning_rate=learning_rate
   )
   return average_by_leaf(stacked, weights)
+
+
+def weighted_by_learning(stacked: PyTree, loss: Loss, **options: Any) -> Weighted:
+  """`learned_soup`, and how much each model is in it: the mean over leaves.
+
+  Args:
+    stacked: see `learned_soup`, like all others.
+    loss: the same.
+    **options: the same.
+
+  Returns:
+    The soup and float [m], what a merge gives whose weights are worth a record.
+
+  Raises:
+    ValueError: see `learned_soup`.
+    FloatingPointError: the same.
+  """
+  weights = learned_weights(stacked, loss, **options)
+  mean = jnp.mean(jnp.stack(jax.tree.leaves(weights)), axis=0)
+  return Weighted(average_by_leaf(stacked, weights), mean)
 
 
 def learned_weights(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from jaxsms.merges.learned import learned_soup
+from jaxsms.merges.learned import weighted_by_learning
 from jaxsms.merges.precision import fisher_soup
 from jaxsms.merges.sphere import slerp
 from jaxsms.merges.task_vectors import task_arithmetic, ties
@@ -24,8 +24,8 @@ class Means(NamedTuple):
     base: the model that all were trained from, leaves [...].
     evaluate: a score of one model on validation data, higher is better.
     loss: `loss(params, *data)` of one model on validation data, differentiable.
+    data: of the loss, or of the function of squared gradients.
     squared_gradients: leaves [m, ...], or a function `f(model, *data)` of one model.
-    data: of the loss, or of that function.
     prior: of inverse variances, the L2 coefficient of training.
     scale: of what task vectors add.
     density: share of a task vector that TIES keeps.
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 def _learned(by):
   return lambda means: functools.partial(
-    learned_soup, loss=means.loss, data=means.data, by=by
+    weighted_by_learning, loss=means.loss, data=means.data, by=by
   )
 
 

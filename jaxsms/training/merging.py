@@ -8,16 +8,9 @@ import jax
 import numpy as np
 import optax
 
-from jaxsms.merges import (
-  MERGES,
-  Means,
-  average_by_leaf,
-  bind,
-  diagonal_fisher,
-  learned_weights,
-)
+from jaxsms.merges import MERGES, Means, bind, diagonal_fisher
 from jaxsms.names import check_name
-from jaxsms.phases import Merge, Weighted
+from jaxsms.phases import Merge
 from jaxsms.soups import greedy_soup, uniform_soup
 from jaxsms.training.engine import Engine, Model, one_model
 from jaxsms.training.landscape import evenly
@@ -42,10 +35,12 @@ class Merging(NamedTuple):
       `jaxsms.merge_phase`. The key estimates batch statistics; `base` is the pruned model
       that the candidates were trained from, None where there is none.
     selects: whether it leaves candidates out, so that those taken are worth a record.
+    check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
   """
 
   of: Callable[[Engine, jax.Array, Model | None], Merge]
   selects: bool = False
+  check: Callable[[Engine], None] = lambda engine: None
 
 
 def merging_of(name: str, prior: float = 1e-4) -> Merging:
@@ -63,7 +58,10 @@ def merging_of(name: str, prior: float = 1e-4) -> Merging:
     return Merging(lambda engine, key, base: uniform_soup)
   if name == "greedy":
     return Merging(lambda engine, key, base: greedy_merge(engine, key), selects=True)
-  return Merging(functools.partial(named_merge, name, prior=prior))
+  return Merging(
+    functools.partial(named_merge, name, prior=prior),
+    check=functools.partial(check_images, name),
+  )
 
 
 def greedy_merge(engine: Engine, key: jax.Array) -> Merge:
@@ -80,6 +78,15 @@ def on_validation(engine: Engine, key: jax.Array, model: Model) -> dict[str, flo
   model = recalibrated(engine, key, one_model(model))
   predictions = predict(engine.programs, engine.splits.validation, model)
   return score(engine.programs, {"validation": predictions})[0]
+
+
+def check_images(name: str, engine: Engine) -> None:
+  """Raises ValueError where a merge takes gradients, and the images are streamed."""
+  if MERGES[name].in_memory and isinstance(engine.splits.train, StreamedData):
+    raise ValueError(
+      f"merge {name} needs images in memory, and these are streamed: load them as a "
+      "jaxsms.data.Dataset, or give another merge"
+    )
 
 
 def named_merge(
@@ -109,32 +116,16 @@ def named_merge(
     ValueError: an unknown name, or data that are streamed where images are needed.
   """
   programs, splits = engine.programs, engine.splits
-  if MERGES[name].in_memory and isinstance(splits.train, StreamedData):
-    raise ValueError(
-      f"merge {name} needs images in memory, and these are streamed: give --nostream, or "
-      "another merge"
-    )
+  check_images(name, engine)
   means = Means(base=base, prior=prior, weights=weights)
   if name in ("learned", "learned_by_layer"):
-    by = "layer" if name == "learned_by_layer" else "model"
     held_out = evenly(cast(Data, splits.validation), LEARNING_IMAGES)
     data = held_out.images, held_out.labels
-
-    def learned(candidates):
-      weights = learned_weights(candidates, loss_of(programs), data, by=by)
-      return Weighted(average_by_leaf(candidates, weights), mean_weights(weights.params))
-
-    return learned
+    means = means._replace(loss=loss_of(programs), data=data)
   if name in ("fisher", "inverse_variance"):
     images = evenly(cast(Data, splits.train), FISHER_IMAGES).images
     means = means._replace(squared_gradients=squares_of(programs), data=(key, images))
   return bind(name, means)
-
-
-def mean_weights(weights: PyTree) -> np.ndarray:
-  """float [m], the mean over leaves of weights [m]."""
-  leaves = jax.device_get(jax.tree.leaves(weights))
-  return np.asarray(np.mean(leaves, axis=0, dtype=np.float64))
 
 
 # Cached: what is compiled for a function serves in all phases.

@@ -128,9 +128,12 @@ def training_phases(
     `measure_landscape`.
 
   Raises:
-    ValueError: see `jaxsms.prune_phase`.
+    ValueError: see `jaxsms.prune_phase`; or, before training, the merging takes images in
+      memory and these are streamed.
     FloatingPointError: all copies of a phase diverged.
   """
+  if merging is not None:
+    merging.check(engine)
   cut, base, trained_images = Cut(engine), start.model, 0
 
   state = start.state
