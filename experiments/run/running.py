@@ -146,8 +146,8 @@ class Listener:
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
-    if chunk.step * epochs != chunk.epoch * chunk.steps:  # the epoch goes on
-      return
+    if chunk.step % self._steps_per_epoch and chunk.step < chunk.steps:
+      return  # the epoch goes on
     loss, accuracy = (
       np.average(epoch[name], axis=0, weights=epoch["taken"])
       for name in ("loss", "accuracy")
