@@ -315,6 +315,16 @@ def test_a_comparison(tmp_path):
   assert "80 %, m = 2" in [row[0] for row in Page(page).rows]
 
 
+def test_all_versions_that_did_a_part_are_named(tmp_path):
+  here, there = ({**fake_runs.ENVIRONMENT, "jax": jax} for jax in ("0.9.1", "0.10.2"))
+  listed = [{"from": "the start", "environment": here}]
+  listed.append({"from": "seed 0, dense, step 8", "environment": there})
+  path = tmp_path / "run"
+  fake_runs.write_run(path, [fake_runs.entry(0)], environments=listed)
+  text = "".join(Page(write_report([path])).text)
+  assert re.search(r"jax 0\.9\.1; 1 x cpu \(\?\)\. Also .*jax 0\.10\.2; 1 x cpu", text)
+
+
 def test_bad_directories(tmp_path, rejects, capsys):
   with rejects("there is no"):
     write_report([tmp_path / "missing"])

@@ -172,6 +172,7 @@ def write(shared: Comparison, failed: dict[Part, str]) -> dict[str, Any]:
     "kind": "comparison",
     "flags": {**shared.run["flags"], "workdir": str(shared.workdir)},
     "environment": shared.run["environment"],
+    "environments": comparison.environments(parts),
     "ood_sources": shared.task.ood_sources,
     "methods": sorted({part.method for part in parts} - {DENSE}),
     "cells": cells,

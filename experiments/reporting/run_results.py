@@ -14,6 +14,7 @@ from ..methods import SOUP
 from ..reporting import Case, Origin, flag_text
 from ..reporting.results_check import KNOWN_FLAGS, Unfit
 from ..run import run_directory
+from ..run.environment import environments_of
 from ..run.metrics_file import read_lines
 
 # Their model of the goal sparsity is that of their last phase alone.
@@ -69,7 +70,7 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     path.name,
     command,
     results.get("seconds"),
-    results.get("environment") or run.get("environment", {}),
+    [one["environment"] for one in environments_of(results) or environments_of(run)],
     {k: v for k, v in known.items() if k != "workdir"},
     results.get("ood_sources", {}),
     comparison_warnings(results) if "cells" in results else [],
