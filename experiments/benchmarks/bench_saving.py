@@ -19,8 +19,6 @@ from jaxsms import models
 from jaxsms.disk.series import Series
 from jaxsms.training import Model
 
-from ..benchmarks import bench_jax, bench_settings
-from ..benchmarks.bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
 from ..config import device_flags
 from ..config.fields import (
   at_least,
@@ -34,6 +32,8 @@ from ..run import hardware
 from ..run.environment import environment
 from ..run.flag_files import refusals
 from ..run.work import Work, packed
+from . import bench_jax, bench_settings
+from .bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..config.fields import at_least, define_flags, ensure, flag, one_of
 from ..methods.registry import baselines, bimp_epochs
+from .fields import at_least, define_flags, ensure, flag, one_of
 
 
 def _unique(words, name, values):

@@ -9,7 +9,8 @@ from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
 from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.training import merging
 
-from ..config.fields import (
+from ..methods.registry import having
+from .fields import (
   at_least,
   by_dataset,
   define_flags,
@@ -18,7 +19,6 @@ from ..config.fields import (
   numbers,
   one_of,
 )
-from ..methods.registry import having
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}

@@ -14,7 +14,7 @@ from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
-from ..methods.seeds import (
+from .seeds import (
   RETRAIN,
   SCRATCH,
   Events,

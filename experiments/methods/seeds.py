@@ -26,7 +26,7 @@ from jaxsms.training.merging import merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
-from ..methods.criteria import pruning
+from .criteria import pruning
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..reporting.statistics import Results, dataset_title
+from .statistics import Results, dataset_title
 
 
 class Case(NamedTuple):

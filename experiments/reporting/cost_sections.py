@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..reporting.cases import Case, Origin
-from ..reporting.document import Code, Folded, Section, Table
-from ..reporting.statistics import estimate
+from .cases import Case, Origin
+from .document import Code, Folded, Section, Table
+from .statistics import estimate
 
 
 def inference_section(cases: Sequence[Case]) -> Section:

@@ -11,11 +11,11 @@ from jaxsms.disk import storage
 
 from ..comparison import parts as comparison
 from ..methods import SOUP
-from ..reporting import Case, Origin, flag_text
-from ..reporting.results_check import KNOWN_FLAGS, Unfit
 from ..run import run_directory
 from ..run.environment import environments_of
 from ..run.metrics_file import read_lines
+from ..run.results_check import KNOWN_FLAGS, Unfit
+from . import Case, Origin, flag_text
 
 # Their model of the goal sparsity is that of their last phase alone.
 LAST_ALONE = ("bimp", "bimp_soup")

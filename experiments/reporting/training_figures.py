@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.cases import Case
-from ..reporting.drawing import (
+from .cases import Case
+from .drawing import (
   COLOURS,
   FAINT,
   MARKERS,

@@ -18,11 +18,11 @@ from jaxsms.training import Chunk, Engine, TrainState
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
-from ..run import hardware, keeping
-from ..run.environment import environment
-from ..run.progress import MEASURED, RunProgress
-from ..run.run_directory import save_soup
-from ..run.task import Task, load, with_data
+from . import hardware, keeping
+from .environment import environment
+from .progress import MEASURED, RunProgress
+from .run_directory import save_soup
+from .task import Task, load, with_data
 
 
 def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
