@@ -340,10 +340,12 @@ def test_bad_directories(tmp_path, rejects, capsys):
   (tmp_path / "new" / "run.json").write_text(run.replace("mlp", "x"))
   with rejects("another version"):
     write_report([tmp_path / "new"])
-  assert binary.main([str(tmp_path / "missing")]) == 2
+  with pytest.raises(SystemExit, match="2"):
+    binary.main([str(tmp_path / "missing")])
   assert capsys.readouterr().err.count("\n") == 1
   fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0, phases=0)])
-  assert binary.main([str(tmp_path / "run"), f"--out={tmp_path / 'file'}"]) == 2
+  with pytest.raises(SystemExit, match="2"):
+    binary.main([str(tmp_path / "run"), f"--out={tmp_path / 'file'}"])
   assert "cannot be written" in capsys.readouterr().err
 
 

@@ -74,7 +74,6 @@ class Cost(NamedTuple):
 
   Attributes:
     megabytes: of its arrays.
-    chunks: of training in a round.
     training: seconds of a round without a save.
     blocked: seconds in which nothing else runs, copying to the host above all.
     held_up: seconds by which a round with a save takes longer.
@@ -82,7 +81,6 @@ class Cost(NamedTuple):
   """
 
   megabytes: float
-  chunks: int
   training: Spread
   blocked: Spread
   held_up: Spread
@@ -178,7 +176,6 @@ def measure(training: bench_jax.Training, rounds: int, folder: str | None) -> Co
       pairs.append((found[without_save], found[with_save]))
   return Cost(
     megabytes,
-    chunks,
     spread([alone[1] for alone, _ in pairs]),
     spread([saved[0] for _, saved in pairs]),
     spread([saved[1] - alone[1] for alone, saved in pairs]),
