@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  paths, command = argv[1:], shlex.join(["python", "-m", "experiments.soup", *sys.argv[1:]])
+  paths = argv[1:]
+  command = shlex.join(["python", "-m", f"{__package__}.soup", *sys.argv[1:]])
   console = terminal()
   try:
     with refusals(), contextlib.ExitStack() as stack:

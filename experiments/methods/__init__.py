@@ -8,8 +8,8 @@ from .planning import (
   planned_work,
   seed_events,
 )
-from .registry import DENSE, METHODS, SOUP, Method, baselines, having
-from .seeds import Run, Soup
+from .registry import METHODS, Method, baselines, having
+from .seeds import DENSE, SOUP, Run, Soup
 
 __all__ = [
   "DENSE",

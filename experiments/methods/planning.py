@@ -10,8 +10,8 @@ import jax
 from jaxsms.training.engine import Record
 
 from ..run.progress import MEASURED
-from .registry import DENSE, METHODS, SOUP
-from .seeds import Run, dense_model
+from .registry import METHODS
+from .seeds import DENSE, SOUP, Run, dense_model
 
 if TYPE_CHECKING:
   from ..config.run_config import Config
