@@ -11,7 +11,7 @@ from scipy import stats
 
 from experiments import report as binary
 from experiments.report import write_report
-from experiments.reporting import Case, summarize
+from experiments.reporting import Case, run_results, summarize
 from experiments.reporting.document import Document, Section, Table
 from experiments.reporting.page import html, markdown
 from experiments.reporting.summary import sentences
@@ -313,6 +313,15 @@ def test_a_comparison(tmp_path):
   for word in ("--sparsities=0.8,0.9", "--copies=2,3", "--baselines=imp", "--seeds=2"):
     assert word in command.split()
   assert "80 %, m = 2" in [row[0] for row in Page(page).rows]
+
+
+def test_commands_name_the_package_that_is_there(tmp_path, monkeypatch):
+  monkeypatch.setattr(run_results, "__package__", "jaxsms.experiments.reporting")
+  fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0)])
+  fake_runs.write_comparison(tmp_path / "grid", (0.8,), (2,))
+  for name, job in (("run", "sms"), ("grid", "compare")):
+    _, origin = run_results.read(tmp_path / name)
+    assert origin.command.startswith(f"python -m jaxsms.experiments.{job} ")
 
 
 def test_all_versions_that_did_a_part_are_named(tmp_path):
