@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
   elif not failed:
-    keeping.say(
+    keeping.tell(
       f"All {len(shared.parts)} parts finished, {len(before)} of them before; this time it "
       f"took {clock(time.monotonic() - started)}."
     )
@@ -184,7 +184,7 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   waiting = [part for part in shared.parts if not is_finished(shared.workdir, part)]
   done = len(shared.parts) - len(waiting)
   if done:
-    keeping.say(f"{shared.workdir}: {done} of {len(shared.parts)} parts are finished")
+    keeping.tell(f"{shared.workdir}: {done} of {len(shared.parts)} parts are finished")
   plan: collections.Counter = collections.Counter()
   for part in waiting:
     plan.update(planned(shared, part))
@@ -212,7 +212,7 @@ def work_through(shared: Comparison) -> dict[Part, str]:
           except FloatingPointError as error:
             failed[part] = str(error)
           except storage.Damaged as error:
-            keeping.say(f"{error}: set aside, and done again")
+            keeping.tell(f"{error}: set aside, and done again")
             left += [dense, part]
       if left == waiting:
         wait(len(left), shared.workdir, signals)
@@ -232,7 +232,7 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
   sentence = f"waiting for other processes in {workdir}"
   if sentence not in _said:
     _said.add(sentence)
-    keeping.say(f"{sentence}, which work on the last parts ({parts} left)")
+    keeping.tell(f"{sentence}, which work on the last parts ({parts} left)")
   time.sleep(WAIT)
   if signals.noted is not None:
     raise Stopped(signals.noted)

@@ -23,7 +23,7 @@ from jaxsms.trees import PyTree
 
 from .config.run_config import config_of
 from .run import outputs, run_directory
-from .run.flag_files import run_with_flags
+from .run.flag_files import refusals, run_with_flags
 from .run.latency import with_all_kept
 from .run.task import load
 
@@ -50,18 +50,16 @@ def main(argv: list[str]) -> None:
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
-    if len(argv) != 2:
-      raise ValueError(
-        f"{len(argv) - 1} run directories are given: give one, and flags as --name=value"
-      )
-    check_name("format", FLAGS.format, FORMATS)
-    endings = FORMATS[FLAGS.format]
-    out = outputs.check_out(endings, f"soup{endings[0]}")
-    soup = read_soup(argv[1])
-    write(FLAGS.format, out, argv[1], soup)
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    with refusals():
+      if len(argv) != 2:
+        raise ValueError(
+          f"{len(argv) - 1} run directories are given: give one, and flags as --name=value"
+        )
+      check_name("format", FLAGS.format, FORMATS)
+      endings = FORMATS[FLAGS.format]
+      out = outputs.check_out(endings, f"soup{endings[0]}")
+      soup = read_soup(argv[1])
+      write(FLAGS.format, out, argv[1], soup)
   except OSError as error:
     print(f"error: {out} cannot be written ({error.strerror or error})", file=sys.stderr)
     sys.exit(1)

@@ -17,6 +17,7 @@ from jaxsms.disk import storage
 from . import reporting
 from .reporting import Case
 from .reporting.run_results import read
+from .run.flag_files import refusals
 
 
 def write_report(
@@ -87,7 +88,7 @@ def _told_apart(cases):
   ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
   """Bad input ends it with one sentence and exit status 2."""
   parser = argparse.ArgumentParser(
     prog=f"python -m {__package__}.report", description=__doc__,
@@ -97,10 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", help="folder of the report; needed for several")
   chosen = parser.parse_args(argv)
   try:
-    print(write_report(chosen.run_dir, chosen.out))
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    with refusals():
+      print(write_report(chosen.run_dir, chosen.out))
   except OSError as error:
     where = chosen.out or chosen.run_dir[0]
     print(
@@ -108,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       "with --out",
       file=sys.stderr,
     )
-    return 2
-  return 0
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
       run_directory.check_same(workdir, run, defining)
       finished = run_directory.read_results(workdir)
       if finished and finished.get("finished"):
-        keeping.say(f"{workdir} holds this run, finished: nothing is left to do")
+        keeping.tell(f"{workdir} holds this run, finished: nothing is left to do")
         with contextlib.suppress(OSError):  # a folder that is read-only by now
           show(workdir, finished)
         return
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     keeper = keeping.Keeper(workdir, run, config, signals)
     plan = methods.planned_work(config, task.steps_per_epoch, names)
     for sentence in keeper.open(task, plan):
-      keeping.say(sentence)
+      keeping.tell(sentence)
 
   with early_end(task, keeper):
     shown = RunProgress(

@@ -42,7 +42,7 @@ from .merging.output import Output, copy_others, write_card, writing
 from .merging.table import show
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
-from .run.flag_files import run_with_flags
+from .run.flag_files import refusals, run_with_flags
 from .run.terminal import say, terminal
 
 FLAGS = flags.FLAGS
@@ -68,11 +68,12 @@ def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  paths, command = argv[1:], shlex.join(["python", "-m", "experiments.soup", *sys.argv[1:]])
+  paths = argv[1:]
+  command = shlex.join(["python", "-m", f"{__package__}.soup", *sys.argv[1:]])
   console = terminal()
   try:
-    choice = read_choice(paths)
-    with contextlib.ExitStack() as stack:
+    with refusals(), contextlib.ExitStack() as stack:
+      choice = read_choice(paths)
       models = [open_tensors(path, stack) for path in paths]
       given = choice.base and [choice.base], choice.squared_gradients
       others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
@@ -80,9 +81,6 @@ def main(argv: list[str]) -> None:
         soup = soup_with_data(choice, models, others, console)
       else:
         soup = soup_on_disk(choice, models, others, command)
-  except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   except OSError as error:
     reason = error.strerror or first_sentence(error)
     print(f"error: --out cannot be written ({reason})", file=sys.stderr)

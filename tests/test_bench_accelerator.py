@@ -34,6 +34,14 @@ def test_shares_of_a_part_are_its_whole_time(part, tmp_path):
   assert len({command.name for command in commands}) == len(commands)
 
 
+def test_binaries_are_those_of_its_own_package(monkeypatch, tmp_path):
+  monkeypatch.setattr(bench, "__package__", "jaxsms.experiments.benchmarks")
+  parts = ("convolution", "bench", "sms")
+  first = [bench.commands(part, tmp_path, 3.0, None)[0].arguments[0] for part in parts]
+  names = ("benchmarks.bench_convolution", "bench", "sms")
+  assert first == [f"jaxsms.experiments.{name}" for name in names]
+
+
 @pytest.mark.slow
 def test_convolutions_on_this_device(tmp_path):
   minutes = 0.5

@@ -36,9 +36,7 @@ def test_shares_are_of_the_interval_and_of_all_cores(monkeypatch):
   monkeypatch.setattr(bench_saving, "cores", lambda: 4)
   config = bench_saving.read_config(parse("--save_minutes=2"))
   some = {name: spread([1.0]) for name in ("training", "blocked")}
-  cost = bench_saving.Cost(
-    1.0, 1, held_up=spread([0.6, 1.2, 2.4]), cpu=spread([4.8]), **some
-  )
+  cost = bench_saving.Cost(1.0, held_up=spread([0.6, 1.2, 2.4]), cpu=spread([4.8]), **some)
   last = bench_saving.text(config, cost).splitlines()[-1]
   assert last == ("saved every 120 s: 1 [0.5, 2] % of the time, 1 [1, 1] % of the cores")
 

@@ -93,6 +93,21 @@ def test_a_cell_is_what_a_run_of_those_flags_gives(finished, tmp_path):
   np.testing.assert_equal(found, expected)
 
 
+def test_environments_of_all_parts_are_listed_once(finished):
+  one, two = {"jax": "0.9.1"}, {"jax": "0.10.2"}
+  dense, soup = Part("dense", 0), Part("sms", 0, 0.5, 2)
+  both = [{"from": "the start", "environment": one}, {"from": "x", "environment": two}]
+  found = comparison.environments(
+    {dense: {"environment": one}, soup: {"environments": both}}
+  )
+  assert found == [
+    {"from": dense.name, "environment": one},
+    {"from": f"{soup.name}, x", "environment": two},
+  ]
+  results = read(finished)
+  assert [x["environment"] for x in results["environments"]] == [results["environment"]]
+
+
 def test_dense_training_is_done_once_a_seed(finished):
   epochs = [
     (json.loads(line)["seed"], path.parent.name)

@@ -12,7 +12,6 @@ import pytest
 import store
 
 from experiments.reporting import accuracy_figure
-from experiments.run import outputs
 from jaxsms import checkpoint, export, pretrained
 from jaxsms.disk import storage, writing
 from jaxsms.disk.files import on_disk, whole_file
@@ -111,7 +110,6 @@ def test_names_of_partial_files_cannot_be_foreseen_and_links_are_not_followed(
 
 WRITERS = {
   "json": lambda path: storage.write_json(storage.as_path(path), {"a": 1}),
-  "npz": lambda path: outputs.write_npz(path, {"a": np.ones(3)}),
   "safetensors": lambda path: save_safetensors(path, TREE),
   "html": lambda path: storage.write_bytes(storage.as_path(path), b"<html>"),
   "png": lambda path: accuracy_figure(RESULTS, path),

@@ -11,7 +11,7 @@ from test_data import prepare
 from test_experiments import SMALL
 
 from experiments import methods
-from experiments.methods.criteria import classifier, pruning
+from experiments.methods.criteria import CRITERIA, Criterion, classifier, pruning
 from experiments.methods.registry import bimp_epochs, looks, resampled
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.run.ood import corrupted_test_data
@@ -161,6 +161,17 @@ def test_criteria_remove_what_is_asked(criterion, sparsity):
   if criterion == "n_m":
     for k in kept:
       assert (np.asarray(k).reshape(-1, 4, k.shape[-1]).sum(1) == 1).all()
+
+
+def test_a_criterion_from_outside_is_a_value_of_its_flag(monkeypatch, rejects):
+  with rejects("unknown criterion"):
+    config_of(*SMALL, "--criterion=halves")
+  own = Criterion(lambda config, key, groups: lambda params, sparsity, masks=None: "halves")
+  monkeypatch.setitem(CRITERIA, "halves", own)
+  config = config_of(*SMALL, "--criterion=halves")
+  assert pruning(config, jax.random.key(0))({}, 0.5) == "halves"
+  with rejects("--scope=uniform is of magnitude, random, filters, channels"):
+    config_of(*SMALL, "--criterion=halves", "--scope=uniform")
 
 
 @pytest.mark.parametrize("model", ["resnet8", "vit_tiny"])

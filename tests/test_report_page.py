@@ -11,7 +11,7 @@ from scipy import stats
 
 from experiments import report as binary
 from experiments.report import write_report
-from experiments.reporting import Case, summarize
+from experiments.reporting import Case, run_results, summarize
 from experiments.reporting.document import Document, Section, Table
 from experiments.reporting.page import html, markdown
 from experiments.reporting.summary import sentences
@@ -315,6 +315,25 @@ def test_a_comparison(tmp_path):
   assert "80 %, m = 2" in [row[0] for row in Page(page).rows]
 
 
+def test_commands_name_the_package_that_is_there(tmp_path, monkeypatch):
+  monkeypatch.setattr(run_results, "__package__", "jaxsms.experiments.reporting")
+  fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0)])
+  fake_runs.write_comparison(tmp_path / "grid", (0.8,), (2,))
+  for name, job in (("run", "sms"), ("grid", "compare")):
+    _, origin = run_results.read(tmp_path / name)
+    assert origin.command.startswith(f"python -m jaxsms.experiments.{job} ")
+
+
+def test_all_versions_that_did_a_part_are_named(tmp_path):
+  here, there = ({**fake_runs.ENVIRONMENT, "jax": jax} for jax in ("0.9.1", "0.10.2"))
+  listed = [{"from": "the start", "environment": here}]
+  listed.append({"from": "seed 0, dense, step 8", "environment": there})
+  path = tmp_path / "run"
+  fake_runs.write_run(path, [fake_runs.entry(0)], environments=listed)
+  text = "".join(Page(write_report([path])).text)
+  assert re.search(r"jax 0\.9\.1; 1 x cpu \(\?\)\. Also .*jax 0\.10\.2; 1 x cpu", text)
+
+
 def test_bad_directories(tmp_path, rejects, capsys):
   with rejects("there is no"):
     write_report([tmp_path / "missing"])
@@ -330,10 +349,12 @@ def test_bad_directories(tmp_path, rejects, capsys):
   (tmp_path / "new" / "run.json").write_text(run.replace("mlp", "x"))
   with rejects("another version"):
     write_report([tmp_path / "new"])
-  assert binary.main([str(tmp_path / "missing")]) == 2
+  with pytest.raises(SystemExit, match="2"):
+    binary.main([str(tmp_path / "missing")])
   assert capsys.readouterr().err.count("\n") == 1
   fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0, phases=0)])
-  assert binary.main([str(tmp_path / "run"), f"--out={tmp_path / 'file'}"]) == 2
+  with pytest.raises(SystemExit, match="2"):
+    binary.main([str(tmp_path / "run"), f"--out={tmp_path / 'file'}"])
   assert "cannot be written" in capsys.readouterr().err
 
 

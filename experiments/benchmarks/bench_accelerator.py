@@ -22,7 +22,6 @@ from absl import app, flags
 
 from ..run.terminal import say, terminal
 
-BENCH = "experiments.bench"
 TIMED = ("--rounds=3", "--steps=20")
 # Under float32 products are TF32 where the device has it.
 NETWORKS = (
@@ -76,21 +75,24 @@ def commands(
   part: str, out: pathlib.Path, minutes: float, data_dir: str | None
 ) -> list[Command]:
   """What a part of so many minutes runs, in order."""
+  package = __package__.rpartition(".")[0]  # its name is another where it is installed
   if part == "convolution":
-    module = "experiments.benchmarks.bench_convolution"
+    module = f"{__package__}.bench_convolution"
     figures = (f"--json={out / 'convolution.json'}", f"--minutes={0.9 * minutes}")
     return [Command("convolution", (module, *figures), 1.0)]
   if part == "bench":
     return [
       Command(
-        name, (BENCH, *options, *TIMED, f"--json={out / name}.json"), 1 / len(NETWORKS)
+        name,
+        (f"{package}.bench", *options, *TIMED, f"--json={out / name}.json"),
+        1 / len(NETWORKS),
       )
       for name, options in NETWORKS
     ]
   if part == "sms":
     where = [f"--workdir={out / 'resnet18'}"]
     where += [f"--data_dir={data_dir}"] if data_dir else []
-    return [Command("sms", ("experiments.sms", *SMS, "--epochs=20", *where), 1.0)]
+    return [Command("sms", (f"{package}.sms", *SMS, "--epochs=20", *where), 1.0)]
   return [Command("tests", ("pytest", "-n", "0", *TESTS), 1.0)]
 
 

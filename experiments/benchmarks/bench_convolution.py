@@ -23,10 +23,10 @@ from jaxsms.convolution import conv_general_dilated
 from jaxsms.disk.storage import plain, whole_file
 from jaxsms.nn.lowerings import NHWC
 
-from ..benchmarks.bench_statistics import Contender, alternate, scaled, seconds
 from ..run.environment import environment
 from ..run.flag_files import refusals
 from ..run.terminal import terminal
+from .bench_statistics import Contender, alternate, scaled, seconds
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01

@@ -29,7 +29,7 @@ from jaxsms.training.loop import chunk_length
 from jaxsms.training.programs import MeshOf
 from jaxsms.trees import PyTree
 
-from ..benchmarks.bench_statistics import ROUND_SECONDS, seconds
+from .bench_statistics import ROUND_SECONDS, seconds
 
 NUM_CLASSES = 10
 MEAN, STD = 0.5, 0.25  # of every channel of the synthetic images

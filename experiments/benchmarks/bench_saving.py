@@ -19,8 +19,6 @@ from jaxsms import models
 from jaxsms.disk.series import Series
 from jaxsms.training import Model
 
-from ..benchmarks import bench_jax, bench_settings
-from ..benchmarks.bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
 from ..config import device_flags
 from ..config.fields import (
   at_least,
@@ -34,6 +32,8 @@ from ..run import hardware
 from ..run.environment import environment
 from ..run.flag_files import refusals
 from ..run.work import Work, packed
+from . import bench_jax, bench_settings
+from .bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it
@@ -74,7 +74,6 @@ class Cost(NamedTuple):
 
   Attributes:
     megabytes: of its arrays.
-    chunks: of training in a round.
     training: seconds of a round without a save.
     blocked: seconds in which nothing else runs, copying to the host above all.
     held_up: seconds by which a round with a save takes longer.
@@ -82,7 +81,6 @@ class Cost(NamedTuple):
   """
 
   megabytes: float
-  chunks: int
   training: Spread
   blocked: Spread
   held_up: Spread
@@ -178,7 +176,6 @@ def measure(training: bench_jax.Training, rounds: int, folder: str | None) -> Co
       pairs.append((found[without_save], found[with_save]))
   return Cost(
     megabytes,
-    chunks,
     spread([alone[1] for alone, _ in pairs]),
     spread([saved[0] for _, saved in pairs]),
     spread([saved[1] - alone[1] for alone, saved in pairs]),

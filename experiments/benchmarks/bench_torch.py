@@ -14,21 +14,21 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from jaxsms.pretrained import to_torch
 
-from ..benchmarks.bench_jax import (
+from .bench_jax import (
   LEARNING_RATE,
   MOMENTUM,
   WEIGHT_DECAY,
   Task,
 )
-from ..benchmarks.bench_statistics import (
+from .bench_statistics import (
   ROUND_SECONDS,
   Contender,
   calls_for,
   cores,
   seconds,
 )
-from ..benchmarks.torch_batches import Batches, resident
-from ..benchmarks.torch_networks import Dense, make_network
+from .torch_batches import Batches, resident
+from .torch_networks import Dense, make_network
 
 
 class Recipe(NamedTuple):

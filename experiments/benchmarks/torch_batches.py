@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..benchmarks.bench_jax import MEAN, STD
+from .bench_jax import MEAN, STD
 
 PADDING = 4  # of crop_flip
 

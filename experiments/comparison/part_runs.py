@@ -12,8 +12,6 @@ from jaxsms.disk import storage
 from jaxsms.training import Model
 
 from .. import methods
-from ..comparison import parts as comparison
-from ..comparison.parts import Part, folder_of, is_finished
 from ..config.run_config import Config
 from ..methods import DENSE
 from ..run import keeping, run_directory, running
@@ -24,6 +22,8 @@ from ..run.run_directory import agreed, is_writer
 from ..run.signals import StopSignals
 from ..run.task import Task
 from ..run.work import Work
+from . import parts as comparison
+from .parts import Part, folder_of, is_finished
 
 MODEL = "model"  # in the folder of a dense part
 
@@ -97,7 +97,7 @@ def run_part(
   except Finished:
     return
   for sentence in said:
-    keeping.say(sentence)
+    keeping.tell(sentence)
   with keeper:
     plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
@@ -172,6 +172,7 @@ def write(shared: Comparison, failed: dict[Part, str]) -> dict[str, Any]:
     "kind": "comparison",
     "flags": {**shared.run["flags"], "workdir": str(shared.workdir)},
     "environment": shared.run["environment"],
+    "environments": comparison.environments(parts),
     "ood_sources": shared.task.ood_sources,
     "methods": sorted({part.method for part in parts} - {DENSE}),
     "cells": cells,

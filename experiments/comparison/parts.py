@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsms.disk import storage
@@ -15,6 +15,7 @@ from ..config.run_config import Config
 from ..methods import DENSE, SOUP, having
 from ..methods.registry import looks
 from ..run import run_directory
+from ..run.environment import environments_of
 
 PARTS = "parts"
 # What a comparison can have more of later.
@@ -135,6 +136,21 @@ def finished_parts(workdir: str | os.PathLike) -> dict[Part, dict[str, Any]]:
       part = Part(**results["part"])
       if part.name == path.name:  # and not one that was set aside
         found[part] = results
+  return found
+
+
+def environments(parts: Mapping[Part, dict[str, Any]]) -> list[dict[str, Any]]:
+  """All versions and devices that parts ran on, each with the first place it had.
+
+  Args:
+    parts: their results.
+  """
+  found: list[dict[str, Any]] = []
+  for part, results in parts.items():
+    for one in environments_of(results):
+      if one["environment"] not in (known["environment"] for known in found):
+        where = "" if one["from"] == "the start" else f", {one['from']}"
+        found.append({"from": part.name + where, "environment": one["environment"]})
   return found
 
 

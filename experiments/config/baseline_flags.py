@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..config.fields import at_least, define_flags, ensure, flag, one_of
-from ..methods.registry import baselines, bimp_epochs
+from ..methods.registry import baselines, bimp_epochs, having
+from .fields import at_least, define_flags, ensure, flag, one_of
 
 
 def _unique(words, name, values):
@@ -58,15 +58,15 @@ def check(config: Any) -> None:
   Args:
     config: with the phases of the soup.
   """
-  if any(name.startswith("bimp") for name in config.baselines):
-    dense, cycle = bimp_epochs(config)
-    if not dense or not cycle:
+  for name in config.baselines:
+    if name in having("cycles") and not all(bimp_epochs(config)):
       raise ValueError(
-        f"--budget_epochs is {config.budget_epochs}: bimp needs an epoch of dense training "
-        f"and one for each of {config.phases} cycles, give more, or another --fixed_after"
+        f"--budget_epochs is {config.budget_epochs}: {name} needs an epoch of dense "
+        f"training and one for each of {config.phases} cycles, give more, or another "
+        "--fixed_after"
       )
-  if "swamp" in config.baselines and config.rewind_epochs >= config.budget_epochs:
-    raise ValueError(
-      f"--rewind_epochs is {config.rewind_epochs} of --budget_epochs "
-      f"{config.budget_epochs}: rounds of swamp rewind to an earlier epoch"
-    )
+    if name in having("rewinds") and config.rewind_epochs >= config.budget_epochs:
+      raise ValueError(
+        f"--rewind_epochs is {config.rewind_epochs} of --budget_epochs "
+        f"{config.budget_epochs}: rounds of {name} rewind to an earlier epoch"
+      )

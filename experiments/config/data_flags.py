@@ -6,7 +6,7 @@ from typing import Any
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS
 
-from ..config.fields import (
+from .fields import (
   at_least,
   by_dataset,
   define_flags,

@@ -6,7 +6,7 @@ import optax
 
 from jaxsms.schedules import DECAY_ARGUMENTS, PRETRAIN_SCHEDULES, pretrain_schedule
 
-from ..config.fields import (
+from .fields import (
   above_zero,
   at_least,
   by_dataset,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxsms.convolution import CHOICES
 
-from ..config.fields import at_least, define_flags, ensure, flag, one_of
+from .fields import at_least, define_flags, ensure, flag, one_of
 
 MESHES = ("auto", "none")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from ..config.fields import at_least, define_flags, ensure, flag
 from ..run.tensorboard import check_available
+from .fields import at_least, define_flags, ensure, flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

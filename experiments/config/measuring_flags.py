@@ -6,7 +6,7 @@ from typing import Any
 from jaxsms.data import CORRUPTIONS
 from jaxsms.names import check_name
 
-from ..config.fields import define_flags, flag, numbers, one_of
+from .fields import define_flags, flag, numbers, one_of
 
 LANDSCAPES = ("last", "all", "none")
 

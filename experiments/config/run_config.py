@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from ..config import (
+from . import (
   baseline_flags,
   data_flags,
   dense_flags,
@@ -15,7 +15,7 @@ from ..config import (
   measuring_flags,
   soup_flags,
 )
-from ..config.fields import (
+from .fields import (
   at_least,
   define_flags,
   flag,

@@ -9,7 +9,9 @@ from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
 from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.training import merging
 
-from ..config.fields import (
+from ..methods.criteria import CRITERIA
+from ..methods.registry import having
+from .fields import (
   at_least,
   by_dataset,
   define_flags,
@@ -18,12 +20,9 @@ from ..config.fields import (
   numbers,
   one_of,
 )
-from ..methods.registry import having
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}
-CRITERIA = ("magnitude", "random", "erk", "lamp", "n_m", "filters", "channels")
-WITH_SCOPE = ("magnitude", "random", "filters", "channels")
 BUDGETS = ("weights", "channels", "multiply_adds")
 
 
@@ -198,9 +197,10 @@ def _check_criterion(config):
         "--shrink cuts models that lie whole in one process: leave out --split_params and "
         "--processes"
       )
-  if config.scope != "global" and config.criterion not in WITH_SCOPE:
+  if config.scope != "global" and not CRITERIA[config.criterion].scope:
+    with_scope = ", ".join(name for name, one in CRITERIA.items() if one.scope)
     raise ValueError(
-      f"--scope={config.scope} is of {', '.join(WITH_SCOPE)}: "
+      f"--scope={config.scope} is of {with_scope}: "
       f"--criterion={config.criterion} shares the sparsity out itself, leave it out"
     )
   if config.criterion != "n_m":

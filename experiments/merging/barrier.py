@@ -12,9 +12,9 @@ from jaxsms.geometry import interpolate, loss_barrier
 from jaxsms.training.failures import MARGIN
 from jaxsms.training.merging import on_validation
 
-from ..merging.with_data import as_model
 from ..run.task import Task
 from ..run.terminal import say
+from .with_data import as_model
 
 POSITIONS = np.linspace(0, 1, 5)
 FLAGS = flags.FLAGS

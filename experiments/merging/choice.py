@@ -11,9 +11,9 @@ from jaxsms.merges import MERGES
 from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity
 
-from ..merging.checks import DTYPES
-from ..merging.output import TO_PYTORCH, read_size
 from ..run import outputs
+from .checks import DTYPES
+from .output import TO_PYTORCH, read_size
 
 flags.DEFINE_string(
   "masks",

@@ -26,10 +26,10 @@ from jaxsms.training.merging import named_merge, on_validation
 from jaxsms.trees import model_at
 
 from ..config import run_config
-from ..merging.checks import check_masks, result_specs
-from ..merging.choice import Choice
 from ..run import hardware
 from ..run.task import Task, load, make_task, with_data
+from .checks import check_masks, result_specs
+from .choice import Choice
 
 FLAGS = flags.FLAGS
 Arrays = dict[str, np.ndarray]

@@ -1,6 +1,6 @@
 """The methods of a run: the soup, and what it is compared with."""
 
-from ..methods.planning import (
+from .planning import (
   entry_of,
   model_steps,
   names_of,
@@ -8,8 +8,8 @@ from ..methods.planning import (
   planned_work,
   seed_events,
 )
-from ..methods.registry import DENSE, METHODS, SOUP, Method, baselines, having
-from ..methods.seeds import Run, Soup
+from .registry import METHODS, Method, baselines, having
+from .seeds import DENSE, SOUP, Run, Soup
 
 __all__ = [
   "DENSE",

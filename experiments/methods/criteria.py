@@ -1,10 +1,13 @@
-"""Which weights a run removes: the criterion that the flags name, as one function."""
+"""Which weights a run removes: the criteria that --criterion names, one entry each.
+
+A new criterion is an entry of `CRITERIA`, here or from outside.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
@@ -26,9 +29,23 @@ if TYPE_CHECKING:
   from ..config.run_config import Config
 
 
-def pruning(
-  config: Config, key: jax.Array, groups: Callable[[], ChannelGroups] | None = None
-) -> Prune:
+Groups = Callable[[], ChannelGroups] | None  # gives the network's groups of channels
+
+
+class Criterion(NamedTuple):
+  """A value of --criterion.
+
+  Attributes:
+    prune: `prune(config, key, groups)` giving a function
+      `prune(params, sparsity, masks=masks)`; the key is for what is random.
+    scope: whether it takes --scope.
+  """
+
+  prune: Callable[[Config, jax.Array, Groups], Prune]
+  scope: bool = False
+
+
+def pruning(config: Config, key: jax.Array, groups: Groups = None) -> Prune:
   """The function `prune(params, sparsity, masks=masks)` of --criterion.
 
   Args:
@@ -36,27 +53,23 @@ def pruning(
     key: of the seed; decides what random pruning removes.
     groups: gives the network's groups of channels, for --criterion=channels.
   """
-  if config.criterion == "channels":
-    return functools.partial(
-      channel_masks, groups=groups(), scope=config.scope, budget=config.budget
-    )
-  if config.criterion == "magnitude":
-    return functools.partial(magnitude_masks, scope=config.scope)
-  if config.criterion == "random":
-    return functools.partial(random_masks, key, scope=config.scope)
-  if config.criterion == "erk":
-    return erk_masks
-  if config.criterion == "lamp":
-    return lamp_masks
-  if config.criterion == "n_m":
-    m = config.n_m_group
+  return CRITERIA[config.criterion].prune(config, key, groups)
 
-    def divisible(path, leaf):
-      return default_prunable(path, leaf) and leaf.shape[inputs_axis(path, leaf)] % m == 0
 
-    return functools.partial(n_m_masks, m=m, axis=inputs_axis, prunable=divisible)
+def n_m(config: Config, key: jax.Array, groups: Groups) -> Prune:
+  """n of every m inputs stay, in the layers that m divides."""
+  m = config.n_m_group
 
-  def filters(params, sparsity, masks=None):
+  def divisible(path, leaf):
+    return default_prunable(path, leaf) and leaf.shape[inputs_axis(path, leaf)] % m == 0
+
+  return functools.partial(n_m_masks, m=m, axis=inputs_axis, prunable=divisible)
+
+
+def filters(config: Config, key: jax.Array, groups: Groups) -> Prune:
+  """Whole outputs go, of all layers but the classifier."""
+
+  def prune(params, sparsity, masks=None):
     last = classifier(params)
 
     def prunable(path, leaf):
@@ -64,7 +77,16 @@ def pruning(
 
     return filter_masks(params, sparsity, config.scope, outputs_axis, prunable, masks)
 
-  return filters
+  return prune
+
+
+def channels(config: Config, key: jax.Array, groups: Groups) -> Prune:
+  """Whole channels go, in all places that can only go together."""
+  if groups is None:
+    raise ValueError("the network's groups of channels are missing: give groups")
+  return functools.partial(
+    channel_masks, groups=groups(), scope=config.scope, budget=config.budget
+  )
 
 
 def inputs_axis(path: tuple, leaf: jax.Array) -> int:
@@ -84,3 +106,20 @@ def classifier(params: dict) -> str:
   """The name of the last dense layer at the top of a network of ours."""
   names = [name for name in params if name.startswith("Dense_")]
   return max(names, key=lambda name: int(name.removeprefix("Dense_")))
+
+
+CRITERIA: dict[str, Criterion] = {
+  "magnitude": Criterion(
+    lambda config, key, groups: functools.partial(magnitude_masks, scope=config.scope),
+    scope=True,
+  ),
+  "random": Criterion(
+    lambda config, key, groups: functools.partial(random_masks, key, scope=config.scope),
+    scope=True,
+  ),
+  "erk": Criterion(lambda config, key, groups: erk_masks),
+  "lamp": Criterion(lambda config, key, groups: lamp_masks),
+  "n_m": Criterion(n_m),
+  "filters": Criterion(filters, scope=True),
+  "channels": Criterion(channels, scope=True),
+}

@@ -9,9 +9,9 @@ import jax
 
 from jaxsms.training.engine import Record
 
-from ..methods.registry import DENSE, METHODS, SOUP
-from ..methods.seeds import Run, dense_model
 from ..run.progress import MEASURED
+from .registry import METHODS
+from .seeds import DENSE, SOUP, Run, dense_model
 
 if TYPE_CHECKING:
   from ..config.run_config import Config

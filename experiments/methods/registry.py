@@ -14,9 +14,10 @@ from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
-from ..methods.seeds import (
+from .seeds import (
   RETRAIN,
   SCRATCH,
+  SOUP,
   Events,
   Run,
   Soup,
@@ -32,7 +33,6 @@ from ..methods.seeds import (
 if TYPE_CHECKING:
   from ..config.run_config import Config
 
-SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 MASK_STEPS = {"gmp": 100, "dpf": 16}
 AVERAGED = 0.25  # share of a round of swamp that its averages over time are taken from
 
@@ -66,7 +66,9 @@ class Method(NamedTuple):
     traits: what else tells it from the others. `one_copy`: no number depends on m. `dense`:
       nothing is pruned. `ramp`: its sparsity rises smoothly, to one model at the goal.
       `one_schedule`: its copies share one schedule.
-      `own_masks`: its masks are not those of one model between phases.
+      `own_masks`: its masks are not those of one model between phases. `cycles`: it
+      prunes in cycles within --budget_epochs, and the last one's model counts. `rewinds`:
+      its rounds begin at an earlier epoch.
   """
 
   title: str
@@ -276,7 +278,7 @@ METHODS: dict[str, Method] = {
   ),
   "swamp": Method(
     "SWAMP", "#E69F00", "P", rewinding_soup, _swamp_epochs, False,
-    frozenset({"one_schedule", "own_masks"}),
+    frozenset({"one_schedule", "own_masks", "rewinds"}),
   ),
   "gmp": Method(
     "GMP", "#56B4E9", "<", gradual("gmp", False), lambda c: _gradual_epochs(c, 1),
@@ -298,11 +300,12 @@ METHODS: dict[str, Method] = {
   ),
   "bimp": Method(
     "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda c: _bimp_epochs(c, 1), False,
-    frozenset({"one_copy"}),
+    frozenset({"one_copy", "cycles"}),
   ),
   "bimp_soup": Method(
     "BIMP soup", "#000000", "h", bimp("bimp_soup", True),
-    lambda c: _bimp_epochs(c, c.ingredients), False, frozenset({"one_schedule"}),
+    lambda c: _bimp_epochs(c, c.ingredients), False,
+    frozenset({"one_schedule", "cycles"}),
   ),
   "dense_soup": Method(
     "Dense soup", "#000000", "d", dense_soup, _copies_epochs, True, frozenset({"dense"})

@@ -26,13 +26,14 @@ from jaxsms.training.merging import merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
-from ..methods.criteria import pruning
+from .criteria import pruning
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
   from ..run.task import Task
   from ..run.work import Work
 
+SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.
 INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH = 0, 1, 2, 3, 4
 # What a method yields: chunks of training, states to be saved, and phases.
@@ -221,7 +222,7 @@ def prune_and_retrain(
     phase_sparsities(goal, config.phases, done=len(records)),
     prune=run.prune,
     merging=merging_of(config.merge, config.weight_decay),
-    landscapes=landscape_phases(run) if method == "sms" else (),
+    landscapes=landscape_phases(run) if method == SOUP else (),
     shrink=run.task.shrink,
   ):
     if isinstance(event, Phase):

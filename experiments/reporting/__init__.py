@@ -4,12 +4,12 @@
 `Results`: what a results.json, or a part of it, is read as.
 """
 
-from ..reporting.cases import Case, Origin
-from ..reporting.cost_sections import duration, flag_text
-from ..reporting.figures import accuracy_figure
-from ..reporting.page import files
-from ..reporting.sections import document
-from ..reporting.statistics import (
+from .cases import Case, Origin
+from .cost_sections import duration, flag_text
+from .figures import accuracy_figure
+from .page import files
+from .sections import document
+from .statistics import (
   Estimate,
   Results,
   dataset_title,
@@ -17,7 +17,7 @@ from ..reporting.statistics import (
   method_title,
   summarize,
 )
-from ..reporting.tables import (
+from .tables import (
   HEADER,
   caption,
   console_table,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..reporting.statistics import Results, dataset_title
+from .statistics import Results, dataset_title
 
 
 class Case(NamedTuple):
@@ -64,7 +64,7 @@ class Origin(NamedTuple):
     title: of the run or comparison.
     command: repeats it.
     seconds: how long it took; None while it goes on.
-    environment: versions and device.
+    environments: versions and devices, each that did a part of it.
     flags: all of them.
     ood_sources: where each corruption comes from.
     warnings: what is missing of it or failed, a sentence each.
@@ -74,7 +74,7 @@ class Origin(NamedTuple):
   title: str
   command: str
   seconds: float | None
-  environment: Results
+  environments: Sequence[Results]
   flags: Results
   ood_sources: Results
   warnings: Sequence[str] = ()

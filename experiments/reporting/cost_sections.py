@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..reporting.cases import Case, Origin
-from ..reporting.document import Code, Folded, Section, Table
-from ..reporting.statistics import estimate
+from .cases import Case, Origin
+from .document import Code, Folded, Section, Table
+from .statistics import estimate
 
 
 def inference_section(cases: Sequence[Case]) -> Section:
@@ -100,20 +100,14 @@ def origin_section(origins: Sequence[Origin]) -> Section:
   """How it was made, and how to make it again."""
   section = Section("How this was made", [])
   for origin in origins:
-    about = origin.environment
-    device = f"{about.get('devices', '?')} x {about.get('device', '?')}"
-    versions = ", ".join(
-      f"{name} {about[name]}"
-      for name in ("jaxsms", "jax", "flax", "optax", "orbax", "python")
-      if name in about
-    )
+    where = " Also ".join(f"{_versions(one)}." for one in origin.environments or [{}])
     took = f" Took {duration(origin.seconds)}." if origin.seconds is not None else ""
     name = f"{origin.title}: " if len(origins) > 1 else ""
     sources = sorted(set(map(str, (origin.ood_sources or {}).values())))
     ood = f" Corruptions from {', '.join(sources)}." if sources else ""
     section.blocks.extend(
       [
-        f"{name}{versions}; {device} ({about.get('platform', '?')}).{took}{ood} "
+        f"{name}{where}{took}{ood} "
         f"This command repeats it{' and fills the grid' if origin.grows else ''}:",
         Code(origin.command),
         Folded(
@@ -127,6 +121,17 @@ def origin_section(origins: Sequence[Origin]) -> Section:
       ]
     )
   return section
+
+
+def _versions(environment):
+  """Versions and devices in words."""
+  device = f"{environment.get('devices', '?')} x {environment.get('device', '?')}"
+  versions = ", ".join(
+    f"{name} {environment[name]}"
+    for name in ("jaxsms", "jax", "flax", "optax", "orbax", "python")
+    if name in environment
+  )
+  return f"{versions}; {device} ({environment.get('platform', '?')})"
 
 
 def flag_text(value: object) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from jaxsms.disk.files import whole_file
 
 from ..methods.registry import looks
-from ..reporting.cases import Case
-from ..reporting.drawing import (
+from .cases import Case
+from .drawing import (
   MARKERS,
   MIDDLE,
   canvas,
@@ -18,7 +18,7 @@ from ..reporting.drawing import (
   file_of,
   legend,
 )
-from ..reporting.statistics import Results, method_title, summarize
+from .statistics import Results, method_title, summarize
 
 PERCENT = {
   "test_accuracy": "Test accuracy in percent",

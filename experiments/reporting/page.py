@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from html import escape
 
-from ..reporting.document import Code, Document, Folded, Picture, Table
-from ..reporting.drawing import file_of, inline_svg
+from .document import Code, Document, Folded, Picture, Table
+from .drawing import file_of, inline_svg
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --middle: #666;

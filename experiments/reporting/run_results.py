@@ -10,14 +10,12 @@ from absl import flags
 from jaxsms.disk import storage
 
 from ..comparison import parts as comparison
-from ..methods import SOUP
-from ..reporting import Case, Origin, flag_text
-from ..reporting.results_check import KNOWN_FLAGS, Unfit
+from ..methods import DENSE, SOUP, having
 from ..run import run_directory
+from ..run.environment import environments_of
 from ..run.metrics_file import read_lines
-
-# Their model of the goal sparsity is that of their last phase alone.
-LAST_ALONE = ("bimp", "bimp_soup")
+from ..run.results_check import KNOWN_FLAGS, Unfit
+from . import Case, Origin, flag_text
 
 
 def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], Origin]:
@@ -57,7 +55,7 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     command = comparison_command(known, results)
   else:
     cases = [run_case(path, results, known)]
-    command = command_of("experiments.sms", known)
+    command = command_of("sms", known)
   if not any(seed["phases"] for case in cases for seed in case.seeds):
     if "part" in results or "cells" in results:
       raise ValueError(f"{path}: no soup is finished in it yet")
@@ -69,7 +67,7 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     path.name,
     command,
     results.get("seconds"),
-    results.get("environment") or run.get("environment", {}),
+    [one["environment"] for one in environments_of(results) or environments_of(run)],
     {k: v for k, v in known.items() if k != "workdir"},
     results.get("ood_sources", {}),
     comparison_warnings(results) if "cells" in results else [],
@@ -122,11 +120,11 @@ def under_way(evaluations: Sequence[dict], phases: int) -> list[dict[str, Any]]:
       line[k] for k in ("seed", "method", "phase", "evaluation")
     )
     entry = seeds.setdefault(seed, {"seed": seed, "dense": {}, "phases": {}})
-    if method == "dense":
+    if method == DENSE:
       entry["dense"] = record
     elif method == SOUP:
       entry["phases"][number] = dict(record)
-    elif number == phases or method not in LAST_ALONE:
+    elif number == phases or method not in having("cycles"):
       model = record["soup"]
       blank = {"phase": number, "sparsity": model["sparsity"]}
       entry["phases"].setdefault(number, blank)[method] = model
@@ -214,12 +212,13 @@ def fills_grid(results: dict[str, Any]) -> bool:
 def comparison_command(known: dict[str, Any], results: dict[str, Any]) -> str:
   """Repeats a comparison."""
   shared = {k: v for k, v in known.items() if k not in comparison.GROWS}
-  return command_of("experiments.compare", shared | grid_of(results))
+  return command_of("compare", shared | grid_of(results))
 
 
-def command_of(module: str, known: dict[str, Any]) -> str:
+def command_of(binary: str, known: dict[str, Any]) -> str:
   """A command with every flag that is not at its default, in a new --workdir."""
-  words = ["python", "-m", module]
+  package = __package__.rpartition(".")[0]  # its name is another where it is installed
+  words = ["python", "-m", f"{package}.{binary}"]
   for name, value in known.items():
     if value is None or name == "workdir":
       continue

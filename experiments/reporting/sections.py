@@ -3,18 +3,18 @@
 from collections.abc import Iterator, Sequence
 
 from ..methods.registry import looks
-from ..reporting import figures
-from ..reporting.cases import Case, Origin
-from ..reporting.cost_sections import (
+from . import figures
+from .cases import Case, Origin
+from .cost_sections import (
   cost_section,
   inference_section,
   origin_section,
 )
-from ..reporting.document import Document, Folded, Picture, Section, Table
-from ..reporting.statistics import Results, method_title, summarize
-from ..reporting.summary import sentences
-from ..reporting.tables import accuracy, gain, notes
-from ..reporting.training_sections import (
+from .document import Document, Folded, Picture, Section, Table
+from .statistics import Results, method_title, summarize
+from .summary import sentences
+from .tables import accuracy, gain, notes
+from .training_sections import (
   CASES_DRAWN,
   curves_section,
   cut,

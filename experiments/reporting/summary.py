@@ -1,9 +1,9 @@
 """What a run shows, in plain words."""
 
 from ..methods.registry import looks
-from ..reporting.cases import Case
-from ..reporting.statistics import Results, method_title, summarize
-from ..reporting.tables import ends, signed
+from .cases import Case
+from .statistics import Results, method_title, summarize
+from .tables import ends, signed
 
 # What the soup is held against in words; the rest is in the table.
 AGAINST = {

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ..methods.registry import looks
-from ..reporting.statistics import (
+from .statistics import (
   Results,
   dataset_title,
   estimate,

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.cases import Case
-from ..reporting.drawing import (
+from ..methods import DENSE, SOUP
+from .cases import Case
+from .drawing import (
   COLOURS,
   FAINT,
   MARKERS,
@@ -27,7 +28,7 @@ PHASES_SHOWN = 12
 
 def curve_lines(case: Case) -> list[dict]:
   """Epochs of dense training and of the soup; of a baseline alone its own."""
-  ours = [line for line in case.epochs if line["method"] in ("dense", "sms")]
+  ours = [line for line in case.epochs if line["method"] in (DENSE, SOUP)]
   return ours or list(case.epochs)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..reporting import training_figures
-from ..reporting.cases import Case
-from ..reporting.document import Picture, Section
-from ..reporting.statistics import Results
+from . import training_figures
+from .cases import Case
+from .document import Picture, Section
+from .statistics import Results
 
 CASES_DRAWN = 6  # at most so many where each has figures of its own
 

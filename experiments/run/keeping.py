@@ -16,15 +16,15 @@ from jaxsms.disk.safetensors import first_sentence
 from jaxsms.disk.series import Found, Series
 
 from ..config.run_config import Config
-from ..run import run_directory
-from ..run.environment import check_version, environment, environments_of
-from ..run.lock import Busy, Lock, Moved
-from ..run.metrics_file import MetricsFile
-from ..run.run_directory import agreed, is_writer
-from ..run.signals import Stopped, StopSignals
-from ..run.task import Task
-from ..run.tensorboard import Board
-from ..run.work import Work, packed, unpacked
+from . import run_directory
+from .environment import check_version, environment, environments_of
+from .lock import Busy, Lock, Moved
+from .metrics_file import MetricsFile
+from .run_directory import agreed, is_writer
+from .signals import Stopped, StopSignals
+from .task import Task
+from .tensorboard import Board
+from .work import Work, packed, unpacked
 
 MEANS = ("loss", "accuracy")
 # Why the first process cannot take a directory; told to the others by number.
@@ -328,7 +328,7 @@ class Keeper:
       self._lock.release()
 
 
-def say(sentence: str) -> None:
+def tell(sentence: str) -> None:
   """Tells the user, once, whatever the number of processes."""
   if is_writer():
     print(sentence, file=sys.stderr)

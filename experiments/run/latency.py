@@ -21,8 +21,8 @@ from ..benchmarks.bench_statistics import (
   scaled,
   seconds,
 )
-from ..run.run_directory import soup_folder
-from ..run.task import Task
+from .run_directory import soup_folder
+from .task import Task
 
 BATCH = 32
 ROUNDS, ROUND_SECONDS = 5, 0.02  # of each model

@@ -41,22 +41,6 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
   return str(path)
 
 
-def write_npz(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays to an .npz file, of the dtypes that NumPy itself has.
-
-  Raises:
-    ValueError: a dtype is another, such as bfloat16.
-  """
-  for name, array in arrays.items():
-    if array.dtype.kind == "V":
-      raise ValueError(
-        f"{name} is {array.dtype.name}, which .npz files do not have: let --out end in "
-        ".safetensors"
-      )
-  with whole_file(path) as file:
-    np.savez(file, **arrays)
-
-
 def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes arrays as PyTorch's state dict.
 

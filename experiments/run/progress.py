@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress
 
 from jaxsms.training import Chunk
 
-from ..run.terminal import say, terminal, text_column
+from .terminal import say, terminal, text_column
 
 MEASURED = 0  # in a plan, beside the numbers of copies: models to be measured
 LINE_SECONDS = 60  # between two lines, where there is no bar

@@ -19,9 +19,9 @@ from ..config.device_flags import DeviceFlags
 from ..config.fields import names
 from ..config.run_config import Config
 from ..reporting import dataset_title
-from ..reporting.results_check import check_results, check_run
-from ..run.hardware import bfloat16
-from ..run.ood import prepared_digests
+from .hardware import bfloat16
+from .ood import prepared_digests
+from .results_check import check_results, check_run
 
 RUN_FILE = "run.json"
 FLAGS_FILE = "flags.txt"

@@ -18,11 +18,11 @@ from jaxsms.training import Chunk, Engine, TrainState
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
-from ..run import hardware, keeping
-from ..run.environment import environment
-from ..run.progress import MEASURED, RunProgress
-from ..run.run_directory import save_soup
-from ..run.task import Task, load, with_data
+from . import hardware, keeping
+from .environment import environment
+from .progress import MEASURED, RunProgress
+from .run_directory import save_soup
+from .task import Task, load, with_data
 
 
 def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
@@ -149,8 +149,8 @@ class Listener:
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
-    if chunk.step * epochs != chunk.epoch * chunk.steps:  # the epoch goes on
-      return
+    if chunk.step % self._steps_per_epoch and chunk.step < chunk.steps:
+      return  # the epoch goes on
     loss, accuracy = (
       np.average(epoch[name], axis=0, weights=epoch["taken"])
       for name in ("loss", "accuracy")

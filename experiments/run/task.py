@@ -40,8 +40,8 @@ from jaxsms.training.measurements import describe_weights
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
 from ..methods.criteria import pruning
-from ..run.hardware import copies_at_once, mesh_of, network_options
-from ..run.ood import corrupted_test_data
+from .hardware import copies_at_once, mesh_of, network_options
+from .ood import corrupted_test_data
 
 
 class Task(NamedTuple):

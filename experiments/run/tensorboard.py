@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxsms.disk import storage
 
-from ..run.metrics_file import read_lines
+from .metrics_file import read_lines
 
 FOLDER = "tensorboard"
 SERIES = ("loss", "accuracy", "learning_rate")  # by epoch, of every copy

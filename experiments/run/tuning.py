@@ -14,7 +14,7 @@ from jaxsms.training import train_chunks
 from ..config.device_flags import MEASURE
 from ..config.run_config import Config
 from ..methods.seeds import ingredients
-from ..run.task import make_task
+from .task import make_task
 
 STEPS, ROUNDS = 4, 3
 

@@ -11,7 +11,7 @@ from typing import Any
 from jaxsms.disk.storage import Damaged
 from jaxsms.training.failures import COPY_FAULTS
 
-from ..methods.registry import looks
+from ..methods import registry, seeds
 
 Check = Callable[[Any], None]
 MOST = 1e39  # of a number: beyond float32, and its square is still one
@@ -48,9 +48,9 @@ def fits_line(line: Any) -> bool:
     record({"seed": whole(0), "method": text, "phase": whole(0)})(line)
     if "evaluation" not in line:
       EPOCH(line)
-    elif line["method"] == "dense":
+    elif line["method"] == seeds.DENSE:
       MODEL(line["evaluation"])
-    elif line["method"] == "sms":
+    elif line["method"] == seeds.SOUP:
       every(PHASE, record({"soup": SOUP}))(line["evaluation"])
     else:
       record({"soup": SOUP})(line["evaluation"])
@@ -333,7 +333,7 @@ PHASE = record(
   landscape=maybe(LANDSCAPE),
   averaging_failed=maybe(FAILED),
   **FAULTS,
-  **dict.fromkeys(looks(), MODEL),
+  **dict.fromkeys(registry.looks(), MODEL),
 )
 DENSE = every(record({"test_accuracy": SHARE}), MODEL)
 SEED = record({"seed": whole(0), "dense": DENSE, "phases": listing(PHASE)})
@@ -381,10 +381,10 @@ def _part(results):
     raise Unfit("a method with a seed", ".part")
   if results.get("finished") and len(results["seeds"]) != 1:
     raise Unfit("a list with 1", ".seeds")
-  method = "soup" if part["method"] == "sms" else part["method"]
+  method = "soup" if part["method"] == seeds.SOUP else part["method"]
   for i, seed in enumerate(results["seeds"]):
     for j, phase in enumerate(seed["phases"]):
-      if method != "dense" and method not in phase:
+      if method != seeds.DENSE and method not in phase:
         raise Unfit("there", f".seeds[{i}].phases[{j}].{method}")
 
 
