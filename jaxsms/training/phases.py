@@ -40,7 +40,6 @@ from jaxsms.training.merging import Merging, merging_of, on_validation
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
-COSTS = ("parameters", "multiply_adds")  # of a phase's network as it is stored and run
 RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 
 
@@ -272,7 +271,6 @@ def merge_candidates(
   record: MergeRecord = {
     "weights": weights.tolist(),
     "soup": soup,
-    **{name: soup[name] for name in COSTS if name in soup},
     "best_candidate": scores[best_candidate(scores)],
     **set_record(measured, finite.params),
     "candidates": scores,
@@ -285,6 +283,10 @@ def merge_candidates(
       for split, on_split in of_soup.items()
     },
   }
+  if "parameters" in soup:
+    record["parameters"] = soup["parameters"]
+  if "multiply_adds" in soup:
+    record["multiply_adds"] = soup["multiply_adds"]
   if failure is not None:
     record["averaging_failed"] = failure
   if merging.selects:
