@@ -20,7 +20,6 @@ from jaxsms.nn.lowerings import LOWERINGS, NHWC, Geometry, pair, vary_alike
 # How the operations run on a platform, by measurement on CPU alone: BUILD_NOTES.md.
 RULE = {"cpu": "loop", "default": "grouped"}
 CHOICES = ("auto", *LOWERINGS, "native")
-__all__ = ["CHOICES", "RULE", "conv_general_dilated"]
 
 
 def conv_general_dilated(
