@@ -4,6 +4,8 @@ Each takes m models, leaves [m, ...], and gives one, so that it fits `merge=` of
 `jaxsms.sparse_model_soup` once its other arguments are bound (`functools.partial`). An
 entry that is 0 in all models is 0 in the result: a shared mask stays exactly as it is.
 Models with values that are not finite are left out.
+
+`MERGES`: every merge by its name, an `Entry` each.
 """
 
 from jaxsms.merges.learned import average_by_leaf, learned_soup, learned_weights
