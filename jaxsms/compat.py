@@ -1,8 +1,11 @@
 """What is called otherwise in some of the JAX versions that are supported."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def enable_x64() -> AbstractContextManager[None]:
@@ -25,3 +28,13 @@ def constraint_mesh(mesh: jax.sharding.Mesh) -> AbstractContextManager:
   PartitionSpec over the axes that are not manual there.
   """
   return nullcontext() if jax.__version_info__ >= (0, 8) else mesh
+
+
+def jaxprs_in_params(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+  """The functions inside an operation; `jax.extend.core` has it from jax 0.8 on."""
+  for value in params.values():
+    for one in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(one, Jaxpr):
+        yield one
+      elif isinstance(one, ClosedJaxpr):
+        yield one.jaxpr

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import Literal
 
 from jaxsms import convolution
 from jaxsms.channels.arrays import take
 from jaxsms.channels.calls import CALLS, own_operation, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
+from jaxsms.compat import jaxprs_in_params
 from jaxsms.nn.lowerings import vary_alike, varying
 
 
