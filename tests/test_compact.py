@@ -124,7 +124,9 @@ def test_training_with_batch_statistics(name, options):
   def apply(variables, images):
     return module.apply(variables, images, train=True, mutable=["batch_stats"])
 
-  small, (_, state), (_, small_state) = check(apply, variables, (images,))
+  # Statistics of a batch of two divide by small numbers: rounding grows with the depth.
+  found = check(apply, variables, (images,), tolerance=1e-4)
+  small, (_, state), (_, small_state) = found
   rest = {"params": variables["params"]}
   assert_close(small.shrink(state | rest), small_state | {"params": small.params["params"]})
 
