@@ -57,6 +57,7 @@ def test_value_and_gradients_stay(layout, image, kernel, strides, padding):
   assert set(group_counts(text)) == {(1, 1)}
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="left alone from JAX 0.11 on")
 def test_what_is_computed_again_for_its_gradient_is_entered():
   """`jax.checkpoint`, whose backward pass has convolutions of its own."""
   x, w = normal(0, 2, 3, 6, 6, 4), normal(1, 2, 3, 3, 4, 4)
