@@ -11,11 +11,11 @@ import numpy as np
 from jaxsms import checkpoint
 from jaxsms.disk.passes import Block
 from jaxsms.disk.tensors import Spec
-from jaxsms.disk.writing import as_bytes
+from jaxsms.disk.writing import ToZip
 from jaxsms.export import nested
 
 
-class ToNpz:
+class ToNpz(ToZip):
   """Writes an .npz file, uncompressed.
 
   Args:
@@ -33,35 +33,16 @@ class ToNpz:
           f"{name} is {spec.dtype.name}, which .npz files do not have: write a "
           ".safetensors file, or float32"
         )
-    self._file, self._specs = file, specs
+    super().__init__(file, specs)
 
-  def __enter__(self):
-    self._archive = zipfile.ZipFile(self._file, "x")
-    self._member: Any = None
-    return self
-
-  def __exit__(self, *exception):
-    if self._member is not None:
-      self._member.close()
-    self._archive.close()
-
-  def write(self, block: Block, values: np.ndarray) -> None:
-    spec = self._specs[block.name]
-    if block.start == 0:
-      info = zipfile.ZipInfo(f"{block.name}.npy")
-      self._member = self._archive.open(info, "w", force_zip64=True)
-      description = np.lib.format.dtype_to_descr(spec.dtype.newbyteorder("<"))
-      header = {"descr": description, "fortran_order": False, "shape": spec.shape}
-      np.lib.format.write_array_header_1_0(self._member, header)
-    self._member.write(as_bytes(values))
-    if block.stop == spec.size:
-      self._member.close()
-      self._member = None
-
-  def finish(self) -> None:
-    self._archive.close()
-    with open(self._file, "rb") as file:
-      os.fsync(file.fileno())
+  def begin(self, name: str) -> Any:
+    spec = self._specs[name]
+    info = zipfile.ZipInfo(f"{name}.npy")
+    self._member = self._archive.open(info, "w", force_zip64=True)  # closed on errors too
+    description = np.lib.format.dtype_to_descr(spec.dtype.newbyteorder("<"))
+    header = {"descr": description, "fortran_order": False, "shape": spec.shape}
+    np.lib.format.write_array_header_1_0(self._member, header)
+    return self._member
 
 
 class ToCheckpoint:

@@ -3,7 +3,6 @@
 import collections
 import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -12,9 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from jaxsms.disk.passes import Block
 from jaxsms.disk.tensors import Spec
-from jaxsms.disk.writing import as_bytes
+from jaxsms.disk.writing import ToZip
 from jaxsms.disk.zips import STORAGES
 
 _ALIGNMENT = 64  # of the tensors in the file, as PyTorch has it for mapping them
@@ -62,7 +60,7 @@ class _Pickler(pickle._Pickler):  # the one in Python: what it writes can be cha
   dispatch[_Global] = _save_name
 
 
-class ToPytorch:
+class ToPytorch(ToZip):
   """Writes a state dict, which torch.load reads.
 
   Args:
@@ -81,12 +79,11 @@ class ToPytorch:
           f"{name} is {spec.dtype.name}, which PyTorch's files do not have: write a "
           ".safetensors file"
         )
-    self._file, self._specs = file, specs
+    super().__init__(file, specs)
     self._keys = {name: str(i) for i, name in enumerate(sorted(specs))}
 
   def __enter__(self):
-    self._archive = zipfile.ZipFile(self._file, "x")
-    self._member: Any = None
+    super().__enter__()
     pickled = io.BytesIO()
     tensors = ((name, _Tensor(key, self._specs[name])) for name, key in self._keys.items())
     _Pickler(pickled, 2).dump(collections.OrderedDict(tensors))
@@ -94,24 +91,12 @@ class ToPytorch:
     self._write("byteorder", b"little")
     return self
 
-  def __exit__(self, *exception):
-    if self._member is not None:
-      self._member.close()
-    self._archive.close()
-
-  def write(self, block: Block, values: np.ndarray) -> None:
-    if block.start == 0:
-      self._member = self._begin(f"data/{self._keys[block.name]}")
-    self._member.write(as_bytes(values))
-    if block.stop == self._specs[block.name].size:
-      self._member.close()
-      self._member = None
+  def begin(self, name: str) -> Any:
+    return self._begin(f"data/{self._keys[name]}")
 
   def finish(self) -> None:
     self._write("version", b"3\n")
-    self._archive.close()
-    with open(self._file, "rb") as file:
-      os.fsync(file.fileno())
+    super().finish()
 
   def _write(self, name, data):
     with self._begin(name) as member:

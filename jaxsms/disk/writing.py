@@ -5,9 +5,10 @@ import json
 import os
 import secrets
 import shutil
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -85,6 +86,45 @@ class ToSafetensors:
         index.write("\n")
         index.flush()
         os.fsync(index.fileno())
+
+
+class ToZip:
+  """Writes a zip archive with a member for each leaf; what a format adds is its own.
+
+  Args:
+    file: it does not exist yet.
+    specs: of the model.
+  """
+
+  def __init__(self, file: str, specs: Mapping[str, Spec]):
+    self._file, self._specs = file, specs
+
+  def __enter__(self):
+    self._archive = zipfile.ZipFile(self._file, "x")
+    self._member: Any = None
+    return self
+
+  def __exit__(self, *exception):
+    if self._member is not None:
+      self._member.close()
+    self._archive.close()
+
+  def begin(self, name: str) -> Any:
+    """Opens the member of a leaf, its header written."""
+    raise NotImplementedError
+
+  def write(self, block: Block, values: np.ndarray) -> None:
+    if block.start == 0:
+      self._member = self.begin(block.name)
+    self._member.write(as_bytes(values))
+    if block.stop == self._specs[block.name].size:
+      self._member.close()
+      self._member = None
+
+  def finish(self) -> None:
+    self._archive.close()
+    with open(self._file, "rb") as file:
+      os.fsync(file.fileno())
 
 
 def _write_all(handle, data, at):

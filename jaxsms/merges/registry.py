@@ -73,6 +73,15 @@ def _learned(by):
   )
 
 
+def _fisher(means):
+  return functools.partial(
+    fisher_soup,
+    squared_gradients=means.squared_gradients,
+    weights=means.weights,
+    data=means.data,
+  )
+
+
 MERGES = {
   "uniform": Entry("the mean", (), True, lambda means: uniform_soup),
   "weighted": Entry(
@@ -103,24 +112,13 @@ MERGES = {
     "each entry weighted by its squared gradient",
     ("squared_gradients",),
     True,
-    lambda means: functools.partial(
-      fisher_soup,
-      squared_gradients=means.squared_gradients,
-      weights=means.weights,
-      data=means.data,
-    ),
+    _fisher,
   ),
   "inverse_variance": Entry(
     "each entry weighted by its squared gradient and the prior",
     ("squared_gradients",),
     True,
-    lambda means: functools.partial(
-      fisher_soup,
-      squared_gradients=means.squared_gradients,
-      weights=means.weights,
-      prior=means.prior,
-      data=means.data,
-    ),
+    lambda means: functools.partial(_fisher(means), prior=means.prior),
   ),
   "task_arithmetic": Entry(
     "the base model and the mean difference from it, scaled",
