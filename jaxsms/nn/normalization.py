@@ -39,8 +39,13 @@ class BatchNorm(nn.Module):
     return y
 
 
+def _wide(x):
+  """At least float32: what sums and statistics are worked out in."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _affine(x, factor, offset, relu):
-  y = x.astype(jnp.float32) * factor + offset
+  y = _wide(x) * factor + offset
   return (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
 
 
@@ -50,7 +55,7 @@ def _sum(x):
 
 def _forward(relu, epsilon, x, scale, bias):
   n = x.size // x.shape[-1]
-  wide = x.astype(jnp.float32)
+  wide = _wide(x)
   mean = _sum(wide) / n
   var = jnp.maximum(_sum(wide * wide) / n - mean**2, 0)
   inverse = jax.lax.rsqrt(var + epsilon)
@@ -61,8 +66,8 @@ def _forward(relu, epsilon, x, scale, bias):
 
 def _backward(relu, epsilon, residuals, cotangents):
   x, scale, bias, mean, inverse = residuals
-  dy = cotangents[0].astype(jnp.float32)  # running statistics have no gradient
-  wide = x.astype(jnp.float32)
+  dy = _wide(cotangents[0])  # running statistics have no gradient
+  wide = _wide(x)
   factor = scale * inverse
   if relu:
     dy = jnp.where(wide * factor + (bias - mean * factor) > 0, dy, 0)
