@@ -30,14 +30,14 @@ from .comparison.parts import DENSE, Part, is_finished
 from .config import keeping_flags, run_config
 from .config.fields import at_least
 from .report import write_report
-from .run import keeping, run_directory, running, tuning
+from .run import checkpointing, run_directory, running, tuning
 from .run.environment import check_version, environment
 from .run.flag_files import refusals, run_with_flags
 from .run.lock import Busy
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
 from .run.task import make_task
-from .run.terminal import say, terminal
+from .run.terminal import print_line, terminal
 
 for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
       file=sys.stderr,
     )
   elif not failed:
-    keeping.tell(
+    checkpointing.print_once(
       f"All {len(shared.parts)} parts finished, {len(before)} of them before; this time it "
       f"took {clock(time.monotonic() - started)}."
     )
@@ -113,7 +113,7 @@ def prepare(argv: list[str]) -> Comparison:
     if not config.allow_other_version:
       check_version(workdir, run["environment"], environment())
   before = run["flags"].get("convolution") if run else None
-  config = tuning.measured(config, dataset, before)
+  config = tuning.with_fastest_lowering(config, dataset, before)
   task = make_task(config, dataset)
   run = run or {"flags": config.flags(), "defining": common, "environment": environment()}
   seeds = range(config.seed, config.seed + config.seeds)
@@ -184,7 +184,9 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   waiting = [part for part in shared.parts if not is_finished(shared.workdir, part)]
   done = len(shared.parts) - len(waiting)
   if done:
-    keeping.tell(f"{shared.workdir}: {done} of {len(shared.parts)} parts are finished")
+    checkpointing.print_once(
+      f"{shared.workdir}: {done} of {len(shared.parts)} parts are finished"
+    )
   plan: collections.Counter = collections.Counter()
   for part in waiting:
     plan.update(planned(shared, part))
@@ -212,7 +214,7 @@ def work_through(shared: Comparison) -> dict[Part, str]:
           except FloatingPointError as error:
             failed[part] = str(error)
           except storage.Damaged as error:
-            keeping.tell(f"{error}: set aside, and done again")
+            checkpointing.print_once(f"{error}: set aside, and done again")
             left += [dense, part]
       if left == waiting:
         wait(len(left), shared.workdir, signals)
@@ -232,7 +234,7 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
   sentence = f"waiting for other processes in {workdir}"
   if sentence not in _said:
     _said.add(sentence)
-    keeping.tell(f"{sentence}, which work on the last parts ({parts} left)")
+    checkpointing.print_once(f"{sentence}, which work on the last parts ({parts} left)")
   time.sleep(WAIT)
   if signals.noted is not None:
     raise Stopped(signals.noted)
@@ -253,9 +255,9 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
   for cell in cells:
     where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
     for note in reporting.notes(cell["seeds"]):
-      say(console, f"{where}: {note}", "bold red")
+      print_line(console, f"{where}: {note}", "bold red")
   write_report([shared.workdir])
-  say(
+  print_line(
     console,
     f"Took {clock(results['seconds'])}, all parts together. Results, report, parts "
     f"and their soups: {shared.workdir}",

@@ -36,14 +36,14 @@ from jaxsms.disk import storage
 from . import methods, reporting
 from .config import keeping_flags, run_config
 from .report import write_report
-from .run import keeping, run_directory, running, tuning
+from .run import checkpointing, run_directory, running, tuning
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
 from .run.latency import inference
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
 from .run.task import Task, make_task
-from .run.terminal import say, terminal
+from .run.terminal import print_line, terminal
 
 for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)
@@ -60,72 +60,78 @@ def main(argv: list[str]) -> None:
       run_directory.check_same(workdir, run, defining)
       finished = run_directory.read_results(workdir)
       if finished and finished.get("finished"):
-        keeping.tell(f"{workdir} holds this run, finished: nothing is left to do")
+        checkpointing.print_once(
+          f"{workdir} holds this run, finished: nothing is left to do"
+        )
         with contextlib.suppress(OSError):  # a folder that is read-only by now
           show(workdir, finished)
         return
     lowering = run["flags"].get("convolution") if run else None
-    config = tuning.measured(config, dataset, lowering)
+    config = tuning.with_fastest_lowering(config, dataset, lowering)
     task = make_task(config, dataset)
 
     names, signals = methods.names_of(config), StopSignals()
     run = run or {
       "flags": config.flags(), "defining": defining, "environment": environment()
     }  # fmt: skip
-    keeper = keeping.Keeper(workdir, run, config, signals)
+    checkpointer = checkpointing.Checkpointer(workdir, run, config, signals)
     plan = methods.planned_work(config, task.steps_per_epoch, names)
-    for sentence in keeper.open(task, plan):
-      keeping.tell(sentence)
+    for sentence in checkpointer.open(task, plan):
+      checkpointing.print_once(sentence)
 
-  with early_end(task, keeper):
+  with early_end(task, checkpointer):
     shown = RunProgress(
-      dict(keeper.steps_left),
+      dict(checkpointer.steps_left),
       quiet=not run_directory.is_writer(),
       model_steps=methods.model_steps(task),
     )
-    with keeper, signals, shown as progress:
-      listener = running.Listener(progress, keeper, task.steps_per_epoch)
-      results = write_results(task, keeper)
-      while len(keeper.seeds) < config.seeds:  # dense model, then method after method
-        keeper.finish_seed(running.run_seed(task, names, listener))
-        results = write_results(task, keeper)
+    with checkpointer, signals, shown as progress:
+      listener = running.Listener(progress, checkpointer, task.steps_per_epoch)
+      results = write_results(task, checkpointer)
+      while len(checkpointer.seeds) < config.seeds:  # dense model, then method after method
+        checkpointer.finish_seed(running.run_seed(task, names, listener))
+        results = write_results(task, checkpointer)
       if run_directory.is_writer():
-        measured = inference(task, workdir, keeper.seeds[-1]["seed"])
-        results = write_results(task, keeper, inference=measured)
+        measured = inference(task, workdir, checkpointer.seeds[-1]["seed"])
+        results = write_results(task, checkpointer, inference=measured)
     show(workdir, results)
 
 
-def write_results(task: Task, keeper: keeping.Keeper, **more: Any) -> dict[str, Any]:
+def write_results(
+  task: Task, checkpointer: checkpointing.Checkpointer, **more: Any
+) -> dict[str, Any]:
   """Writes results.json, once a seed is finished; gives what it holds."""
-  results = running.results_of(task, keeper) | more
-  if keeper.seeds:
-    results["summary"] = reporting.summarize(keeper.seeds)
-    keeper.check()
-    run_directory.write_results(keeper.workdir, results)
+  results = running.results_of(task, checkpointer) | more
+  if checkpointer.seeds:
+    results["summary"] = reporting.summarize(checkpointer.seeds)
+    checkpointer.check()
+    run_directory.write_results(checkpointer.workdir, results)
   return results
 
 
 @contextlib.contextmanager
-def early_end(task: Task, keeper: keeping.Keeper) -> Iterator[None]:
+def early_end(task: Task, checkpointer: checkpointing.Checkpointer) -> Iterator[None]:
   """Ends a run that cannot go on: shows what it has, says why, and how it goes on."""
   try:
     yield
     return
   except (FloatingPointError, MemoryError, OSError) as error:
-    why, status = f"error: {keeper.moved() or error}", 1
+    why, status = f"error: {checkpointer.moved() or error}", 1
   except Stopped as error:
     why, status = str(error), error.status
   except KeyboardInterrupt:
     why, status = "interrupted", 130
-  done, of = len(keeper.seeds), keeper.config.seeds
+  done, of = len(checkpointer.seeds), checkpointer.config.seeds
   where = f"{done} of {of} seeds finished" if done else "no seed finished"
   if done < of:
-    where += f"; in {keeper.work.position()}"
-  if not keeper.moved():
+    where += f"; in {checkpointer.seed_state.position()}"
+  if not checkpointer.moved():
     if done:
       with contextlib.suppress(OSError):  # such as a full disk
-        show(keeper.workdir, running.results_of(task, keeper))
-    where += f"; the same flags with --workdir={keeper.workdir} go on from what is saved"
+        show(checkpointer.workdir, running.results_of(task, checkpointer))
+    where += (
+      f"; the same flags with --workdir={checkpointer.workdir} go on from what is saved"
+    )
   print(f"{why} ({where})", file=sys.stderr)
   sys.exit(status)
 
@@ -139,14 +145,14 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   tables = reporting.rows(summary, results["flags"]["ingredients"])
   console.print(reporting.console_table(tables, reporting.caption(results)))
   for note in reporting.notes(results["seeds"]):
-    say(console, note, "bold red")
+    print_line(console, note, "bold red")
   with tempfile.TemporaryDirectory() as folder:
     for ending in ("png", "svg"):
       name = f"accuracy.{ending}"
       reporting.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
   write_report([workdir])
-  say(
+  print_line(
     console,
     f"Took {clock(results['seconds'])}. Results, soup, metrics and report: {workdir}",
   )

@@ -43,7 +43,7 @@ from .merging.table import show
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
 from .run.flag_files import refusals, run_with_flags
-from .run.terminal import say, terminal
+from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
 for module in (soup_flags, outputs, run_config):
@@ -93,8 +93,8 @@ def main(argv: list[str]) -> None:
         "Batch statistics were averaged: estimate them anew on training data, as this does "
         "with --dataset and --model."
       )
-    say(console, note)
-  say(console, f"Soup: {choice.out}")
+    print_line(console, note)
+  print_line(console, f"Soup: {choice.out}")
 
 
 def soup_with_data(

@@ -23,7 +23,7 @@ from jaxsms.trees import (
   mask_leaves,
   number_of_models,
   same_structure,
-  settled,
+  wait_on_cpu,
 )
 
 Retrain = Callable[[jax.Array, PyTree, PyTree, PyTree], Any]
@@ -80,7 +80,7 @@ def retrain_phase(
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   program = _retrain_program(retrain, mesh, at_once, device.platform, keep)
   candidates, report, moved = program.run(*arguments)
-  candidates, report, moved = gather(settled((candidates, report, moved)))
+  candidates, report, moved = gather(wait_on_cpu((candidates, report, moved)))
   if program.native.pop("convolutions", 0) and len(moved) > _devices(mesh) and at_once != 1:
     logging.warning(
       "retrain has convolutions that run slowly for several copies on a CPU (grouped, "

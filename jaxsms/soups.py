@@ -14,7 +14,7 @@ from jaxsms.trees import (
   is_floating,
   model_at,
   number_of_models,
-  settled,
+  wait_on_cpu,
 )
 
 
@@ -55,7 +55,7 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None)
     )
   leaves, structure = jax.tree.flatten(stacked)
   floating = [leaf for leaf in leaves if is_floating(leaf)]
-  means = iter(settled(_weighted_means(floating, jnp.asarray(weights))))
+  means = iter(wait_on_cpu(_weighted_means(floating, jnp.asarray(weights))))
 
   def mean(leaf):
     if is_floating(leaf):
@@ -150,4 +150,4 @@ def prediction_ensemble(logits: jax.Array) -> jax.Array:
       f"logits have shape {list(jnp.shape(logits))}: expected [models, n, classes]"
     )
   log_probabilities = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
-  return settled(jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits)))
+  return wait_on_cpu(jax.nn.logsumexp(log_probabilities, axis=0) - jnp.log(len(logits)))

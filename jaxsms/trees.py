@@ -188,7 +188,7 @@ def unstack(stacked: PyTree) -> list[PyTree]:
 
 def model_at(stacked: PyTree, index: int) -> PyTree:
   """One of several models, in one program: leaves [m, ...] -> [...]."""
-  return settled(_at(Arrays(stacked), jnp.asarray(index)).tree)
+  return wait_on_cpu(_at(Arrays(stacked), jnp.asarray(index)).tree)
 
 
 @jax.jit
@@ -196,7 +196,7 @@ def _at(tree, index):
   return jax.tree.map(lambda x: x[index], tree)
 
 
-def settled(tree: PyTree) -> PyTree:
+def wait_on_cpu(tree: PyTree) -> PyTree:
   """Waits for arrays that lie on several devices of a CPU.
 
   There programs wait for their parts on the other devices in threads that they share with

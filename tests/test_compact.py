@@ -125,9 +125,11 @@ def test_training_with_batch_statistics(name, options):
   def apply(variables, images):
     return module.apply(variables, images, train=True, mutable=["batch_stats"])
 
-  # Statistics of a batch of two divide by small numbers: in float32 rounding grows with the depth.
+  # A batch of two divides by small numbers: float32 rounding grows with the depth.
   with enable_x64():
-    variables, images = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (variables, images))
+    variables, images = jax.tree.map(
+      lambda x: jnp.asarray(x, jnp.float64), (variables, images)
+    )
     found = check(apply, variables, (images,), tolerance=1e-9)
     small, (_, state), (_, small_state) = found
     rest = {"params": variables["params"]}

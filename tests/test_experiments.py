@@ -264,7 +264,7 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
   run_seed = running.run_seed
 
   def interrupted(task, names, listener):
-    if listener.keeper.work.seed == 1:
+    if listener.checkpointer.seed_state.seed == 1:
       raise KeyboardInterrupt
     return run_seed(task, names, listener)
 

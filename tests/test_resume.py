@@ -10,7 +10,7 @@ import pytest
 import store
 from main_job import SMALL, TWO, assert_same_run, config_of, results, run
 
-from experiments.run import environment, keeping, lock, tuning
+from experiments.run import checkpointing, environment, lock, tuning
 from jaxsms import checkpoint
 from jaxsms.disk import storage
 
@@ -35,7 +35,7 @@ def stopped_at(monkeypatch, chunk, workdir, *flags, number=signal.SIGTERM):
       signal.raise_signal(number)
 
   with monkeypatch.context() as patched:
-    patched.setattr(keeping, "fault_point", fault_point)
+    patched.setattr(checkpointing, "fault_point", fault_point)
     return again(workdir, *flags)
 
 
@@ -71,27 +71,27 @@ METHODS = (
 @pytest.mark.slow
 def test_other_baselines_are_kept_or_done_again(tmp_path, monkeypatch, capsys):
   undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
-  pause, paused = keeping.Keeper.pause, []
+  pause, paused = checkpointing.Checkpointer.pause, []
 
   def run_until(stops, workdir):
-    def counted(keeper):
-      paused.append(keeper.work.method)
+    def counted(checkpointer):
+      paused.append(checkpointer.seed_state.method)
       if paused.count(stops) == 3:
         signal.raise_signal(signal.SIGTERM)
-      pause(keeper)
+      pause(checkpointer)
 
     paused.clear()
     with monkeypatch.context() as patched:
-      patched.setattr(keeping.Keeper, "pause", counted)
+      patched.setattr(checkpointing.Checkpointer, "pause", counted)
       return again(workdir, *METHODS)
 
   assert run_until("nothing", undisturbed) == 0
   assert set(paused) == {"gmp_soup", "swamp"}
   for method, kept in (("gmp_soup", {"imp"}), ("swamp", {"imp", "gmp_soup", "dense_soup"})):
     assert run_until(method, workdir) == 143
-    work = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
-    assert work["method"] == method
-    assert set(work["baselines"]) == kept
+    seed_state = checkpoint.read_manifest(checkpoints(workdir)[-1])["meta"]["work"]
+    assert seed_state["method"] == method
+    assert set(seed_state["baselines"]) == kept
     assert "stops, to begin this method anew, at the next" in capsys.readouterr().err
   assert run_until("nothing", workdir) == 0
   assert set(paused) == {"swamp"}
@@ -255,7 +255,7 @@ def test_a_run_that_another_version_began_is_refused(
   """Unless it may go on: then results.json says which version did which steps."""
   real = environment.environment()
   other = {**real, package: "99.1"}
-  monkeypatch.setattr(keeping, "environment", lambda: other)
+  monkeypatch.setattr(checkpointing, "environment", lambda: other)
   before = sorted(copy.rglob("*"))
   assert again(copy) == 2
   message = capsys.readouterr().err.strip()
@@ -267,7 +267,7 @@ def test_a_run_that_another_version_began_is_refused(
   }
   assert stopped_at(monkeypatch, 3, copy, "--allow_other_version") == 143
   assert again(copy) == 0  # the same version as the last one
-  monkeypatch.setattr(keeping, "environment", lambda: real)
+  monkeypatch.setattr(checkpointing, "environment", lambda: real)
   first, second = results(copy)["environments"]
   assert first == {"from": "the start", "environment": real}
   assert second["environment"] == other
@@ -288,7 +288,7 @@ def test_a_run_directory_that_is_renamed_is_not_made_again(
       old.rename(new)
 
   with monkeypatch.context() as patched:
-    patched.setattr(keeping, "fault_point", rename)
+    patched.setattr(checkpointing, "fault_point", rename)
     assert again(old) == 1
   message = capsys.readouterr().err.strip().splitlines()[-1]
   assert f"{old} was renamed or removed while this run was in it" in message
@@ -344,5 +344,5 @@ def test_on_an_object_store(tmp_path, undisturbed, monkeypatch, capsys):
 
 def test_a_resumed_run_keeps_the_convolution_that_it_measured():
   config = config_of("--model=resnet8", "--convolution=measure")
-  found = tuning.measured(config, None, before="loop")
+  found = tuning.with_fastest_lowering(config, None, before="loop")
   assert found.convolution == "loop"

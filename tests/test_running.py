@@ -12,15 +12,15 @@ from jaxsms.training import Chunk
 def lines_of(steps, steps_per_epoch, length):
   """Lines of a training of so many steps, whose loss is the number of each step."""
   lines = []
-  keeper = types.SimpleNamespace(
+  checkpointer = types.SimpleNamespace(
     epoch={"loss": [], "accuracy": [], "taken": []},
     config=types.SimpleNamespace(ingredients=1, phases=1),
-    work=types.SimpleNamespace(seed=0),
+    seed_state=types.SimpleNamespace(seed=0),
     count=lambda copies, taken: None,
     append_metrics=lines.append,
   )
   progress = types.SimpleNamespace(chunk=lambda title, epochs, chunk: None)
-  listener = running.Listener(progress, keeper, steps_per_epoch)
+  listener = running.Listener(progress, checkpointer, steps_per_epoch)
   step = 0
   while step < steps:
     in_epoch = steps_per_epoch - step % steps_per_epoch
@@ -32,7 +32,7 @@ def lines_of(steps, steps_per_epoch, length):
     listener.take(
       "sms", Chunk(1, step, steps, taken, epoch, mean, 0 * mean, np.ones(1), phase=1)
     )
-  assert keeper.epoch == {"loss": [], "accuracy": [], "taken": []}
+  assert checkpointer.epoch == {"loss": [], "accuracy": [], "taken": []}
   return [(line["epoch"], line["step"], float(line["loss"][0])) for line in lines]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from main_job import assert_same_run, config_of, results, run
 
-from experiments.run import keeping
+from experiments.run import checkpointing
 from jaxsms import checkpoint
 
 FLAGS = (
@@ -65,7 +65,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
       signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patched:
-    patched.setattr(keeping, "fault_point", fault_point)
+    patched.setattr(checkpointing, "fault_point", fault_point)
     assert run(*FLAGS, "--shrink", f"--workdir={workdir}") == 143
   assert run(*FLAGS, "--shrink", f"--workdir={workdir}") == 0
   assert_same_run(workdir, shrunk)

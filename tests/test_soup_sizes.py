@@ -486,11 +486,11 @@ def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path, monkeypatc
   kept = []
   merge_phase = phases.merge_phase
 
-  def keeping(candidates, merge):
+  def keep(candidates, merge):
     kept.append(jax.device_get(candidates))
     return merge_phase(candidates, merge)
 
-  monkeypatch.setattr(phases, "merge_phase", keeping)
+  monkeypatch.setattr(phases, "merge_phase", keep)
   flags = [*main_job.SMALL, "--ingredients=5", f"--workdir={tmp_path / 'run'}"]
   assert main_job.run(*flags) == 0
   trees = [jax.tree.map(lambda x, i=i: x[i], kept[-1].params) for i in range(5)]

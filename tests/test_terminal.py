@@ -16,7 +16,7 @@ from experiments.benchmarks import bench_tables
 from experiments.reporting import console_table
 from experiments.run import outputs
 from experiments.run.progress import RunProgress
-from experiments.run.terminal import say, terminal
+from experiments.run.terminal import print_line, terminal
 from jaxsms import checkpoint
 from jaxsms.data import tfds_corrupted
 from jaxsms.training import Chunk
@@ -38,7 +38,7 @@ def console(request):
 
 
 def test_sentences_and_tables_are_printed_as_they_are(console):
-  say(console, f"Results: {HARD}")
+  print_line(console, f"Results: {HARD}")
   table = Table(title=f"title {HARD}", caption=f"caption {HARD}")
   table.add_column(f"column {HARD}")
   table.add_row(f"cell {HARD}")
@@ -49,7 +49,7 @@ def test_sentences_and_tables_are_printed_as_they_are(console):
 
 def test_a_long_path_stays_on_one_line():
   console = terminal(file=io.StringIO(), width=20)
-  say(console, "Soup: /a b/" + 30 * "[x]")
+  print_line(console, "Soup: /a b/" + 30 * "[x]")
   assert console.file.getvalue() == "Soup: /a b/" + 30 * "[x]" + "\n"
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from ..run.terminal import say, terminal
+from ..run.terminal import print_line, terminal
 
 TIMED = ("--rounds=3", "--steps=20")
 # Under float32 products are TF32 where the device has it.
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
   each = 60 * given.minutes / len(given.parts)
   for part in given.parts:
     for command in commands(part, out, each / 60, given.data_dir):
-      say(console, run(command, out, each * command.share))
+      print_line(console, run(command, out, each * command.share))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from ..config.fields import (
 from ..run import hardware
 from ..run.environment import environment
 from ..run.flag_files import refusals
-from ..run.work import Work, packed
+from ..run.seed_state import SeedState, packed
 from . import bench_jax, bench_settings
 from .bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
 
@@ -143,7 +143,7 @@ def measure(training: bench_jax.Training, rounds: int, folder: str | None) -> Co
     series = Series(workdir, keep=2)
 
     def save():
-      work = Work(0, dense=model, model=model, masks=masks, state=training.state)
+      work = SeedState(0, dense=model, model=model, masks=masks, state=training.state)
       arrays, _ = packed(work)
       series.save(arrays, {})
       return arrays

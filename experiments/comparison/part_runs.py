@@ -14,14 +14,14 @@ from jaxsms.training import Model
 from .. import methods
 from ..config.run_config import Config
 from ..methods import DENSE
-from ..run import keeping, run_directory, running
+from ..run import checkpointing, run_directory, running
 from ..run.latency import inference
 from ..run.lock import Busy, Lock
 from ..run.progress import MEASURED, RunProgress
 from ..run.run_directory import agreed, is_writer
+from ..run.seed_state import SeedState
 from ..run.signals import StopSignals
 from ..run.task import Task
-from ..run.work import Work
 from . import parts as comparison
 from .parts import Part, folder_of, is_finished
 
@@ -90,32 +90,32 @@ def run_part(
   if before:
     run_directory.check_same(folder, before, run["defining"])
   steps = planned(shared, part)
-  keeper = keeping.Keeper(folder, run, config, signals)
+  checkpointer = checkpointing.Checkpointer(folder, run, config, signals)
   first = functools.partial(first_work, shared, part, describe)
   try:
-    said = keeper.open(task, steps, first)
+    said = checkpointer.open(task, steps, first)
   except Finished:
     return
   for sentence in said:
-    keeping.tell(sentence)
-  with keeper:
-    plan.subtract({m: n - keeper.steps_left.get(m, n) for m, n in steps.items()})
+    checkpointing.print_once(sentence)
+  with checkpointer:
+    plan.subtract({m: n - checkpointer.steps_left.get(m, n) for m, n in steps.items()})
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
-    listener = running.Listener(progress, keeper, task.steps_per_epoch, goal)
-    if not keeper.seeds:
+    listener = running.Listener(progress, checkpointer, task.steps_per_epoch, goal)
+    if not checkpointer.seeds:
       entry = running.run_seed(task, part.methods, listener)
       if part.method == DENSE:
-        run_directory.save_model(folder / MODEL, keeper.work.dense._asdict())
-      keeper.finish_seed(entry)
-    results = {"part": part._asdict()} | running.results_of(task, keeper)
+        run_directory.save_model(folder / MODEL, checkpointer.seed_state.dense._asdict())
+      checkpointer.finish_seed(entry)
+    results = {"part": part._asdict()} | running.results_of(task, checkpointer)
     run_directory.write_results(folder, results)
     if part.method == methods.SOUP and part.seed == shared.parts[0].seed and is_writer():
       results["inference"] = inference(task, folder, part.seed)
       run_directory.write_results(folder, results)
-    keeper.forget()
+    checkpointer.forget()
 
 
-def first_work(shared: Comparison, part: Part, describe: Callable) -> Work | None:
+def first_work(shared: Comparison, part: Part, describe: Callable) -> SeedState | None:
   """What a part begins with: the dense model of its seed, and its metrics.
 
   What `describe` gives of it depends on the part's goal sparsity.
@@ -141,7 +141,7 @@ def first_work(shared: Comparison, part: Part, describe: Callable) -> Work | Non
     agreed(True)  # the others wait
     raise storage.Damaged(f"the dense model in {folder} is damaged or gone")
   model = Model(**model)
-  return Work(part.seed, dense=model, metrics=metrics | describe(fetch(model.params)))
+  return SeedState(part.seed, dense=model, metrics=metrics | describe(fetch(model.params)))
 
 
 def set_aside(folder: storage.epath.Path, like: dict[str, Any]) -> None:

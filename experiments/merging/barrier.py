@@ -13,7 +13,7 @@ from jaxsms.training.failures import MARGIN
 from jaxsms.training.merging import on_validation
 
 from ..run.task import Task
-from ..run.terminal import say
+from ..run.terminal import print_line
 from .with_data import as_model
 
 POSITIONS = np.linspace(0, 1, 5)
@@ -31,13 +31,13 @@ def say_barrier(console: Console, models: Sequence[InMemory], task: Task) -> Non
   key = jax.random.key(FLAGS.seed)
   trees = [as_model(model.arrays) for model in models]
 
-  def measured(model):
+  def evaluate(model):
     return on_validation(task.engine, key, model)
 
-  ends = [measured(tree) for tree in trees]
+  ends = [evaluate(tree) for tree in trees]
   found = []
   for tree, end, model in list(zip(trees, ends, models, strict=True))[1:]:
-    between = [measured(interpolate(trees[0], tree, t)) for t in POSITIONS[1:-1]]
+    between = [evaluate(interpolate(trees[0], tree, t)) for t in POSITIONS[1:-1]]
     line = [ends[0], *between, end]
     losses = np.array([point["validation_loss"] for point in line])
     accuracies = [point["validation_accuracy"] for point in line]
@@ -53,4 +53,4 @@ def say_barrier(console: Console, models: Sequence[InMemory], task: Task) -> Non
       f" Between them the validation accuracy falls by {100 * lost:.2f} points: they do "
       "not share a basin, and their average will not be good."
     )
-  say(console, text)
+  print_line(console, text)

@@ -12,7 +12,7 @@ from rich.progress import (
 )
 
 from ..run.progress import clock
-from ..run.terminal import say, terminal, text_column
+from ..run.terminal import print_line, terminal, text_column
 
 EVERY = 10  # seconds between two lines where there is no terminal
 
@@ -56,7 +56,7 @@ class BytesProgress:
     if self._plain and now - self._said > EVERY:
       self._said = now
       left = (now - self._started) * max(self._total - self._done, 0) / self._done
-      say(
+      print_line(
         self._console,
         f"read {decimal(self._done)} of {decimal(self._total)}, {clock(left)} left",
       )

@@ -69,7 +69,7 @@ def as_model(arrays: Arrays) -> Model:
   return Model(tree["params"], tree.get("batch_stats", {}))
 
 
-def measured(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
+def evaluate_models(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
   """Metrics of each model as it is."""
   trees = [as_model(arrays) for arrays in models]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
@@ -141,7 +141,7 @@ def soup_in_memory(
   one = one_model(as_model(memory.arrays))
   anew = recalibrated(task.engine, key, one)
   soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
-  return InMemory("the soup", soup), found, weights, measured(task, [*arrays, soup])
+  return InMemory("the soup", soup), found, weights, evaluate_models(task, [*arrays, soup])
 
 
 def chosen_rule(

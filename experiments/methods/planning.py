@@ -15,8 +15,8 @@ from .seeds import DENSE, SOUP, Run, dense_model
 
 if TYPE_CHECKING:
   from ..config.run_config import Config
+  from ..run.seed_state import SeedState
   from ..run.task import Task
-  from ..run.work import Work
 
 STATISTICS = 0.2  # share of the training images that batch statistics come from
 PASSES = 3  # forward passes that a training step is worth
@@ -86,25 +86,25 @@ def seed_events(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     The name of a method with what it yields: chunks of training, states of it that are to
     be saved, finished phases, the last soup; and with None where the method begins.
   """
-  work = run.work
-  if work.dense is None:
+  seed_state = run.seed_state
+  if seed_state.dense is None:
     for event in dense_model(run):
       yield DENSE, event
   for name in names:
     method = METHODS[name]
     if name == SOUP:
-      finished = len(work.phases.get(SOUP, [])) == run.config.phases
-      if finished and work.method != SOUP:
+      finished = len(seed_state.phases.get(SOUP, [])) == run.config.phases
+      if finished and seed_state.method != SOUP:
         continue
-    elif name in work.baselines:
+    elif name in seed_state.baselines:
       continue
     if not method.resumes:
-      work.begin(name)
+      seed_state.begin(name)
     yield name, None
-    events = method.run(run if method.resumes else run.anew(), work.dense)
+    events = method.run(run if method.resumes else run.anew(), seed_state.dense)
     metrics = yield from named(name, events)
     if name != SOUP:
-      work.baselines[name] = list(metrics.items())
+      seed_state.baselines[name] = list(metrics.items())
 
 
 def named(name, events):
@@ -117,15 +117,19 @@ def named(name, events):
     yield name, event
 
 
-def entry_of(work: Work, names: Sequence[str]) -> Record:
+def entry_of(seed_state: SeedState, names: Sequence[str]) -> Record:
   """The entry of results.json of a seed whose work is done.
 
   Its phases are those of the soup, with the metrics of each baseline; without a soup they
   hold those alone.
   """
-  phases = {record["phase"]: dict(record) for record in work.phases.get(SOUP, [])}
+  phases = {record["phase"]: dict(record) for record in seed_state.phases.get(SOUP, [])}
   for name in names:
-    for phase, metrics in work.baselines.get(name, ()):
+    for phase, metrics in seed_state.baselines.get(name, ()):
       record = phases.setdefault(phase, {"phase": phase, "sparsity": metrics["sparsity"]})
       record[name] = metrics
-  return {"seed": work.seed, "dense": work.metrics, "phases": list(phases.values())}
+  return {
+    "seed": seed_state.seed,
+    "dense": seed_state.metrics,
+    "phases": list(phases.values()),
+  }

@@ -94,8 +94,8 @@ def sparse_soup(run: Run, dense: Model) -> Events:
 
 def last_soup(run: Run) -> Events:
   """Hands the last soup over, if there is one."""
-  if run.work.model is not None:
-    yield Soup(*run.work.model, run.work.masks)
+  if run.seed_state.model is not None:
+    yield Soup(*run.seed_state.model, run.seed_state.masks)
 
 
 def imp(run: Run, dense: Model) -> Events:

@@ -30,8 +30,8 @@ from .criteria import pruning
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
+  from ..run.seed_state import SeedState
   from ..run.task import Task
-  from ..run.work import Work
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.
@@ -61,13 +61,13 @@ class Run(NamedTuple):
     config: of all seeds.
     task: shared by all seeds.
     key: of the seed.
-    work: what is done of it already, and grows; None for a method that begins anew.
+    seed_state: what is done of it already, and grows; None for a method that begins anew.
   """
 
   config: Config
   task: Task
   key: jax.Array
-  work: Work | None = None
+  seed_state: SeedState | None = None
 
   @property
   def engine(self) -> Engine:
@@ -97,7 +97,7 @@ class Run(NamedTuple):
   def anew(self) -> Run:
     """The same for a method that cannot be taken up in its midst."""
     engine = self.engine._replace(wants_state=lambda: False)
-    return self._replace(task=self.task._replace(engine=engine), work=None)
+    return self._replace(task=self.task._replace(engine=engine), seed_state=None)
 
 
 def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
@@ -152,20 +152,20 @@ def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
 
 
 def dense_model(run: Run) -> Events:
-  """The dense model of a seed's work, trained or given, and its metrics."""
-  task, work = run.task, run.work
-  work.dense = task.initial
-  if work.dense is None:
-    work.dense = yield from train_dense(run, task.pretrain_lrs, PRETRAIN)
-  (work.metrics,) = measure(run.engine, one_model(work.dense)).scores
-  yield Phase(work.dense, None, None, work.metrics)
+  """The dense model of a seed, trained or given, and its metrics."""
+  task, seed_state = run.task, run.seed_state
+  seed_state.dense = task.initial
+  if seed_state.dense is None:
+    seed_state.dense = yield from train_dense(run, task.pretrain_lrs, PRETRAIN)
+  (seed_state.metrics,) = measure(run.engine, one_model(seed_state.dense)).scores
+  yield Phase(seed_state.dense, None, None, seed_state.metrics)
 
 
 def take_state(run: Run) -> TrainState | None:
   """That of the training that was under way, for the first one that goes on."""
-  if run.work is None:
+  if run.seed_state is None:
     return None
-  state, run.work.state = run.work.state, None
+  state, run.seed_state.state = run.seed_state.state, None
   return state
 
 
@@ -205,15 +205,19 @@ def prune_and_retrain(
 ) -> Events:
   """All phases of one method: m copies of so many steps each; returns their records.
 
-  What the run's work holds of them already is not done again.
+  What its seed_state holds of them already is not done again.
   """
-  config, work = run.config, run.work
+  config, seed_state = run.config, run.seed_state
   goal = config.goal_sparsity if goal_sparsity is None else goal_sparsity
   model, masks, records = dense, None, []
-  if work is not None:
-    work.begin(method)
-    if work.model is not None:
-      model, masks, records = work.model, work.masks, list(work.phases[method])
+  if seed_state is not None:
+    seed_state.begin(method)
+    if seed_state.model is not None:
+      model, masks, records = (
+        seed_state.model,
+        seed_state.masks,
+        list(seed_state.phases[method]),
+      )
   for event in training_phases(
     run.engine,
     run.stream(RETRAIN),
@@ -227,9 +231,9 @@ def prune_and_retrain(
   ):
     if isinstance(event, Phase):
       records.append(event.record)
-      if work is not None:
-        work.model, work.masks = event.params, event.masks
-        work.phases[method] = list(records)
+      if seed_state is not None:
+        seed_state.model, seed_state.masks = event.params, event.masks
+        seed_state.phases[method] = list(records)
     yield event
   return records
 

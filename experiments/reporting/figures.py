@@ -42,7 +42,7 @@ def accuracy_figure(results: Results, path: str | os.PathLike) -> None:
     file.write(file_of(figure, os.path.splitext(path)[1].removeprefix(".")))
 
 
-def measured(case: Case, metric: str) -> bool:
+def has_metric(case: Case, metric: str) -> bool:
   """Whether soups have a metric."""
   return any("soup" in row for row in summarize(case.seeds, metric))
 

@@ -119,8 +119,8 @@ def table(
   ece = {r["phase"]: r for r in summarize(case.seeds, ECE)}
   header = ["Run" if of_several else "Phase", "Sparsity", "Model"]
   header += ["Test accuracy", "Soup minus it"]
-  has_ood = any(figures.measured(c, "ood_accuracy") for c in together)
-  has_ece = any(figures.measured(c, ECE) for c in together)
+  has_ood = any(figures.has_metric(c, "ood_accuracy") for c in together)
+  has_ece = any(figures.has_metric(c, ECE) for c in together)
   header += ["OOD accuracy", "Soup minus it"] if has_ood else []
   header += ["ECE"] if has_ece else []
   groups = []
@@ -146,7 +146,7 @@ def table(
 
 def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[Picture]:
   """A metric of all methods, and of several cases beside each other."""
-  shown = [case for case in cases if phases_of(case) and figures.measured(case, metric)]
+  shown = [case for case in cases if phases_of(case) and figures.has_metric(case, metric)]
   what = figures.PERCENT[metric].removesuffix(" in percent")
   if len(shown) > 1:
     grids = list(_grids(shown, metric, name, what))

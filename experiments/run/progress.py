@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress
 
 from jaxsms.training import Chunk
 
-from .terminal import say, terminal, text_column
+from .terminal import print_line, terminal, text_column
 
 MEASURED = 0  # in a plan, beside the numbers of copies: models to be measured
 LINE_SECONDS = 60  # between two lines, where there is no bar
@@ -137,12 +137,12 @@ class RunProgress:
     if self._bar.disable:
       if chunk.step == chunk.steps or self._last - self._last_line >= LINE_SECONDS:
         self._last_line = self._last
-        say(self._console, f"{title}  {figures}")
+        print_line(self._console, f"{title}  {figures}")
       return
     share = 0.0 if left is None else elapsed / (elapsed + left)
     self._bar.update(self._task, description=title, completed=share, figures=figures)
 
-  def measured(self) -> None:
+  def model_measured(self) -> None:
     """Counts one model that was measured."""
     self._time_left.update(MEASURED, 1, *self._since_last())
 

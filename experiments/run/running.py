@@ -18,7 +18,7 @@ from jaxsms.training import Chunk, Engine, TrainState
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
-from . import hardware, keeping
+from . import checkpointing, hardware
 from .environment import environment
 from .progress import MEASURED, RunProgress
 from .run_directory import save_soup
@@ -74,7 +74,7 @@ class Listener:
   def __init__(
     self,
     progress: RunProgress,
-    keeper: keeping.Keeper,
+    checkpointer: checkpointing.Checkpointer,
     steps_per_epoch: int,
     prefix: str = "",
   ):
@@ -82,11 +82,11 @@ class Listener:
 
     Args:
       progress: where it is shown.
-      keeper: of the run.
+      checkpointer: of the run.
       steps_per_epoch: in training.
       prefix: of what is shown.
     """
-    self._progress, self.keeper = progress, keeper
+    self._progress, self.checkpointer = progress, checkpointer
     self._steps_per_epoch, self._prefix = steps_per_epoch, prefix
 
   def engine(self, engine: Engine) -> Engine:
@@ -97,11 +97,11 @@ class Listener:
 
     def described(params):
       record = engine.describe(params)
-      self._progress.measured()
-      self.keeper.count(MEASURED, 1)
+      self._progress.model_measured()
+      self.checkpointer.count(MEASURED, 1)
       return record
 
-    return engine._replace(describe=described, wants_state=self.keeper.due)
+    return engine._replace(describe=described, wants_state=self.checkpointer.due)
 
   def take(self, method: str, event: Any) -> None:
     """Acts on an event, see `methods.seed_events`.
@@ -111,41 +111,41 @@ class Listener:
       OSError: something cannot be written.
       TypeError: it is no event.
     """
-    keeper = self.keeper
+    checkpointer = self.checkpointer
     resumes = method == methods.DENSE or methods.METHODS[method].resumes
     match event:
       case None:
         if not resumes:  # nothing of it is saved before its end: what is there has to be
-          keeper.begin(keeper.work)
+          checkpointer.begin(checkpointer.seed_state)
       case Chunk():
         self._chunk(method, event)
         if not resumes:
-          keeper.pause()
+          checkpointer.pause()
       case TrainState():
-        keeper.save(dataclasses.replace(keeper.work, state=event))
+        checkpointer.save(dataclasses.replace(checkpointer.seed_state, state=event))
       case Phase():
         self._progress.phase()
-        line = {"seed": keeper.work.seed, "method": method}
+        line = {"seed": checkpointer.seed_state.seed, "method": method}
         line["phase"] = event.record.get("phase", 0)
-        keeper.append_metrics({**line, "evaluation": event.record})
+        checkpointer.append_metrics({**line, "evaluation": event.record})
         if resumes:
-          keeper.save(keeper.work)
+          checkpointer.save(checkpointer.seed_state)
       case methods.Soup():
-        keeper.check()
-        save_soup(keeper.workdir, keeper.work.seed, event._asdict())
+        checkpointer.check()
+        save_soup(checkpointer.workdir, checkpointer.seed_state.seed, event._asdict())
       case _:
         raise TypeError(f"nothing is known of an event that is a {type(event).__name__}")
 
   def _chunk(self, method, chunk):
     """Shows a chunk; where it completes an epoch, the epoch's means are written down."""
-    keeper, config = self.keeper, self.keeper.config
-    epoch, epochs = keeper.epoch, -(-chunk.steps // self._steps_per_epoch)
+    checkpointer, config = self.checkpointer, self.checkpointer.config
+    epoch, epochs = checkpointer.epoch, -(-chunk.steps // self._steps_per_epoch)
     titles = {methods.DENSE: "dense", methods.SOUP: "SMS"}
     title = titles.get(method) or reporting.method_title(method, config.ingredients)
-    title = f"{self._prefix}seed {keeper.work.seed}  {title}"
+    title = f"{self._prefix}seed {checkpointer.seed_state.seed}  {title}"
     title += f" phase {chunk.phase}/{config.phases}" if chunk.phase else ""
     self._progress.chunk(title, epochs, chunk)
-    keeper.count(chunk.copies, chunk.taken)
+    checkpointer.count(chunk.copies, chunk.taken)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
@@ -155,9 +155,9 @@ class Listener:
       np.average(epoch[name], axis=0, weights=epoch["taken"])
       for name in ("loss", "accuracy")
     )
-    keeper.append_metrics(
+    checkpointer.append_metrics(
       {
-        "seed": keeper.work.seed,
+        "seed": checkpointer.seed_state.seed,
         "method": method,
         "phase": chunk.phase,
         "epoch": chunk.epoch,
@@ -177,24 +177,24 @@ def run_seed(task: Task, names: Sequence[str], listener: Listener) -> dict[str, 
   Args:
     task: shared by all seeds.
     names: of the methods, in order.
-    listener: to whom all that happens is told; its keeper has what is done already.
+    listener: to whom all that happens is told; its checkpointer has what is done already.
   """
-  work, config = listener.keeper.work, listener.keeper.config
+  seed_state, config = listener.checkpointer.seed_state, listener.checkpointer.config
   task = task._replace(engine=listener.engine(task.engine))
-  run = methods.Run(config, task, jax.random.key(work.seed), work)
+  run = methods.Run(config, task, jax.random.key(seed_state.seed), seed_state)
   for method, event in methods.seed_events(run, names):
     listener.take(method, event)
-  return methods.entry_of(work, names)
+  return methods.entry_of(seed_state, names)
 
 
-def results_of(task: Task, keeper: keeping.Keeper) -> dict[str, Any]:
+def results_of(task: Task, checkpointer: checkpointing.Checkpointer) -> dict[str, Any]:
   """What results.json holds of a run, as far as it has come."""
   return {
-    "flags": {**keeper.config.flags(), "workdir": str(keeper.workdir)},
+    "flags": {**checkpointer.config.flags(), "workdir": str(checkpointer.workdir)},
     "environment": environment(),
-    "environments": keeper.environments,
+    "environments": checkpointer.environments,
     "ood_sources": task.ood_sources,
-    "seeds": keeper.seeds,
-    "seconds": keeper.seconds(),
-    "finished": len(keeper.seeds) == keeper.config.seeds,
+    "seeds": checkpointer.seeds,
+    "seconds": checkpointer.seconds(),
+    "finished": len(checkpointer.seeds) == checkpointer.config.seeds,
   }

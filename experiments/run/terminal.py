@@ -19,7 +19,7 @@ def terminal(**options: Any) -> Console:
   return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def say(console: Console, text: str, style: str | None = None) -> None:
+def print_line(console: Console, text: str, style: str | None = None) -> None:
   """Prints a sentence on one line, however long: a path in it can be copied."""
   console.print(text, style=style, soft_wrap=True)
 

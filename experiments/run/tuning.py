@@ -19,7 +19,7 @@ from .task import make_task
 STEPS, ROUNDS = 4, 3
 
 
-def measured(
+def with_fastest_lowering(
   config: Config, dataset: Dataset | StreamedDataset, before: str | None = None
 ) -> Config:
   """The flags with the fastest lowering in place of --convolution=measure.

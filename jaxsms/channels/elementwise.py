@@ -57,7 +57,7 @@ def elementwise(combine: Callable[..., Any]) -> Callable:
         if value.axes and k not in there:
           walk.freeze(value, i, f"{equation.primitive.name} of a single position")
       axes.append(_tied(walk, equation, ins, there, i, combine))
-    counted(walk, equation, ins)
+    mean_of_sum(walk, equation, ins)
     name = equation.primitive.name
     summed = ins[0].summed if name in ("convert_element_type", "copy") else None
     return [Value(tuple(axes), _folded(name, ins), summed)]
@@ -104,7 +104,7 @@ _FOLD: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def counted(walk: Walk, equation: Any, ins: Sequence[Value]) -> None:
+def mean_of_sum(walk: Walk, equation: Any, ins: Sequence[Value]) -> None:
   """A sum divided by the number of its terms is a mean: other terms, another mean.
 
   It would stay what it is, as removed terms are 0; but the function as its author would

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsms.compat import constraint_mesh
 from jaxsms.devices.meshes import INGREDIENT_AXIS
-from jaxsms.trees import PyTree, number_of_models, settled
+from jaxsms.trees import PyTree, number_of_models, wait_on_cpu
 
 
 def map_ingredients(
@@ -84,7 +84,7 @@ def map_ingredients(
     filled = [
       a if axis is None else next(padded) for a, axis in zip(args, axes, strict=True)
     ]
-    result = settled(program(mesh, axes)(*filled))
+    result = wait_on_cpu(program(mesh, axes)(*filled))
     if m % mesh.shape[INGREDIENT_AXIS] == 0:
       return result
     return first_ingredients(result, m)
@@ -140,12 +140,12 @@ def take_ingredients(stacked: PyTree, indices) -> PyTree:
   """The ingredients at the given indices: leaves [m, ...] -> [len(indices), ...]."""
   if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stacked)):
     return jax.tree.map(lambda x: x[np.asarray(indices)], stacked)
-  return settled(_at(stacked, jnp.asarray(indices)))
+  return wait_on_cpu(_at(stacked, jnp.asarray(indices)))
 
 
 def first_ingredients(stacked: PyTree, count: int) -> PyTree:
   """The first of the ingredients: leaves [m, ...] -> [count, ...]."""
-  return settled(_first(stacked, count))
+  return wait_on_cpu(_first(stacked, count))
 
 
 @jax.jit

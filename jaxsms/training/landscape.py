@@ -24,7 +24,7 @@ from jaxsms.training.engine import Engine, Model
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree, settled
+from jaxsms.trees import PyTree, wait_on_cpu
 
 # Losses and accuracies, [points] each, of combinations with weights [points, k].
 OnPoints = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -244,7 +244,7 @@ def losses_and_accuracies(
   weights = np.asarray(weights, np.float32)[np.minimum(np.arange(groups * m), last)]
   found = []
   for group in weights.reshape(groups, m, -1):
-    params = settled(_combined(models, group))
+    params = wait_on_cpu(_combined(models, group))
     statistics = blank
     for number, images in enumerate(batches):
       statistics = programs.batch_statistics(

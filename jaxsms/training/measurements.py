@@ -17,7 +17,7 @@ from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree, is_parameter, number_of_models, settled
+from jaxsms.trees import PyTree, is_parameter, number_of_models, wait_on_cpu
 
 
 class Predictions(NamedTuple):
@@ -97,7 +97,7 @@ def with_ensembles(predictions: dict[str, Predictions]) -> dict[str, Predictions
   """Predictions of several models, with those of their ensemble as of one more model."""
   return {
     name: Predictions(
-      settled(_with_ensemble(logits)) if len(logits) > 1 else logits,
+      wait_on_cpu(_with_ensemble(logits)) if len(logits) > 1 else logits,
       labels,
     )
     for name, (logits, labels) in predictions.items()

@@ -19,7 +19,7 @@ from jaxsms.metrics import (
   worst_class_accuracy,
 )
 from jaxsms.training import inference, step
-from jaxsms.trees import number_of_models, settled
+from jaxsms.trees import number_of_models, wait_on_cpu
 
 MeshOf = Callable[[int], Mesh | None]
 
@@ -54,7 +54,7 @@ class Program(NamedTuple):
         place_on(mesh, argument, axis == 0)
         for argument, axis in zip(arguments, self.in_axes, strict=True)
       )
-    return settled(self.on(mesh, copies)(*arguments))
+    return wait_on_cpu(self.on(mesh, copies)(*arguments))
 
   def lower(self, *arguments):
     """Lowers it for such arguments, as `jax.jit(...).lower` does."""
@@ -213,7 +213,7 @@ def make_programs(
     recalibrate=program(recalibrate, (None, None, 0, 0)),
     batch_statistics=program(batch_statistics, (None, None, None, 0, 0)),
     predict=program(predict, (None, 0, 0)),
-    evaluate=lambda *arguments: settled(evaluate_all(*arguments)),
+    evaluate=lambda *arguments: wait_on_cpu(evaluate_all(*arguments)),
     optimizer=optimizer,
     batch_size=batch_size,
     eval_batch_size=eval_batch_size,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsms.devices.ingredients import repeat_model
 from jaxsms.devices.meshes import params_sharding, place
-from jaxsms.trees import PyTree, number_of_models, settled
+from jaxsms.trees import PyTree, number_of_models, wait_on_cpu
 
 Scalar = float | np.ndarray | jax.Array
 
@@ -136,7 +136,7 @@ def make_in_parts(function: Callable, mesh: Mesh, stacked: bool, *arguments) -> 
     lambda x: x if _lies_on(mesh, x) else place(x, shared), arguments
   )
   shardings = jax.tree.map(lambda x: params_sharding(mesh, x.shape, stacked), shapes)
-  return settled(jax.jit(function, out_shardings=shardings)(*arguments))
+  return wait_on_cpu(jax.jit(function, out_shardings=shardings)(*arguments))
 
 
 def _lies_on(mesh, x):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from experiments import methods
 from experiments.methods import registry
-from experiments.run import keeping
+from experiments.run import checkpointing
+from experiments.run.seed_state import SeedState, packed, unpacked
 from experiments.run.signals import StopSignals
-from experiments.run.work import Work, packed, unpacked
 from jaxsms import training
 from jaxsms.disk import storage
 from jaxsms.disk.series import Found
@@ -29,7 +29,7 @@ def trained():
   model = Model({"w": jnp.arange(3.0)}, {"mean": jnp.ones(2)})
   state = training.start(*model, training.sgd(0.0, 0.0), 2)
   masks = {"w": jnp.array([True, False, True])}
-  return Work(4, model, {"loss": 1.0}, "sms", {"sms": []}, {}, model, masks, state)
+  return SeedState(4, model, {"loss": 1.0}, "sms", {"sms": []}, {}, model, masks, state)
 
 
 def unpack(arrays, rest):
@@ -39,10 +39,10 @@ def unpack(arrays, rest):
 
 def test_what_is_restored_is_bound_to_no_device_as_what_was_trained(assert_trees_equal):
   """Else the programs that were compiled for the one would not do for the other."""
-  work = trained()
-  again = unpack(*packed(work))
+  seed_state = trained()
+  again = unpack(*packed(seed_state))
   for name in ("dense", "model", "masks", "state"):
-    before, after = getattr(work, name), getattr(again, name)
+    before, after = getattr(seed_state, name), getattr(again, name)
     assert_trees_equal(before, after)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
       assert x.committed == y.committed
@@ -76,13 +76,15 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
   for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=1)):
     arrays[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=2)))
   config = types.SimpleNamespace(ingredients=2, save_minutes=5, keep_checkpoints=2)
-  keeper = keeping.Keeper(tmp_path_factory.getbasetemp(), {}, config, StopSignals())
+  checkpointer = checkpointing.Checkpointer(
+    tmp_path_factory.getbasetemp(), {}, config, StopSignals()
+  )
   task = types.SimpleNamespace(
     shapes=jax.eval_shape(lambda: trained().dense),
     engine=types.SimpleNamespace(programs=PROGRAMS),
   )
   try:
-    keeper._take_up(Found(1, arrays, storage.plain(meta), []), task)
+    checkpointer._take_up(Found(1, arrays, storage.plain(meta), []), task)
   except ValueError as error:
     assert "checkpoint 1 of" in str(error)
     assert "\n" not in str(error)
@@ -92,14 +94,14 @@ def test_the_last_good_soup_is_handed_over_where_all_copies_diverge(monkeypatch)
   """After a phase that went well."""
 
   def diverges(run, *_):
-    run.work.model, run.work.masks = Model("params", "statistics"), "masks"
+    run.seed_state.model, run.seed_state.masks = Model("params", "statistics"), "masks"
     yield "chunk"
     raise FloatingPointError("the loss of each of 2 copies is not finite")
 
   monkeypatch.setattr(registry, "prune_and_retrain", diverges)
   config = types.SimpleNamespace(retrain_epochs=1, ingredients=2, phases=2)
   task = types.SimpleNamespace(steps_per_epoch=1)
-  run, given = methods.Run(config, task, None, Work(0, dense="dense")), []
+  run, given = methods.Run(config, task, None, SeedState(0, dense="dense")), []
   with pytest.raises(FloatingPointError):
     for event in methods.seed_events(run, ["sms"]):
       given.append(event)

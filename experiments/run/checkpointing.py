@@ -1,4 +1,4 @@
-"""Keeps a run: saves it while it goes on, and takes it up again after a break."""
+"""Checkpoints of a run: saves it while it goes on, and takes it up again after a break."""
 
 import operator
 import sys
@@ -21,10 +21,10 @@ from .environment import check_version, environment, environments_of
 from .lock import Busy, Lock, Moved
 from .metrics_file import MetricsFile
 from .run_directory import agreed, is_writer
+from .seed_state import SeedState, packed, unpacked
 from .signals import Stopped, StopSignals
 from .task import Task
 from .tensorboard import Board
-from .work import Work, packed, unpacked
 
 MEANS = ("loss", "accuracy")
 # Why the first process cannot take a directory; told to the others by number.
@@ -32,14 +32,14 @@ PROBLEMS = (type(None), Busy, OSError, ValueError)
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
 
 
-class Keeper:
+class Checkpointer:
   """A run in its directory: what it has so far, and how that gets to the disk.
 
   Attributes:
     workdir: the run directory.
     config: of the run.
     seeds: the entries of the finished seeds.
-    work: the seed under way.
+    seed_state: the seed under way.
     epoch: what the chunks of the epoch under way reported.
     steps_left: as `methods.planned_work` plans them; counted down while they are done.
     environments: versions and devices that the run had, each with where it began (`from`).
@@ -70,7 +70,7 @@ class Keeper:
     self._fetching = 0.0
     self._resumed = False
     self.seeds: list[dict[str, Any]] = []
-    self.work = Work(0)
+    self.seed_state = SeedState(0)
     self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
     self.steps_left: dict[int, int] = {}
     self.environments: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ class Keeper:
     self,
     task: Task,
     plan: dict[int, int],
-    first: Callable[[], Work | None] = lambda: None,
+    first: Callable[[], SeedState | None] = lambda: None,
   ) -> list[str]:
     """Takes the directory, and what an earlier process left there.
 
@@ -103,11 +103,11 @@ class Keeper:
       if found.number:
         size = self._take_up(found, task)
       else:
-        self.work, size = first() or Work(self.config.seed), 0
+        self.seed_state, size = first() or SeedState(self.config.seed), 0
       results = run_directory.read_results(self.workdir) or {}
       finished = results.get("seeds", [])
       if len(finished) > len(self.seeds):  # the checkpoints that held them are lost
-        self.seeds, self.work = finished, Work(self.config.seed + len(finished))
+        self.seeds, self.seed_state = finished, SeedState(self.config.seed + len(finished))
         self.environments = environments_of(results)
       self._enter_environment(found.number or finished)
       if is_writer():
@@ -126,7 +126,7 @@ class Keeper:
       raise
     self._last = time.monotonic()
     if self._resumed:
-      where = self.work.position() if found.number or finished else "the start"
+      where = self.seed_state.position() if found.number or finished else "the start"
       seeds = f"{len(self.seeds)} of {self.config.seeds} seeds finished"
       said.append(f"resuming {self.workdir}: {where} ({seeds})")
     return said
@@ -140,7 +140,7 @@ class Keeper:
     if not self.config.allow_other_version:
       check_version(self.workdir, self.environments[-1]["environment"], now)
     if now != self.environments[-1]["environment"]:
-      self.environments.append({"from": self.work.position(), "environment": now})
+      self.environments.append({"from": self.seed_state.position(), "environment": now})
 
   def _find(self):
     """Locks the directory, and walks back to its newest whole checkpoint.
@@ -186,7 +186,7 @@ class Keeper:
       self.steps_left = {int(k): n for k, n in meta["steps_left"].items()}
       self._begun -= meta["seconds"]
       self.environments = environments_of(meta) or environments_of(meta["run"])
-      self.work = unpacked(
+      self.seed_state = unpacked(
         found.arrays,
         meta["work"],
         task.shapes,
@@ -211,7 +211,7 @@ class Keeper:
     waited = is_writer() and time.monotonic() - self._last >= self._interval
     return agreed(waited or self._signals.noted is not None)
 
-  def save(self, work: Work) -> None:
+  def save(self, seed_state: SeedState) -> None:
     """Saves a seed under way.
 
     Raises:
@@ -219,19 +219,19 @@ class Keeper:
       OSError: it cannot be saved.
     """
     stopping = agreed(self._signals.noted is not None)
-    if work.state is None and not stopping:  # a phase has ended: is it worth it?
+    if seed_state.state is None and not stopping:  # a phase has ended: is it worth it?
       cost = COST * (self._fetching + self._series.seconds)
       too_early = time.monotonic() - self._last < min(cost, self._interval)
       if not agreed(is_writer() and not too_early):
         return
-    self._save(work)
+    self._save(seed_state)
     if stopping:
       self._stop()
 
-  def begin(self, work: Work) -> None:
+  def begin(self, seed_state: SeedState) -> None:
     """Saves a seed before something that is done again if it is interrupted."""
     self._signals.saves = False
-    self._save(work)
+    self._save(seed_state)
     self.pause()
 
   def pause(self) -> None:
@@ -251,9 +251,9 @@ class Keeper:
   def finish_seed(self, entry: dict[str, Any]) -> None:
     """Takes the results of the seed under way; the next one is under way then."""
     self.seeds.append(entry)
-    self.work = Work(self.work.seed + 1)
+    self.seed_state = SeedState(self.seed_state.seed + 1)
     self._signals.saves = True
-    self._save(self.work)
+    self._save(self.seed_state)
     self._series.wait()
 
   def forget(self) -> None:
@@ -264,9 +264,9 @@ class Keeper:
     if is_writer():
       self._series.keep_newest()
 
-  def _save(self, work):
+  def _save(self, seed_state):
     started = time.monotonic()
-    arrays, rest = packed(work)
+    arrays, rest = packed(seed_state)
     self._fetching = time.monotonic() - started
     if is_writer():
       self._lock.check()
@@ -328,7 +328,7 @@ class Keeper:
       self._lock.release()
 
 
-def tell(sentence: str) -> None:
+def print_once(sentence: str) -> None:
   """Tells the user, once, whatever the number of processes."""
   if is_writer():
     print(sentence, file=sys.stderr)

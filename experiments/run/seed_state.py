@@ -17,7 +17,7 @@ from jaxsms.trees import PyTree
 
 
 @dataclasses.dataclass
-class Work:
+class SeedState:
   """One seed's finished parts, and the training that it is in.
 
   Attributes:
@@ -65,16 +65,16 @@ ARRAYS = ("dense", "model", "masks", "state")
 REST = ("seed", "metrics", "method", "phases", "baselines")
 
 
-def packed(work: Work) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def packed(seed_state: SeedState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Arrays by name, copied to the host, and the rest, which JSON can hold.
 
   In a run of several processes all must call it.
   """
-  parts = {name: getattr(work, name) for name in ARRAYS}
+  parts = {name: getattr(seed_state, name) for name in ARRAYS}
   parts = {name: tree for name, tree in parts.items() if tree is not None}
   # Copies: on a CPU the host shares memory with states that the next chunk overwrites.
   arrays = {name: np.array(leaf) for name, leaf in by_path(fetch(parts)).items()}
-  rest = {name: getattr(work, name) for name in REST}
+  rest = {name: getattr(seed_state, name) for name in REST}
   return arrays, {**rest, "parts": list(parts)}
 
 
@@ -86,7 +86,7 @@ def unpacked(
   copies: int,
   what: str,
   cut: bool = False,
-) -> Work:
+) -> SeedState:
   """What `packed` packed, models on the devices.
 
   Args:
@@ -124,7 +124,7 @@ def unpacked(
   trees = checkpoint.fill({name: like[name] for name in parts}, arrays, what)
   if programs.mesh_of(copies) is None:  # bound to no device, as what training gives is:
     trees = jax.tree.map(jnp.array, trees)  # else every program would be compiled again
-  return Work(**{k: v for k, v in rest.items() if k != "parts"}, **trees)
+  return SeedState(**{k: v for k, v in rest.items() if k != "parts"}, **trees)
 
 
 def as_saved(like: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
