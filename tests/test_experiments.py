@@ -410,9 +410,9 @@ def test_results_stay_whole_while_new_ones_are_written(tmp_path):
 def test_cifar10_with_a_residual_network(tmp_path):
   workdir = tmp_path / "cifar"
   flags = [
-    "--dataset=cifar10", f"--data_dir={SHARED}", "--model=resnet8", "--epochs=1",
-    "--retrain_epochs=1", "--phases=1", "--ingredients=2", "--baselines=imp",
-    f"--workdir={workdir}",
+    "--dataset=cifar10", f"--data_dir={SHARED}", "--model=resnet8", "--width=8",
+    "--epochs=1", "--retrain_epochs=1", "--phases=1", "--ingredients=2", "--baselines=imp",
+    "--landscape=none", "--mesh=none", f"--workdir={workdir}",
   ]  # fmt: skip
   assert run(*flags) == 0
   seed = json.loads((workdir / "results.json").read_text())["seeds"][0]
