@@ -53,6 +53,12 @@ def erk_masks(
   References:
     Mocanu et al., 2018, https://arxiv.org/abs/1707.04780 (Erdős-Rényi)
     Evci et al., 2020, https://arxiv.org/abs/1911.11134, section 3 (with kernels)
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((6, 2))}}
+    >>> masks = jaxsms.erk_masks(params, 0.5)  # kept in proportion to 2 + 2 and 6 + 2
+    >>> [int(layer["kernel"].sum()) for layer in masks.values()]
+    [3, 5]
   """
   if not is_concrete(sparsity):
     raise ValueError("sparsity is traced: ERK shares it out before the program runs")
@@ -122,6 +128,13 @@ def lamp_masks(
 
   References:
     Lee et al., 2021, https://arxiv.org/abs/2010.07611
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 2.0]])},
+    ...           "b": {"kernel": jnp.array([[10.0, 20.0]])}}
+    >>> masks = jaxsms.lamp_masks(params, 0.5)  # whatever the scale of a layer
+    >>> [layer["kernel"].tolist() for layer in masks.values()]
+    [[[False, True]], [[False, True]]]
   """
   check_finite(params)
   ((numbers, goal),) = scope_groups(params, sparsity, "global", prunable)

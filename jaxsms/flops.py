@@ -44,6 +44,12 @@ def multiply_adds(
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (theoretical speed-up)
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.ones((4, 3))}, "b": {"kernel": jnp.ones((3, 2))}}
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+    >>> jaxsms.multiply_adds(apply, params, jnp.ones((1, 4)))
+    {'a/kernel': 12, 'b/kernel': 6}
   """
   weights = _weights(params, prunable)
   uses = weight_uses(apply, params, images)
@@ -72,6 +78,11 @@ def sparse_multiply_adds(
 
   Raises:
     ValueError: `dense` counts other weights than `params` has.
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 0.0], [0.0, 0.0]])}}
+    >>> jaxsms.sparse_multiply_adds({"a/kernel": 400}, params)
+    {'a/kernel': 100}
   """
   weights = _weights(params, prunable)
   if weights.keys() != dense.keys():
@@ -102,6 +113,11 @@ def theoretical_speedup(
 
   Raises:
     ValueError: `dense` counts other weights than `params` has.
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 0.0], [0.0, 0.0]])}}
+    >>> jaxsms.theoretical_speedup({"a/kernel": 400}, params)
+    4.0
   """
   sparse = sum(sparse_multiply_adds(dense, params, prunable).values())
   return sum(dense.values()) / sparse if sparse else math.inf
@@ -119,6 +135,12 @@ def layer_sparsities(params: PyTree, prunable: Prunable | None = None) -> dict[s
 
   Raises:
     ValueError: nothing is prunable, or values are traced.
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 0.0]])},
+    ...           "b": {"kernel": jnp.ones((1, 2))}}
+    >>> jaxsms.layer_sparsities(params)
+    {'a/kernel': 0.5, 'b/kernel': 0.0}
   """
   check_outside_jit(
     "layer_sparsities", params, "call it outside of jit, or sparsity inside"

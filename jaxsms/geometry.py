@@ -26,6 +26,13 @@ def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
 
   Raises:
     ValueError: leaves disagree on m, or none is floating.
+
+  Example:
+    >>> geometry = jaxsms.soup_geometry({"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]])})
+    >>> float(geometry["max_l2_distance"]), float(geometry["max_barycentre_distance"])
+    (5.0, 2.5)
+    >>> round(float(geometry["max_angle"]), 3)
+    90.0
   """
   m = number_of_models(stacked)
   leaves = [x for x in jax.tree.leaves(stacked) if is_floating(x)]
@@ -78,6 +85,11 @@ def interpolate(a: PyTree, b: PyTree, weight: float | jax.Array) -> PyTree:
 
   Returns:
     A tree as `a`, with its dtypes; leaves that are not floating come from it.
+
+  Example:
+    >>> a, b = {"kernel": jnp.array([0.0, 2.0])}, {"kernel": jnp.array([4.0, 2.0])}
+    >>> jaxsms.interpolate(a, b, 0.25)["kernel"].tolist()
+    [1.0, 2.0]
   """
 
   def leaf(x, y):
@@ -105,6 +117,13 @@ def loss_along_line(
 
   References:
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+
+  Example:
+    >>> a, b = {"kernel": jnp.array([-1.0])}, {"kernel": jnp.array([1.0])}
+    >>> loss = lambda params: jnp.sum(params["kernel"] ** 2)
+    >>> positions, losses = jaxsms.loss_along_line(a, b, loss, points=3)
+    >>> positions.tolist(), losses.tolist()
+    ([0.0, 0.5, 1.0], [1.0, 0.0, 1.0])
   """
   if points < 2:
     raise ValueError(f"points is {points}: both ends are needed, so at least 2")
@@ -123,6 +142,10 @@ def loss_barrier(losses: jax.Array | np.ndarray) -> jax.Array:
 
   References:
     Frankle et al., 2020, https://arxiv.org/abs/1912.05671
+
+  Example:
+    >>> float(jaxsms.loss_barrier(jnp.array([1.0, 4.0, 3.0])))  # the line has 2 there
+    2.0
   """
   losses = jnp.asarray(losses)
   straight = jnp.linspace(losses[0], losses[-1], len(losses))

@@ -44,6 +44,11 @@ def plane_through(models: PyTree) -> Plane:
   References:
     Garipov et al., 2018, https://arxiv.org/abs/1802.10026 (appendix A.1)
     Izmailov et al., 2018, https://arxiv.org/abs/1803.05407
+
+  Example:
+    >>> models = {"kernel": jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 3.0]])}
+    >>> jaxsms.plane_through(models).coordinates.tolist()
+    [[0.0, 0.0], [4.0, 0.0], [1.0, 3.0]]
   """
   m = number_of_models(models)
   if m != 3:
@@ -70,6 +75,13 @@ def plane_coordinates(plane: Plane, params: PyTree) -> tuple[jax.Array, jax.Arra
 
   Returns:
     Its projection on the plane, float [2], and its distance from it, float [].
+
+  Example:
+    >>> models = {"kernel": jnp.array([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [1.0, 3.0, 0.0]])}
+    >>> other = {"kernel": jnp.array([2.0, 1.0, 5.0])}
+    >>> point, distance = jaxsms.plane_coordinates(jaxsms.plane_through(models), other)
+    >>> point.tolist(), float(distance)
+    ([2.0, 1.0], 5.0)
   """
   return _project(plane, params)
 
@@ -84,6 +96,12 @@ def model_on_plane(plane: Plane, point: jax.Array) -> PyTree:
   Returns:
     A tree with leaves [...], of the same dtypes; leaves that are not floating come from the
     first model. Where all three share a mask, so does it.
+
+  Example:
+    >>> models = {"kernel": jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 3.0]])}
+    >>> plane = jaxsms.plane_through(models)
+    >>> jaxsms.model_on_plane(plane, jnp.array([4.0, 0.0]))["kernel"].tolist()
+    [4.0, 0.0]
   """
   return affine_combination(plane.models, plane_weights(plane, point))
 
@@ -103,6 +121,12 @@ def plane_grid(
 
   Raises:
     ValueError: `size` or `margin` is out of range.
+
+  Example:
+    >>> points = jnp.array([[0.0, 0.0], [4.0, 0.0], [1.0, 3.0]])
+    >>> x, y = jaxsms.plane_grid(points, size=3, margin=0.25)
+    >>> x.tolist(), y.tolist()
+    ([-1.0, 2.0, 5.0], [-1.0, 1.5, 4.0])
   """
   if size < 2:
     raise ValueError(f"size is {size}: a grid needs at least 2 points along each axis")
@@ -136,6 +160,13 @@ def loss_on_plane(
   References:
     Garipov et al., 2018, https://arxiv.org/abs/1802.10026
     Izmailov et al., 2018, https://arxiv.org/abs/1803.05407
+
+  Example:
+    >>> models = {"kernel": jnp.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])}
+    >>> loss = lambda params: jnp.sum(params["kernel"] ** 2)
+    >>> x, y, losses = jaxsms.loss_on_plane(models, loss, size=3, margin=0.0)
+    >>> losses.tolist()  # x and y are 0, 2, 4
+    [[0.0, 4.0, 16.0], [4.0, 8.0, 20.0], [16.0, 20.0, 32.0]]
   """
   plane = plane_through(models)
   x, y = plane_grid(plane.coordinates, size, margin)

@@ -19,6 +19,11 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes do not fit together.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> float(jaxsms.accuracy(logits, jnp.array([0, 1, 1, 0])))
+    0.75
   """
   check_predictions(logits, labels)
   return jnp.mean(jnp.argmax(logits, -1) == labels)
@@ -36,6 +41,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes do not fit together.
+
+  Example:
+    >>> logits = jnp.log(jnp.array([[0.25, 0.75], [0.25, 0.75]]))
+    >>> loss = jaxsms.cross_entropy(logits, jnp.array([0, 0]))
+    >>> print(jnp.exp(-loss).round(3))
+    0.25
   """
   check_predictions(logits, labels)
   logits = jnp.asarray(logits, jnp.float32)
@@ -54,6 +65,11 @@ def class_accuracies(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes do not fit together.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> print(jaxsms.class_accuracies(logits, jnp.array([0, 1, 1, 0])))
+    [1.  0.5]
   """
   check_predictions(logits, labels)
   classes = logits.shape[-1]
@@ -74,6 +90,11 @@ def balanced_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes do not fit together.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> float(jaxsms.balanced_accuracy(logits, jnp.array([0, 0, 0, 1])))  # (2/3 + 0) / 2
+    0.333...
   """
   return jnp.nanmean(class_accuracies(logits, labels))
 
@@ -90,6 +111,11 @@ def worst_class_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes do not fit together.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> float(jaxsms.worst_class_accuracy(logits, jnp.array([0, 1, 1, 0])))
+    0.5
   """
   return jnp.nanmin(class_accuracies(logits, labels))
 
@@ -118,6 +144,12 @@ def calibration_error(
 
   References:
     Guo et al., 2017, https://arxiv.org/abs/1706.04599
+
+  Example:
+    >>> logits = jnp.log(jnp.array([[0.75, 0.25]] * 4))
+    >>> labels = jnp.array([0, 0, 1, 1])
+    >>> print(jaxsms.calibration_error(logits, labels).round(3))  # 0.75 sure, 0.5 right
+    0.25
   """
   check_predictions(logits, labels)
   check_name("norm", norm, ("l1", "max"))
@@ -147,6 +179,11 @@ def agreement(logits: jax.Array, others: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: shapes differ.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> float(jaxsms.agreement(logits, jnp.zeros((4, 2))))  # zeros predict class 0
+    0.75
   """
   if jnp.ndim(logits) != 2 or jnp.shape(logits) != jnp.shape(others):
     raise ValueError(

@@ -67,6 +67,11 @@ def n_m_masks(
   References:
     Mishra et al., 2021, https://arxiv.org/abs/2104.08378
     Zhou et al., 2021, https://arxiv.org/abs/2102.04010
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0], [-4.0], [2.0], [3.0]])}
+    >>> jaxsms.n_m_masks(params, 0.5)["kernel"][:, 0].tolist()  # 2:4
+    [False, True, False, True]
   """
   if not is_concrete(sparsity):
     raise ValueError("sparsity is traced: n of N:M is part of the program")
@@ -158,6 +163,11 @@ def filter_masks(
   References:
     Li et al., 2017, https://arxiv.org/abs/1608.08710 (norms of filters)
     Molchanov et al., 2017, https://arxiv.org/abs/1611.06440 (normalized by layer)
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])}
+    >>> jaxsms.filter_masks(params, 1 / 3)["kernel"].tolist()
+    [[False, True, True], [False, True, True]]
   """
   check_sparsity(sparsity)
   check_name("scope", scope, SCOPES)

@@ -71,6 +71,14 @@ def prune_phase(
   Raises:
     ValueError: see `magnitude_masks`; or `prune` removes every weight, or keeps what was
       removed before, or values are traced.
+
+  Example:
+    >>> params = {"kernel": jnp.array([[0.0, 3.0], [4.0, 12.0]])}
+    >>> params, masks, record = jaxsms.prune_phase(params, None, 0.5)
+    >>> params["kernel"].tolist()
+    [[0.0, 0.0], [4.0, 12.0]]
+    >>> record["sparsity"], record["norm_drop"]
+    (0.5, 3.0)
   """
   check_outside_jit(
     "prune_phase",
@@ -122,6 +130,12 @@ def merge_phase(
   Raises:
     FloatingPointError: every candidate has values that are not finite.
     ValueError: `merge` gives something else, or values are traced.
+
+  Example:
+    >>> candidates = {"kernel": jnp.array([[1.0], [3.0], [jnp.nan]])}  # the third diverged
+    >>> soup, weights = jaxsms.merge_phase(candidates)
+    >>> soup["kernel"].tolist(), weights.tolist()
+    ([2.0], [0.5, 0.5, 0.0])
   """
   check_outside_jit(
     "merge_phase", candidates, "call it outside of jit, or uniform_soup inside"

@@ -69,6 +69,12 @@ def magnitude_masks(
   References:
     Han et al., 2015, https://arxiv.org/abs/1506.02626
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, section 2
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [2.0, 3.0]]), "bias": jnp.zeros(2)}
+    >>> masks = jaxsms.magnitude_masks(params, 0.5)
+    >>> masks["kernel"].tolist(), masks["bias"].tolist()
+    ([[False, True], [False, True]], [True, True])
   """
   check_finite(params)
   groups = scope_groups(params, sparsity, scope, prunable)
@@ -106,6 +112,12 @@ def random_masks(
 
   Raises:
     ValueError: as `magnitude_masks`, but for values that are not finite.
+
+  Example:
+    >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(4)}
+    >>> masks = jaxsms.random_masks(jax.random.key(0), params, 0.25)
+    >>> int(masks["kernel"].sum()), int(masks["bias"].sum())
+    (6, 4)
   """
   count = iter(range(len(jax.tree.leaves(params))))
 
@@ -139,6 +151,12 @@ def masks_from_keys(
 
   Raises:
     ValueError: see `magnitude_masks`.
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [2.0, 3.0]])}
+    >>> first_rows = lambda x: jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+    >>> jaxsms.masks_from_keys(params, first_rows, 0.5)["kernel"].tolist()
+    [[False, False], [True, True]]
   """
   groups = scope_groups(params, sparsity, scope, prunable)
   return masks_of_groups(params, groups, masks, lambda i, leaf, mask: sort_key(leaf))
@@ -220,6 +238,12 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
   Raises:
     ValueError: other leaves or shapes than those of `params`, or masks not of bool.
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [2.0, 3.0]])}
+    >>> masks = {"kernel": jnp.array([[False, True], [False, True]])}
+    >>> jaxsms.apply_masks(params, masks)["kernel"].tolist()
+    [[0.0, -4.0], [0.0, 3.0]]
   """
   leaves, structure = jax.tree.flatten(params)
   pairs = list(zip(leaves, mask_leaves(params, masks), strict=True))
@@ -241,6 +265,11 @@ def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
 
   Raises:
     ValueError: nothing is prunable.
+
+  Example:
+    >>> params = {"kernel": jnp.array([[0.0, -4.0], [2.0, 3.0]]), "bias": jnp.zeros(2)}
+    >>> float(jaxsms.sparsity(params))  # the bias does not count
+    0.25
   """
   flags = prunable_flags(params, prunable)
   leaves = [x for x, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag]
@@ -263,6 +292,10 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
 
   Raises:
     ValueError: an argument is out of range.
+
+  Example:
+    >>> [jaxsms.phase_sparsity(0.75, phase, 2) for phase in (1, 2)]
+    [0.5, 0.75]
   """
   check_sparsity(goal, "goal sparsity")
   phase, phases = check_phases(phase, "phase"), check_phases(phases)

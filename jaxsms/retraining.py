@@ -60,6 +60,17 @@ def retrain_phase(
   Raises:
     ValueError: no ingredient, `at_once` below 1, traced values, or `retrain` gives another
       tree than it got.
+
+  Example:
+    >>> params = {"kernel": jnp.zeros((1, 2))}
+    >>> masks = {"kernel": jnp.array([[True, False]])}
+    >>> retrain = lambda key, params, masks, ingredient: jaxsms.apply_masks(
+    ...   {"kernel": params["kernel"] + ingredient["lr"]}, masks)
+    >>> ingredients = {"lr": jnp.array([0.5, 1.0])}
+    >>> candidates, _ = jaxsms.retrain_phase(
+    ...   jax.random.key(0), params, masks, ingredients, retrain)
+    >>> candidates["kernel"].tolist()
+    [[[0.5, 0.0]], [[1.0, 0.0]]]
   """
   check_outside_jit(
     "retrain_phase",

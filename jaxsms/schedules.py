@@ -66,6 +66,11 @@ def pretrain_schedule(
   Raises:
     ValueError: unknown name, no steps, a warmup longer than the training, or `decay`,
       `step_size` or `milestones` missing, out of range, or given to another schedule.
+
+  Example:
+    >>> schedule = jaxsms.pretrain_schedule("Linear", peak_lr=0.5, steps=6, warmup_steps=2)
+    >>> schedule(jnp.arange(6)).tolist()
+    [0.0, 0.25, 0.5, 0.375, 0.25, 0.125]
   """
   check_name("pretraining schedule", name, PRETRAIN_SCHEDULES)
   if steps < 1 or not 0 <= warmup_steps < steps:
@@ -156,6 +161,15 @@ def retrain_schedule(
     Renda et al., 2020 (LRW), https://arxiv.org/abs/2003.02389
     Le and Hua, 2021 (SLR, CLR), https://arxiv.org/abs/2105.03193
     Zimmer et al., 2023 (LLR, ALLR), https://arxiv.org/abs/2111.00843
+
+  Example:
+    >>> pretrain_lrs = jnp.array([0.5, 0.375, 0.25, 0.125])
+    >>> for name in ("FT", "LRW", "LLR"):
+    ...   schedule = jaxsms.retrain_schedule(name, pretrain_lrs, 2, warmup_fraction=0.0)
+    ...   print(name, schedule(jnp.arange(2)).tolist())
+    FT [0.125, 0.125]
+    LRW [0.25, 0.125]
+    LLR [0.5, 0.25]
   """
   check_name("retraining schedule", name, RETRAIN_SCHEDULES)
   _check_lengths(pretrain_lrs, steps, warmup_fraction, pretrain_warmup_steps)

@@ -217,6 +217,18 @@ def sparse_model_soup(
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, algorithm 1
+
+  Example:
+    >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> def retrain(key, params, masks, ingredient):
+    ...   return jaxsms.apply_masks({"kernel": params["kernel"] + ingredient["lr"]}, masks)
+    >>> soup = jaxsms.sparse_model_soup(
+    ...   jax.random.key(0), params, retrain, ingredients={"lr": jnp.array([0.0, 1.0])},
+    ...   goal_sparsity=0.75, phases=2)
+    >>> soup.params["kernel"].tolist()  # each phase adds the mean, 0.5, to what is kept
+    [[0.0, 0.0], [0.0, 5.0]]
+    >>> [record["sparsity"] for record in soup.history]
+    [0.5, 0.75]
   """
   check_call(key, mesh, retrain=retrain, prune=prune, merge=merge, on_phase=on_phase)
   check_outside_jit(

@@ -41,6 +41,13 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None)
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (a shared mask keeps the
     average sparse)
+
+  Example:
+    >>> models = {"kernel": jnp.array([[1.0, 2.0], [3.0, 6.0]])}  # of two models
+    >>> jaxsms.uniform_soup(models)["kernel"].tolist()
+    [2.0, 4.0]
+    >>> jaxsms.uniform_soup(models, np.array([0.75, 0.25]))["kernel"].tolist()
+    [1.5, 3.0]
   """
   m = number_of_models(stacked)
   if weights is None:
@@ -105,6 +112,13 @@ def greedy_soup(
 
   References:
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
+
+  Example:
+    >>> models = {"kernel": jnp.array([[1.0], [2.0], [9.0]])}  # of three models
+    >>> evaluate = lambda params: -abs(params["kernel"][0] - 1.5)  # best at 1.5
+    >>> soup, taken = jaxsms.greedy_soup(models, evaluate)
+    >>> soup["kernel"].tolist(), taken
+    ([1.5], [0, 1])
   """
   check_outside_jit(
     "greedy_soup",
@@ -144,6 +158,11 @@ def prediction_ensemble(logits: jax.Array) -> jax.Array:
 
   Raises:
     ValueError: logits do not have three axes.
+
+  Example:
+    >>> probabilities = jnp.array([[[0.2, 0.8]], [[0.6, 0.4]]])  # two models, one example
+    >>> print(jnp.exp(jaxsms.prediction_ensemble(jnp.log(probabilities))).round(3))
+    [[0.4 0.6]]
   """
   if jnp.ndim(logits) != 3:
     raise ValueError(

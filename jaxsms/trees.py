@@ -137,6 +137,11 @@ def stack(models: Sequence[PyTree]) -> PyTree:
 
   Raises:
     ValueError: there is no model, or structures, shapes or dtypes differ.
+
+  Example:
+    >>> models = [{"kernel": jnp.ones((2, 3))}, {"kernel": jnp.zeros((2, 3))}]
+    >>> jaxsms.stack(models)["kernel"].shape
+    (2, 2, 3)
   """
   if isinstance(models, dict) or not (models := list(models)):
     raise ValueError("got no models to stack: pass a list of at least one")
@@ -181,6 +186,11 @@ def unstack(stacked: PyTree) -> list[PyTree]:
 
   Raises:
     ValueError: leaves disagree on m, or there is none.
+
+  Example:
+    >>> models = jaxsms.unstack({"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])})
+    >>> [model["kernel"].tolist() for model in models]
+    [[1.0, 2.0], [3.0, 4.0]]
   """
   m = number_of_models(stacked)
   return [map_arrays(lambda x, i=i: x[i], stacked) for i in range(m)]
