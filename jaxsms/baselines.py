@@ -136,6 +136,12 @@ def repruned(sparsity: float, prune: Prune = magnitude_masks) -> Merge:
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (IMP-RePrune)
+
+  Example:
+    >>> Model = jaxsms.training.Model
+    >>> candidates = Model({"kernel": jnp.array([[[0.0, 8.0]], [[2.0, 4.0]]])}, {})
+    >>> jaxsms.baselines.repruned(0.5)(candidates).params["kernel"].tolist()
+    [[0.0, 6.0]]
   """
 
   def merge(candidates: Model) -> Model:
@@ -220,6 +226,16 @@ class TimeAverage:
   Attributes:
     params: the mean, None before there is any.
     count: how many went into it.
+
+  Example:
+    >>> state = lambda value: jaxsms.training.start(
+    ...   {"kernel": jnp.full((1, 1), value)}, {}, optax.sgd(0.1), m=1)
+    >>> chunk = lambda step: jaxsms.training.Chunk(1, step, 6, 2, step // 2, 0.0, 0.0, 0.1)
+    >>> average = jaxsms.baselines.TimeAverage(after=2, steps_per_epoch=2)
+    >>> for step in (2, 4, 6):
+    ...   average.add(state(float(step)), chunk(step))
+    >>> average.params["kernel"].tolist(), average.count  # of 4 and 6
+    ([[[5.0]]], 2)
   """
 
   def __init__(self, after: int, steps_per_epoch: int):

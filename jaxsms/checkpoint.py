@@ -57,6 +57,13 @@ def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -
     ValueError: the folder exists, a leaf is no array or not of numbers, or values are
       traced.
     OSError: it cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> jaxsms.checkpoint.save(folder, {"kernel": np.ones((2, 3))}, {"epoch": 7})
+    >>> jaxsms.checkpoint.read_manifest(folder)["meta"]
+    {'epoch': 7}
   """
   check_outside_jit("save", tree, "call it outside of jit, on what the program gives")
   root = storage.as_path(path)
@@ -99,6 +106,13 @@ def restore(path: storage.Path, like: PyTree | None = None) -> Any:
   Raises:
     Damaged: a ValueError; the checkpoint is not what was saved.
     ValueError: there is none, it is of another version, or it does not fit `like`.
+
+  Example:
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> jaxsms.checkpoint.save(folder, {"kernel": np.array([[1.0, 2.0]])})
+    >>> jaxsms.checkpoint.restore(folder)["kernel"].tolist()
+    [[1.0, 2.0]]
   """
   root = storage.as_path(path)
   leaves = read_manifest(root)["leaves"]
@@ -130,6 +144,14 @@ def restore_plain(path: storage.Path) -> Any:
 
   Raises:
     ValueError: it cannot be read.
+
+  Example:
+    >>> import orbax.checkpoint, tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    ...   checkpointer.save(folder, {"kernel": np.array([[1.0, 2.0]])})
+    >>> jaxsms.checkpoint.restore_plain(folder)["kernel"].tolist()
+    [[1.0, 2.0]]
   """
   import orbax.checkpoint as ocp
 
@@ -166,6 +188,12 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
 
   Raises:
     ValueError: names or shapes differ.
+
+  Example:
+    >>> like = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((1, 2), jnp.bfloat16)}}
+    >>> arrays = {"Dense_0/kernel": np.array([[1.0, 2.0]])}
+    >>> jaxsms.checkpoint.fill(like, arrays, "this file")["Dense_0"]["kernel"].dtype.name
+    'bfloat16'
   """
   expected = by_path(like)
   check_fit(f"{what} holds another model", expected, arrays, "give one that fits")
@@ -192,6 +220,16 @@ def read_manifest(path: storage.Path) -> Manifest:
   Raises:
     Damaged: a ValueError; it is not what was saved.
     ValueError: there is no checkpoint, or it is of another version.
+
+  Example:
+    >>> import hashlib, tempfile
+    >>> folder, kernel = tempfile.mkdtemp() + "/model", np.ones((2, 3), np.float32)
+    >>> jaxsms.checkpoint.save(folder, {"kernel": kernel})
+    >>> record = jaxsms.checkpoint.read_manifest(folder)["leaves"]["kernel"]
+    >>> record["shape"], record["dtype"]
+    ([2, 3], 'float32')
+    >>> record["sha256"] == hashlib.sha256(kernel.tobytes()).hexdigest()
+    True
   """
   root = storage.as_path(path)
   if not root.is_dir() or is_unfinished(root):
@@ -216,6 +254,16 @@ def is_unfinished(path: storage.Path) -> bool:
 
   Returns:
     True where it is marked as unfinished, or holds neither arrays nor a manifest.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> jaxsms.checkpoint.save(folder, {"kernel": np.ones((2, 3))})
+    >>> jaxsms.checkpoint.is_unfinished(folder)
+    False
+    >>> pathlib.Path(folder, "unfinished").touch()
+    >>> jaxsms.checkpoint.is_unfinished(folder)
+    True
   """
   root = storage.as_path(path)
   if (root / UNFINISHED).exists():
@@ -231,6 +279,11 @@ def holds_nothing(path: storage.Path) -> bool:
 
   Returns:
     True where nothing can be read of it.
+
+  Example:
+    >>> import tempfile
+    >>> jaxsms.checkpoint.holds_nothing(tempfile.mkdtemp())
+    True
   """
   root = storage.as_path(path)
   return (root / UNFINISHED).exists() or not any(root.iterdir())
@@ -241,6 +294,14 @@ def remove(path: storage.Path) -> None:
 
   Args:
     path: a folder that `save` wrote.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> jaxsms.checkpoint.save(folder, {"kernel": np.ones((2, 3))})
+    >>> jaxsms.checkpoint.remove(folder)
+    >>> pathlib.Path(folder).exists()
+    False
   """
   root = storage.as_path(path)
   if not (root / UNFINISHED).exists():
@@ -356,7 +417,14 @@ def _orbax():
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps out what orbax would log, and other threads that use it."""
+  """Keeps out what orbax would log, and other threads that use it.
+
+  Example:
+    >>> import orbax.checkpoint, tempfile
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> with jaxsms.checkpoint.quiet(), orbax.checkpoint.StandardCheckpointer() as saver:
+    ...   saver.save(folder, {"kernel": np.ones((2, 3))})
+  """
 
   def from_elsewhere(record):
     return "orbax" not in record.pathname

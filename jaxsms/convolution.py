@@ -70,6 +70,15 @@ def conv_general_dilated(
 
   Raises:
     ValueError: `lowering` has another name.
+
+  Example:
+    >>> images = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    >>> kernel = jnp.ones((3, 3, 1, 1))
+    >>> layout = ("NHWC", "HWIO", "NHWC")
+    >>> outputs = jaxsms.convolution.conv_general_dilated(
+    ...   images, kernel, (1, 1), "VALID", dimension_numbers=layout)
+    >>> outputs.tolist()  # 0 + 1 + ... + 8
+    [[[[36.0]]]]
   """
   check_name("convolution lowering", lowering, CHOICES)
   simple = (
@@ -141,6 +150,14 @@ def image_gradient(
 
   Returns:
     Images [n, h, w, c].
+
+  Example:
+    >>> no_padding, sides = ((0, 0), (0, 0)), (2, 2)
+    >>> geometry = jaxsms.nn.lowerings.Geometry((1, 1), no_padding, sides, sides, None)
+    >>> outputs, kernel = jnp.ones((1, 1, 1, 1)), jnp.arange(4.0).reshape(2, 2, 1, 1)
+    >>> images = jaxsms.convolution.image_gradient((geometry, "auto"), outputs, kernel)
+    >>> images.ravel().tolist()  # one output: its gradient in the images is the kernel
+    [0.0, 1.0, 2.0, 3.0]
   """
   return _operation(how, 1)(outputs, kernels)
 
@@ -158,6 +175,14 @@ def kernel_gradient(
 
   Returns:
     Kernels [h, w, c, o].
+
+  Example:
+    >>> no_padding, sides = ((0, 0), (0, 0)), (2, 2)
+    >>> geometry = jaxsms.nn.lowerings.Geometry((1, 1), no_padding, sides, sides, None)
+    >>> images, outputs = jnp.arange(4.0).reshape(1, 2, 2, 1), jnp.ones((1, 1, 1, 1))
+    >>> kernel = jaxsms.convolution.kernel_gradient((geometry, "auto"), images, outputs)
+    >>> kernel.ravel().tolist()  # one output: its gradient in the kernel is the image
+    [0.0, 1.0, 2.0, 3.0]
   """
   return _operation(how, 2)(images, outputs)
 

@@ -37,6 +37,10 @@ def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:
 
   References:
     Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878, section 3
+
+  Example:
+    >>> [jaxsms.dynamic.cubic_sparsity(0.5, step, ramp_steps=2) for step in (0, 1, 2, 3)]
+    [0.0, 0.4375, 0.5, 0.5]
   """
   check_sparsity(goal, "goal sparsity")
   if step < 0 or ramp_steps < 1:
@@ -75,6 +79,15 @@ def gradual_masks(pruning: GradualPruning, feedback: bool = False) -> Remask:
 
   Returns:
     `remask(step, state)` giving the state and its masks; of one copy, leaves [1, ...].
+
+  Example:
+    >>> pruning = jaxsms.dynamic.GradualPruning(0.5, ramp_steps=2, mask_steps=1)
+    >>> remask = jaxsms.dynamic.gradual_masks(pruning)
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [2.0, 3.0]])}
+    >>> state = jaxsms.training.start(params, {}, optax.sgd(0.1), m=1)
+    >>> state, masks = remask(2, state)  # the end of the ramp
+    >>> state.params["kernel"].tolist()
+    [[[0.0, -4.0], [0.0, 3.0]]]
   """
   masks: PyTree | None = None
 
@@ -169,6 +182,13 @@ def removed_share(params: PyTree, masks: PyTree) -> float:
 
   Returns:
     The share, in [0, 1].
+
+  Example:
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+    >>> masks = {"kernel": jnp.array([[True, False], [True, True]]),
+    ...          "bias": jnp.array([True, True])}
+    >>> jaxsms.dynamic.removed_share(params, masks)  # the bias does not count
+    0.25
   """
   flags = prunable_flags(params)
   masks = mask_leaves(params, masks)

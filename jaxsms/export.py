@@ -54,6 +54,15 @@ def save_compact(
   Raises:
     ValueError: a leaf is no such array, masks do not fit, a removed entry is not +0, or
       two arrays have the same name.
+
+  Example:
+    >>> import os, tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> kernel = np.zeros((100, 100), np.float32)
+    >>> kernel[0, :50] = 1.0
+    >>> jaxsms.export.save_compact(path, {"kernel": kernel})
+    >>> kernel.nbytes, os.path.getsize(path) < 2000  # 50 values and 10,000 bits
+    (40000, True)
   """
   named = by_path(tree)
   check_dtypes(named)
@@ -102,6 +111,14 @@ def load_compact(
   Raises:
     ValueError: the file is missing, damaged, no compact file, or does not fit the
       template.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> jaxsms.export.save_compact(path, {"kernel": np.array([[0.0, 2.0]])})
+    >>> params, masks = jaxsms.export.load_compact(path)
+    >>> params["kernel"].tolist(), masks["kernel"].tolist()
+    ([[0.0, 2.0]], [[False, True]])
   """
   arrays, metadata = read_with_metadata(path)
   if metadata.get("format") != FORMAT:
@@ -148,6 +165,16 @@ def expand(
 
   Raises:
     ValueError: they are not what was written.
+
+  Example:
+    >>> import safetensors, tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> jaxsms.export.save_compact(path, {"kernel": np.array([[0.0, 2.0]])})
+    >>> with safetensors.safe_open(path, "numpy") as file:
+    ...   parts = {name: file.get_tensor(name) for name in file.keys()}
+    ...   leaves, masks = jaxsms.export.expand(path, parts, file.metadata())
+    >>> parts["kernel"].tolist(), leaves["kernel"].tolist(), masks["kernel"].tolist()
+    ([2.0], [[0.0, 2.0]], [[False, True]])
   """
   try:
     leaves = metadata.get("leaves", "")
@@ -216,6 +243,10 @@ def nested(arrays: Mapping[str, Any]) -> Any:
 
   Raises:
     ValueError: a name is that of a leaf and of a dict.
+
+  Example:
+    >>> jaxsms.export.nested({"Dense_0/kernel": 1, "Dense_0/bias": 2})
+    {'Dense_0': {'kernel': 1, 'bias': 2}}
   """
   if list(arrays) == ["(root)"]:  # see `jaxsms.trees.path_string`
     return arrays["(root)"]
@@ -249,6 +280,13 @@ def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:
 
   Raises:
     ValueError: nothing is prunable, no weight has two axes, or values are traced.
+
+  Example:
+    >>> sparse = jaxsms.export.to_bcoo({"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]])})
+    >>> sparse["kernel"].nse, sparse["kernel"].shape  # entries that are stored
+    (1, (2, 2))
+    >>> (jnp.array([[3.0, 4.0]]) @ sparse["kernel"]).tolist()
+    [[0.0, 6.0]]
   """
   if not is_concrete(params):
     raise ValueError("to_bcoo counts what is not 0: call it outside of jit")
@@ -290,6 +328,13 @@ def apply_bcoo(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
 
   Returns:
     What `module.apply` gives, to rounding.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> params = {"kernel": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "bias": jnp.ones(2)}
+    >>> variables = {"params": jaxsms.export.to_bcoo(params)}
+    >>> jaxsms.export.apply_bcoo(nn.Dense(2), variables, jnp.array([[3.0, 4.0]])).tolist()
+    [[1.0, 7.0]]
   """
 
   def dense(call, inputs, options, context):

@@ -55,6 +55,13 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
   References:
     https://github.com/huggingface/safetensors#format
     https://nvd.nist.gov/vuln/detail/CVE-2025-32434 (PyTorch before 2.6)
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.npz"
+    >>> np.savez(path, **{"fc.weight": np.ones((2, 3))})
+    >>> jaxsms.pretrained.load_weights(path)["fc.weight"].shape
+    (2, 3)
   """
   if storage.is_remote(storage.as_path(path)):
     return _load_remote(storage.as_path(path))
@@ -166,6 +173,15 @@ def from_torch(
     https://github.com/kuangliu/pytorch-cifar
     https://github.com/pytorch/vision/blob/main/torchvision/models/resnet.py
     https://github.com/huggingface/pytorch-image-models (timm)
+
+  Example:
+    >>> mlp = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+    >>> layers = {"Dense_0": {"kernel": np.arange(12.0).reshape(4, 3), "bias": np.zeros(3)},
+    ...           "Dense_1": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}
+    >>> state = jaxsms.pretrained.to_torch({"params": layers}, mlp, (2, 2, 1))
+    >>> model = jaxsms.pretrained.from_torch(state, mlp, (2, 2, 1))
+    >>> model["params"]["Dense_0"]["kernel"][1].tolist()
+    [3.0, 4.0, 5.0]
   """
   template, tensors, head = layout(module, image_shape)
   expected = {tensor.name: tensor for tensor in tensors}
@@ -218,6 +234,17 @@ def load_model(
     ValueError: there is no such model, it cannot be read, names or shapes are not those of
       the network, or values are not finite.
     ImportError: a PyTorch checkpoint without PyTorch.
+
+  Example:
+    >>> import tempfile
+    >>> mlp = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+    >>> params = {"Dense_0": {"kernel": np.ones((4, 3)), "bias": np.zeros(3)},
+    ...           "Dense_1": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> jaxsms.checkpoint.save(folder, {"params": params, "batch_stats": {}})
+    >>> model = jaxsms.pretrained.load_model(folder, mlp, image_shape=(2, 2, 1))
+    >>> model["params"]["Dense_1"]["kernel"].tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
   """
   return fit_model(load_arrays(path), module, image_shape, f"{path}")
 
@@ -236,6 +263,13 @@ def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
   Raises:
     ValueError: there is no such model, or it cannot be read.
     ImportError: a PyTorch checkpoint without PyTorch.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.npz"
+    >>> np.savez(path, **{"params/Dense_0/kernel": np.ones((2, 3)), "step": np.array(7)})
+    >>> list(jaxsms.pretrained.load_arrays(path))
+    ['params/Dense_0/kernel']
   """
   folder = storage.as_path(path)
   if not folder.is_dir():
@@ -274,6 +308,14 @@ def fit_model(
 
   Raises:
     ValueError: see `load_model`.
+
+  Example:
+    >>> mlp = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+    >>> arrays = {"Dense_0/kernel": np.ones((4, 3)), "Dense_0/bias": np.zeros(3),
+    ...           "Dense_1/kernel": np.ones((3, 2)), "Dense_1/bias": np.zeros(2)}
+    >>> model = jaxsms.pretrained.fit_model(arrays, mlp, (2, 2, 1), "this file")
+    >>> model["params"]["Dense_1"]["bias"].tolist()
+    [0.0, 0.0]
   """
   template = jax.eval_shape(
     lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
@@ -311,6 +353,14 @@ def to_torch(
 
   Raises:
     ValueError: the variables are not those of the network.
+
+  Example:
+    >>> mlp = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+    >>> layers = {"Dense_0": {"kernel": np.ones((4, 3)), "bias": np.zeros(3)},
+    ...           "Dense_1": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}
+    >>> state = jaxsms.pretrained.to_torch({"params": layers}, mlp, image_shape=(2, 2, 1))
+    >>> {name: array.shape for name, array in state.items()}
+    {'fc1.bias': (3,), 'fc1.weight': (3, 4), 'fc2.bias': (2,), 'fc2.weight': (2, 3)}
   """
   template, tensors, _ = layout(module, image_shape)
   arrays = by_path(variables)

@@ -49,6 +49,14 @@ def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTre
 
   Raises:
     ValueError: groups of other params, or `kept` does not fit the groups.
+
+  Example:
+    >>> params = {"a": jnp.ones((1, 3)), "b": jnp.ones((3, 1))}
+    >>> apply = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 1)))
+    >>> masks = jaxsms.masks_of_channels(params, groups, [np.array([True, False, True])])
+    >>> masks["a"].tolist(), masks["b"].tolist()
+    ([[True, False, True]], [[True], [False], [True]])
   """
   return masks_with(params, groups, kept)
 

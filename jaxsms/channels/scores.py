@@ -35,6 +35,15 @@ def l2_scores(params: PyTree, groups: Sequence) -> Scores:
   References:
     Li et al., 2017, https://arxiv.org/abs/1608.08710 (norms of filters)
     Fang et al., 2023, https://arxiv.org/abs/2301.12900 (over all places of a channel)
+
+  Example:
+    >>> params = {"a": {"kernel": jnp.array([[3.0, 1.0]])},
+    ...           "b": {"kernel": jnp.array([[4.0], [7.0]])}}
+    >>> apply = lambda p, x: jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 1)))
+    >>> scores = jaxsms.l2_scores(params, groups)[0]
+    >>> print((scores**2).round(3))  # 9 + 16 and 1 + 49, over their mean
+    [0.667 1.333]
   """
   squares = _sums_over_places(params, groups, _squares)
   scores = []
@@ -61,6 +70,14 @@ def batch_norm_scores(params: PyTree, groups: Sequence) -> Scores:
 
   References:
     Liu et al., 2017, https://arxiv.org/abs/1708.06519
+
+  Example:
+    >>> params = {"kernel": jnp.ones((1, 2)), "scale": jnp.array([0.5, -2.0]),
+    ...           "out": jnp.ones((2, 1))}
+    >>> apply = lambda p, x: (jnp.tanh(x @ p["kernel"]) * p["scale"]) @ p["out"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 1)))
+    >>> jaxsms.batch_norm_scores(params, groups)[0].tolist()
+    [0.5, 2.0]
   """
   sums = _sums_over_places(params, groups, _magnitudes, _is_scale)
   counts = _sums_over_places(params, groups, _ones, _is_scale)
@@ -97,6 +114,14 @@ def taylor_scores(
 
   References:
     Molchanov et al., 2019, https://arxiv.org/abs/1906.10771
+
+  Example:
+    >>> params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0], [5.0]])}
+    >>> apply = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 1)))
+    >>> loss = lambda p, x: apply(p, x).sum()  # 1 * 3 + 2 * 5, each with two factors
+    >>> jaxsms.taylor_scores(loss, params, groups, jnp.ones((1, 1)))[0].tolist()
+    [6.0, 20.0]
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(params)
   trained = [i for i, (path, leaf) in enumerate(leaves) if is_parameter(path, leaf)]
@@ -131,6 +156,13 @@ def random_scores(key: jax.Array, params: PyTree, groups: Sequence) -> Scores:
 
   Returns:
     For each group float [size].
+
+  Example:
+    >>> params = {"a": jnp.ones((1, 3)), "b": jnp.ones((3, 1))}
+    >>> apply = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 1)))
+    >>> [scores.shape for scores in jaxsms.random_scores(jax.random.key(0), params, groups)]
+    [(3,)]
   """
   return [
     np.asarray(jax.random.uniform(jax.random.fold_in(key, i), (group.size,)))

@@ -30,6 +30,11 @@ def normalize(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
   Raises:
     ValueError: `images` has another rank or dtype, or `mean` or `std` another length.
+
+  Example:
+    >>> images = np.array([[[[0], [255]]]], np.uint8)
+    >>> jaxsms.data.normalize(images, mean=[0.5], std=[0.25]).ravel().tolist()
+    [-2.0, 2.0]
   """
   images = _checked(images)
   for what, values in (("mean", mean), ("std", std)):
@@ -55,6 +60,11 @@ def evaluation_images(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax
 
   Raises:
     ValueError: as `normalize`.
+
+  Example:
+    >>> images = np.array([[[[0], [255]]]], np.uint8)
+    >>> jaxsms.data.evaluation_images(images, mean=[0.5], std=[0.25]).ravel().tolist()
+    [-2.0, 2.0]
   """
   return normalize(images, mean, std)
 
@@ -79,6 +89,13 @@ def training_images(
 
   Raises:
     ValueError: `name` is unknown, or as `normalize`.
+
+  Example:
+    >>> images, key = np.zeros((5, 1, 2, 1), np.uint8), jax.random.key(0)
+    >>> jaxsms.data.training_images("none", key, images, [0.5], [0.25])[0].ravel().tolist()
+    [-2.0, -2.0]
+    >>> jaxsms.data.training_images("noise", key, images, [0.5], [0.25]).shape
+    (5, 1, 2, 1)
   """
   check_name("augmentation", name, AUGMENTATIONS)
   return AUGMENTATIONS[name](key, _checked(images), mean, std)

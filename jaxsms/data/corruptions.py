@@ -46,6 +46,12 @@ def corrupt(key: jax.Array, images: ArrayLike, name: str, severity: int) -> jax.
 
   References:
     Hendrycks & Dietterich, 2019, https://arxiv.org/abs/1903.12261
+
+  Example:
+    >>> images = np.full((1, 2, 2, 1), 100, np.uint8)
+    >>> brighter = jaxsms.data.corrupt(jax.random.key(0), images, "brightness", severity=4)
+    >>> brighter.ravel().tolist()  # 0.2 of 255 more
+    [151, 151, 151, 151]
   """
   _check(images, name, severity)
   images = jnp.asarray(images)
@@ -70,6 +76,12 @@ def corrupted(
 
   Raises:
     ValueError: as `corrupt`, or `batch_size` is no positive integer.
+
+  Example:
+    >>> images = np.array([0, 200], np.uint8).reshape(1, 1, 2, 1)
+    >>> flatter = jaxsms.data.corrupted(jax.random.key(0), images, "contrast", severity=2)
+    >>> flatter.ravel().tolist()  # half as far from their mean
+    [50, 150]
   """
   _check(images, name, severity)
   if not isinstance(batch_size, int | np.integer) or batch_size < 1:
@@ -88,6 +100,10 @@ def corruptions_for(channels: int) -> list[str]:
 
   Raises:
     ValueError: `channels` is neither.
+
+  Example:
+    >>> set(jaxsms.data.corruptions_for(3)) - set(jaxsms.data.corruptions_for(1))
+    {'saturate'}
   """
   if channels not in (1, 3):
     raise ValueError(f"images have {channels} channels: give 1 (gray) or 3 (colour)")

@@ -39,6 +39,11 @@ def random_resized_crop(
   References:
     Szegedy et al., 2015, https://arxiv.org/abs/1409.4842
     https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.RandomResizedCrop
+
+  Example:
+    >>> rng = np.random.default_rng(0)
+    >>> jaxsms.data.random_resized_crop(rng, np.zeros((20, 30, 3), np.uint8), size=8).shape
+    (8, 8, 3)
   """
   _check_size("size", size)
   _check_range("scale", scale, 1.0)
@@ -68,6 +73,12 @@ def resize_centre_crop(image: Any, size: int = 224, resize: int = 256) -> np.nda
 
   References:
     https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.Resize
+
+  Example:
+    >>> image = np.zeros((4, 8, 1), np.uint8)
+    >>> image[:, 2:6] = 255
+    >>> jaxsms.data.resize_centre_crop(image, size=4, resize=4)[0, :, 0].tolist()
+    [255, 255, 255, 255]
   """
   _check_size("size", size)
   if resize < size:

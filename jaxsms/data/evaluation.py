@@ -54,6 +54,14 @@ def evaluation_batches(
   Raises:
     ValueError: an argument is out of its range, or the first example is no image.
     ImportError: grain is not installed.
+
+  Example:
+    >>> images = np.zeros((3, 8, 8, 1), np.uint8)
+    >>> source = jaxsms.data.ArrayExamples(images, np.array([7, 8, 9]))
+    >>> for batch in jaxsms.data.evaluation_batches(source, batch_size=2, threads=0):
+    ...   print(batch.labels.tolist(), batch.valid.tolist())
+    [7, 8] [True, True]
+    [9, 0] [True, False]
   """
   grain()
   batch_size = integer("batch_size", batch_size, 1)

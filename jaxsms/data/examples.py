@@ -46,7 +46,14 @@ class ReadAhead(Protocol):
 
 
 class ArrayExamples:
-  """Images of one size in host memory."""
+  """Images of one size in host memory.
+
+  Example:
+    >>> examples = jaxsms.data.ArrayExamples(np.zeros((3, 8, 8, 1), np.uint8), [7, 8, 9])
+    >>> image, label = examples[1]
+    >>> len(examples), image.shape, int(label)
+    (3, (8, 8, 1), 8)
+  """
 
   def __init__(self, images: np.ndarray, labels: np.ndarray):
     """Wraps arrays; nothing is copied.

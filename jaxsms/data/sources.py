@@ -131,6 +131,10 @@ def base_name(name: str) -> str:
 
   Returns:
     The name alone, such as "imagenet_resized".
+
+  Example:
+    >>> jaxsms.data.base_name("imagenet_resized/32x32:0.1.0")
+    'imagenet_resized'
   """
   return name.split("/")[0].split(":")[0]
 
@@ -158,6 +162,15 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
   References:
     Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49 (digits)
     Krizhevsky, 2009, https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR)
+
+  Example:
+    >>> import tempfile
+    >>> path, images = tempfile.mkdtemp() + "/own.npz", np.zeros((3, 8, 8, 1), np.uint8)
+    >>> np.savez(path, train_images=images, train_labels=[0, 1, 2],
+    ...          test_images=images, test_labels=[0, 1, 2])
+    >>> dataset = jaxsms.data.load(path)
+    >>> dataset.train_images.shape, dataset.num_classes
+    ((3, 8, 8, 1), 3)
   """
   name = os.fspath(name)
   if name == "digits":

@@ -26,6 +26,11 @@ def train_validation_split(
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788 (10 % held out, seed 42)
+
+  Example:
+    >>> training, validation = jaxsms.data.train_validation_split(10, fraction=0.2)
+    >>> sorted([*training, *validation]) == list(range(10)), len(validation)
+    (True, 2)
   """
   n, seed = integer("n", n, 1), integer("seed", seed, 0)
   if not 0 < fraction < 1:

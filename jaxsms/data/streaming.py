@@ -215,6 +215,15 @@ def stream(
 
   References:
     https://google-grain.readthedocs.io (threads that read ahead)
+
+  Example:
+    >>> images = np.zeros((4, 8, 8, 1), np.uint8)
+    >>> source = jaxsms.data.ArrayExamples(images, np.array([0, 1, 2, 3]))
+    >>> batches = jaxsms.data.stream(source, jax.random.key(0), seeds=[0, 1], batch_size=2,
+    ...                              steps=[4, 4], chunk_steps=2, threads=0)
+    >>> chunk = next(batches)  # both steps of the first epoch
+    >>> chunk.images.shape, sorted(chunk.labels[0].ravel().tolist())
+    ((2, 2, 2, 8, 8, 1), [0, 1, 2, 3])
   """
   grain()
   each_seed = integers("seeds", seeds, 2**32)

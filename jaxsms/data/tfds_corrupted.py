@@ -16,6 +16,14 @@ def corrupted_sets(name: str, data_dir: str | None = None) -> list[str]:
 
   References:
     https://www.tensorflow.org/datasets/catalog/cifar10_corrupted
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> prepared = pathlib.Path(tempfile.mkdtemp(), "cifar10_corrupted", "fog_3", "1.0.0")
+    >>> prepared.mkdir(parents=True)
+    >>> (prepared / "dataset_info.json").touch()
+    >>> jaxsms.data.corrupted_sets("cifar10", prepared.parents[2])
+    ['cifar10_corrupted/fog_3']
   """
   return sorted(corrupted_folders(name, data_dir))
 
@@ -31,6 +39,15 @@ def corrupted_folders(
 
   Returns:
     Folders by names such as "cifar10_corrupted/fog_3".
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> prepared = pathlib.Path(tempfile.mkdtemp(), "cifar10_corrupted", "fog_3", "1.0.0")
+    >>> prepared.mkdir(parents=True)
+    >>> (prepared / "dataset_info.json").touch()
+    >>> found = jaxsms.data.corrupted_folders("cifar10", prepared.parents[2])
+    >>> [folder.name for folder in found["cifar10_corrupted/fog_3"]]
+    ['1.0.0']
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.utils import file_utils

@@ -41,6 +41,12 @@ def map_ingredients(
   Raises:
     ValueError: in_axes does not fit the arguments, they disagree on m, or the mesh has no
       axis "ingredient", or `at_once` is below 1.
+
+  Example:
+    >>> one = lambda scale, x: scale * x
+    >>> every = jaxsms.map_ingredients(one, in_axes=(0, None))
+    >>> every(jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 10.0])).tolist()
+    [[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]
   """
   if at_once is not None and at_once < 1:
     raise ValueError(f"at_once is {at_once}: give at least 1, or None for all")
@@ -122,6 +128,11 @@ def pad_ingredients(stacked: PyTree, multiple: int) -> tuple[PyTree, np.ndarray]
 
   Raises:
     ValueError: leaves disagree on m, or `multiple` is below 1.
+
+  Example:
+    >>> padded, valid = jaxsms.pad_ingredients({"seed": np.array([7, 8, 9])}, 2)
+    >>> padded["seed"].tolist(), valid.tolist()
+    ([7, 8, 9, 9], [True, True, True, False])
   """
   if multiple < 1:
     raise ValueError(f"multiple is {multiple}: at least 1 is needed")

@@ -34,6 +34,11 @@ def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mes
 
   Raises:
     ValueError: the product is larger than the number of devices.
+
+  Example:
+    >>> mesh = jaxsms.make_mesh(1, 1)  # of one device; make_mesh() takes all of them
+    >>> dict(mesh.shape)
+    {'ingredient': 1, 'data': 1}
   """
   devices = list(jax.devices() if devices is None else devices)
   ingredient = len(devices) // max(data, 1) if ingredient is None else ingredient
@@ -64,6 +69,10 @@ def fit_mesh(
 
   Returns:
     A mesh as `make_mesh` gives, or None where there is one device.
+
+  Example:
+    >>> print(jaxsms.fit_mesh(copies=5, batch_size=128, devices=jax.devices()[:1]))
+    None
   """
   devices = list(jax.devices() if devices is None else devices)
   n = len(devices)

@@ -105,6 +105,12 @@ def learned_weights(
   Raises:
     ValueError: see `learned_soup`.
     FloatingPointError: the same.
+
+  Example:
+    >>> models = {"w": jnp.array([[0.0, 1.0], [1.0, 0.0]])}
+    >>> loss = lambda p: jnp.sum((p["w"] - jnp.array([0.2, 0.8])) ** 2)
+    >>> print(jaxsms.merges.learned_weights(models, loss)["w"].round(1))
+    [0.8 0.2]
   """
   number_of_models(stacked)
   if by not in ("model", "layer"):
@@ -172,6 +178,13 @@ def average_by_leaf(stacked: PyTree, weights: PyTree) -> PyTree:
 
   Raises:
     ValueError: leaves disagree on m, or the trees in their structure.
+
+  Example:
+    >>> models = {"a": jnp.array([[0.0], [4.0]]), "b": jnp.array([[0.0], [4.0]])}
+    >>> weights = {"a": jnp.array([0.5, 0.5]), "b": jnp.array([0.25, 0.75])}
+    >>> soup = jaxsms.merges.average_by_leaf(models, weights)
+    >>> soup["a"].tolist(), soup["b"].tolist()
+    ([2.0], [3.0])
   """
   number_of_models(stacked)
   structure: Any = jax.tree.structure(stacked)

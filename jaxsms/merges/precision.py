@@ -143,6 +143,13 @@ def diagonal_fisher(
 
   References:
     Kunstner et al., 2019, https://arxiv.org/abs/1905.12558 (labels from the model)
+
+  Example:
+    >>> logits = lambda params, x: x @ params["kernel"]  # both classes are equally likely
+    >>> params, inputs = {"kernel": jnp.zeros((1, 2))}, jnp.array([[2.0], [2.0]])
+    >>> fisher = jaxsms.merges.diagonal_fisher(jax.random.key(0), logits, params, inputs)
+    >>> fisher["kernel"].tolist()  # (2 * 0.5)^2
+    [[1.0, 1.0]]
   """
   n = len(inputs)
   if not n:

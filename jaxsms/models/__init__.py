@@ -79,6 +79,13 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
 
   References:
     Zimmer et al., 2024, https://arxiv.org/abs/2306.16788, appendix A
+
+  Example:
+    >>> mlp = jaxsms.models.create("mlp", num_classes=10, hidden=(256, 256))
+    >>> images = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    >>> shapes = jax.eval_shape(mlp.init, jax.random.key(0), images)["params"]
+    >>> [layer["kernel"].shape for layer in shapes.values()]
+    [(64, 256), (256, 256), (256, 10)]
   """
   check_name("model", name, MODELS)
   if num_classes < 2:

@@ -25,6 +25,11 @@ def retrain_learning_rates(
 
   Returns:
     float32 [m, max(steps)]; past its own steps a copy's entries mean nothing.
+
+  Example:
+    >>> pretrain_lrs, steps = np.array([0.5, 0.25]), np.array([2, 4])  # of two copies
+    >>> jaxsms.training.retrain_learning_rates("LLR", pretrain_lrs, steps).tolist()
+    [[0.5, 0.25, 0.0, 0.0], [0.5, 0.375, 0.25, 0.125]]
   """
   lrs = jnp.asarray(pretrain_lrs, jnp.float32)
   at = jnp.arange(int(np.max(steps)))

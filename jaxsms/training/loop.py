@@ -126,6 +126,13 @@ def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
 
   Returns:
     The last state.
+
+  Example:
+    >>> def training():  # as train_copies: chunks on the way, at the end the state
+    ...   yield "a chunk"
+    ...   return "the state"
+    >>> jaxsms.training.last_state(training())
+    'the state'
   """
   while True:
     try:
@@ -152,6 +159,12 @@ def fetched(chunk: Chunk, steps: np.ndarray | jax.Array) -> Chunk:
   Raises:
     FloatingPointError: the loss of every copy is NaN or infinite. Where some are done
       already, it is not: they may be well.
+
+  Example:
+    >>> loss, accuracy = jnp.array([0.25, jnp.nan]), jnp.array([0.75, 0.0])
+    >>> chunk = jaxsms.training.Chunk(2, 50, 100, 50, 1, loss, accuracy, np.ones(2))
+    >>> jaxsms.training.fetched(chunk, steps=np.array([100, 100])).loss.tolist()
+    [0.25, nan]
   """
   m = chunk.copies
   loss, accuracy = (x[:m] for x in fetch((chunk.loss, chunk.accuracy)))

@@ -144,6 +144,15 @@ def make_programs(
 
   Raises:
     ValueError: the batch does not split into micro-batches, or these not over the mesh.
+
+  Example:
+    >>> programs = jaxsms.training.make_programs(
+    ...   jaxsms.models.create("mlp", num_classes=2), jaxsms.training.sgd,
+    ...   training_images=lambda key, images: images / 255,
+    ...   evaluation_images=lambda images: images / 255, batch_size=20)
+    >>> logits = jnp.array([[[2.0, 0.0], [0.0, 2.0]]])  # of one model, two examples
+    >>> programs.evaluate(logits, jnp.array([0, 0]))["accuracy"].tolist()
+    [0.5]
   """
   mesh_of = (lambda copies: mesh) if mesh is None or isinstance(mesh, Mesh) else mesh
   if micro_batches < 1 or batch_size % micro_batches:

@@ -84,6 +84,13 @@ def sgd(
 
   Returns:
     An optax transformation.
+
+  Example:
+    >>> params, gradients = {"w": jnp.array([4.0])}, {"w": jnp.array([1.0])}
+    >>> optimizer = jaxsms.training.sgd(0.5, weight_decay=0.25)
+    >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    >>> updates["w"].tolist()  # -0.5 * (1 + 0.25 * 4)
+    [-1.0]
   """
   parts = [optax.add_decayed_weights(weight_decay)]
   if momentum:
@@ -108,6 +115,13 @@ def init_variables(
 
   Returns:
     Two trees, parameters and batch statistics; the latter empty where there are none.
+
+  Example:
+    >>> mlp = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+    >>> init = lambda key: jaxsms.training.init_variables(mlp, key, image_shape=(2, 2, 1))
+    >>> params, batch_stats = jax.eval_shape(init, jax.random.key(0))  # shapes alone
+    >>> params["Dense_0"]["kernel"].shape, batch_stats
+    ((4, 3), {})
   """
 
   def init(key):
@@ -159,6 +173,12 @@ def start(
 
   Returns:
     State with leaves [m, ...].
+
+  Example:
+    >>> params = {"kernel": jnp.zeros((4, 3))}
+    >>> state = jaxsms.training.start(params, {}, jaxsms.training.sgd(0.1), m=5)
+    >>> state.params["kernel"].shape, state.step.tolist()
+    ((5, 4, 3), [0, 0, 0, 0, 0])
   """
   step = jnp.zeros((), jnp.int32)
   return repeat_model(TrainState(params, batch_stats, optimizer.init(params), step), m)
