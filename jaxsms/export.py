@@ -167,12 +167,11 @@ def expand(
     ValueError: they are not what was written.
 
   Example:
-    >>> import safetensors, tempfile
+    >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/model.safetensors"
     >>> jaxsms.export.save_compact(path, {"kernel": np.array([[0.0, 2.0]])})
-    >>> with safetensors.safe_open(path, "numpy") as file:
-    ...   parts = {name: file.get_tensor(name) for name in file.keys()}
-    ...   leaves, masks = jaxsms.export.expand(path, parts, file.metadata())
+    >>> parts, metadata = jaxsms.disk.safetensors.read_with_metadata(path)
+    >>> leaves, masks = jaxsms.export.expand(path, parts, metadata)
     >>> parts["kernel"].tolist(), leaves["kernel"].tolist(), masks["kernel"].tolist()
     ([2.0], [[0.0, 2.0]], [[False, True]])
   """
