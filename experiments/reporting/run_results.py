@@ -13,8 +13,9 @@ from ..comparison import parts as comparison
 from ..methods import DENSE, SOUP, having
 from ..run import run_directory
 from ..run.environment import environments_of
+from ..run.json_checks import Unfit
 from ..run.metrics_file import read_lines
-from ..run.results_check import KNOWN_FLAGS, Unfit
+from ..run.results_check import KNOWN_FLAGS
 from . import Case, Origin, flag_text
 
 

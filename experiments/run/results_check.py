@@ -1,30 +1,31 @@
 """What results.json, run.json and metrics.jsonl must look like to be read.
 
-Their digests tell damage; here is told what somebody else wrote. A check is a function of a
-value that raises ValueError with what it should be; where it stands is put in front.
+Their digests tell damage; this tells what somebody else wrote.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from jaxsms.disk.storage import Damaged
 from jaxsms.training.failures import COPY_FAULTS
 
 from ..methods import registry, seeds
-
-Check = Callable[[Any], None]
-MOST = 1e39  # of a number: beyond float32, and its square is still one
-MOST_WHOLE = 2**53
-
-
-class Unfit(ValueError):
-  """A value that is not what it should be."""
-
-  def __init__(self, expected: str, where: str = ""):
-    """`expected`: what it should be; `where`: keys and positions that lead to it."""
-    super().__init__(expected)
-    self.expected, self.where = expected, where
+from .json_checks import (
+  Unfit,
+  check_at,
+  every,
+  flag,
+  known,
+  listing,
+  mapping,
+  maybe,
+  number,
+  record,
+  scalar,
+  scalar_or_list,
+  text,
+  whole,
+)
 
 
 def check_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
@@ -69,141 +70,13 @@ def _checked(path, check, content):
     ) from error
 
 
-def number(least: float = -MOST, most: float = MOST) -> Check:
-  """A finite number within bounds, or null, which stands for one that is not finite."""
-
-  def check(value):
-    if value is None:
-      return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise Unfit("a number")
-    if not least <= value <= most:
-      bounds = f" of {least:g} to {most:g}" if most < MOST else ""
-      raise Unfit("a number" + (bounds or ", 0 or above" if least == 0 else bounds))
-
-  return check
-
-
-def known(check: Check) -> Check:
-  """The same, and not null."""
-
-  def checked(value):
-    if value is None:
-      raise Unfit("there")
-    check(value)
-
-  return checked
-
-
-def whole(least: int, most: int = MOST_WHOLE) -> Check:
-  """A whole number within bounds."""
-
-  def check(value):
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-      raise Unfit(f"a whole number from {least} on")
-
-  return check
-
-
-def text(value: Any) -> None:
-  """Text that can be written again."""
-  if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
-    raise Unfit("text")
-
-
-def flag(value: Any) -> None:
-  """True or false."""
-  if not isinstance(value, bool):
-    raise Unfit("true or false")
-
-
-def scalar(value: Any) -> None:
-  """Text, a number, true, false or null."""
-  if isinstance(value, str):
-    text(value)
-  elif not isinstance(value, bool):
-    number()(value)
-
-
-def scalar_or_list(value: Any) -> None:
-  """What a flag can be."""
-  if isinstance(value, list):
-    listing(scalar)(value)
-  else:
-    scalar(value)
-
-
-def listing(check: Check, least: int = 0) -> Check:
-  """A list of such values, with at least so many."""
-
-  def checked(value):
-    if not isinstance(value, list) or len(value) < least:
-      raise Unfit("a list" + (f" with at least {least}" if least else ""))
-    for i, one in enumerate(value):
-      _at(f"[{i}]", check, one)
-
-  return checked
-
-
-def mapping(check: Check) -> Check:
-  """An object with any names, of such values."""
-
-  def checked(value):
-    if not isinstance(value, dict):
-      raise Unfit("an object")
-    for name, one in value.items():
-      text(name)
-      _at(f".{name}", check, one)
-
-  return checked
-
-
-def record(required: dict[str, Check], **optional: Check) -> Check:
-  """An object with these names, and perhaps those; others are not looked at."""
-
-  def checked(value):
-    if not isinstance(value, dict):
-      raise Unfit("an object")
-    for name, check in required.items():
-      if name not in value:
-        raise Unfit("there", f".{name}")
-      _at(f".{name}", check, value[name])
-    for name, check in optional.items():
-      if name in value:
-        _at(f".{name}", check, value[name])
-
-  return checked
-
-
-def maybe(check: Check) -> Check:
-  """Such a value, or null."""
-  return lambda value: None if value is None else check(value)
-
-
-def _at(step, check, value):
-  try:
-    check(value)
-  except Unfit as error:
-    raise Unfit(error.expected, step + error.where) from error
-
-
-def every(*checks: Check) -> Check:
-  """All of them."""
-
-  def checked(value):
-    for check in checks:
-      check(value)
-
-  return checked
-
-
 def _metrics(value):
   """Accuracies and sparsities are shares, losses and errors are numbers."""
   for name, one in value.items():
     if name.endswith(("accuracy", "sparsity")):
-      _at(f".{name}", SHARE, one)
+      check_at(f".{name}", SHARE, one)
     elif name.endswith(("loss", "error")):
-      _at(f".{name}", number(), one)
+      check_at(f".{name}", number(), one)
 
 
 def _same_lengths(*names):
@@ -346,13 +219,13 @@ def _timed(value):
   """Sizes of a model, and its times, of which older runs have one number."""
   SIZES(value)
   times = value.get("milliseconds")
-  _at(".milliseconds", MILLISECONDS if isinstance(times, dict) else number(0), times)
+  check_at(".milliseconds", MILLISECONDS if isinstance(times, dict) else number(0), times)
 
 
 def _models(value):
   """Under `models`, or in older runs beside the rest."""
   if "models" in value:
-    _at(".models", mapping(_timed), value["models"])
+    check_at(".models", mapping(_timed), value["models"])
   found = value.get("models") or {
     k: v for k, v in value.items() if isinstance(v, dict) and "bytes" in v
   }
