@@ -66,7 +66,9 @@ def make_task(config: Config) -> bench_jax.Task:
     ValueError: network, images and devices do not fit one another.
   """
   if config.convolution == device_flags.MEASURE:
-    raise ValueError("--convolution=measure is of the main job: time one at a time here")
+    raise ValueError(
+      "--convolution=measure belongs to the main job: give one lowering at a time here"
+    )
   options = hardware.network_options(config)
   if config.model == "mlp":
     options |= {"hidden": config.hidden, "dropout": 0.0}

@@ -21,7 +21,7 @@ from rich.console import Console
 from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES, passes_of
-from jaxsms.disk.safetensors import first_sentence
+from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
 from jaxsms.merges import MERGES
 from jaxsms.soups import soup_weights

@@ -1,13 +1,9 @@
-"""Models on disk, with a digest of every leaf. The one place that knows orbax."""
+"""Models on disk, with a digest of every leaf."""
 
-import asyncio
 import contextlib
 import errno
 import hashlib
-import logging
 import os
-import threading
-from collections.abc import Iterator
 from typing import Any, TypedDict, cast
 
 import jax
@@ -16,15 +12,15 @@ import numpy as np
 from jaxsms.checks import check_outside_jit
 from jaxsms.devices.meshes import fetch
 from jaxsms.disk import storage
+from jaxsms.disk.by_name import by_path, check_fit
 from jaxsms.disk.faults import fault_point
-from jaxsms.disk.safetensors import by_path, check_fit, first_sentence
-from jaxsms.disk.storage import Damaged
+from jaxsms.disk.orbax_writer import open_checkpointer, quiet
+from jaxsms.disk.storage import Damaged, first_sentence
 from jaxsms.trees import PyTree
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # lies in a folder while it is written or removed
-_one_at_a_time = threading.Lock()  # saves of two threads break one another in orbax
 
 
 class LeafRecord(TypedDict):
@@ -78,7 +74,7 @@ def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -
     storage.write_bytes(root / UNFINISHED, b"")
     fault_point("save begins")
     if leaves:
-      with storage.written_to(root / ARRAYS) as folder, _orbax() as checkpointer:
+      with storage.written_to(root / ARRAYS) as folder, open_checkpointer() as checkpointer:
         checkpointer.save(folder, jax.tree.map(_never_empty, tree))
     fault_point("save arrays")
     storage.write_json(root / MANIFEST, {"leaves": leaves, "meta": meta or {}})
@@ -119,7 +115,7 @@ def restore(path: storage.Path, like: PyTree | None = None) -> Any:
   tree: Any = {}
   try:
     if leaves or (root / ARRAYS).exists():
-      with storage.read_from(root / ARRAYS) as folder, _orbax() as checkpointer:
+      with storage.read_from(root / ARRAYS) as folder, open_checkpointer() as checkpointer:
         tree = checkpointer.restore(folder)
     found = {k: _empty_again(x, leaves.get(k)) for k, x in by_path(tree).items()}
     tree = jax.tree.unflatten(jax.tree.structure(tree), found.values())
@@ -176,7 +172,7 @@ def restore_plain(path: storage.Path) -> Any:
 
 
 def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
-  """Arrays by name (see `jaxsms.disk.safetensors.by_path`) as a tree.
+  """Arrays by name (see `jaxsms.disk.by_name.by_path`) as a tree.
 
   Args:
     like: see `restore`.
@@ -362,77 +358,3 @@ def _reason(error: Exception) -> str:
     if os.strerror(known) in str(error):
       return os.strerror(known)
   return first_sentence(error)
-
-
-@contextlib.contextmanager
-def _orbax():
-  """A checkpointer of this process alone, whose errors are raised and not logged.
-
-  Reading and writing end when all arrays are done or have failed, and not with the first
-  failure: what is still under way then finds its event loop closed, prints so, and goes on
-  making files in a folder that is being removed.
-  """
-  import orbax.checkpoint as ocp
-
-  class Handler(ocp.type_handlers.NumpyHandler):
-    async def _open_and_write(self, *arguments, **options):
-      try:
-        await super()._open_and_write(*arguments, **options)
-      except Exception as error:  # raised below
-        failures.append(error)
-
-    async def deserialize(self, infos, args=None):
-      args = args or [ocp.RestoreArgs()] * len(infos)
-      one_by_one = map(super().deserialize, [[i] for i in infos], [[a] for a in args])
-      found = await asyncio.gather(*one_by_one, return_exceptions=True)
-      arrays = []
-      for one in found:
-        if isinstance(one, BaseException):
-          raise one
-        arrays.extend(one)
-      return arrays
-
-  failures: list[Exception] = []
-  kept = ocp.type_handlers.get_type_handler
-  registry = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, Handler()),
-    (jax.Array, kept(jax.Array)),  # typed keys
-    *((kind, kept(kind)) for kind in (np.number, int, float)),  # of older checkpoints
-  )
-  me = jax.process_index()
-  options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-  handler = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=registry, multiprocessing_options=options
-  )
-  checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
-  with quiet(), checkpointer:
-    try:
-      yield checkpointer
-    except Exception:
-      if not failures:
-        raise
-    if failures:
-      raise failures[0]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps out what orbax would log, and other threads that use it.
-
-  Example:
-    >>> import orbax.checkpoint, tempfile
-    >>> folder = tempfile.mkdtemp() + "/model"
-    >>> with jaxsms.checkpoint.quiet(), orbax.checkpoint.StandardCheckpointer() as saver:
-    ...   saver.save(folder, {"kernel": np.ones((2, 3))})
-  """
-
-  def from_elsewhere(record):
-    return "orbax" not in record.pathname
-
-  logger = logging.getLogger("absl")
-  with _one_at_a_time:
-    logger.addFilter(from_elsewhere)
-    try:
-      yield
-    finally:
-      logger.removeFilter(from_elsewhere)

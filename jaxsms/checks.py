@@ -90,7 +90,7 @@ def check_outside_jit(call: str, tree: Any, instead: str) -> None:
   """
   # What a program makes is traced, also where it was given values.
   if not is_concrete((tree, jnp.zeros([]))):
-    raise ValueError(f"{call} looks at values, which traced ones do not have: {instead}")
+    raise ValueError(f"{call} needs values, and these are traced: {instead}")
 
 
 def check_indices(indices: Any, candidates: int) -> list[int]:

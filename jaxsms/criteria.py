@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import (
   check_sparsity,
   magnitude_sort_key,
@@ -12,13 +13,7 @@ from jaxsms.pruning import (
   scope_groups,
 )
 from jaxsms.selection import keep_largest, magnitude_key
-from jaxsms.trees import (
-  Prunable,
-  PyTree,
-  check_finite,
-  is_concrete,
-  mask_leaves,
-)
+from jaxsms.trees import Prunable, PyTree, check_finite, is_concrete
 from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxsms.devices.ingredients import repeat_model
 from jaxsms.devices.meshes import fetch
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.phases import Prune, finite_models
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Phase
@@ -16,7 +17,7 @@ from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Ingredients
-from jaxsms.trees import PyTree, mask_leaves, model_at, number_of_models
+from jaxsms.trees import PyTree, model_at, number_of_models
 
 
 def cubic_sparsity(goal: float, step: int, ramp_steps: int) -> float:

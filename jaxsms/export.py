@@ -14,16 +14,12 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.experimental import sparse
 
-from jaxsms.disk.safetensors import (
-  by_path,
-  check_dtypes,
-  check_fit,
-  first_sentence,
-  read_with_metadata,
-  write_safetensors,
-)
+from jaxsms.disk.by_name import by_path, check_fit
+from jaxsms.disk.safetensors import check_dtypes, read_with_metadata, write_safetensors
+from jaxsms.disk.storage import first_sentence
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import prunable_flags
-from jaxsms.trees import Prunable, PyTree, is_concrete, mask_leaves
+from jaxsms.trees import Prunable, PyTree, is_concrete
 
 FORMAT = "jaxsms-compact-1"
 MASK = "#mask"  # after a leaf's name, the name of its bits
@@ -322,8 +318,8 @@ def apply_bcoo(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
   Args:
     module: the network.
     variables: its variables, the kernels of `nn.Dense` as `to_bcoo` gives them.
-    *args: as for `module.apply`.
-    **kwargs: the same.
+    *args: further arguments of `module.apply`, such as images.
+    **kwargs: its keyword arguments.
 
   Returns:
     What `module.apply` gives, to rounding.

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 
 from jaxsms.checks import check_phases, check_share
+from jaxsms.mask_trees import match_masks
 from jaxsms.pruning import magnitude_masks, with_all_kept
 from jaxsms.transforms import masked
-from jaxsms.trees import Prunable, PyTree, is_concrete, match_masks
+from jaxsms.trees import Prunable, PyTree, is_concrete
 
 
 class PrunedState(NamedTuple):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.criteria import over_largest
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.names import check_name
 from jaxsms.pruning import (
   SCOPES,
@@ -22,7 +23,6 @@ from jaxsms.trees import (
   PyTree,
   check_finite,
   is_concrete,
-  mask_leaves,
   path_names,
   path_string,
 )
@@ -78,7 +78,7 @@ def n_m_masks(
   check_sparsity(sparsity)
   if m < 1 or abs(sparsity * m - round(sparsity * m)) > 1e-6:
     raise ValueError(
-      f"sparsity is {sparsity:g} with m = {m}: of m entries a whole number must go"
+      f"sparsity is {sparsity:g} with m = {m}: sparsity * m must be a whole number"
     )
   check_finite(params)
   if axis is None and isinstance(prunable, Weights):

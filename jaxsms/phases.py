@@ -14,6 +14,7 @@ from jaxsms import counts
 from jaxsms.checks import check_indices, check_outside_jit
 from jaxsms.devices.ingredients import take_ingredients
 from jaxsms.devices.meshes import fetch
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.trees import (
@@ -22,7 +23,6 @@ from jaxsms.trees import (
   PyTree,
   is_floating,
   is_parameter,
-  mask_leaves,
   number_of_models,
   same_structure,
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsms import counts
 from jaxsms.checks import check_phases, check_share
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.names import check_name
 from jaxsms.selection import (
   SortKey,
@@ -18,15 +19,7 @@ from jaxsms.selection import (
   magnitude_key,
   magnitude_key_64,
 )
-from jaxsms.trees import (
-  Prunable,
-  PyTree,
-  check_finite,
-  is_array,
-  is_concrete,
-  is_floating,
-  mask_leaves,
-)
+from jaxsms.trees import Prunable, PyTree, check_finite, is_array, is_concrete, is_floating
 from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 SCOPES = ("global", "uniform")

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsms.checks import check_outside_jit
 from jaxsms.devices.ingredients import map_ingredients
 from jaxsms.devices.meshes import INGREDIENT_AXIS, gather, place
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import apply_masks
 from jaxsms.substitution import with_own_convolutions
 from jaxsms.trees import (
@@ -20,7 +21,6 @@ from jaxsms.trees import (
   PyTree,
   is_array,
   is_floating,
-  mask_leaves,
   number_of_models,
   same_structure,
   wait_on_cpu,
@@ -149,8 +149,8 @@ def _retrain_program(
     hash(retrain)
   except TypeError:
     raise ValueError(
-      f"retrain is a {type(retrain).__name__} that cannot be hashed, which its compiled "
-      "program is kept by: wrap it in a function"
+      f"retrain is a {type(retrain).__name__} that cannot be hashed, so its compiled "
+      "program cannot be kept: wrap it in a function"
     ) from None
   return _hashed_retrain_program(retrain, mesh, at_once, platform)
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import apply_masks
 from jaxsms.trees import (
   PyTree,
   is_array,
   is_concrete,
   is_floating,
-  mask_leaves,
   path_names,
   path_string,
   same_structure,

@@ -15,8 +15,7 @@ from experiments import compare
 from experiments.run import flag_files, lock, run_directory
 from experiments.run.lock import Lock, Moved
 from jaxsms import data, pretrained
-from jaxsms.data import sources
-from jaxsms.disk import storage
+from jaxsms.disk import npz, storage
 from jaxsms.disk.series import Series
 
 
@@ -43,22 +42,22 @@ def bomb(path, shape=(60_000, 200, 200, 3), zeros=None):
 def test_arrays_that_do_not_fit_into_memory_are_refused_from_their_headers(
   tmp_path, rejects, monkeypatch
 ):
-  monkeypatch.setattr(sources, "_available_memory", lambda: 5e9)
+  monkeypatch.setattr(npz, "_available_memory", lambda: 5e9)
   bomb(tmp_path / "a.npz")
   with rejects("a.npz unpacks to 7.2 GB, and 5.0 GB of memory are available"):
     data.load(tmp_path / "a.npz")
   # What the zip says counts as well: all of it is unpacked to find that it is too long.
-  monkeypatch.setattr(sources, "_available_memory", lambda: 1e6)
+  monkeypatch.setattr(npz, "_available_memory", lambda: 1e6)
   bomb(tmp_path / "b.npz", (3, 2, 2, 1), zeros=4_000_000)
   assert os.path.getsize(tmp_path / "b.npz") < 10_000
   with rejects("b.npz unpacks to 0.0 GB"):
     data.load(tmp_path / "b.npz")
   # Arrays that nobody asks for do not count.
-  assert sources.read_npz(tmp_path / "a.npz", ("test_labels",))["test_labels"].shape == (2,)
+  assert npz.read_npz(tmp_path / "a.npz", ("test_labels",))["test_labels"].shape == (2,)
 
 
 def test_available_memory_is_that_of_this_machine():
-  found = sources._available_memory()
+  found = npz._available_memory()
   assert found is None or 2**20 < found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
     "SC_PHYS_PAGES"
   )

@@ -117,7 +117,7 @@ def test_what_is_printed(finished):
     (["--mesh=2"], "such as 4x2"),
     (["--mesh=9x9"], "does not fit"),
     (["--mesh=1x8"], "does not split over 8 devices"),
-    (["--model=resnet8", "--hidden=3"], "--hidden is of the mlp"),
+    (["--model=resnet8", "--hidden=3"], "--hidden belongs to the mlp"),
     (["--batch_size=0"], "--batch_size is 0"),
     (["--batch_size=9", "--examples=8"], "of 8 examples"),
     (["--rounds=0"], "--rounds is 0"),

@@ -334,7 +334,7 @@ def test_rejects(rejects):
       prune({"bias": np.ones(3)}, share)
     with rejects("NaN or infinite values in dense/kernel"):
       prune({"dense": {"kernel": np.full((4, 4), np.nan)}}, share)
-  with rejects("sparsity is 0.3 with m = 4: of m entries a whole number must go"):
+  with rejects("sparsity is 0.3 with m = 4: sparsity * m must be a whole number"):
     n_m_masks(params, 0.3)
   with rejects("dense/kernel has 6 inputs on axis -2, not a multiple of 4"):
     n_m_masks({"dense": {"kernel": np.ones((6, 4))}}, 0.5)

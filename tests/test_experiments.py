@@ -170,7 +170,7 @@ def test_a_directory_with_another_run_is_refused(finished, capsys):
     (["--seed=-1"], "--seed is -1"),
     (["--seed=4294967295", "--seeds=2"], "below 2^32"),
     (["--goal_sparsity=0.9999", "--hidden=2"], "removes all 148 weights"),
-    (["--model=resnet8", "--hidden=3"], "--hidden is of the mlp"),
+    (["--model=resnet8", "--hidden=3"], "--hidden belongs to the mlp"),
     (["--hidden=a"], "--hidden is a"),
     (["--hidden=0"], "at least 1"),
     (["--momentum=1"], "--momentum is 1"),

@@ -12,7 +12,8 @@ import pytest
 from experiments import export, soup
 from experiments.run.latency import measure_inference
 from jaxsms import checkpoint, models, pretrained
-from jaxsms.disk.safetensors import by_path, load_safetensors, read_with_metadata
+from jaxsms.disk.by_name import by_path
+from jaxsms.disk.safetensors import load_safetensors, read_with_metadata
 from jaxsms.export import load_compact
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")

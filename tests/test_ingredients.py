@@ -167,5 +167,5 @@ def test_rejects(rejects):
   with rejects("leaves disagree"):
     pad_ingredients({"x": np.ones(2), "y": np.ones(3)}, 2)
   for ingredient, data in ((9, 1), (4, 4), (0, 1), (None, 0), (None, 9)):
-    with rejects("devices does not fit 8 of them"):
+    with rejects("devices does not fit the number of devices, 8"):
       make_mesh(ingredient, data)

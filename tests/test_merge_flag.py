@@ -24,7 +24,7 @@ def test_merges_that_need_more_are_not_those_of_a_run():
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
-    (["--merge=slerp"], "--merge=slerp is of two copies, and --ingredients is 5"),
+    (["--merge=slerp"], "--merge=slerp takes two copies, and --ingredients is 5"),
     (["--merge=tie"], "did you mean ties?"),
     (["--merge=weighted"], "unknown merge 'weighted'"),
     (["--merge=learned", "--dataset=cifar10", "--stream"], "needs images in memory"),

@@ -170,7 +170,7 @@ def test_a_criterion_from_outside_is_a_value_of_its_flag(monkeypatch, rejects):
   monkeypatch.setitem(CRITERIA, "halves", own)
   config = config_of(*SMALL, "--criterion=halves")
   assert pruning(config, jax.random.key(0))({}, 0.5) == "halves"
-  with rejects("--scope=uniform is of magnitude, random, filters, channels"):
+  with rejects("--scope=uniform belongs to magnitude, random, filters, channels"):
     config_of(*SMALL, "--criterion=halves", "--scope=uniform")
 
 

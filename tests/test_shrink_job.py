@@ -77,7 +77,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
     (["--shrink", "--baselines=swamp"], "whose masks are its own"),
     (["--shrink", "--baselines=imp_reprune"], "whose masks are its own"),
     (["--shrink", "--split_params"], "--shrink cuts models that lie whole"),
-    (["--budget=channels"], "is of --criterion=channels"),
+    (["--budget=channels"], "belongs to --criterion=channels"),
     (["--criterion=channels", "--budget=weight"], "did you mean weights"),
     (["--criterion=channels", "--goal_sparsity=0.9999"], "weights"),
   ],

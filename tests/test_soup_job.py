@@ -13,7 +13,8 @@ import store
 from soup_runs import run
 
 from jaxsms import checkpoint, data, models, pretrained
-from jaxsms.disk.safetensors import by_path, read_safetensors, save_safetensors
+from jaxsms.disk.by_name import by_path
+from jaxsms.disk.safetensors import read_safetensors, save_safetensors
 from jaxsms.export import save_compact
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

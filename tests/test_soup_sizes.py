@@ -17,14 +17,10 @@ from soup_runs import run
 from experiments.merging import output as soup_output
 from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import passes, writing
+from jaxsms.disk.by_name import by_path
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
-from jaxsms.disk.safetensors import (
-  by_path,
-  read_safetensors,
-  save_safetensors,
-  write_safetensors,
-)
+from jaxsms.disk.safetensors import read_safetensors, save_safetensors, write_safetensors
 from jaxsms.models import create
 from jaxsms.training import phases
 

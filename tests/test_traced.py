@@ -33,7 +33,7 @@ def size(model):
 REFUSED = {
   "soup of traced params": (
     lambda x: soup({"kernel": PARAMS["kernel"] * x}),
-    "sparse_model_soup looks at values, which traced ones do not have: call it outside",
+    "sparse_model_soup needs values, and these are traced: call it outside",
   ),
   "soup of a traced goal": (lambda x: soup(PARAMS, goal_sparsity=x), "outside of jit"),
   "soup of traced ingredients": (
@@ -89,9 +89,7 @@ def test_what_is_refused(name, rejects):
 def test_nothing_is_written_of_traced_values(writer, rejects, tmp_path):
   room, name = writer.split(".")
   save = getattr(getattr(jaxsms, room), name)
-  with rejects(
-    "save looks at values, which traced ones do not have: call it outside of jit"
-  ):
+  with rejects("save needs values, and these are traced: call it outside of jit"):
     jax.jit(lambda x: save(tmp_path / "model", {"kernel": PARAMS["kernel"] * x}))(0.5)
   assert not list(tmp_path.iterdir())
 

@@ -9,10 +9,10 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from jaxsms import prunable, stack, unstack
 from jaxsms.compat import enable_x64
+from jaxsms.mask_trees import match_masks
 from jaxsms.trees import (
   check_finite,
   is_parameter,
-  match_masks,
   number_of_models,
   path_names,
   path_string,

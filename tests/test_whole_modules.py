@@ -30,7 +30,8 @@ from jaxsms import (
   uniform_soup,
   unstack,
 )
-from jaxsms.trees import Arrays, mask_leaves
+from jaxsms.mask_trees import mask_leaves
+from jaxsms.trees import Arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -143,7 +143,9 @@ def read_config(given: flags.FlagValues) -> Config:
   """
   config = read_fields(Config, given)
   if config.model != "mlp" and given["hidden"].present:
-    raise ValueError(f"--hidden is of the mlp: leave it out with --model={config.model}")
+    raise ValueError(
+      f"--hidden belongs to the mlp: leave it out with --model={config.model}"
+    )
   if config.batch_size > config.examples:
     raise ValueError(
       f"--batch_size is {config.batch_size} of {config.examples} examples: it must not be "

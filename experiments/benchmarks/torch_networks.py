@@ -125,6 +125,6 @@ def make_network(module, image_shape: tuple[int, int, int], vmapped: bool) -> nn
   if isinstance(module, ResNet) and not module.bottleneck and module.stem == "cifar":
     return Residual(*shared, module.width, module.blocks, True, norm)
   raise ValueError(
-    f"there is no {type(module).__name__} such as this in PyTorch here: give --torch=none, "
+    f"this {type(module).__name__} is not written in PyTorch here: give --torch=none, "
     "or --model=mlp, resnet8, resnet20, resnet56 or resnet18"
   )

@@ -109,15 +109,18 @@ define_flags(DataFlags)
 def check(config: DataFlags) -> None:
   """Raises ValueError where data and network do not fit one another."""
   if config.model != "mlp" and config.hidden is not None:
-    raise ValueError(f"--hidden is of the mlp: leave it out with --model={config.model}")
+    raise ValueError(
+      f"--hidden belongs to the mlp: leave it out with --model={config.model}"
+    )
   if config.model not in WITH_DROPOUT and config.dropout is not None:
     raise ValueError(
-      f"--dropout is of {', '.join(WITH_DROPOUT)}: leave it out with --model={config.model}"
+      f"--dropout belongs to {', '.join(WITH_DROPOUT)}: leave it out with "
+      f"--model={config.model}"
     )
   for name, having in MODEL_OPTIONS.items():
     if getattr(config, name) is not None and config.model not in having:
       raise ValueError(
-        f"--{name} is of {', '.join(having)}: leave it out with {config.model}"
+        f"--{name} belongs to {', '.join(having)}: leave it out with {config.model}"
       )
   if config.stream and config.in_memory:
     raise ValueError(f"--stream reads TFDS data sets: {config.dataset} fits on the device")

@@ -99,7 +99,7 @@ def check(config: Config) -> None:
   baseline_flags.check(config)
   measuring_flags.check(config)
   if config.seed + config.seeds > 2**32:
-    raise ValueError(f"--seed is {config.seed}: seeds are below 2^32, the last one too")
+    raise ValueError(f"--seed is {config.seed}: all seeds must be below 2^32")
 
 
 def config_of(known: Mapping[str, Any]) -> Config:

@@ -124,7 +124,7 @@ def _check_merge(config):
   entry = MERGES[config.merge]
   if entry.two and config.ingredients != 2:
     raise ValueError(
-      f"--merge={config.merge} is of two copies, and --ingredients is "
+      f"--merge={config.merge} takes two copies, and --ingredients is "
       f"{config.ingredients}: give --ingredients=2 or another merge"
     )
   if config.stream and entry.in_memory:
@@ -145,7 +145,7 @@ def _check_values(config):
     return
   if vary != "seed" and config.ingredients == 1:
     raise ValueError(
-      f"--vary={vary} with --ingredients=1: nothing differs between one copy"
+      f"--vary={vary} needs copies that differ, and --ingredients is 1: give 2 or more"
     )
   if len(values) != config.ingredients:
     raise ValueError(
@@ -182,7 +182,7 @@ def _check_criterion(config):
   """--criterion, with --scope, --budget, --shrink, --n_m_group and the sparsities."""
   if config.budget != "weights" and config.criterion != "channels":
     raise ValueError(
-      f"--budget={config.budget} is of --criterion=channels: leave it out with "
+      f"--budget={config.budget} belongs to --criterion=channels: leave it out with "
       f"--criterion={config.criterion}"
     )
   if config.shrink:
@@ -200,7 +200,7 @@ def _check_criterion(config):
   if config.scope != "global" and not CRITERIA[config.criterion].scope:
     with_scope = ", ".join(name for name, one in CRITERIA.items() if one.scope)
     raise ValueError(
-      f"--scope={config.scope} is of {with_scope}: "
+      f"--scope={config.scope} belongs to {with_scope}: "
       f"--criterion={config.criterion} shares the sparsity out itself, leave it out"
     )
   if config.criterion != "n_m":

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.disk.by_name import check_fit
 from jaxsms.disk.merging import DENSE, Found
-from jaxsms.disk.safetensors import check_fit
 from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
 from jaxsms.names import check_name
 from jaxsms.trees import is_parameter

@@ -9,11 +9,11 @@ import numpy as np
 from absl import flags
 
 from jaxsms import pretrained
+from jaxsms.disk.by_name import by_path
 from jaxsms.disk.merging import Found, Job, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
 from jaxsms.disk.passes import Combine, as_float, weighted
 from jaxsms.disk.rules import RULES, Parts
-from jaxsms.disk.safetensors import by_path
 from jaxsms.disk.tensors import InMemory, Tensors, prunable_names
 from jaxsms.export import nested
 from jaxsms.merges import MERGES

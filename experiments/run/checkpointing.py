@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 
 from jaxsms.disk import storage
 from jaxsms.disk.faults import fault_point
-from jaxsms.disk.safetensors import first_sentence
 from jaxsms.disk.series import Found, Series
+from jaxsms.disk.storage import first_sentence
 
 from ..config.run_config import Config
 from . import run_directory

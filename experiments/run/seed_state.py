@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms import checkpoint
 from jaxsms.devices.meshes import fetch, params_sharding
-from jaxsms.disk.safetensors import by_path
+from jaxsms.disk.by_name import by_path
 from jaxsms.training import Model, Programs, TrainState, start
 from jaxsms.training.engine import Record
 from jaxsms.trees import PyTree

@@ -13,13 +13,8 @@ from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
 from jaxsms.channels.values import Record
-from jaxsms.trees import (
-  PyTree,
-  is_array,
-  is_concrete,
-  mask_leaves,
-  path_string,
-)
+from jaxsms.mask_trees import mask_leaves
+from jaxsms.trees import PyTree, is_array, is_concrete, path_string
 
 Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
 
@@ -32,7 +27,7 @@ class Compact:
     masks: its masks, cut alike: what stays may have single weights removed.
     apply: the network's function on smaller params and any inputs. It works under `jit`,
       `grad` and `vmap`, with other batch sizes, and in training. Random numbers inside,
-      of dropout say, are of the same distribution and not the same.
+      such as those of dropout, have the same distribution and other values.
     layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
   """
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.devices.meshes import fetch
+from jaxsms.mask_trees import match_masks
 from jaxsms.pruning import with_all_kept
-from jaxsms.trees import Path, PyTree, is_array, is_concrete, match_masks, path_string
+from jaxsms.trees import Path, PyTree, is_array, is_concrete, path_string
 
 
 class ChannelLeaf(NamedTuple):

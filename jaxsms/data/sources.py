@@ -1,13 +1,13 @@
 """Where images and labels come from: digits, an .npz file or TFDS."""
 
-import math
 import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxsms.data.examples import Examples
+from jaxsms.data.tfds_source import TfdsExamples, find_test_split, load_train_test
+from jaxsms.disk.npz import read_npz
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -91,8 +91,6 @@ def open_streamed(name: str, data_dir: str | None = None) -> StreamedDataset:
     ValueError: see `jaxsms.data.TfdsExamples`, or there is no test split or no number of
       classes.
   """
-  from jaxsms.data.tfds_source import TfdsExamples
-
   train = TfdsExamples(name, "train", data_dir)
   test = open_streamed_test(name, data_dir)
   if not train.num_classes:
@@ -118,8 +116,6 @@ def open_streamed_test(name: str, data_dir: str | None = None) -> Examples:
   Raises:
     ValueError: see `jaxsms.data.TfdsExamples`, or there is neither.
   """
-  from jaxsms.data.tfds_source import TfdsExamples, find_test_split
-
   return TfdsExamples(name, find_test_split(name, data_dir), data_dir)
 
 
@@ -177,102 +173,8 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     return _digits()
   if name.lower().endswith(".npz"):
     return _npz(name)
-  # Not at the top: it reads its cache with `read_npz`.
-  from jaxsms.data.tfds_source import load_train_test
-
   arrays, num_classes = load_train_test(name, data_dir, cache_dir)
   return _dataset(name, arrays, num_classes)
-
-
-def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-  """Reads arrays from an .npz file; never unpickles.
-
-  Args:
-    path: the file.
-    names: the arrays wanted; None means all.
-
-  Returns:
-    The arrays by name, in the order of `names`.
-
-  Raises:
-    ValueError: the file is missing or damaged, or lacks some of the arrays.
-  """
-  wanted = f" with {', '.join(names)}" if names else ""
-  allowed = f"give an .npz file written by numpy.savez{wanted}"
-  if not os.path.isfile(path):  # nor a folder, a pipe or a device, which may never end
-    raise ValueError(
-      f"{path} is no file: {allowed}"
-      if os.path.exists(path)
-      else f"there is no file {path}: {allowed}"
-    )
-  _check_sizes(path, names)
-  try:
-    # A damaged header can make numpy stop short of the checksum: check it first.
-    with zipfile.ZipFile(path) as archive:
-      damaged = archive.testzip()
-    if damaged:
-      raise zipfile.BadZipFile(f"{damaged} fails its checksum")
-    with np.load(path, allow_pickle=False) as file:
-      found = list(file.files)
-      if len(set(found)) < len(found):
-        raise zipfile.BadZipFile("a name comes twice")
-      arrays = {n: file[n] for n in (found if names is None else names) if n in found}
-    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-      raise zipfile.BadZipFile("a member is no array")  # numpy gives its bytes
-  except Exception as error:  # zlib, zipfile and numpy raise a dozen kinds
-    reason = " ".join(str(error).split())
-    raise ValueError(f"{path} cannot be read ({reason}): {allowed}") from error
-  missing = [name for name in names or () if name not in arrays]
-  if missing:
-    has = ", ".join(found) or "nothing"
-    raise ValueError(f"{path} lacks {', '.join(missing)} and holds {has}: {allowed}")
-  return arrays
-
-
-def _check_sizes(path, names):
-  """Raises ValueError where the arrays wanted need more memory than there is.
-
-  From their headers alone: a file may unpack to a thousand times its size. Which are wrong
-  in another way is left to whoever reads them.
-  """
-  needed = 0
-  try:
-    with zipfile.ZipFile(path) as archive:
-      for member in archive.infolist():
-        name = member.filename.removesuffix(".npy")
-        if names is None or name in names:
-          needed += max(member.file_size, _declared(archive, member))
-  except Exception:  # zlib, zipfile and numpy raise a dozen kinds
-    return
-  available = _available_memory()
-  if available is not None and needed > available:
-    raise ValueError(
-      f"{path} unpacks to {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
-      "are available: give fewer or smaller arrays, or stream the data from TFDS"
-    )
-
-
-def _declared(archive, member):
-  """Bytes of an array, as the header of its .npy says."""
-  with archive.open(member) as file:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-      read = np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-  return math.prod(shape) * dtype.itemsize
-
-
-def _available_memory():
-  """Bytes that are free or can be made so; None where nothing tells."""
-  try:
-    with open("/proc/meminfo") as file:
-      for line in file:
-        if line.startswith("MemAvailable:"):
-          return 1024 * int(line.split()[1])
-  except OSError:
-    pass
-  return None
 
 
 def _npz(name):

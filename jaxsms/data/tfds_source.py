@@ -12,8 +12,8 @@ import shlex
 import numpy as np
 from absl import logging
 
-from jaxsms.data.sources import read_npz
 from jaxsms.disk.files import whole_file
+from jaxsms.disk.npz import read_npz
 from jaxsms.names import check_name
 
 # TFDS's name/config:version, and nothing that could leave its directory, reach a

@@ -44,8 +44,8 @@ def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mes
   ingredient = len(devices) // max(data, 1) if ingredient is None else ingredient
   if ingredient < 1 or data < 1 or ingredient * data > len(devices):
     raise ValueError(
-      f"a mesh of {ingredient} x {data} devices does not fit {len(devices)} of them: the "
-      "product of both axes must be between 1 and that"
+      f"a mesh of {ingredient} x {data} devices does not fit the number of devices, "
+      f"{len(devices)}: the product of both axes must be from 1 to {len(devices)}"
     )
   # In the order given: meshes of other shapes over the same devices then share arrays.
   grid = np.array(devices[: ingredient * data]).reshape(ingredient, data)

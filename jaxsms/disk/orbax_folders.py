@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxsms import checkpoint
-from jaxsms.disk.safetensors import first_sentence
+from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors
 from jaxsms.trees import is_array, path_string
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,10 @@ import numpy as np
 
 from jaxsms.checks import check_outside_jit
 from jaxsms.disk import storage
+from jaxsms.disk.by_name import by_path, check_fit
 from jaxsms.disk.files import on_disk, whole_file
-from jaxsms.trees import PyTree, is_array, path_string
+from jaxsms.disk.storage import first_sentence
+from jaxsms.trees import PyTree
 
 _MAX_HEADER = 100_000_000  # bytes, as the format's own library allows
 _DTYPES = {
@@ -302,57 +304,3 @@ def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
       )
   arrays = [np.array(found[name], leaf.dtype) for name, leaf in expected.items()]
   return jax.tree.unflatten(jax.tree.structure(template), arrays)
-
-
-def by_path(tree: PyTree) -> dict[str, jax.Array]:
-  """The leaves under names such as "params/a/kernel", in the order of the tree.
-
-  Raises:
-    ValueError: a leaf is no array, or two have the same name.
-  """
-  arrays = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = path_string(path)
-    if not is_array(leaf) or name in arrays:
-      problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"
-      raise ValueError(f"leaf {name} {problem}: give a tree of arrays with unique names")
-    arrays[name] = leaf
-  return arrays
-
-
-def check_fit(
-  problem: str,
-  expected: Mapping[str, Any],
-  found: Mapping[str, Any],
-  advice: str,
-) -> None:
-  """Raises ValueError unless two sets of arrays agree in their names and shapes.
-
-  Args:
-    problem: begins the message.
-    expected: the arrays (or anything with a shape) that there should be.
-    found: those that there are.
-    advice: ends the message.
-  """
-  missing = [name for name in expected if name not in found]
-  left_over = [name for name in found if name not in expected]
-  differing = [
-    f"{name} is {tuple(found[name].shape)} and should be {tuple(array.shape)}"
-    for name, array in expected.items()
-    if name in found and tuple(found[name].shape) != tuple(array.shape)
-  ]
-  parts = [_few("missing: ", missing), _few("left over: ", left_over), _few("", differing)]
-  if any(parts):
-    raise ValueError(f"{problem} ({'; '.join(filter(None, parts))}): {advice}")
-
-
-def _few(label: str, items: list[str]) -> str:
-  """The first five, and how many more there are."""
-  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-  return f"{label}{', '.join(items[:5])}{more}" if items else ""
-
-
-def first_sentence(error: Exception) -> str:
-  """What an error of another library says first, for use within one sentence."""
-  words: Iterable[str] = str(error).split()
-  return " ".join(words).split(". ")[0][:200].rstrip(".") or type(error).__name__

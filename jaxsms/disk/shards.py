@@ -4,7 +4,8 @@ import json
 import os
 from typing import Any
 
-from jaxsms.disk.safetensors import first_sentence, read_header, unique
+from jaxsms.disk.safetensors import read_header, unique
+from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import InFiles, Range, Spec
 from jaxsms.disk.zips import open_pytorch
 

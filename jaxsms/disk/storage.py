@@ -262,3 +262,9 @@ def plain(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+def first_sentence(error: Exception) -> str:
+  """What an error of another library says first, for use within one sentence."""
+  words = str(error).split()
+  return " ".join(words).split(". ")[0][:200].rstrip(".") or type(error).__name__

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.data.sources import read_npz
-from jaxsms.disk.safetensors import first_sentence
+from jaxsms.disk.npz import read_npz
+from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import InFiles, InMemory, Range, Spec, Tensors
 
 _HEADERS = {

@@ -12,7 +12,9 @@ def check_some_finite(stacked: PyTree) -> jax.Array:
   """bool [m]; FloatingPointError where it can be seen that no model is finite."""
   finite = finite_models(stacked)
   if is_concrete(finite) and not np.asarray(finite).any():
-    raise FloatingPointError(f"none of the {len(finite)} models has finite values alone")
+    raise FloatingPointError(
+      f"each of the {len(finite)} models has values that are not finite"
+    )
   return finite
 
 

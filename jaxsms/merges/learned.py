@@ -64,16 +64,15 @@ def weighted_by_learning(stacked: PyTree, loss: Loss, **options: Any) -> Weighte
   """`learned_soup`, and how much each model is in it: the mean over leaves.
 
   Args:
-    stacked: see `learned_soup`, like all others.
-    loss: the same.
-    **options: the same.
+    stacked: tree whose leaves have shape [m, ...].
+    loss: `loss(params, *data)` of one model, float []; differentiable.
+    **options: further arguments of `learned_soup`.
 
   Returns:
-    The soup and float [m], what a merge gives whose weights are worth a record.
+    The soup and its weights, float [m].
 
   Raises:
-    ValueError: see `learned_soup`.
-    FloatingPointError: the same.
+    ValueError, FloatingPointError: see `learned_soup`.
   """
   weights = learned_weights(stacked, loss, **options)
   mean = jnp.mean(jnp.stack(jax.tree.leaves(weights)), axis=0)
@@ -91,20 +90,21 @@ def learned_weights(
 ) -> PyTree:
   """The weights of `learned_soup`.
 
+  All arguments are those of `learned_soup`.
+
   Args:
-    stacked: see `learned_soup`, like all others.
-    loss: the same.
-    data: the same.
-    by: the same.
-    steps: the same.
-    learning_rate: the same.
+    stacked: tree whose leaves have shape [m, ...].
+    loss: `loss(params, *data)` of one model, float []; differentiable.
+    data: arrays, such as validation images and labels.
+    by: "model" or "layer": what has a weight of its own.
+    steps: of Adam, at least 1.
+    learning_rate: of Adam, on the logits of the weights.
 
   Returns:
     A tree as `stacked`, with leaves float [m] that sum to 1.
 
   Raises:
-    ValueError: see `learned_soup`.
-    FloatingPointError: the same.
+    ValueError, FloatingPointError: see `learned_soup`.
 
   Example:
     >>> models = {"w": jnp.array([[0.0, 1.0], [1.0, 0.0]])}

@@ -168,5 +168,6 @@ def bind(name: str, means: Means) -> Callable[[PyTree], Any]:
   entry = MERGES[name]
   missing = [need for need in entry.needs if getattr(means, need) is None]
   if missing:
-    raise ValueError(f"merge {name} needs {' and '.join(missing)}: give Means with that")
+    given = ", ".join(f"{need}=..." for need in missing)
+    raise ValueError(f"merge {name} needs {' and '.join(missing)}: give Means({given})")
   return entry.bind(means)

@@ -1,0 +1,56 @@
+"""Trees of arrays under names, and whether two sets of them agree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxsms.trees import PyTree, is_array, path_string
+
+
+def by_path(tree: PyTree) -> dict[str, jax.Array]:
+  """The leaves under names such as "params/a/kernel", in the order of the tree.
+
+  Raises:
+    ValueError: a leaf is no array, or two have the same name.
+  """
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = path_string(path)
+    if not is_array(leaf) or name in arrays:
+      problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"
+      raise ValueError(f"leaf {name} {problem}: give a tree of arrays with unique names")
+    arrays[name] = leaf
+  return arrays
+
+
+def check_fit(
+  problem: str,
+  expected: Mapping[str, Any],
+  found: Mapping[str, Any],
+  advice: str,
+) -> None:
+  """Raises ValueError unless two sets of arrays agree in their names and shapes.
+
+  Args:
+    problem: begins the message.
+    expected: the arrays (or anything with a shape) that there should be.
+    found: those that there are.
+    advice: ends the message.
+  """
+  missing = [name for name in expected if name not in found]
+  left_over = [name for name in found if name not in expected]
+  differing = [
+    f"{name} is {tuple(found[name].shape)} and should be {tuple(array.shape)}"
+    for name, array in expected.items()
+    if name in found and tuple(found[name].shape) != tuple(array.shape)
+  ]
+  parts = [_few("missing: ", missing), _few("left over: ", left_over), _few("", differing)]
+  if any(parts):
+    raise ValueError(f"{problem} ({'; '.join(filter(None, parts))}): {advice}")
+
+
+def _few(label: str, items: list[str]) -> str:
+  """The first five, and how many more there are."""
+  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+  return f"{label}{', '.join(items[:5])}{more}" if items else ""
