@@ -24,7 +24,7 @@ from jaxsms.trees import PyTree, stack, unstack
 
 
 class Runs(NamedTuple):
-  """Where the m runs of IMP-RePrune are.
+  """The m runs of IMP-RePrune after a phase.
 
   Attributes:
     models: of each run, `Model`s with leaves [...].

@@ -39,9 +39,9 @@ class Manifest(TypedDict):
 
 
 def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -> None:
-  """Writes a tree of arrays to a new folder: when this returns, it is on the disk.
+  """Writes a tree of arrays to a new folder; when this returns, it is on the disk.
 
-  A save that was killed is none: `restore` refuses it, and `remove` takes it away.
+  `restore` refuses a save that was killed, and `remove` deletes it.
 
   Args:
     path: folder to make, on a disk or (gs://...) an object store; its parent is made
@@ -243,7 +243,7 @@ def read_manifest(path: storage.Path) -> Manifest:
 
 
 def is_unfinished(path: storage.Path) -> bool:
-  """Whether a folder is what a failed or killed save, or a killed removal, left.
+  """Whether a folder was left by a save or a removal that did not finish.
 
   Args:
     path: an existing folder.
@@ -268,7 +268,7 @@ def is_unfinished(path: storage.Path) -> bool:
 
 
 def holds_nothing(path: storage.Path) -> bool:
-  """Whether a folder of whatever wrote it is empty, or one of ours that is unfinished.
+  """Whether a folder is empty, or holds a checkpoint of ours that is unfinished.
 
   Args:
     path: an existing folder.
@@ -286,7 +286,7 @@ def holds_nothing(path: storage.Path) -> bool:
 
 
 def remove(path: storage.Path) -> None:
-  """Removes a checkpoint; what a kill leaves of it is unfinished, not damaged.
+  """Removes a checkpoint; a removal that is killed leaves an unfinished one.
 
   Args:
     path: a folder that `save` wrote.

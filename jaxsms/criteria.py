@@ -27,8 +27,8 @@ def erk_masks(
 
   A layer of shape [d1, d2, ...] keeps a share of its weights proportional to
   (d1 + d2 + ...) / (d1 * d2 * ...), at most all of them, so that narrow layers stay
-  denser. The counts are that times one common factor, rounded (Webster's method): their
-  sum is exact, and no layer's count rises where the sparsity does.
+  denser. The counts are these shares times one common factor, rounded by Webster's method.
+  Their sum is exact, and no layer's count rises when the sparsity rises.
 
   Args:
     params: tree of parameters.

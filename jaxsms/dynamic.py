@@ -119,11 +119,11 @@ def prune_during_training(
   feedback_programs: Programs | None = None,
   phase: int = 1,
 ) -> Iterator[Any]:
-  """GMP or DPF: one training from scratch, pruned on the way; as a soup from m copies.
+  """GMP or DPF, pruning during one training from scratch; with m copies, their soup.
 
-  One model trains while its masks change, with the first ingredient. From there on the
-  masks are fixed: m copies of its whole state, momentum included, go on with the same
-  learning rates and their own ingredients, and are averaged. One copy is the method alone.
+  One model trains with the first ingredient while its masks change. Then the masks are
+  fixed. m copies of its whole state, momentum included, go on with the same learning rates
+  and their own ingredients, and are averaged. With m = 1 this is GMP or DPF itself.
 
   Args:
     engine: the network and its data.

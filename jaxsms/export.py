@@ -262,8 +262,8 @@ def nested(arrays: Mapping[str, Any]) -> Any:
 def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:
   """Turns the kernels of dense layers into sparse matrices.
 
-  In a product `x @ kernel` of a JAX array with one, zeros cost nothing; whether that is
-  faster depends on the device, the batch and the sparsity. An entry takes 12 bytes.
+  In a product `x @ kernel` of a JAX array with a sparse matrix zeros cost nothing. Whether
+  that is faster depends on the device, the batch and the sparsity. An entry takes 12 bytes.
 
   Args:
     params: tree of concrete parameters of one model.

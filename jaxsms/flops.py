@@ -19,14 +19,13 @@ def multiply_adds(
   images: Any,
   prunable: Prunable | None = None,
 ) -> dict[str, int]:
-  """Counts the multiply-adds of each dense layer and convolution, nothing computed.
+  """Counts the multiply-adds of each dense layer and convolution, without computing them.
 
-  Any network of any framework: `apply` is traced, and each product that has a weight as
-  one of its operands belongs to that weight's layer. Products of activations, such as
-  those between queries and keys, biases and normalizations do not count. Places of a
-  convolution's padding count like any others, so a layer costs its number of outputs
-  times the weights of one output. A scan counts as often as it runs; of a `lax.cond` the
-  last branch counts.
+  It takes a network of any framework: `apply` is traced, and each product that has a
+  weight as one of its operands belongs to that weight's layer. Products of activations,
+  such as queries with keys, do not count, nor do biases and normalizations. Positions in
+  a convolution's padding count, so a layer costs its number of outputs times the weights
+  of one output. A scan counts as often as it runs. Of a `lax.cond` the last branch counts.
 
   Args:
     apply: the network in inference, called with `params` and `images`.

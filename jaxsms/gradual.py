@@ -41,11 +41,11 @@ def pruned(
   For a training loop of one's own that goes from dense to sparse. At every step that is
   a multiple of `every` the masks become
   `prune(params, schedule(step), masks=masks)`; with each update the inner transformation
-  is kept inside them, as by `masked`, which also says what holds in a chain. The masks
-  are in the state: `optax.tree_utils.tree_get(state, "masks")`.
+  is kept inside them, as `masked` does it. See there for chains. The masks are in the
+  state: `optax.tree_utils.tree_get(state, "masks")`.
 
-  Under `jax.vmap` over states, masks are worked out in every step, though only used in
-  those: a condition that differs between copies is a choice between two results.
+  Under `jax.vmap` over states, masks are worked out in every step and used only in those
+  steps: vmap computes both sides of a condition that differs between copies.
 
   Args:
     transformation: any optax transformation.

@@ -67,7 +67,7 @@ def plane_through(models: PyTree) -> Plane:
 
 
 def plane_coordinates(plane: Plane, params: PyTree) -> tuple[jax.Array, jax.Array]:
-  """Where a model is seen from a plane.
+  """Projects a model on a plane.
 
   Args:
     plane: see `plane_through`.

@@ -131,9 +131,9 @@ def filter_masks(
 ) -> PyTree:
   """Removes whole output filters, those of smallest L2 norm.
 
-  Never all filters of a layer: the one of largest norm stays. A classifier's outputs are
-  its classes: leave it out with `prunable`. Biases and normalization of a removed filter
-  are no part of it.
+  At least one filter of each layer stays, the one of largest norm. A classifier's outputs
+  are its classes: leave it out with `prunable`. Biases and normalization of a removed
+  filter stay.
 
   Args:
     params: tree of parameters.

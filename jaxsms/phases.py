@@ -32,7 +32,7 @@ Merge = Callable[[PyTree], Any]
 
 
 class Weighted(NamedTuple):
-  """What a merge may give instead of a model, to say how much each candidate is in it.
+  """A merged model and the weight of each candidate in it; what a merge may return.
 
   Attributes:
     params: the model.

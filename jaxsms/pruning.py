@@ -128,7 +128,7 @@ def masks_from_keys(
   prunable: Prunable | None = None,
   masks: PyTree | None = None,
 ) -> PyTree:
-  """Removes the entries with the smallest sort keys; a criterion is one such function.
+  """Removes the entries with the smallest sort keys: for a criterion of your own.
 
   Args:
     params: tree of parameters.

@@ -30,12 +30,12 @@ def masked(
   and shape (momentum, second moments) is 0 where that parameter is removed. So it holds
   whatever the inner transformation does with removed entries: decay, sign, noise.
 
-  In a chain, `optax.chain(masked(inner, masks), after)`, what comes after it has the last
-  word. Where the parameters were pruned beforehand, with `apply_masks`, updates of removed
-  entries are 0, and scaling or decay keep that. Entries that are not yet 0 go to 0 only
-  where `masked` is outermost, `masked(optax.chain(inner, after), masks)`, and so does what
-  adds noise stay inside. A warning says so where values can be seen, which is not inside
-  `jax.jit`: check there with `assert_sparse`.
+  In a chain, `optax.chain(masked(inner, masks), after)`, what follows changes the update
+  again. If the parameters were pruned before, with `apply_masks`, the updates of removed
+  entries are 0, and scaling or decay keep them 0. Entries that are not yet 0 become 0 only
+  where `masked` is outermost: `masked(optax.chain(inner, after), masks)`. A transformation
+  that adds noise also has to be inside. A warning says so outside of `jax.jit`. Inside
+  of it there is none: check what the program gives with `assert_sparse`.
 
   Args:
     transformation: any optax transformation.

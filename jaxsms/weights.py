@@ -27,10 +27,10 @@ Axis = int | Callable[[Path, Any], int]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Which leaves are weights, and their axes, said once for every function.
+  """Which leaves are weights, and their axes, in one place for every function.
 
-  Goes wherever `prunable=` does; `n_m_masks` and `filter_masks` take their `axis` from
-  it, too, where none is given to them.
+  Pass it as `prunable=`. `n_m_masks` and `filter_masks` also take their `axis` from it,
+  where none is given to them.
 
   Attributes:
     prunable: which leaves to prune, called with key path and leaf; None means

@@ -38,9 +38,10 @@ def channel_masks(
 ) -> PyTree:
   """Removes whole channels, the weakest first, until a share of the network is gone.
 
-  A channel goes in every place that it has: weights, bias, normalization, batch
-  statistics, and what the next layers do with it. `functools.partial(channel_masks,
-  groups=groups)` is a criterion for `sparse_model_soup`. Channels are chosen on the host.
+  A channel is removed in every leaf that has it: weights, bias, normalization, batch
+  statistics, and the weights of the next layers that read it.
+  `functools.partial(channel_masks, groups=groups)` is a criterion for
+  `sparse_model_soup`. Channels are chosen on the host.
 
   Args:
     params: tree of parameters.

@@ -49,7 +49,7 @@ class Compact:
     ]  # fmt: skip
 
   def cut(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of full-size params, on the cut ones.
+    """Turns a function of full-size params into one of the cut params.
 
     Args:
       function: such as a loss or another way to call the network; called with params of
@@ -166,10 +166,10 @@ def compact(
 ) -> Compact:
   """Cuts out of a network the channels that its masks emptied.
 
-  A channel goes where the masked network does not depend on it: where all that reads it
-  is removed, or where it is exactly 0 because all that makes it is. That holds for masks
-  of channels (`channel_masks`) and for those of single weights alike. At least one
-  position of every axis stays. `compact.apply(compact.params, x)` equals
+  A channel is cut out where the masked network does not depend on it: where all weights
+  that read it are removed, or where it is always 0 because all weights that make it are
+  removed. This holds for masks of channels (`channel_masks`) and of single weights. At
+  least one position of every axis stays. `compact.apply(compact.params, x)` equals
   `apply(apply_masks(params, masks), x)` to rounding.
 
   Args:
@@ -217,7 +217,7 @@ def compact_from(
   layout: Sequence[dict[str, Any]],
   convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
-  """A cut network again, from what was saved of it.
+  """Rebuilds a cut network from what was saved of it.
 
   Args:
     apply: the network's function, of params of the full shapes.

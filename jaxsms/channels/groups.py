@@ -27,7 +27,7 @@ RULES = {
 
 
 class ChannelGroup(NamedTuple):
-  """Channels that have positions in the same leaves and that go one by one.
+  """Channels with positions in the same leaves, each of which can be removed alone.
 
   Attributes:
     size: number of channels.
@@ -79,10 +79,11 @@ def channel_groups(
 ) -> ChannelGroups:
   """Finds the channels of a network that can only be removed together.
 
-  `apply` is traced and nothing is computed, so a network of any framework will do. Each
-  position of each axis that operations tie to others, from leaf to leaf, belongs to one
-  channel: a neuron, a filter with its bias and normalization and all that reads it, a head
-  of an attention, a column that all heads share. Axes of length 1 are not cut.
+  `apply` is traced and nothing is computed, so a network of any framework will do.
+  Operations tie positions of one leaf to positions of another. Positions that are tied
+  together are one channel: a neuron, a filter with its bias, its normalization and the
+  weights that read it, a head of an attention, or a column that all heads share. Axes of
+  length 1 are not cut.
 
   Args:
     apply: the network, called with `params` and `inputs`. In training it may return new

@@ -32,11 +32,11 @@ class ChannelLeaf(NamedTuple):
 
 
 def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTree:
-  """Masks that remove whole channels, in every place that they have.
+  """Masks that remove whole channels, in every leaf that has them.
 
-  Where a channel goes, its weights, its bias, its normalization and its batch statistics
-  go, and what the next layers do with it. So the masked network computes what the network
-  without that channel does.
+  The weights, bias, normalization and batch statistics of a channel are removed, and the
+  weights of the next layers that read it. So the masked network computes what a network
+  without that channel computes.
 
   Args:
     params: tree of parameters; shapes are enough.

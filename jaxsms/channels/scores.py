@@ -19,11 +19,11 @@ _SCALES = ("scale", "gamma", "weight")
 
 
 def l2_scores(params: PyTree, groups: Sequence) -> Scores:
-  """The L2 norm of all that a channel has, relative to its group.
+  """The L2 norm of all entries of a channel, relative to its group.
 
-  A norm is divided by the root of the mean square of the norms of its group, channels of
-  norm 0 aside, so that channels of wide and narrow layers compare. Batch statistics are no
-  part of it.
+  Each norm is divided by the root mean square of the norms of its group, so that channels
+  of wide and narrow layers can be compared. Channels of norm 0 do not count in that mean,
+  and batch statistics do not count in a norm.
 
   Args:
     params: tree of parameters.
@@ -55,7 +55,7 @@ def l2_scores(params: PyTree, groups: Sequence) -> Scores:
 
 
 def batch_norm_scores(params: PyTree, groups: Sequence) -> Scores:
-  """The magnitude of a channel's scale in normalizations, their mean where it has several.
+  """The magnitude of a channel's scale in a normalization; the mean where it has several.
 
   Args:
     params: tree of parameters.
@@ -94,11 +94,11 @@ def batch_norm_scores(params: PyTree, groups: Sequence) -> Scores:
 def taylor_scores(
   loss: Callable[..., jax.Array], params: PyTree, groups: Sequence, *batch: Any
 ) -> Scores:
-  """How much the loss changes, to first order, where a channel goes.
+  """How much the loss changes, to first order, when a channel is removed.
 
-  That is |sum of weight * gradient| over all that it has, batch statistics aside. A
-  criterion of one's own for `channel_masks` is
-  `lambda params, groups: taylor_scores(loss, params, groups, *batch)`.
+  That is |sum of weight * gradient| over all entries of the channel, without batch
+  statistics. Pass it to `channel_masks` as
+  `score=lambda params, groups: taylor_scores(loss, params, groups, *batch)`.
 
   Args:
     loss: `loss(params, *batch)` gives a scalar, the mean over the batch.

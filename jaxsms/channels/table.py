@@ -15,7 +15,7 @@ from jaxsms.trees import Prunable, PyTree
 
 
 class GroupSensitivity(NamedTuple):
-  """What one group of channels costs and bears.
+  """What one group of channels costs, and what the network loses without some of it.
 
   Attributes:
     name: path of the first leaf that has these channels.
@@ -45,9 +45,9 @@ def sensitivity(
   prunable: Prunable | None = None,
   key: jax.Array | None = None,
 ) -> list[GroupSensitivity]:
-  """For each group of channels what it costs, and what is lost where a share of it goes.
+  """Measures what each group of channels costs, and what is lost without a share of it.
 
-  The weakest channels of one group go, all others stay: look at it before choosing a
+  The weakest channels of one group are removed and all others stay. This helps to choose a
   budget.
 
   Args:

@@ -74,8 +74,8 @@ def training_images(
 ) -> jax.Array:
   """Gives the model's input for training: augmented and normalised.
 
-  Pixels move on the stored images, so what a crop or a rotation leaves empty is black,
-  as in torchvision; noise is added to normalised images. Each image has its own draw.
+  Crops and rotations act on the stored images and leave black pixels, as in torchvision.
+  Noise is added to normalised images. Each image has its own draw.
 
   Args:
     name: one of `AUGMENTATIONS`.

@@ -36,7 +36,7 @@ Transform = Callable[[np.random.Generator, Any], np.ndarray]
 class Batches(NamedTuple):
   """Some steps' batches of all copies, on the device.
 
-  Past the `taken` steps, and past a copy's own number of steps, all is 0.
+  After the `taken` steps, and after a copy's own number of steps, all entries are 0.
 
   Attributes:
     images: uint8 [m, chunk_steps, batch, height, width, channels].
@@ -186,9 +186,9 @@ def stream(
 ) -> Stream:
   """Streams training batches to all copies, one chunk ahead of the training.
 
-  Each copy has its own order of the examples in every epoch, and drops what is left of it
-  after whole batches. So an example is decoded once for each copy: m copies cost m times
-  the reading and decoding of one.
+  Each copy has its own order of the examples in every epoch, and drops those that fill no
+  whole batch. An example is decoded once for each copy: m copies cost m times the reading
+  and decoding of one.
 
   Args:
     source: random access to the examples, such as `TfdsExamples`.

@@ -31,7 +31,7 @@ def corrupted_sets(name: str, data_dir: str | None = None) -> list[str]:
 def corrupted_folders(
   name: str, data_dir: str | None = None
 ) -> dict[str, list[os.PathLike]]:
-  """The folders of each, of one version or of several, by the names above.
+  """The folders of the prepared corrupted versions of a data set, by their names.
 
   Args:
     name: of the clean data set, such as "cifar10".

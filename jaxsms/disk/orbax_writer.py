@@ -66,7 +66,7 @@ def open_checkpointer() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps out what orbax would log, and other threads that use it.
+  """Silences orbax's log, and lets one thread at a time use orbax.
 
   Example:
     >>> import orbax.checkpoint, tempfile

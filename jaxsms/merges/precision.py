@@ -25,9 +25,9 @@ def fisher_soup(
   """Averages each entry with weights from its squared gradients.
 
   The weight of a model's entry is `weights * (squared gradient + prior)`. With a `prior` of
-  0 these are Fisher weights; with that of training they are, but for a factor, the inverse
-  variances of the models' Laplace approximations. Entries whose weights are 0 in all models
-  are averaged by `weights` alone.
+  0 these are Fisher weights. With the prior of training they are, up to a factor, the
+  inverse variances of the models' Laplace approximations. Entries whose weights are 0 in
+  all models are averaged by `weights` alone.
 
   Args:
     stacked: tree whose leaves have shape [m, ...].

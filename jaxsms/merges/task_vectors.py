@@ -55,10 +55,10 @@ def task_arithmetic(
 def ties(
   stacked: PyTree, base: PyTree, *, density: float = 0.2, scale: float = 1.0
 ) -> PyTree:
-  """Adds what the models agree on, of their differences from a base model, to it.
+  """Adds to a base model the differences from it on which the models agree.
 
-  Of each model's differences the largest are kept (trim); for each entry the sign of their
-  sum is chosen (elect sign); those of that sign are averaged (disjoint mean).
+  Trim: the largest differences of each model are kept. Elect sign: each entry gets the
+  sign of their sum. Disjoint mean: the differences of that sign are averaged.
 
   Args:
     stacked: tree whose leaves have shape [m, ...].

@@ -22,7 +22,7 @@ Remask = Callable[[int, TrainState], tuple[TrainState, PyTree]]
 
 
 class Chunk(NamedTuple):
-  """What a progress bar or a log wants to know after each chunk.
+  """Some steps of training, for a progress bar or a log.
 
   Attributes:
     copies: how many train at once.
@@ -61,8 +61,8 @@ def train_copies(
 ) -> Generator[Chunk | TrainState, None, TrainState]:
   """Trains m copies from a state to their last step.
 
-  A copy whose loss or parameters become NaN or infinite stays NaN from then on; the others
-  do not notice.
+  A copy whose loss or parameters become NaN or infinite stays NaN from then on. The others
+  are not affected.
 
   Args:
     engine: the network and its data.
@@ -187,10 +187,10 @@ def train_chunks(
   learning_rates: np.ndarray,
   chunk_steps: int = 50,
 ) -> Iterator[tuple[TrainState, Chunk]]:
-  """Goes on training from a state, and gives it back after every chunk.
+  """Trains from a state, and gives it back after every chunk.
 
-  A state that is kept (it is donated to the next chunk, so copy it) and given to another
-  call with the same other arguments goes on as if there had been no break.
+  To go on later, copy a state and give it to another call with the same other arguments.
+  The copy is needed because the state itself is donated to the next chunk.
 
   Args:
     programs: of this network and data set.
