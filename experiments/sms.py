@@ -13,7 +13,7 @@ The network   model, init; hidden, dropout, width, widening, stem
 Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
               decay, step_epochs, milestones, momentum, weight_decay
 The soup      ingredients, phases, goal_sparsity, retrain_epochs, retrain_schedule,
-              merge; vary, values
+              merge; vary, values; average, ema_decay, average_from, average_every
 Pruning       criterion, scope, budget, shrink, n_m_group
 Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs
 Measuring     ood, ood_severities, train_metrics, landscape

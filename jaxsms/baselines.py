@@ -15,11 +15,12 @@ from jaxsms.phases import Merge, Prune, healthy_copies, prune_phase
 from jaxsms.pruning import apply_masks, magnitude_masks
 from jaxsms.sms import soup_phases
 from jaxsms.soups import uniform_soup
-from jaxsms.training.engine import Engine, Model, Plan, Record
-from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.averaging import averaged_ingredients
+from jaxsms.training.engine import Engine, Model, Plan, Record, trained
+from jaxsms.training.loop import train_copies
 from jaxsms.training.merging import Merging
 from jaxsms.training.phases import merge_candidates
-from jaxsms.training.state import TrainState, start_each
+from jaxsms.training.state import start_each
 from jaxsms.trees import PyTree, stack, unstack
 
 
@@ -110,7 +111,7 @@ def imp_reprune(
       np.stack([rates[i] for i, (_, rates) in enumerate(plans)]),
       phase=record["phase"],
     )
-    return runs._replace(models=unstack(Model(end.params, end.batch_stats))), {}
+    return runs._replace(models=unstack(trained(end))), {}
 
   def average(key, runs, record):
     candidates, reprune = stack(runs.models), repruned(runs.sparsity, prune)
@@ -200,7 +201,7 @@ def swamp(
 
   def retrain(key, model, masks, record):
     chosen, learning_rates = plan(record)
-    average = TimeAverage(average_after, engine.steps_per_epoch)
+    chosen = averaged_ingredients(chosen, after=average_after, every=engine.steps_per_epoch)
     end = yield from train_copies(
       engine,
       masks,
@@ -209,57 +210,11 @@ def swamp(
       chosen,
       learning_rates,
       phase=record["phase"],
-      on_state=average.add,
     )
-    return Model(average.params, end.batch_stats), {}
+    return trained(end), {}
 
   def merge(key, candidates, record):
     return merge_candidates(engine, key, candidates)
 
   rounds = {0: 0.0, **sparsities}
   return soup_phases(key, ticket, rounds, prune=rewind, retrain=retrain, merge=merge)
-
-
-class TimeAverage:
-  """The mean of the parameters at the end of each epoch after a number of steps.
-
-  Attributes:
-    params: the mean, None before there is any.
-    count: how many went into it.
-
-  Example:
-    >>> state = lambda value: jaxsms.training.start(
-    ...   {"kernel": jnp.full((1, 1), value)}, {}, optax.sgd(0.1), m=1)
-    >>> chunk = lambda step: jaxsms.training.Chunk(1, step, 6, 2, step // 2, 0.0, 0.0, 0.1)
-    >>> average = jaxsms.baselines.TimeAverage(after=2, steps_per_epoch=2)
-    >>> for step in (2, 4, 6):
-    ...   average.add(state(float(step)), chunk(step))
-    >>> average.params["kernel"].tolist(), average.count  # of 4 and 6
-    ([[[5.0]]], 2)
-  """
-
-  def __init__(self, after: int, steps_per_epoch: int):
-    """`after`: steps that are left out."""
-    self._after, self._steps_per_epoch = after, steps_per_epoch
-    self.params: PyTree | None = None
-    self.count = 0
-
-  def add(self, state: TrainState, chunk: Chunk) -> None:
-    """Takes the state after a chunk, where it is at the end of an epoch or of all.
-
-    Args:
-      state: of the training, parameters [m, ...].
-      chunk: the steps that led to it.
-    """
-    ends = chunk.step % self._steps_per_epoch == 0 or chunk.step == chunk.steps
-    if chunk.step <= self._after or not ends:
-      return
-    if self.params is None:
-      self.params = jax.tree.map(jnp.zeros_like, state.params)
-    self.count += 1
-    self.params = _running_mean(self.params, state.params, self.count)
-
-
-@jax.jit
-def _running_mean(mean: PyTree, new: PyTree, count: int) -> PyTree:
-  return jax.tree.map(lambda a, b: a + (b - a) / count, mean, new)

@@ -12,7 +12,7 @@ from jaxsms.mask_trees import mask_leaves
 from jaxsms.phases import Prune, finite_models
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Phase
-from jaxsms.training.engine import Engine, Model
+from jaxsms.training.engine import Engine, Model, trained
 from jaxsms.training.loop import Remask, train_copies
 from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
@@ -165,10 +165,13 @@ def prune_during_training(
   state = model_at(state, 0)
   state = state._replace(params=apply_masks(state.params, masks))
   copies = repeat_model(state, m)
+  if "average_after" in ingredients:  # what was not pruned yet has no place in an average
+    after = np.maximum(ingredients["average_after"], pruning.ramp_steps)
+    ingredients = {**ingredients, "average_after": after}
   end = yield from train_copies(
     engine, masks, key, copies, ingredients, learning_rates, phase=phase
   )
-  candidates = Model(end.params, end.batch_stats)
+  candidates = trained(end)
   model, record = merge_candidates(engine, key, candidates)
   sparsity = removed_share(model.params, masks)
   yield Phase(model, masks, candidates, {"phase": phase, "sparsity": sparsity, **record})

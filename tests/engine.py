@@ -4,7 +4,8 @@ import typing
 
 from jaxsms import Phase
 from jaxsms.sms import phase_sparsities
-from jaxsms.training import Engine, Model, Splits, last_state, train_copies
+from jaxsms.training import Engine, Model, Splits, TrainState, last_state, train_copies
+from jaxsms.training.engine import trained
 from jaxsms.training.merging import Merging, merging_of
 from jaxsms.training.phases import Start, training_phases
 
@@ -46,13 +47,26 @@ def train(
   on_state=None,
 ):  # fmt: skip
   """Parameters and batch statistics of m copies, leaves [m, ...]."""
-  engine = Engine(programs, Splits(data, data, data), chunk_steps=chunk_steps)
+  engine = Engine(
+    programs, Splits(data, data, data), chunk_steps=chunk_steps,
+    wants_state=lambda: on_state is not None,
+  )  # fmt: skip
   start = engine.start(Model(*model), len(chosen["steps"]))
 
   def training():
-    events = train_copies(engine, masks, key, start, chosen, lrs, on_state=on_state)
-    state = yield from map(on_chunk, events) if on_chunk else events
-    return state
+    chunk, events = None, train_copies(engine, masks, key, start, chosen, lrs)
+    while True:
+      try:
+        event = next(events)
+      except StopIteration as end:
+        return end.value
+      if isinstance(event, TrainState):  # after its chunk
+        on_state(event, chunk)
+      else:
+        chunk = event
+        if on_chunk:
+          on_chunk(chunk)
+      yield event
 
   state = last_state(training())
-  return Model(state.params, state.batch_stats)
+  return trained(state)

@@ -18,7 +18,8 @@ class BaselineFlags:
 
   baselines: tuple[str, ...] = flag(
     "What the soup is compared with. At the same sparsities: imp (one copy, the same "
-    "epochs), imp_mx (one copy, m times the epochs), imp_reprune (m runs of imp, averaged "
+    "epochs), imp_mx (one copy, m times the epochs), imp_ema, imp_mx_ema and soup_ema (of "
+    "copies that end as averages, see --ema_decay), imp_reprune (m runs of imp, averaged "
     "and pruned again), dense_soup (nothing pruned), swamp (rewinding, averages over "
     "copies and time); at the goal alone, trained from scratch: gmp, dpf, bimp, and "
     "gmp_soup, dpf_soup, bimp_soup of m copies. all for all of these, --baselines= for "

@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from . import (
+  average_flags,
   baseline_flags,
   data_flags,
   dense_flags,
@@ -26,7 +27,8 @@ from .fields import (
 
 # Whoever adopts the flags of this file gets these with them.
 for subject in (
-  data_flags, dense_flags, soup_flags, baseline_flags, measuring_flags, device_flags
+  data_flags, dense_flags, soup_flags, average_flags, baseline_flags, measuring_flags,
+  device_flags,
 ):  # fmt: skip
   flags.adopt_module_key_flags(subject)
 
@@ -37,6 +39,7 @@ class Config(
   device_flags.DeviceFlags,
   measuring_flags.MeasuringFlags,
   baseline_flags.BaselineFlags,
+  average_flags.AverageFlags,
   soup_flags.SoupFlags,
   dense_flags.DenseFlags,
   data_flags.DataFlags,
@@ -96,6 +99,7 @@ def check(config: Config) -> None:
   data_flags.check(config)
   dense_flags.check(config)
   soup_flags.check(config)
+  average_flags.check(config)
   baseline_flags.check(config)
   measuring_flags.check(config)
   if config.seed + config.seeds > 2**32:

@@ -14,13 +14,14 @@ from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
+from .in_phases import dense_soup, imp, imp_mx, sparse_soup, with_ema
 from .seeds import (
   RETRAIN,
   SCRATCH,
   SOUP,
   Events,
   Run,
-  Soup,
+  averaged,
   fresh_model,
   metrics_by_phase,
   prune_and_retrain,
@@ -68,7 +69,8 @@ class Method(NamedTuple):
       `one_schedule`: its copies share one schedule.
       `own_masks`: its masks are not those of one model between phases. `cycles`: it
       prunes in cycles within --budget_epochs, and the last one's model counts. `rewinds`:
-      its rounds begin at an earlier epoch.
+      its rounds begin at an earlier epoch. `averaged`: its copies end as averages of
+      their steps.
   """
 
   title: str
@@ -78,46 +80,6 @@ class Method(NamedTuple):
   epochs: Callable[[Config], dict[int, float]]
   resumes: bool = False
   traits: frozenset[str] = frozenset()
-
-
-def sparse_soup(run: Run, dense: Model) -> Events:
-  """Sparse Model Soups. The last soup is handed over, also where a later phase fails."""
-  m = run.config.ingredients
-  try:
-    records = yield from prune_and_retrain(run, dense, SOUP, m, run.retrain_steps)
-  except FloatingPointError:  # the soup of the phase before is still good
-    yield from last_soup(run)
-    raise
-  yield from last_soup(run)
-  return metrics_by_phase(records)
-
-
-def last_soup(run: Run) -> Events:
-  """Hands the last soup over, if there is one."""
-  if run.seed_state.model is not None:
-    yield Soup(*run.seed_state.model, run.seed_state.masks)
-
-
-def imp(run: Run, dense: Model) -> Events:
-  """One copy, as long as each of the soup's."""
-  records = yield from prune_and_retrain(run, dense, "imp", 1, run.retrain_steps)
-  return metrics_by_phase(records)
-
-
-def imp_mx(run: Run, dense: Model) -> Events:
-  """One copy, as long as all of the soup's together."""
-  steps = run.config.ingredients * run.retrain_steps
-  records = yield from prune_and_retrain(run, dense, "imp_mx", 1, steps)
-  return metrics_by_phase(records)
-
-
-def dense_soup(run: Run, dense: Model) -> Events:
-  """As the soup, but nothing is pruned: what pruning can be measured against."""
-  m = run.config.ingredients
-  records = yield from prune_and_retrain(
-    run, dense, "dense_soup", m, run.retrain_steps, goal_sparsity=0.0
-  )
-  return metrics_by_phase(records)
 
 
 def reprune(run: Run, dense: Model) -> Events:
@@ -157,7 +119,7 @@ def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
         run.engine,
         run.stream(SCRATCH),
         fresh_model(run),
-        varied_ingredients(run, m, len(lrs)),
+        averaged(config, varied_ingredients(run, m, len(lrs))),
         np.broadcast_to(lrs, [m, len(lrs)]),
         pruning,
         feedback_programs=task.variant(feedback=True) if name == "dpf" else None,
@@ -272,6 +234,19 @@ METHODS: dict[str, Method] = {
   "imp_mx": Method(
     "IMP {m}x", "#CC79A7", "D", imp_mx,
     lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
+  ),
+  "imp_ema": Method(
+    "IMP with EMA", "#009E73", "^", with_ema("imp_ema", False, False),
+    lambda c: {1: c.phases * c.retrain_epochs}, True, frozenset({"one_copy", "averaged"}),
+  ),
+  "imp_mx_ema": Method(
+    "IMP {m}x with EMA", "#CC79A7", "p", with_ema("imp_mx_ema", False, True),
+    lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
+    frozenset({"averaged"}),
+  ),
+  "soup_ema": Method(
+    "Sparse soup with EMA", "#D55E00", "H", with_ema("soup_ema", True, False),
+    _copies_epochs, True, frozenset({"averaged"}),
   ),
   "imp_reprune": Method(
     "IMP-RePrune", "#009E73", "X", reprune, _copies_epochs, False, frozenset({"own_masks"})

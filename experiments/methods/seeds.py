@@ -14,8 +14,10 @@ from jaxsms.phases import Prune
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import (
   Engine,
+  Ingredients,
   Model,
   TrainState,
+  averaged_ingredients,
   retrain_learning_rates,
   train_copies,
 )
@@ -131,6 +133,21 @@ def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
   return chosen
 
 
+def averaged(config: Config, chosen: Ingredients) -> Ingredients:
+  """The ingredients with the average of --average, if there is one."""
+  if config.average == "none":
+    return chosen
+  ema, share = config.average == "ema", config.average_from
+  if share is None:
+    share = 0.0 if ema else 0.5
+  return averaged_ingredients(
+    chosen,
+    decay=config.ema_decay if ema else 1.0,
+    after=(share * chosen["steps"]).astype(np.int32),
+    every=config.average_every,
+  )
+
+
 def fresh_model(run: Run) -> Model:
   """Before any training."""
   return run.engine.init(run.task.module, run.stream(INIT), run.task.image_shape)
@@ -172,7 +189,7 @@ def take_state(run: Run) -> TrainState | None:
 def retraining_plan(run: Run, m: int, steps: int) -> Plan:
   """Ingredients and learning rates of m copies, of so many steps unless that varies."""
   config, task = run.config, run.task
-  chosen = varied_ingredients(run, m, steps)
+  chosen = averaged(config, varied_ingredients(run, m, steps))
 
   def plan(record):
     if not np.max(chosen["steps"]):

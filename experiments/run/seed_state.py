@@ -111,6 +111,8 @@ def unpacked(
       lambda params, batch_stats: start(params, batch_stats, programs.optimizer(0, 0), m),
       *model,
     )
+    if any(name.startswith("state/average/") for name in arrays):
+      like["state"] = like["state"]._replace(average=like["state"].params)
     if programs.split_params:
       mesh = programs.mesh_of(m)
       like["state"] = jax.tree.map(

@@ -3,6 +3,7 @@
 `METRICS`: what every model is measured by, functions of logits and labels by name.
 """
 
+from jaxsms.training.averaging import averaged_ingredients
 from jaxsms.training.engine import Engine, Model, Splits
 from jaxsms.training.learning_rates import retrain_learning_rates
 from jaxsms.training.loop import (
@@ -27,6 +28,7 @@ __all__ = [
   "Splits",
   "StreamedData",
   "TrainState",
+  "averaged_ingredients",
   "fetched",
   "init_variables",
   "last_state",

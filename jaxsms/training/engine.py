@@ -113,6 +113,20 @@ class Engine(NamedTuple):
     return make_in_parts(first, mesh, True, *model)
 
 
+def trained(state: TrainState) -> Model:
+  """What the copies of a state are: their averages over its steps, where they have one.
+
+  Args:
+    state: leaves [m, ...], or of one copy.
+
+  Returns:
+    The models. Batch statistics are those of the training: of an average they have to be
+    estimated anew.
+  """
+  averaged = jax.tree.leaves(state.average)
+  return Model(state.average if averaged else state.params, state.batch_stats)
+
+
 def one_model(model: Model) -> Model:
   """Adds the leading axis of length 1."""
   return jax.tree.map(lambda x: jnp.asarray(x)[None], model)

@@ -12,6 +12,7 @@ from jaxsms.devices.ingredients import first_ingredients, pad_ingredients
 from jaxsms.devices.memory import explain_out_of_memory
 from jaxsms.devices.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
 from jaxsms.phases import finite_models
+from jaxsms.training.averaging import begin_average
 from jaxsms.training.engine import Engine
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data, Ingredients, TrainState
@@ -57,7 +58,6 @@ def train_copies(
   learning_rates: np.ndarray,
   *,
   phase: int = 0,
-  on_state: Callable[[TrainState, Chunk], None] | None = None,
 ) -> Generator[Chunk | TrainState, None, TrainState]:
   """Trains m copies from a state to their last step.
 
@@ -75,8 +75,6 @@ def train_copies(
     ingredients: of the copies, each [m].
     learning_rates: float [m, max(steps)], from step 0 on.
     phase: number that the chunks are marked with.
-    on_state: called with the state of the copies and its chunk, both possibly unfinished.
-      The state is donated to the next chunk: keep what is worked out from it alone.
 
   Yields:
     Each chunk, when it is finished and the next one is under way; and the state, where
@@ -94,14 +92,13 @@ def train_copies(
   m, steps = number_of_models(ingredients, "ingredients"), ingredients["steps"]
   length = chunk_length(engine.steps_per_epoch, engine.chunk_steps)
   like = _one_mask(state.params) if callable(masks) else masks
+  state = begin_average(state, ingredients)
   running = None  # the host looks at a chunk once the next one is on the device
   with explain_out_of_memory(programs, data, like, key, state, length):
     for latest, chunk in train_chunks(
       programs, data, masks, key, state, ingredients, learning_rates, engine.chunk_steps
     ):
       state, chunk = latest, chunk._replace(phase=phase)
-      if on_state is not None:
-        on_state(state, chunk)
       if running is not None:
         yield fetched(running, steps)
       running = chunk

@@ -17,7 +17,7 @@ from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import soup_phases
 from jaxsms.soups import prediction_ensemble, uniform_soup
 from jaxsms.training.cutting import Cut
-from jaxsms.training.engine import Engine, Model, Plan, Record, one_model
+from jaxsms.training.engine import Engine, Model, Plan, Record, one_model, trained
 from jaxsms.training.failures import (
   AveragingFailure,
   Faults,
@@ -151,7 +151,7 @@ def training_phases(
     end = yield from train_copies(
       cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
     )
-    return Model(end.params, end.batch_stats), {}
+    return trained(end), {}
 
   def merge(key, candidates, record):
     accuracy = record["pruned"]["validation_accuracy"]

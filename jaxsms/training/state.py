@@ -1,7 +1,7 @@
 """What training carries from step to step, and the optimizer of the paper."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import flax.linen as nn
 import jax
@@ -25,12 +25,14 @@ class TrainState(NamedTuple):
     batch_stats: running batch statistics, an empty dict where the network has none.
     opt_state: state of the optimizer.
     step: int32 [], steps taken in this phase.
+    average: of the parameters over these steps; an empty tuple where there is none.
   """
 
   params: PyTree
   batch_stats: PyTree
   opt_state: PyTree
   step: jax.Array
+  average: PyTree = ()
 
 
 class Ingredients(TypedDict):
@@ -40,11 +42,18 @@ class Ingredients(TypedDict):
     seed: int, of batch order, augmentation and dropout.
     weight_decay: float.
     steps: int, how many a copy takes.
+    average_decay: float, of the average over its steps that a copy ends as, see
+      `jaxsms.training.averaged_ingredients`. Without it a copy ends as its last step.
+    average_after: int, steps before it.
+    average_every: int, steps from one to the next.
   """
 
   seed: np.ndarray | jax.Array
   weight_decay: np.ndarray | jax.Array
   steps: np.ndarray | jax.Array
+  average_decay: NotRequired[np.ndarray | jax.Array]
+  average_after: NotRequired[np.ndarray | jax.Array]
+  average_every: NotRequired[np.ndarray | jax.Array]
 
 
 class Data(NamedTuple):

@@ -11,6 +11,7 @@ import optax
 
 from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
+from jaxsms.training.averaging import add_to_average
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -115,7 +116,8 @@ def train_step(
     grads, state.opt_state, state.params, masks=masks
   )
   params = optax.apply_updates(state.params, updates)
-  return TrainState(params, batch_stats, opt_state, state.step + 1), metrics
+  new = TrainState(params, batch_stats, opt_state, state.step + 1, state.average)
+  return new, metrics
 
 
 def _gradients(module, params, key, batch_stats, images, labels):
@@ -203,7 +205,7 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
     )
     images, labels = take(batch)
-    return train_step(
+    new, metrics = train_step(
       recipe,
       recipe.optimizer(learning_rate, ingredient["weight_decay"]),
       dropout_key,
@@ -212,6 +214,7 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       recipe.prepare(augment_key, split_batch(images)),
       labels,
     )
+    return add_to_average(new, ingredient), metrics
 
   def rest(state, batch, learning_rate):
     zero = jnp.zeros((), jnp.float32)
@@ -227,7 +230,9 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
   state, metrics = jax.lax.scan(body, state, (active, batches, learning_rates))
   # A copy whose loss was not finite even once is lost: NaN says so to all that follows.
   healthy = jnp.isfinite(metrics["loss"].sum())
-  params = jax.tree.map(lambda x: jnp.where(healthy, x, jnp.nan), state.params)
-  state = state._replace(params=params)
+  params, average = jax.tree.map(
+    lambda x: jnp.where(healthy, x, jnp.nan), (state.params, state.average)
+  )
+  state = state._replace(params=params, average=average)
   # 0 / 0 is NaN: a copy that took no step has no loss.
   return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)
