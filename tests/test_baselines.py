@@ -21,7 +21,7 @@ from test_training import (
 )
 
 from jaxsms import apply_masks, magnitude_masks, make_mesh, prunable, training
-from jaxsms.baselines import TimeAverage, imp_reprune, swamp
+from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import (
   GradualPruning,
   cubic_sparsity,
@@ -243,22 +243,6 @@ def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):
   for record, *imp in zip(records, *(run[2] for run in runs), strict=True):
     for i in range(2):
       assert record["candidates"][i] == pytest.approx(imp[i]["soup"], abs=1e-4)
-
-
-def test_a_time_average_is_the_mean_of_the_ends_of_epochs():
-  average, rng, taken = (
-    TimeAverage(after=4, steps_per_epoch=3),
-    np.random.default_rng(0),
-    [],
-  )
-  for step in (2, 3, 5, 6, 8, 9, 10):
-    values = rng.normal(size=(2, 4)).astype(np.float32)
-    chunk = training.Chunk(2, step, 10, 1, 1, None, None, None)
-    average.add(training.TrainState({"w": jnp.asarray(values)}, {}, (), None), chunk)
-    if step in (6, 9, 10):  # two epochs, and the end
-      taken.append(values)
-  assert average.count == 3
-  np.testing.assert_allclose(average.params["w"], np.mean(taken, 0), rtol=1e-6)
 
 
 def test_swamp_averages_particles_and_time_and_rewinds(programs, dense):

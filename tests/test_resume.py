@@ -25,8 +25,8 @@ def undisturbed(tmp_path_factory):
   return workdir
 
 
-def stopped_at(monkeypatch, chunk, workdir, *flags, number=signal.SIGTERM):
-  """Starts that run and stops it with a signal after so many chunks: its exit status."""
+def stopped_with(monkeypatch, chunk, *flags, number=signal.SIGTERM):
+  """Starts a run and stops it with a signal after so many chunks: its exit status."""
   passed = []
 
   def fault_point(name):
@@ -36,7 +36,13 @@ def stopped_at(monkeypatch, chunk, workdir, *flags, number=signal.SIGTERM):
 
   with monkeypatch.context() as patched:
     patched.setattr(checkpointing, "fault_point", fault_point)
-    return again(workdir, *flags)
+    return run(*flags)
+
+
+def stopped_at(monkeypatch, chunk, workdir, *flags, number=signal.SIGTERM):
+  """The same of that run of two seeds."""
+  flags = (*SMALL, *TWO, f"--workdir={workdir}", *flags)
+  return stopped_with(monkeypatch, chunk, *flags, number=number)
 
 
 def again(workdir, *flags):
