@@ -15,7 +15,8 @@ Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epoch
 The soup      ingredients, phases, goal_sparsity, retrain_epochs, retrain_schedule,
               merge; vary, values; average, ema_decay, average_from, average_every
 Pruning       criterion, scope, budget, shrink, n_m_group
-Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs
+Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs;
+              distill_epochs, temperature
 Measuring     ood, ood_severities, train_metrics, landscape
 Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, remat,
               micro_batches, split_params; coordinator, processes, process

@@ -80,6 +80,7 @@ def soup_phases(
   retrain: Callable[[jax.Array, PyTree, PyTree, Record], Retraining],
   merge: Callable[[jax.Array, PyTree, Record], tuple[PyTree, Record]],
   masks: PyTree | None = None,
+  finish: Callable[[jax.Array, PyTree, PyTree, PyTree, Record], Retraining] | None = None,
 ) -> Iterator[Any]:
   """The loop: params <- merge(retrain(prune(params))), once for each sparsity.
 
@@ -97,9 +98,11 @@ def soup_phases(
       is that of `prune`, with the number of the `phase`.
     merge: `merge(key, candidates, record)` giving a model and a record.
     masks: of a model that is sparse already; None means dense.
+    finish: `finish(key, params, masks, candidates, record)`, a generator that yields what
+      it has to report on the way and returns a model, which the soup becomes, and a record.
 
   Yields:
-    What `retrain` yields, and after each phase a `Phase`.
+    What `retrain` and `finish` yield, and after each phase a `Phase`.
 
   Example:
     >>> def train(key, params, masks, record):
@@ -122,7 +125,11 @@ def soup_phases(
     record = {"phase": number, **record}
     candidates, report = yield from retrain(phase_key, params, masks, record)
     params, merged = merge(phase_key, candidates, record)
-    yield Phase(params, masks, candidates, {**record, **merged, **report})
+    record = {**record, **merged, **report}
+    if finish is not None:
+      params, last = yield from finish(phase_key, params, masks, candidates, record)
+      record |= last
+    yield Phase(params, masks, candidates, record)
     del candidates  # they are as large as those that the next phase trains
 
 

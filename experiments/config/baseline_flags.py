@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ..methods.registry import baselines, bimp_epochs, having
-from .fields import at_least, define_flags, ensure, flag, one_of
+from .fields import above_zero, at_least, define_flags, ensure, flag, from_zero, one_of
 
 
 def _unique(words, name, values):
@@ -19,7 +19,8 @@ class BaselineFlags:
   baselines: tuple[str, ...] = flag(
     "What the soup is compared with. At the same sparsities: imp (one copy, the same "
     "epochs), imp_mx (one copy, m times the epochs), imp_ema, imp_mx_ema and soup_ema (of "
-    "copies that end as averages, see --ema_decay), imp_reprune (m runs of imp, averaged "
+    "copies that end as averages, see --ema_decay), soup_distilled (the last soup trained "
+    "on its candidates' mean prediction), imp_reprune (m runs of imp, averaged "
     "and pruned again), dense_soup (nothing pruned), swamp (rewinding, averages over "
     "copies and time); at the goal alone, trained from scratch: gmp, dpf, bimp, and "
     "gmp_soup, dpf_soup, bimp_soup of m copies. all for all of these, --baselines= for "
@@ -48,6 +49,17 @@ class BaselineFlags:
   rewind_epochs: int = flag(
     "Epochs of training that swamp's rounds rewind to.", at_least(0), default=2
   )
+  distill_epochs: int = flag(
+    "Epochs of soup_distilled's last stretch, by --retrain_schedule. Default: "
+    "--retrain_epochs.",
+    from_zero,
+    fill=lambda values: values["retrain_epochs"],
+  )
+  temperature: float = flag(
+    "Divides the logits of soup_distilled and of its candidates while it learns from them.",
+    above_zero,
+    default=1.0,
+  )
 
 
 define_flags(BaselineFlags)
@@ -65,6 +77,15 @@ def check(config: Any) -> None:
         f"--budget_epochs is {config.budget_epochs}: {name} needs an epoch of dense "
         f"training and one for each of {config.phases} cycles, give more, or another "
         "--fixed_after"
+      )
+    if name in having("distilled") and not config.distill_epochs:
+      raise ValueError(
+        f"--distill_epochs is 0: {name} learns from its candidates for at least one epoch"
+      )
+    if name in having("distilled") and config.ingredients == 1:
+      raise ValueError(
+        f"--baselines has {name} with --ingredients=1: it learns from the mean prediction "
+        "of several copies"
       )
     if name in having("rewinds") and config.rewind_epochs >= config.budget_epochs:
       raise ValueError(

@@ -6,8 +6,17 @@ import dataclasses
 from collections.abc import Callable
 
 from jaxsms.training import Model
+from jaxsms.training.distilling import Distillation
 
-from .seeds import SOUP, Events, Run, Soup, metrics_by_phase, prune_and_retrain
+from .seeds import (
+  SOUP,
+  Events,
+  Run,
+  Soup,
+  metrics_by_phase,
+  prune_and_retrain,
+  retraining_plan,
+)
 
 
 def sparse_soup(run: Run, dense: Model) -> Events:
@@ -59,6 +68,20 @@ def with_ema(name: str, soup: bool, longer: bool) -> Callable[[Run, Model], Even
     return metrics_by_phase(records)
 
   return method
+
+
+def soup_distilled(run: Run, dense: Model) -> Events:
+  """The soup, its last one trained on its candidates' mean prediction."""
+  config, steps = run.config, run.config.distill_epochs * run.task.steps_per_epoch
+  records = yield from prune_and_retrain(
+    run,
+    dense,
+    "soup_distilled",
+    config.ingredients,
+    run.retrain_steps,
+    distillation=Distillation(retraining_plan(run, 1, steps), config.temperature),
+  )
+  return metrics_by_phase(records[-1:])
 
 
 def dense_soup(run: Run, dense: Model) -> Events:

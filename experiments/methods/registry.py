@@ -14,7 +14,7 @@ from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
-from .in_phases import dense_soup, imp, imp_mx, sparse_soup, with_ema
+from .in_phases import dense_soup, imp, imp_mx, soup_distilled, sparse_soup, with_ema
 from .seeds import (
   RETRAIN,
   SCRATCH,
@@ -70,7 +70,7 @@ class Method(NamedTuple):
       `own_masks`: its masks are not those of one model between phases. `cycles`: it
       prunes in cycles within --budget_epochs, and the last one's model counts. `rewinds`:
       its rounds begin at an earlier epoch. `averaged`: its copies end as averages of
-      their steps.
+      their steps. `distilled`: its last model learns from its candidates.
   """
 
   title: str
@@ -247,6 +247,11 @@ METHODS: dict[str, Method] = {
   "soup_ema": Method(
     "Sparse soup with EMA", "#D55E00", "H", with_ema("soup_ema", True, False),
     _copies_epochs, True, frozenset({"averaged"}),
+  ),
+  "soup_distilled": Method(
+    "Distilled soup", "#0072B2", "P", soup_distilled,
+    lambda c: _sum((c.ingredients, c.phases * longest(c)), (1, c.distill_epochs)), True,
+    frozenset({"distilled"}),
   ),
   "imp_reprune": Method(
     "IMP-RePrune", "#009E73", "X", reprune, _copies_epochs, False, frozenset({"own_masks"})

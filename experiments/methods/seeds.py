@@ -21,6 +21,7 @@ from jaxsms.training import (
   retrain_learning_rates,
   train_copies,
 )
+from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
@@ -219,6 +220,7 @@ def prune_and_retrain(
   steps: int,
   *,
   goal_sparsity: float | None = None,
+  distillation: Distillation | None = None,
 ) -> Events:
   """All phases of one method: m copies of so many steps each; returns their records.
 
@@ -245,6 +247,7 @@ def prune_and_retrain(
     merging=merging_of(config.merge, config.weight_decay),
     landscapes=landscape_phases(run) if method == SOUP else (),
     shrink=run.task.shrink,
+    distillation=distillation,
   ):
     if isinstance(event, Phase):
       records.append(event.record)

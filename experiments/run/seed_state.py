@@ -13,6 +13,7 @@ from jaxsms.devices.meshes import fetch, params_sharding
 from jaxsms.disk.by_name import by_path
 from jaxsms.training import Model, Programs, TrainState, start
 from jaxsms.training.engine import Record
+from jaxsms.training.state import Teacher
 from jaxsms.trees import PyTree
 
 
@@ -113,6 +114,9 @@ def unpacked(
     )
     if any(name.startswith("state/average/") for name in arrays):
       like["state"] = like["state"]._replace(average=like["state"].params)
+    if "state/teacher/weights" in arrays:
+      teacher = _teacher(like["state"], np.shape(arrays["state/teacher/weights"])[-1])
+      like["state"] = like["state"]._replace(teacher=teacher)
     if programs.split_params:
       mesh = programs.mesh_of(m)
       like["state"] = jax.tree.map(
@@ -127,6 +131,17 @@ def unpacked(
   if programs.mesh_of(copies) is None:  # bound to no device, as what training gives is:
     trees = jax.tree.map(jnp.array, trees)  # else every program would be compiled again
   return SeedState(**{k: v for k, v in rest.items() if k != "parts"}, **trees)
+
+
+def _teacher(state, models):
+  """The shapes of the teacher of a state's copies, of so many models."""
+
+  def stacked(x):
+    return jax.ShapeDtypeStruct((x.shape[0], models, *x.shape[1:]), x.dtype)
+
+  one = jax.ShapeDtypeStruct(state.step.shape, np.float32)
+  params, batch_stats = jax.tree.map(stacked, (state.params, state.batch_stats))
+  return Teacher(params, batch_stats, stacked(one), one)
 
 
 def as_saved(like: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:

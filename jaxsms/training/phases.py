@@ -12,11 +12,12 @@ from jaxsms.devices.ingredients import take_ingredients
 from jaxsms.devices.meshes import fetch
 from jaxsms.disk.faults import fault_point
 from jaxsms.metrics import agreement
-from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase, prune_phase
+from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase
 from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import soup_phases
 from jaxsms.soups import prediction_ensemble, uniform_soup
 from jaxsms.training.cutting import Cut
+from jaxsms.training.distilling import Distillation, check_temperature, distil
 from jaxsms.training.engine import Engine, Model, Plan, Record, one_model, trained
 from jaxsms.training.failures import (
   AveragingFailure,
@@ -31,12 +32,11 @@ from jaxsms.training.measurements import (
   SetRecord,
   best_candidate,
   measure,
-  predict,
   recalibrated,
-  score,
   set_record,
 )
 from jaxsms.training.merging import Merging, merging_of, on_validation
+from jaxsms.training.pruned import prune_and_measure
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
 
@@ -98,6 +98,7 @@ def training_phases(
   merging: Merging | None = None,
   landscapes: Collection[int] = (),
   shrink: Callable[[Engine, Model, PyTree], Cut] | None = None,
+  distillation: Distillation | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
@@ -118,6 +119,8 @@ def training_phases(
     shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
       `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
       shapes; candidates have those of their phase.
+    distillation: of the candidates into the last phase's soup; its plan is given the record
+      of that phase.
 
   Yields:
     What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
@@ -128,14 +131,18 @@ def training_phases(
 
   Raises:
     ValueError: see `jaxsms.prune_phase`; or, before training, the merging takes images in
-      memory and these are streamed.
+      memory and these are streamed, or the temperature is not above 0.
     FloatingPointError: all copies of a phase diverged.
   """
   if merging is not None:
     merging.check(engine)
+  if distillation is not None:
+    check_temperature(distillation.temperature)
   cut, base, trained_images = Cut(engine), start.model, 0
 
   state = start.state
+  # Where the state that is gone on from has a teacher, it is the soup's.
+  of_soup, state = (state, None) if state and state.teacher else (None, state)
 
   def retrain(key, pruned, masks, record):
     nonlocal cut, base, trained_images, state
@@ -143,6 +150,9 @@ def training_phases(
     base = cut.shrink(pruned)
     chosen, learning_rates = plan(record)
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
+    if of_soup is not None:
+      teacher = model_at(of_soup.teacher, 0)
+      return Model(teacher.params, teacher.batch_stats), {}
     begin, state = state, None
     if begin is None:
       copies = number_of_models(chosen, "ingredients")
@@ -164,6 +174,25 @@ def training_phases(
         cast(dict[str, Any], merged)["landscape"] = found
     return cut.expand(soup), merged
 
+  def finish(key, soup, masks, candidates, record):
+    nonlocal of_soup
+    if distillation is None or record["phase"] != max(sparsities):
+      return soup, {}
+    of_key = jax.random.fold_in(key, RECALIBRATION)
+    candidates = recalibrated(cut.engine, of_key, candidates)
+    begin, of_soup = of_soup, None
+    model, last = yield from distil(
+      cut.engine,
+      of_key,
+      cut.shrink(soup),
+      cut.masks(masks),
+      candidates,
+      record,
+      distillation,
+      begin,
+    )
+    return cut.expand(model), last
+
   return soup_phases(
     key,
     start.model,
@@ -172,31 +201,8 @@ def training_phases(
     retrain=retrain,
     merge=merge,
     masks=start.masks,
+    finish=finish,
   )
-
-
-def prune_and_measure(
-  engine: Engine, prune: Prune, model: Model, masks: PyTree | None, sparsity: float
-) -> tuple[Model, PyTree, Record]:
-  """Prunes a model further, and measures what that does to it.
-
-  Args:
-    engine: the network and its data.
-    prune: `prune(params, sparsity, masks=masks)` giving masks.
-    model: leaves [...].
-    masks: what was removed so far; None means nothing.
-    sparsity: of the prunable weights afterwards, in [0, 1).
-
-  Returns:
-    The pruned model, its masks, and the record of `jaxsms.prune_phase` with the metrics of
-    `pruned` and the `pruning_instability`.
-  """
-  before = accuracy_on_test(engine, model)
-  params, masks, record = prune_phase(model.params, masks, sparsity, prune)
-  pruned = Model(params, model.batch_stats)
-  (scores,) = measure(engine, one_model(pruned)).scores
-  lost = instability(before, scores["test_accuracy"])
-  return pruned, masks, {**record, "pruned": scores, "pruning_instability": lost}
 
 
 def merge_candidates(
@@ -306,18 +312,3 @@ def merge_some(
   indices, weights = np.setdiff1d(np.arange(m), left_out), np.zeros([m])
   model, weights[indices] = merge_phase(take_ingredients(candidates, indices), merge)
   return model, weights
-
-
-def accuracy_on_test(engine: Engine, model: Model) -> float:
-  """That of one model, leaves [...]."""
-  predictions = predict(engine.programs, engine.splits.test, one_model(model))
-  return score(engine.programs, {"test": predictions})[0]["test_accuracy"]
-
-
-def instability(before: float, after: float) -> float:
-  """The share of an accuracy that is lost; NaN where there was none.
-
-  References:
-    Bartoldson et al., 2020, https://arxiv.org/abs/1906.03728 (pruning instability)
-  """
-  return (before - after) / before if before else float("nan")

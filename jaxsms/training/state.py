@@ -17,6 +17,22 @@ from jaxsms.trees import PyTree, number_of_models, wait_on_cpu
 Scalar = float | np.ndarray | jax.Array
 
 
+class Teacher(NamedTuple):
+  """The models whose mean prediction a copy learns from.
+
+  Attributes:
+    params: parameters, leaves [k, ...] of k models.
+    batch_stats: batch statistics, leaves [k, ...].
+    weights: float [k], summing to 1; 0 for a model that is no good.
+    temperature: float [], that divides the logits of teacher and student.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+  weights: jax.Array
+  temperature: jax.Array
+
+
 class TrainState(NamedTuple):
   """One copy in training; with a leading axis m on every leaf, all of them.
 
@@ -26,6 +42,7 @@ class TrainState(NamedTuple):
     opt_state: state of the optimizer.
     step: int32 [], steps taken in this phase.
     average: of the parameters over these steps; an empty tuple where there is none.
+    teacher: whose predictions are the labels; an empty tuple where there is none.
   """
 
   params: PyTree
@@ -33,6 +50,7 @@ class TrainState(NamedTuple):
   opt_state: PyTree
   step: jax.Array
   average: PyTree = ()
+  teacher: Teacher | tuple[()] = ()
 
 
 class Ingredients(TypedDict):

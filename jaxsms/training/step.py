@@ -12,6 +12,7 @@ import optax
 from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
 from jaxsms.training.averaging import add_to_average
+from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -70,7 +71,7 @@ def train_step(
   state: TrainState,
   masks: PyTree,
   images: jax.Array,
-  labels: jax.Array,
+  labels: jax.Array | SoftLabels,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of one copy.
 
@@ -81,7 +82,7 @@ def train_step(
     state: of one copy.
     masks: of its parameters; removed entries stay 0.
     images: float [batch, height, width, channels].
-    labels: int [batch].
+    labels: int [batch], or soft.
 
   Returns:
     The next state, and the loss and accuracy on this batch before the step.
@@ -116,7 +117,10 @@ def train_step(
     grads, state.opt_state, state.params, masks=masks
   )
   params = optax.apply_updates(state.params, updates)
-  new = TrainState(params, batch_stats, opt_state, state.step + 1, state.average)
+  step = state.step + 1
+  new = state._replace(
+    params=params, batch_stats=batch_stats, opt_state=opt_state, step=step
+  )
   return new, metrics
 
 
@@ -132,11 +136,11 @@ def _gradients(module, params, key, batch_stats, images, labels):
       mutable=["batch_stats"],
     )
     logits = logits.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), (logits, updated.get("batch_stats", {}))
+    return mean_loss(logits, labels), (logits, updated.get("batch_stats", {}))
 
   (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-  accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+  true = labels.labels if isinstance(labels, SoftLabels) else labels
+  accuracy = jnp.mean(jnp.argmax(logits, -1) == true)
   return grads, batch_stats, {"loss": loss, "accuracy": accuracy}
 
 
@@ -196,6 +200,7 @@ def train_batches(
 def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.Array):
   """A step for each of `batches`, of which `take` gives the images and labels."""
   masks, key, state, ingredient, learning_rates = copy
+  teacher, state = state.teacher, state._replace(teacher=())  # no step changes it
   key = jax.random.fold_in(key, ingredient["seed"])
   steps = jnp.arange(len(learning_rates))
   active = exists & (state.step + steps < ingredient["steps"])
@@ -205,13 +210,16 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
     )
     images, labels = take(batch)
+    images = recipe.prepare(augment_key, split_batch(images))
+    if teacher:
+      labels = soft_labels(recipe.module, teacher, images, labels)
     new, metrics = train_step(
       recipe,
       recipe.optimizer(learning_rate, ingredient["weight_decay"]),
       dropout_key,
       state,
       masks,
-      recipe.prepare(augment_key, split_batch(images)),
+      images,
       labels,
     )
     return add_to_average(new, ingredient), metrics
@@ -233,6 +241,6 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
   params, average = jax.tree.map(
     lambda x: jnp.where(healthy, x, jnp.nan), (state.params, state.average)
   )
-  state = state._replace(params=params, average=average)
+  state = state._replace(params=params, average=average, teacher=teacher)
   # 0 / 0 is NaN: a copy that took no step has no loss.
   return state, jax.tree.map(lambda x: x.sum() / active.sum(), metrics)
