@@ -1,10 +1,11 @@
-"""How good predictions are: accuracy, loss, calibration."""
+"""How good predictions are: accuracy, loss, calibration; how sure models are."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsms.names import check_name
+from jaxsms.soups import prediction_ensemble
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -191,6 +192,125 @@ def agreement(logits: jax.Array, others: jax.Array) -> jax.Array:
       "expected [n, classes] for both"
     )
   return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(others, -1))
+
+
+def predictive_entropy(logits: jax.Array) -> jax.Array:
+  """The entropy of the mean prediction of m models: how unsure they are together.
+
+  Args:
+    logits: float [m, n, classes]; m may be 1.
+
+  Returns:
+    float32 [n], in nats.
+
+  Raises:
+    ValueError: logits do not have three axes.
+
+  Example:
+    >>> predictive_entropy(jnp.array([[[0.0, 0.0]], [[0.0, 0.0]]])).round(3).tolist()
+    [0.6930000185966492]
+  """
+  return _entropy(prediction_ensemble(logits))
+
+
+def mutual_information(logits: jax.Array) -> jax.Array:
+  """How much of the entropy of m models' mean prediction is that they disagree.
+
+  Args:
+    logits: float [m, n, classes].
+
+  Returns:
+    float32 [n], in nats, 0 where all models predict the same.
+
+  Raises:
+    ValueError: logits do not have three axes.
+
+  Example:
+    >>> sure = jnp.array([[[50.0, 0.0]], [[0.0, 50.0]]])  # each of another class
+    >>> mutual_information(sure).round(3).tolist()
+    [0.6930000185966492]
+
+  References:
+    Houlsby et al., 2011, https://arxiv.org/abs/1112.5745
+    Lakshminarayanan et al., 2017, https://arxiv.org/abs/1612.01474
+  """
+  together = predictive_entropy(logits)
+  alone = _entropy(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+  return jnp.maximum(together - alone.mean(0), 0)
+
+
+def _entropy(log_probabilities):
+  # A probability of 0 has a logarithm of -inf and adds nothing.
+  terms = jnp.exp(log_probabilities) * log_probabilities
+  return -jnp.where(jnp.isneginf(log_probabilities), 0, terms).sum(-1)
+
+
+def disagreement(logits: jax.Array) -> jax.Array:
+  """The share of examples for which two models predict different classes, over all pairs.
+
+  Args:
+    logits: float [m, n, classes], m at least 2.
+
+  Returns:
+    float32 [].
+
+  Raises:
+    ValueError: there are no two models, or logits do not have three axes.
+
+  Example:
+    >>> float(disagreement(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]])).round(3))
+    0.6669999957084656
+
+  References:
+    Fort et al., 2019, https://arxiv.org/abs/1912.02757
+  """
+  if jnp.ndim(logits) != 3 or len(logits) < 2:
+    raise ValueError(
+      f"logits have shape {list(jnp.shape(logits))}: expected [models, n, classes] of at "
+      "least two models"
+    )
+  m, _, classes = logits.shape
+  votes = jax.nn.one_hot(jnp.argmax(logits, -1), classes).sum(0)
+  same = (votes * (votes - 1)).sum(-1) / (m * (m - 1))
+  return 1 - same.mean()
+
+
+def auroc(scores: jax.Array, positives: jax.Array) -> jax.Array:
+  """How well scores tell positives from the others: the area under the ROC curve.
+
+  The share of pairs of a positive and another in which the positive has the larger score;
+  equal ones count half.
+
+  Args:
+    scores: float [n], finite.
+    positives: bool [n].
+
+  Returns:
+    float32 [], 0.5 for scores that tell nothing; NaN where all or none are positive.
+
+  Raises:
+    ValueError: shapes do not fit together, or positives are not bool.
+
+  Example:
+    >>> float(auroc(jnp.array([0.9, 0.2, 0.4]), jnp.array([True, False, True])))
+    1.0
+
+  References:
+    Hanley and McNeil, 1982, https://doi.org/10.1148/radiology.143.1.7063747
+  """
+  if jnp.ndim(scores) != 1 or jnp.shape(scores) != jnp.shape(positives):
+    raise ValueError(
+      f"scores {list(jnp.shape(scores))} and positives {list(jnp.shape(positives))} do not "
+      "fit together: expected [n] for both"
+    )
+  if jnp.asarray(positives).dtype != bool:
+    raise ValueError(f"positives are {jnp.asarray(positives).dtype}: expected bool")
+  scores = jnp.asarray(scores, jnp.float32)
+  others = jnp.sort(jnp.where(positives, jnp.inf, scores))
+  below = jnp.searchsorted(others, scores, side="left")
+  up_to = jnp.searchsorted(others, scores, side="right")
+  shares = (below + up_to) / 2 / jnp.sum(~positives)
+  return jnp.sum(jnp.where(positives, shares, 0)) / jnp.sum(positives)
 
 
 def check_predictions(logits: jax.Array, labels: jax.Array) -> None:

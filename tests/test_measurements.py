@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+from sklearn.metrics import roc_auc_score
 from test_training import Tiny, make_data, make_programs
 
 from jaxsms import training
@@ -91,7 +93,9 @@ def test_every_model_and_the_ensemble_on_every_split():
     calls.append(params["Dense_0"]["kernel"])
     return {"norm": 1.0}
 
-  scores, ensemble, predictions = measure(Engine(programs, splits, describe), models)
+  scores, ensemble, predictions, uncertainty = measure(
+    Engine(programs, splits, describe), models
+  )
   assert set(predictions) == {"validation", "test", "train"}
   # As if measured as other splits.
   again = measure(Engine(programs, Splits(data, darker, data)), models)
@@ -111,7 +115,32 @@ def test_every_model_and_the_ensemble_on_every_split():
   assert "norm" not in ensemble
   assert [s["norm"] for s in scores] == [1.0, 1.0]
   assert (calls[0] == 2 * calls[1]).all()
+  # Corrupted data told by the ensemble's entropy: the mean over both severities.
+  entropies = []
+  for of in (
+    predictions["test"],
+    again.predictions["validation"],
+    again.predictions["test"],
+  ):
+    p = scipy.special.softmax(np.asarray(of.logits, np.float64), -1).mean(0)
+    entropies.append(scipy.special.entr(p).sum(-1))
+  clean, *corrupted = entropies
+  told = [
+    roc_auc_score(np.repeat([0, 1], [len(clean), len(one)]), np.concatenate([clean, one]))
+    for one in corrupted
+  ]
+  found = uncertainty["corrupted"]["dark"]["auroc_of_entropy"]
+  assert found == pytest.approx(np.mean(told), abs=1e-5)
+  classes = logits.argmax(-1)
+  assert uncertainty["test"]["disagreement"] == pytest.approx(
+    np.mean(classes[0] != classes[1])
+  )
+  assert uncertainty["test"]["predictive_entropy"] == pytest.approx(clean.mean(), rel=1e-4)
+  p = scipy.special.softmax(logits, -1).mean(0)
+  expected = roc_auc_score(p.argmax(-1) != labels, clean)
+  assert uncertainty["test"]["error_auroc_of_entropy"] == pytest.approx(expected, abs=1e-5)
   # One model is its own ensemble.
   one_model = Model(*jax.tree.map(lambda x: x[None], one))
   alone = measure(Engine(programs, Splits(data, data, data)), one_model)
   assert alone.ensemble == alone.scores[0]
+  assert alone.uncertainty == {}

@@ -178,3 +178,58 @@ def test_agreement(rejects):
   assert float(jaxsms.agreement(a, b)) == 0.75
   with rejects("expected [n, classes] for both"):
     jaxsms.agreement(a, b[:2])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 5]))
+def test_spread_of_models_equals_scipy(seed, m):
+  rng = np.random.default_rng(seed)
+  logits = (rng.standard_normal((m, N, CLASSES)) * rng.uniform(0.1, 20)).astype(np.float32)
+  p = scipy.special.softmax(logits.astype(np.float64), -1)
+  entropy = scipy.special.entr(p.mean(0)).sum(-1)
+  np.testing.assert_allclose(jaxsms.predictive_entropy(logits), entropy, atol=1e-4)
+  found = jaxsms.mutual_information(logits)
+  np.testing.assert_allclose(
+    found, entropy - scipy.special.entr(p).sum(-1).mean(0), atol=2e-4
+  )
+  assert (np.asarray(found) >= 0).all()
+  if m > 1:
+    classes = logits.argmax(-1)
+    pairs = [(i, j) for i in range(m) for j in range(i)]
+    by_hand = np.mean([(classes[i] != classes[j]).mean() for i, j in pairs])
+    assert float(jaxsms.disagreement(logits)) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_a_model_that_is_certain_has_no_entropy():
+  logits = np.array([[[200.0, 0.0], [np.inf, 0.0][::-1]]], np.float32)[:, :1]
+  assert float(jaxsms.predictive_entropy(logits)[0]) == 0
+  assert float(jaxsms.mutual_information(np.repeat(logits, 2, 0))[0]) == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_auroc_equals_scikit_learn(seed, ties):
+  rng = np.random.default_rng(seed)
+  positives = rng.random(N) < rng.uniform(0.1, 0.9)
+  positives[:2] = True, False
+  scores = rng.standard_normal(N).astype(np.float32) + positives
+  scores = scores.round() if ties else scores
+  expected = sklearn.metrics.roc_auc_score(positives, scores)
+  assert float(jaxsms.auroc(scores, positives)) == pytest.approx(expected, abs=1e-5)
+  assert float(jax.jit(jaxsms.auroc)(scores, positives)) == pytest.approx(
+    expected, abs=1e-5
+  )
+
+
+def test_auroc_of_one_kind_is_unknown():
+  for positives in (np.ones(3, bool), np.zeros(3, bool)):
+    assert np.isnan(jaxsms.auroc(np.arange(3.0), positives))
+
+
+def test_spread_of_what_is_no_models(rejects):
+  with rejects("at least two models"):
+    jaxsms.disagreement(np.zeros((1, 4, 3), np.float32))
+  with rejects("expected [models, n, classes]"):
+    jaxsms.predictive_entropy(np.zeros((4, 3), np.float32))
+  with rejects("do not fit together: expected [n] for both"):
+    jaxsms.auroc(np.zeros(3), np.zeros(2, bool))
+  with rejects("positives are int32: expected bool"):
+    jaxsms.auroc(np.zeros(3), np.zeros(3, np.int32))

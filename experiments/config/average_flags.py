@@ -22,8 +22,8 @@ class AverageFlags:
   )
   ema_decay: float = flag(
     "Decay of ema from one step that enters to the next, in (0, 1).",
-    ensure(lambda value: 0 < value < 1, "it must be in (0, 1), such as 0.95"),
-    default=0.95,
+    ensure(lambda value: 0 < value < 1, "it must be in (0, 1), such as 0.99"),
+    default=0.99,
   )
   average_from: float | None = flag(
     "Share of a phase's steps that the average leaves out, in [0, 1). Default: 0 for ema, "

@@ -58,7 +58,7 @@ class BaselineFlags:
   temperature: float = flag(
     "Divides the logits of soup_distilled and of its candidates while it learns from them.",
     above_zero,
-    default=1.0,
+    default=3.0,
   )
 
 

@@ -23,6 +23,7 @@ from .training_sections import (
   layers_section,
   suffix,
 )
+from .uncertainty_section import uncertainty_section
 
 BAND = (
   "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."
@@ -66,6 +67,7 @@ def document(
     curves_section(cases),
     layers_section(cases),
     geometry_section(cases),
+    uncertainty_section(cases),
     landscape_section(cases),
     inference_section(cases),
     cost_section(cases),

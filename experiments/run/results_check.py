@@ -159,6 +159,8 @@ GEOMETRY = record(
   },
   max_barycentre_distance=DISTANCE,
 )
+SPREAD = mapping(number())
+UNCERTAINTY = record({"test": SPREAD}, validation=SPREAD, corrupted=mapping(SPREAD))
 NUMBERS = listing(number(), least=2)
 LINE = every(
   record(
@@ -203,6 +205,7 @@ PHASE = record(
   {"phase": whole(1, 10**6), "sparsity": known(SHARE)},
   candidates=listing(MODEL),
   geometry=maybe(GEOMETRY),
+  uncertainty=maybe(UNCERTAINTY),
   landscape=maybe(LANDSCAPE),
   averaging_failed=maybe(FAILED),
   **FAULTS,

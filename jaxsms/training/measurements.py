@@ -17,6 +17,7 @@ from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data
 from jaxsms.training.streamed import StreamedData
+from jaxsms.training.uncertainty import detection, spread
 from jaxsms.trees import PyTree, is_parameter, number_of_models, wait_on_cpu
 
 
@@ -55,11 +56,15 @@ class Measurements(NamedTuple):
       gives.
     ensemble: those of the models' prediction ensemble, without the latter.
     predictions: of the models, by split.
+    uncertainty: of several models, what their spread tells of `validation` and `test`, see
+      `jaxsms.training.uncertainty.spread`, and of data that are `corrupted`, by corruption,
+      the mean over severities, see `jaxsms.training.uncertainty.detection`.
   """
 
   scores: list[Record]
   ensemble: Record
   predictions: dict[str, Predictions]
+  uncertainty: Record
 
 
 def measure(engine: Engine, models: Model) -> Measurements:
@@ -77,15 +82,21 @@ def measure(engine: Engine, models: Model) -> Measurements:
   names = ("validation", "test", *splits.also_measured)
   predictions = {name: predict(programs, getattr(splits, name), models) for name in names}
   scores = score(programs, with_ensembles(predictions))
+  uncertainty: Record = {}
+  if m > 1:
+    uncertainty = {name: spread(*predictions[name]) for name in ("validation", "test")}
   if splits.corrupted:
-    for one, ood in zip(scores, _ood_scores(programs, splits, models), strict=True):
+    found, detected = _on_corrupted(engine, models, predictions["test"].logits)
+    for one, ood in zip(scores, found, strict=True):
       one |= ood
+    if m > 1:
+      uncertainty["corrupted"] = detected
   ensemble = dict(scores[-1])  # of one model it is that model
   scores = scores[:m]
   params = fetch(models.params)
   for i, one in enumerate(scores):
     one |= engine.describe(jax.tree.map(lambda x, i=i: x[i], params))
-  return Measurements(scores, ensemble, predictions)
+  return Measurements(scores, ensemble, predictions, uncertainty)
 
 
 @jax.jit
@@ -104,20 +115,29 @@ def with_ensembles(predictions: dict[str, Predictions]) -> dict[str, Predictions
   }
 
 
-def _ood_scores(programs, splits, models):
-  """For each model, and the ensemble of several, its metrics on corrupted data."""
-  found = {
-    name: [
-      score(programs, with_ensembles({"ood": predict(programs, data(), models)}))
-      for data in severities
-    ]
-    for name, severities in splits.corrupted.items()
-  }
+def _on_corrupted(engine, models, clean):
+  """Metrics of each model, and the ensemble of several, on corrupted data.
+
+  Also, by corruption, how well their spread tells these from clean data.
+  """
+  programs = engine.programs
+  found: dict[str, list[list[Record]]] = {}
+  detected: dict[str, Record] = {}
+  for name, severities in engine.splits.corrupted.items():
+    found[name], of_severities = [], []
+    for data in severities:
+      on = predict(programs, data(), models)
+      found[name].append(score(programs, with_ensembles({"ood": on})))
+      if len(clean) > 1:
+        of_severities.append(detection(clean, on.logits))
+    if of_severities:
+      detected[name] = mean_record(of_severities)
   rows = len(next(iter(found.values()))[0])
-  return [
+  scores = [
     ood_metrics({name: [s[i] for s in scores] for name, scores in found.items()})
     for i in range(rows)
   ]
+  return scores, detected
 
 
 def ood_metrics(scores: Mapping[str, Sequence[Record]]) -> Record:

@@ -54,6 +54,7 @@ class MergeRecord(SetRecord, Faults):
     best_candidate: metrics of the candidate of best validation accuracy.
     candidates: metrics of each; NaN for those that diverged.
     prediction_ensemble: metrics of the candidates' prediction ensemble.
+    uncertainty: of several candidates, see `jaxsms.training.measurements.Measurements`.
     ensemble_agreement: share of predictions that soup and ensemble have in common, by
       split.
     averaging_failed: evidence, where averaging failed, see `averaging_failure`.
@@ -68,6 +69,7 @@ class MergeRecord(SetRecord, Faults):
   candidates: list[Record]
   prediction_ensemble: Record
   ensemble_agreement: dict[str, float]
+  uncertainty: NotRequired[Record]
   averaging_failed: NotRequired[AveragingFailure]
   selected: NotRequired[SetRecord]
 
@@ -236,7 +238,7 @@ def merge_candidates(
   candidates = recalibrated(engine, key, candidates)
   m, healthy = number_of_models(candidates), healthy_copies(candidates)
   finite = candidates if len(healthy) == m else take_ingredients(candidates, healthy)
-  measured, ensemble, predictions = measure(engine, finite)
+  measured, ensemble, predictions, uncertainty = measure(engine, finite)
   lost = jax.tree.map(lambda _: np.nan, measured[0])
   by_copy = dict(zip(healthy, measured, strict=True))
   scores = [by_copy.get(i, lost) for i in range(m)]
@@ -253,7 +255,7 @@ def merge_candidates(
   if left_out:
     logging.warning("copies %s collapsed and are left out", left_out)
     finite = take_ingredients(candidates, included)
-    _, ensemble, predictions = measure(engine, finite)
+    _, ensemble, predictions, uncertainty = measure(engine, finite)
     measured = [by_copy[i] for i in included]
   elif faults["collapsed"]:
     faults["all_collapsed"] = True
@@ -265,7 +267,7 @@ def merge_candidates(
   else:
     model, weights = merge_some(candidates, merging.of(engine, key, base), left_out)
     alone = recalibrated(engine, key, one_model(model))
-    (soup,), _, of_soup = measure(engine, alone)
+    (soup,), _, of_soup, _ = measure(engine, alone)
     model = model_at(alone, 0)
     failure = averaging_failure(
       functools.partial(on_validation, engine, key),
@@ -293,6 +295,8 @@ def merge_candidates(
     record["parameters"] = soup["parameters"]
   if "multiply_adds" in soup:
     record["multiply_adds"] = soup["multiply_adds"]
+  if uncertainty:
+    record["uncertainty"] = uncertainty
   if failure is not None:
     record["averaging_failed"] = failure
   if merging.selects:

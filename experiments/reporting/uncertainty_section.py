@@ -1,0 +1,67 @@
+"""The section on how the spread between candidates tells what they do not know."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .cases import Case
+from .document import Section, Table
+
+COLUMNS = {
+  "disagreement": "Disagreement, %",
+  "predictive_entropy": "Entropy, nats",
+  "mutual_information": "Mutual information, nats",
+  "error_auroc_of_entropy": "Errors by entropy",
+  "error_auroc_of_information": "Errors by information",
+}
+CORRUPTED = {
+  "auroc_of_entropy": "Corrupted by entropy",
+  "auroc_of_information": "Corrupted by information",
+}
+
+
+def uncertainty_section(cases: Sequence[Case]) -> Section:
+  """Disagreement of the candidates on test data, and what it tells."""
+  section, groups = Section("Uncertainty of the candidates", []), []
+  phases = [case.soups("uncertainty") for case in cases]
+  corrupted = any(
+    "corrupted" in one for found in phases for records in found.values() for one in records
+  )
+  for case, found in zip(cases, phases, strict=True):
+    rows = []
+    for number, records in sorted(found.items()):
+      row = [case.title if len(cases) > 1 else "", str(number)]
+      row += [_mean([r["test"].get(name) for r in records], name) for name in COLUMNS]
+      if corrupted:
+        of_all = [r.get("corrupted", {}) for r in records]
+        row += [
+          _mean([kind.get(name) for r in of_all for kind in r.values()], name)
+          for name in CORRUPTED
+        ]
+      rows.append(row)
+    if rows:
+      groups.append(rows)
+  if groups:
+    header = ["Run", "Phase", *COLUMNS.values(), *(CORRUPTED.values() if corrupted else ())]
+    several = len(cases) > 1
+    shown = [[row if several else row[1:] for row in rows] for rows in groups]
+    section.blocks.append(
+      "On test data, means over seeds. Disagreement: examples for which two candidates "
+      "predict different classes. The last columns are areas under the ROC curve (0.5 "
+      "tells nothing, 1 all): of telling what the ensemble gets wrong, and corrupted from "
+      "clean images, by the entropy of the mean prediction and by its mutual information "
+      "with the candidate."
+    )
+    section.blocks.append(
+      Table(header if several else header[1:], shown, (0,) if several else ())
+    )
+  return section
+
+
+def _mean(values, name):
+  """The mean of those that are known, as text."""
+  known = [value for value in values if value is not None and np.isfinite(value)]
+  if not known:
+    return "-"
+  mean = float(np.mean(known))
+  return f"{100 * mean:.2f}" if name == "disagreement" else f"{mean:.3f}"
