@@ -1,11 +1,13 @@
 """Statistics, table and figure of a run, against SciPy and by hand."""
 
+import fake_runs
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments import reporting
 from experiments.methods.registry import looks
+from experiments.reporting.uncertainty_section import uncertainty_section
 
 
 def results(seeds, phases=2, m=3, methods=None):
@@ -90,3 +92,24 @@ def test_a_run_with_one_phase_and_no_baselines_can_be_drawn(tmp_path):
   run = results(1, phases=1, methods=("soup", "mean_candidate", "best_candidate"))
   reporting.accuracy_figure(run, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_uncertainty_is_the_mean_over_seeds_and_corruptions():
+  seeds = [fake_runs.entry(seed) for seed in range(2)]
+  for seed, share in zip(seeds, (0.02, 0.04), strict=True):
+    spread = {"disagreement": share, "predictive_entropy": 0.3, "mutual_information": 0.1}
+    spread |= {"error_auroc_of_entropy": None, "error_auroc_of_information": 0.75}
+    corrupted = {
+      "fog": {"auroc_of_entropy": share + 0.5, "auroc_of_information": 0.5},
+      "snow": {"auroc_of_entropy": share + 0.7, "auroc_of_information": 0.5},
+    }
+    seed["phases"][1]["uncertainty"] = {"test": spread, "corrupted": corrupted}
+  case = reporting.Case("run", fake_runs.run_flags(), seeds)
+  words, table = uncertainty_section([case]).blocks
+  assert "0.5 tells nothing" in words
+  assert table.header[0] == "Phase"
+  assert table.rows == [[["2", "3.00", "0.300", "0.100", "-", "0.750", "0.630", "0.500"]]]
+  header, rows = uncertainty_section([case, case]).blocks[1][:2]
+  assert header[0] == "Run" and [group[0][0] for group in rows] == ["run", "run"]
+  plain = reporting.Case("run", fake_runs.run_flags(), [fake_runs.entry(0)])
+  assert not uncertainty_section([plain]).blocks

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import methods
-from experiments.methods import registry
+from experiments.methods import in_phases
 from experiments.run import checkpointing
 from experiments.run.seed_state import SeedState, packed, unpacked
 from experiments.run.signals import StopSignals
@@ -98,7 +98,7 @@ def test_the_last_good_soup_is_handed_over_where_all_copies_diverge(monkeypatch)
     yield "chunk"
     raise FloatingPointError("the loss of each of 2 copies is not finite")
 
-  monkeypatch.setattr(registry, "prune_and_retrain", diverges)
+  monkeypatch.setattr(in_phases, "prune_and_retrain", diverges)
   config = types.SimpleNamespace(retrain_epochs=1, ingredients=2, phases=2)
   task = types.SimpleNamespace(steps_per_epoch=1)
   run, given = methods.Run(config, task, None, SeedState(0, dense="dense")), []
