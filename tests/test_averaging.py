@@ -292,7 +292,7 @@ def test_a_run_with_averages_goes_on_in_the_midst_of_a_phase(tmp_path, monkeypat
 @pytest.mark.slow
 def test_averages_in_networks_that_shrink_on_a_mesh(tmp_path, monkeypatch):
   flags = (*SMALL, "--average=swa", "--criterion=channels", "--shrink", "--hidden=16,16",
-           "--cpu_devices=2", "--mesh=2x1", "--baselines=imp_mx_ema")  # fmt: skip
+           "--mesh=2x1", "--baselines=imp_mx_ema")  # fmt: skip
   assert run(*flags, f"--workdir={tmp_path / 'undisturbed'}") == 0
   assert stopped_with(monkeypatch, 9, *flags, f"--workdir={tmp_path / 'killed'}") == 143
   assert run(*flags, f"--workdir={tmp_path / 'killed'}") == 0

@@ -202,7 +202,7 @@ def test_flags_that_cannot_be(flags, words, rejects):
   "more",
   [
     (),
-    ("--criterion=channels", "--shrink", "--hidden=16,16", "--cpu_devices=2", "--mesh=2x1",
+    ("--criterion=channels", "--shrink", "--hidden=16,16", "--mesh=2x1",
      "--average=ema", "--ood=fog", "--ood_severities=3"),
   ],
 )  # fmt: skip
