@@ -210,12 +210,13 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       jax.random.fold_in(jax.random.fold_in(key, STEP), state.step)
     )
     images, labels = take(batch)
+    optimizer = recipe.optimizer(learning_rate, ingredient["weight_decay"])
     images = recipe.prepare(augment_key, split_batch(images))
     if teacher:
       labels = soft_labels(recipe.module, teacher, images, labels)
     new, metrics = train_step(
       recipe,
-      recipe.optimizer(learning_rate, ingredient["weight_decay"]),
+      optimizer,
       dropout_key,
       state,
       masks,
