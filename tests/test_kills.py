@@ -18,6 +18,7 @@ from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
 from experiments import reporting, sms
+from jaxsms import checkpoint
 from jaxsms.disk import faults
 
 IMPORTED = ("orbax.checkpoint", "sklearn.datasets", "hypothesis", "pytest")
@@ -182,3 +183,30 @@ def test_a_streamed_run_is_killed_and_resumed(tmp_path):
     tear(tmp_path / "killed")
   assert finished([start(tmp_path / "killed", *flags, **QUICK)]) == [0]
   assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [False, True])
+def test_killed_while_a_soup_of_averages_learns(streamed, tmp_path, launch):
+  flags = [*SMALL, "--phases=1", "--average=ema", "--distill_epochs=2", "--chunk_steps=4"]
+  flags += ["--baselines=soup_distilled"]
+  kill = "chunk:21"  # after 8 of dense training, 4 and 4 it learns in 8
+  if streamed:
+    pairs = pairs_of_several_sizes()
+    prepare(tmp_path, {"train": pairs, "validation": pairs[:9]})
+    flags += ["--dataset=tiny", f"--data_dir={tmp_path}", "--stream", "--image_size=8"]
+    flags += ["--model=mlp", "--batch_size=9", "--chunk_steps=1"]
+    kill = "chunk:30"  # after 12 of dense training, 6 and 6 it learns in 12
+  undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+  assert launch(*flags, f"--workdir={undisturbed}")[0] == 0
+  status, said = launch(*flags, f"--workdir={killed}", fault=kill)
+  assert status == -signal.SIGKILL, said
+  tear(killed)
+  newest = sorted((killed / "checkpoints").glob("*/manifest.json"))[-1].parent
+  leaves = checkpoint.read_manifest(newest)["leaves"]
+  assert any(name.startswith("state/teacher/") for name in leaves)
+  assert any(name.startswith("state/average/") for name in leaves)
+  status, said = launch(*flags, f"--workdir={killed}")
+  assert status == 0
+  assert "soup_distilled, 0 phases finished, step " in said
+  assert_same_run(killed, undisturbed)
