@@ -340,7 +340,7 @@ def test_options_reach_their_networks():
     (["--vary=weight_decay", "--values=-1,1", "--ingredients=2"], "0 or above"),
     (["--vary=weight_decay", "--values=nan,1", "--ingredients=2"], "0 or above"),
     (["--vary=weight_decay", "--values=1,1", "--ingredients=2"], "another value"),
-    (["--vary=weight_decay", "--values=1", "--ingredients=1"], "nothing differs"),
+    (["--vary=weight_decay", "--values=1", "--ingredients=1"], "needs copies that differ"),
     (["--vary=learning_rate", "--values=1,2", "--ingredients=2", "--retrain_schedule=CLR"],
      "CLR has its own"),
     (["--vary=epochs", "--values=1,2", "--ingredients=2", "--baselines=imp,swamp"],
