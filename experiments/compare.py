@@ -28,7 +28,7 @@ from .comparison import parts as comparison
 from .comparison.part_runs import Comparison, planned, run_part, write
 from .comparison.parts import DENSE, Part, is_finished
 from .config import keeping_flags, run_config
-from .config.fields import at_least
+from .config.fields import at_least, read_fields
 from .report import write_report
 from .run import checkpointing, run_directory, running, tuning
 from .run.environment import check_version, environment
@@ -128,6 +128,8 @@ def read_grid() -> tuple[list[float], list[int]]:
   Raises:
     ValueError: one is not a number, or given twice.
   """
+  if FLAGS.goal_sparsity is None:
+    FLAGS.goal_sparsity = read_fields(run_config.Config, FLAGS).goal_sparsity
   goals = _numbers_of("sparsities", "goal_sparsity", float, "0.9,0.95")
   copies = _numbers_of("copies", "ingredients", int, "3,5")
   for goal in goals:

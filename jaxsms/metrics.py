@@ -79,6 +79,31 @@ def class_accuracies(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return jax.ops.segment_sum(hits, labels, classes) / total
 
 
+def accuracy_among(
+  logits: jax.Array, labels: jax.Array, classes: tuple[int, ...]
+) -> jax.Array:
+  """The accuracy on the examples of some classes, the others being possible answers.
+
+  Args:
+    logits: float [n, classes].
+    labels: int [n].
+    classes: whose examples count, such as the tail of a long-tailed set.
+
+  Returns:
+    float32 [], NaN where they have no example.
+
+  Raises:
+    ValueError: shapes do not fit together.
+
+  >>> logits = jnp.eye(3)[jnp.array([0, 1, 1])]
+  >>> accuracy_among(logits, jnp.array([0, 1, 2]), (1, 2)).item()
+  0.5
+  """
+  check_predictions(logits, labels)
+  chosen = jnp.isin(labels, jnp.array(classes))
+  return jnp.sum(chosen & (jnp.argmax(logits, -1) == labels)) / jnp.sum(chosen)
+
+
 def balanced_accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Accuracy averaged over the classes that occur.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsms import models
 from jaxsms.data import AUGMENTATIONS
+from jaxsms.data.long_tail import check_ratio
 
 from .fields import (
   at_least,
@@ -49,6 +50,13 @@ class DataFlags:
     "crop_flip_rotate (up to 15 degrees), noise (Gaussian), shift_noise (by a pixel). "
     "Default: set by the data set, noise for digits.",
     one_of("augmentation", AUGMENTATIONS),
+  )
+  imbalance: float | None = flag(
+    "Makes a long-tailed training set of the data, before validation images are held out "
+    "of it: class 0 keeps so many times the examples of the last class, those between "
+    "follow exponentially. Test images stay. Accuracy on head, middle and tail classes is "
+    "measured beside the rest.",
+    lambda name, value: check_ratio(value, f"--{name}"),
   )
   stream: bool = flag(
     "Decode training images while the device trains, with random resized crops: for data "
@@ -122,6 +130,11 @@ def check(config: DataFlags) -> None:
       raise ValueError(
         f"--{name} belongs to {', '.join(having)}: leave it out with {config.model}"
       )
+  if config.stream and config.imbalance is not None:
+    raise ValueError(
+      f"--imbalance is {config.imbalance:g}: it chooses among images in memory, and these "
+      "are streamed, leave it out"
+    )
   if config.stream and config.in_memory:
     raise ValueError(f"--stream reads TFDS data sets: {config.dataset} fits on the device")
   if config.stream and config.augmentation not in (None, "none"):

@@ -15,6 +15,7 @@ from . import (
   keeping_flags,
   measuring_flags,
   soup_flags,
+  subset_flags,
 )
 from .fields import (
   at_least,
@@ -27,8 +28,8 @@ from .fields import (
 
 # Whoever adopts the flags of this file gets these with them.
 for subject in (
-  data_flags, dense_flags, soup_flags, average_flags, baseline_flags, measuring_flags,
-  device_flags,
+  data_flags, dense_flags, soup_flags, average_flags, subset_flags, baseline_flags,
+  measuring_flags, device_flags,
 ):  # fmt: skip
   flags.adopt_module_key_flags(subject)
 
@@ -40,6 +41,7 @@ class Config(
   measuring_flags.MeasuringFlags,
   baseline_flags.BaselineFlags,
   average_flags.AverageFlags,
+  subset_flags.SubsetFlags,
   soup_flags.SoupFlags,
   dense_flags.DenseFlags,
   data_flags.DataFlags,
@@ -100,6 +102,7 @@ def check(config: Config) -> None:
   dense_flags.check(config)
   soup_flags.check(config)
   average_flags.check(config)
+  subset_flags.check(config)
   baseline_flags.check(config)
   measuring_flags.check(config)
   if config.seed + config.seeds > 2**32:

@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
+from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
-from jaxsms.pruning import SCOPES, check_sparsity, phase_sparsity
+from jaxsms.pruning import SCOPES, check_sparsity
 from jaxsms.schedules import RETRAIN_SCHEDULES
+from jaxsms.sms import phase_sparsities
 from jaxsms.training import merging
 
 from ..methods.criteria import CRITERIA
@@ -22,8 +24,33 @@ from .fields import (
 )
 
 # What may differ between the copies, and the type of its values.
-VARIABLES = {"seed": int, "weight_decay": float, "epochs": int, "learning_rate": float}
+VARIABLES = {
+  "seed": int,
+  "weight_decay": float,
+  "epochs": int,
+  "learning_rate": float,
+  "subset": float,
+}
 BUDGETS = ("weights", "channels", "multiply_adds")
+
+
+def _phases(values):
+  if values["phase_sparsities"] is not None:
+    return len(values["phase_sparsities"])
+  return by_dataset(5, 3)(values)
+
+
+def _goal(values):
+  given = values["phase_sparsities"]
+  return 0.95 if given is None else given[-1]
+
+
+def _check_sparsities(name, value):
+  given = f"--{name} is {','.join(f'{one:g}' for one in value)}"
+  if not value or any(not 0 <= one < 1 for one in value):
+    raise ValueError(f"{given}: give a sparsity in [0, 1) for each phase, such as 0.5,0.9")
+  if list(value) != sorted(value):
+    raise ValueError(f"{given}: what is removed stays removed, no phase may have less")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,15 +60,21 @@ class SoupFlags:
   ingredients: int = flag(
     "m: how many copies are retrained and averaged in each phase.", at_least(1), default=5
   )
+  phase_sparsities: tuple[float, ...] | None = flag(
+    "Sparsity after each phase, such as 0.5,0.9,0.9: phases at the same one retrain and "
+    "merge without pruning. Instead of --phases and --goal_sparsity.",
+    _check_sparsities,
+    parse=lambda words, name, values: numbers(words, name),
+  )
   phases: int = flag(
     "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3.",
     at_least(1),
-    fill=by_dataset(5, 3),
+    fill=_phases,
   )
   goal_sparsity: float = flag(
-    "Sparsity after the last phase, in [0, 1).",
+    "Sparsity after the last phase, in [0, 1). Default: 0.95.",
     lambda name, value: check_sparsity(value, f"--{name}"),
-    default=0.95,
+    fill=_goal,
   )
   retrain_epochs: int = flag(
     "Epochs of each phase; 0 only prunes. Default: 2 for digits, else 5.",
@@ -61,19 +94,21 @@ class SoupFlags:
     "each that does not lower the validation accuracy of the average), learned or "
     "learned_by_layer (weights learned on validation data), fisher or inverse_variance "
     "(weights of each entry, from squared gradients), ties (what most agree on beyond the "
-    "pruned model), slerp (of two copies).",
+    "pruned model), slerp (of two copies), by_samples (the mean weighted by the examples "
+    "that each copy of --vary=subset has).",
     one_of("merge", merging.NAMES),
     default="uniform",
   )
   vary: str = flag(
     "What differs between the copies: seed (batch order, augmentation, dropout) or, with "
     "the same seed, weight_decay, epochs (of each phase) or learning_rate (the first of "
-    "LLR).",
+    "LLR); or subset: seed, and the share of the training data, see --subsets.",
     one_of("variable", VARIABLES),
     default="seed",
   )
   values: tuple[float, ...] | None = flag(
-    "Values of --vary, one for each copy. Default: the seeds 0 to m - 1.",
+    "Values of --vary, one for each copy. Default: the seeds 0 to m - 1. Of --vary=subset "
+    "the ratios of --subsets=imbalance alone.",
     parse=lambda words, name, values: numbers(words, name, VARIABLES[values["vary"]]),
   )
   criterion: str = flag(
@@ -104,6 +139,12 @@ class SoupFlags:
     "m of --criterion=n_m; n follows from the sparsity.", at_least(2), default=4
   )
 
+  def sparsity_of_phases(self) -> dict[int, float]:
+    """After each phase, from 1."""
+    if self.phase_sparsities is not None:
+      return dict(enumerate(self.phase_sparsities, 1))
+    return phase_sparsities(self.goal_sparsity, self.phases)
+
 
 define_flags(SoupFlags)
 
@@ -114,13 +155,28 @@ def check(config: Any) -> None:
   Args:
     config: with those of its baselines.
   """
+  _check_phases(config)
   _check_values(config)
   _check_criterion(config)
   _check_merge(config)
 
 
+def _check_phases(config):
+  """--phase_sparsities, with --phases and --goal_sparsity."""
+  given = config.phase_sparsities
+  if given is None:
+    return
+  if (len(given), given[-1]) != (config.phases, config.goal_sparsity):
+    raise ValueError(
+      f"--phase_sparsities has {len(given)} phases to {given[-1]:g}, and --phases is "
+      f"{config.phases}, --goal_sparsity {config.goal_sparsity:g}: leave these two out"
+    )
+
+
 def _check_merge(config):
   """--merge, with --ingredients and --stream."""
+  if config.merge == merging.BY_SAMPLES:
+    return  # see subset_flags
   entry = MERGES[config.merge]
   if entry.two and config.ingredients != 2:
     raise ValueError(
@@ -137,6 +193,9 @@ def _check_merge(config):
 def _check_values(config):
   """--vary and --values."""
   vary, values = config.vary, config.values
+  if vary == "subset":
+    _check_ratios(config)
+    return
   if values is None:
     if vary != "seed":
       raise ValueError(
@@ -178,6 +237,24 @@ def _check_values(config):
         )
 
 
+def _check_ratios(config):
+  """--values of --vary=subset."""
+  values = config.values
+  if config.subsets != "imbalance":
+    if values is not None:
+      raise ValueError(
+        f"--values are the ratios of --subsets=imbalance: leave them out with "
+        f"--subsets={config.subsets}"
+      )
+    return
+  if values is None or len(values) != config.ingredients:
+    raise ValueError(
+      f"--subsets=imbalance needs --values, a ratio for each of {config.ingredients} copies"
+    )
+  for ratio in values:
+    check_ratio(ratio, "--values: a ratio of imbalance")
+
+
 def _check_criterion(config):
   """--criterion, with --scope, --budget, --shrink, --n_m_group and the sparsities."""
   if config.budget != "weights" and config.criterion != "channels":
@@ -206,8 +283,8 @@ def _check_criterion(config):
   if config.criterion != "n_m":
     return
   m = config.n_m_group
-  for phase in range(1, config.phases + 1):
-    removed = m * phase_sparsity(config.goal_sparsity, phase, config.phases)
+  for phase, sparsity in config.sparsity_of_phases().items():
+    removed = m * sparsity
     if abs(removed - round(removed)) > 1e-6:
       raise ValueError(
         f"--criterion=n_m would remove {removed:.3g} of {m} weights in phase {phase}: "

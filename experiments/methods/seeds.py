@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms import Phase
+from jaxsms.data.subsets import Shares
 from jaxsms.phases import Prune
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import (
@@ -25,7 +26,7 @@ from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
-from jaxsms.training.merging import merging_of
+from jaxsms.training.merging import BY_SAMPLES, merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.trees import model_at
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # methods know no flags: the flags know the methods
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.
-INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH = 0, 1, 2, 3, 4
+INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH, SHARES = 0, 1, 2, 3, 4, 5
 # What a method yields: chunks of training, states to be saved, and phases.
 Events = Generator[Any, None, Any]
 
@@ -86,7 +87,13 @@ class Run(NamedTuple):
   @property
   def sparsities(self) -> dict[int, float]:
     """After each phase."""
-    return phase_sparsities(self.config.goal_sparsity, self.config.phases)
+    return self.config.sparsity_of_phases()
+
+  def shares(self, copies: int) -> Shares | None:
+    """The training examples of each copy, where --vary=subset gives several their own."""
+    if self.task.shares is None or copies == 1:
+      return None
+    return self.task.shares(self.stream(SHARES), copies)
 
   @property
   def retrain_steps(self) -> int:
@@ -120,8 +127,12 @@ def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
     m: how many.
     steps: of each copy, unless that is what varies.
   """
-  config = run.config
+  config, shares = run.config, run.shares(m)
   chosen = ingredients(m, config.weight_decay, steps)
+  if config.vary == "subset":
+    if shares is not None:
+      chosen |= {"examples": shares.indices, "size": shares.sizes}
+    return chosen
   if config.vary == "seed":
     if config.values is not None:
       chosen["seed"] = np.array(config.values[:m], np.int32)
@@ -227,7 +238,9 @@ def prune_and_retrain(
   What its seed_state holds of them already is not done again.
   """
   config, seed_state = run.config, run.seed_state
-  goal = config.goal_sparsity if goal_sparsity is None else goal_sparsity
+  sparsities = run.sparsities
+  if goal_sparsity is not None:
+    sparsities = phase_sparsities(goal_sparsity, config.phases)
   model, masks, records = dense, None, []
   if seed_state is not None:
     seed_state.begin(method)
@@ -242,9 +255,9 @@ def prune_and_retrain(
     run.stream(RETRAIN),
     Start(model, masks, take_state(run)),
     retraining_plan(run, m, steps),
-    phase_sparsities(goal, config.phases, done=len(records)),
+    {phase: s for phase, s in sparsities.items() if phase > len(records)},
     prune=run.prune,
-    merging=merging_of(config.merge, config.weight_decay),
+    merging=merging_of(config.merge, config.weight_decay, samples_of(run, m)),
     landscapes=landscape_phases(run) if method == SOUP else (),
     shrink=run.task.shrink,
     distillation=distillation,
@@ -256,6 +269,14 @@ def prune_and_retrain(
         seed_state.phases[method] = list(records)
     yield event
   return records
+
+
+def samples_of(run: Run, m: int) -> np.ndarray | None:
+  """Training examples of each copy for --merge=by_samples; one copy has all."""
+  if run.config.merge != BY_SAMPLES:
+    return None
+  shares = run.shares(m)
+  return np.ones(m) if shares is None else shares.sizes
 
 
 def landscape_phases(run: Run) -> range:

@@ -30,7 +30,15 @@ RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
 # What is compared by its content, and how that is named where it differs.
 # What runs had before these flags were there.
-SINCE = {"budget": "weights", "shrink": False}
+SINCE = {
+  "budget": "weights",
+  "shrink": False,
+  "imbalance": None,
+  "subsets": None,
+  "subset_fraction": None,
+  "subset_alpha": None,
+  "phase_sparsities": None,
+}
 OTHER = {
   "data": "other data",
   "init": "other weights in --init",
@@ -70,7 +78,15 @@ def fingerprint(dataset: Dataset | StreamedDataset) -> str:
   if isinstance(dataset, StreamedDataset):
     return f"{len(dataset.train)} + {len(dataset.test)} examples"
   digest = hashlib.sha256()
-  for name in ("train_images", "train_labels", "test_images", "test_labels"):
+  for name in (
+    "train_images",
+    "train_labels",
+    "test_images",
+    "test_labels",
+    "train_groups",
+  ):
+    if getattr(dataset, name) is None:
+      continue
     array = np.ascontiguousarray(getattr(dataset, name))
     digest.update(f"{array.dtype} {array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8))

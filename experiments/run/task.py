@@ -15,15 +15,21 @@ from jaxsms.channels.budgets import check_reachable
 from jaxsms.data import (
   Dataset,
   StreamedDataset,
+  class_counts,
   evaluation_images,
+  head_middle_tail,
+  long_tail,
   random_resized_crop,
   resize_centre_crop,
   train_validation_split,
   training_images,
 )
+from jaxsms.data.subsets import Shares
 from jaxsms.devices.meshes import place
+from jaxsms.metrics import accuracy_among
 from jaxsms.pruning import prunable_flags, removal_count
 from jaxsms.training import (
+  METRICS,
   Data,
   Engine,
   Model,
@@ -42,6 +48,7 @@ from ..config.run_config import Config
 from ..methods.criteria import pruning
 from .hardware import copies_at_once, mesh_of, network_options
 from .ood import corrupted_test_data
+from .shares import check_every_class, draw_shares, shares_key, training_groups
 
 
 class Task(NamedTuple):
@@ -60,6 +67,8 @@ class Task(NamedTuple):
     ood_sources: where each corruption comes from.
     groups: gives the groups of channels of the network.
     shrink: cuts it between phases, see `cut_engine`; None leaves it whole.
+    shares: `shares(key, copies)` giving the training examples of each copy, indices in the
+      training split; None where every copy has all.
   """
 
   module: Any
@@ -74,6 +83,7 @@ class Task(NamedTuple):
   ood_sources: dict[str, str]
   groups: Callable[[], ChannelGroups] | None = None
   shrink: Callable[[Engine, Model, Any], Cut] | None = None
+  shares: Callable[[jax.Array, int], Shares] | None = None
 
 
 def load(config: Config) -> Dataset | StreamedDataset:
@@ -84,7 +94,19 @@ def load(config: Config) -> Dataset | StreamedDataset:
   """
   if config.stream:
     return data.open_streamed(config.dataset, config.data_dir)
-  return data.load(config.dataset, config.data_dir, config.cache_dir)
+  dataset = data.load(config.dataset, config.data_dir, config.cache_dir)
+  return dataset if config.imbalance is None else long_tailed(dataset, config.imbalance)
+
+
+def long_tailed(dataset: Dataset, ratio: float) -> Dataset:
+  """The same data set with a long-tailed training set, see `jaxsms.data.long_tail`."""
+  kept = long_tail(dataset.train_labels, ratio)
+  groups = dataset.train_groups
+  return dataset._replace(
+    train_images=dataset.train_images[kept],
+    train_labels=dataset.train_labels[kept],
+    train_groups=None if groups is None else groups[kept],
+  )
 
 
 def with_data(config: Config, dataset: Dataset | StreamedDataset) -> Config:
@@ -111,9 +133,18 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
     )
   )
   pairs = zip(jax.tree.leaves(shapes.params), prunable_flags(shapes.params), strict=True)
+  if config.imbalance is not None:
+    check_every_class(config, splits.train.labels, dataset.num_classes)
   check_data(
     config, dataset.name, splits.train.size, sum(x.size for x, flag in pairs if flag)
   )
+  shares = None
+  if config.vary == "subset":
+    shares = functools.partial(
+      draw_shares, config, splits.train.labels, training_groups(dataset)
+    )
+    for seed in range(config.seed, config.seed + config.seeds):  # before any is trained
+      shares(shares_key(jax.random.key(seed)), config.ingredients)
   initial = None
   if config.init is not None:
     initial = Model(**pretrained.load_model(config.init, module, image_shape))
@@ -159,6 +190,7 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
     ood_sources=ood_sources,
     groups=groups,
     shrink=shrink if config.shrink else None,
+    shares=shares,
   )
 
 
@@ -291,5 +323,17 @@ def network_programs(
     skip_inactive=jax.default_backend() == "cpu",
     micro_batches=config.micro_batches,
     split_params=config.split_params,
+    metrics=metrics_of(config, dataset),
     **variant,
   )
+
+
+def metrics_of(config: Config, dataset: Dataset | StreamedDataset) -> dict[str, Any]:
+  """What models are measured by; of a long-tailed set its thirds of the classes, too."""
+  if config.imbalance is None or isinstance(dataset, StreamedDataset):
+    return METRICS
+  groups = head_middle_tail(class_counts(dataset.train_labels, dataset.num_classes))
+  return METRICS | {
+    f"{name}_accuracy": functools.partial(accuracy_among, classes=classes)
+    for name, classes in groups.items()
+  }

@@ -10,6 +10,7 @@ from jaxsms.data.tfds_source import TfdsExamples, find_test_split, load_train_te
 from jaxsms.disk.npz import read_npz
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+GROUPS = "train_groups"
 
 # Mean and standard deviation per channel; data sets not named here are measured.
 NORMALIZATION = {
@@ -42,6 +43,8 @@ class Dataset(NamedTuple):
     mean: per channel, of images scaled to [0, 1].
     std: per channel, of images scaled to [0, 1].
     augmentation: name of its training augmentation, one of `AUGMENTATIONS`.
+    train_groups: int [n], such as the client that each training example belongs to, where
+      the data say so.
   """
 
   name: str
@@ -53,6 +56,7 @@ class Dataset(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   augmentation: str
+  train_groups: np.ndarray | None = None
 
 
 class StreamedDataset(NamedTuple):
@@ -141,7 +145,8 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
   Args:
     name: "digits", a TFDS name such as "cifar10" or "imagenet_resized/32x32", or the
       path of an .npz file with `train_images` uint8 [n, height, width, channels],
-      `train_labels` int [n], `test_images` and `test_labels`.
+      `train_labels` int [n], `test_images` and `test_labels`; perhaps `train_groups`
+      int [n], which `group_shares` divides the training data by.
     data_dir: where TFDS prepared its data; None means TFDS's own default.
     cache_dir: where decoded TFDS images are kept; None means $JAXSMS_CACHE, or
       ~/.cache/jaxsms without it.
@@ -180,6 +185,7 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
 def _npz(name):
   path = os.path.expanduser(name)
   arrays = read_npz(path, ARRAYS)
+  groups = _groups(path, len(arrays["train_labels"]))
   for split in ("train", "test"):
     _check_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"])
   train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]
@@ -203,7 +209,22 @@ def _npz(name):
       + (f", but never {absent[0]}" if len(absent) else "")
       + ": give at least 2, counted from 0 without gaps"
     )
-  return _dataset(name, [arrays[a] for a in ARRAYS], largest + 1)
+  dataset = _dataset(name, [arrays[a] for a in ARRAYS], largest + 1)
+  return dataset._replace(train_groups=groups)
+
+
+def _groups(path, n):
+  """The groups of an .npz's training examples, None where it has none."""
+  with np.load(path, allow_pickle=False) as file:
+    if GROUPS not in file.files:
+      return None
+  groups = read_npz(path, (GROUPS,))[GROUPS]
+  if groups.shape != (n,) or not np.issubdtype(groups.dtype, np.integer):
+    raise ValueError(
+      f"{path}: {GROUPS} is {groups.dtype} of shape {groups.shape}: give integers [{n}], "
+      "one group per training image"
+    )
+  return groups
 
 
 def _check_split(path, split, images, labels):

@@ -10,7 +10,7 @@ import optax
 
 from jaxsms.merges import MERGES, Means, bind, diagonal_fisher
 from jaxsms.names import check_name
-from jaxsms.phases import Merge
+from jaxsms.phases import Merge, Weighted
 from jaxsms.soups import greedy_soup, uniform_soup
 from jaxsms.training.engine import Engine, Model, one_model
 from jaxsms.training.landscape import evenly
@@ -23,8 +23,13 @@ from jaxsms.trees import PyTree
 LEARNING_IMAGES = 1000  # of the validation data, for learned weights
 FISHER_IMAGES = 500  # of the training data
 _GRADIENTS = 8  # of single images that are held at once
-# Task arithmetic of candidates and the pruned model that they come from is their mean.
-NAMES = tuple(name for name in MERGES if name not in ("weighted", "task_arithmetic"))
+BY_SAMPLES = "by_samples"
+# Task arithmetic of candidates and the pruned model that they come from is their mean. Of
+# given weights are those by samples.
+NAMES = (
+  *(name for name in MERGES if name not in ("weighted", "task_arithmetic")),
+  BY_SAMPLES,
+)
 
 
 class Merging(NamedTuple):
@@ -36,24 +41,65 @@ class Merging(NamedTuple):
       that the candidates were trained from, None where there is none.
     selects: whether it leaves candidates out, so that those taken are worth a record.
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
+    samples: number [m], the training examples of each copy, where the soup weights copies
+      by them instead.
   """
 
   of: Callable[[Engine, jax.Array, Model | None], Merge]
   selects: bool = False
   check: Callable[[Engine], None] = lambda engine: None
+  samples: np.ndarray | None = None
+
+  def among(
+    self, copies: list[int], engine: Engine, key: jax.Array, base: Model | None
+  ) -> Merge:
+    """The merge where only these copies are left."""
+    if self.samples is None:
+      return self.of(engine, key, base)
+    return by_samples(np.asarray(self.samples)[copies])
 
 
-def merging_of(name: str, prior: float = 1e-4) -> Merging:
+def by_samples(samples: np.ndarray) -> Merge:
+  """The mean of models, weighted by the examples that each was trained on.
+
+  Args:
+    samples: number [m], above 0.
+
+  Returns:
+    A merge of leaves [m, ...], with its weights.
+
+  References:
+    McMahan et al., 2017, https://arxiv.org/abs/1602.05629 (federated averaging)
+
+  >>> by_samples(np.array([30, 10]))({"w": jax.numpy.array([1.0, 5.0])}).params["w"].item()
+  2.0
+  """
+  weights = np.asarray(samples, np.float64) / np.sum(samples)
+  mean = bind("weighted", Means(weights=weights))
+  return lambda models: Weighted(mean(models), weights)
+
+
+def merging_of(
+  name: str, prior: float = 1e-4, samples: np.ndarray | None = None
+) -> Merging:
   """The merging of a phase by its name.
 
   Args:
     name: one of `NAMES`.
     prior: the L2 coefficient of training, for inverse variances.
+    samples: number [m], the training examples of each copy, for "by_samples".
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or "by_samples" without them.
   """
   check_name("merge", name, NAMES)
+  if name == BY_SAMPLES:
+    if samples is None:
+      raise ValueError(
+        "merge by_samples needs the training examples of each copy: give samples, one "
+        "number for each"
+      )
+    return Merging(lambda engine, key, base: by_samples(samples), samples=samples)
   if name == "uniform":
     return Merging(lambda engine, key, base: uniform_soup)
   if name == "greedy":

@@ -265,7 +265,9 @@ def merge_candidates(
     model, weights = merge_phase(candidates, uniform_soup)
     soup, of_soup = scores[0], predictions
   else:
-    model, weights = merge_some(candidates, merging.of(engine, key, base), left_out)
+    model, weights = merge_some(
+      candidates, merging.among(included, engine, key, base), left_out
+    )
     alone = recalibrated(engine, key, one_model(model))
     (soup,), _, of_soup, _ = measure(engine, alone)
     model = model_at(alone, 0)

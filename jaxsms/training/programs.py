@@ -1,7 +1,7 @@
 """The jitted programs: one copy's work mapped over all copies and devices."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -23,7 +23,8 @@ from jaxsms.trees import number_of_models, wait_on_cpu
 
 MeshOf = Callable[[int], Mesh | None]
 
-METRICS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+Metric = Callable[[jax.Array, jax.Array], jax.Array]
+METRICS: dict[str, Metric] = {
   "loss": cross_entropy,
   "accuracy": accuracy,
   "balanced_accuracy": balanced_accuracy,
@@ -116,6 +117,7 @@ def make_programs(
   micro_batches: int = 1,
   split_params: bool = False,
   skip_inactive: bool = False,
+  metrics: Mapping[str, Metric] = METRICS,
 ) -> Programs:
   """Makes the programs of one network on one data set.
 
@@ -138,6 +140,8 @@ def make_programs(
       mesh's data axis, for models that do not fit on one device.
     skip_inactive: whether copies that are not vmapped skip steps that change nothing, by
       a condition: free on a CPU, a wait for the host in every step on a GPU.
+    metrics: what models are measured by, functions of logits [n, classes] and labels [n]
+      by name.
 
   Returns:
     The programs.
@@ -196,7 +200,7 @@ def make_programs(
     )
 
   def evaluate(logits, labels):
-    return {name: metric(logits, labels) for name, metric in METRICS.items()}
+    return {name: metric(logits, labels) for name, metric in metrics.items()}
 
   def program(function, in_axes, **options):
     @functools.cache

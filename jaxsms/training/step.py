@@ -13,6 +13,7 @@ from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
 from jaxsms.training.averaging import add_to_average
 from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
+from jaxsms.training.own_share import share_batches
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -157,7 +158,8 @@ def train_chunk(
     recipe: how it trains.
     batch_size: examples in a step; what is left of an epoch is dropped.
     data: the whole training split.
-    copy: what it trains from.
+    copy: what it trains from. Where its ingredient has `examples`, batches come from those
+      alone, see `share_batches`; an epoch is as many steps as for all copies.
 
   Returns:
     The next state, and mean `loss` and `accuracy` over the steps taken (NaN if none was).
@@ -166,9 +168,14 @@ def train_chunk(
   steps_per_epoch, step = n // batch_size, copy.state.step
   epoch, first = step // steps_per_epoch, step % steps_per_epoch
   seed_key = jax.random.fold_in(copy.key, copy.ingredient["seed"])
-  order_key = jax.random.fold_in(jax.random.fold_in(seed_key, ORDER), epoch)
-  positions = first * batch_size + jnp.arange(chunk * batch_size)
-  order = jax.random.permutation(order_key, n)[positions % n]
+  order_key = jax.random.fold_in(seed_key, ORDER)
+  if "examples" in copy.ingredient:
+    examples, size = (jnp.asarray(copy.ingredient[name]) for name in ("examples", "size"))
+    order = share_batches(order_key, examples, size, step, chunk, batch_size)
+  else:
+    order_key = jax.random.fold_in(order_key, epoch)
+    positions = first * batch_size + jnp.arange(chunk * batch_size)
+    order = jax.random.permutation(order_key, n)[positions % n]
   return _scan(
     recipe,
     copy,

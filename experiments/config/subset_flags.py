@@ -1,0 +1,97 @@
+"""Flags of copies that train on a share of the data each."""
+
+import dataclasses
+from typing import Any
+
+from jaxsms.data.subsets import check_fraction
+from jaxsms.training.merging import BY_SAMPLES
+
+from .fields import above_zero, define_flags, flag, one_of
+
+SUBSETS = ("random", "balanced", "imbalance", "dirichlet", "groups")
+WITH_FRACTION = ("random", "balanced", "imbalance")
+
+
+def _of_subsets(values):
+  return "random" if values["vary"] == "subset" else None
+
+
+def _fraction(values):
+  return {"random": 0.5, "balanced": 1.0, "imbalance": 1.0}.get(values["subsets"])
+
+
+def _alpha(values):
+  return 0.5 if values["subsets"] == "dirichlet" else None
+
+
+def _check_fraction(name, value):
+  try:
+    check_fraction(value)
+  except ValueError as error:
+    raise ValueError(f"--{name}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubsetFlags:
+  """What share of the training data each copy has, with --vary=subset."""
+
+  subsets: str | None = flag(
+    "The shares of --vary=subset: random (of --subset_fraction, with as little overlap as "
+    "can be), balanced (all classes as the smallest one), imbalance (long-tailed, the "
+    "ratios in --values), dirichlet (all data, divided with skewed labels), groups (all "
+    "data, by train_groups of the .npz). Default: random.",
+    one_of("kind of subsets", SUBSETS),
+    fill=_of_subsets,
+  )
+  subset_fraction: float | None = flag(
+    "Of the training data in a share of --subsets=random; of the largest shares that "
+    "balanced and imbalance can have. Default: 0.5 for random, else 1.",
+    _check_fraction,
+    fill=_fraction,
+  )
+  subset_alpha: float | None = flag(
+    "Concentration of --subsets=dirichlet: small values give each copy few classes. "
+    "Default: 0.5.",
+    above_zero,
+    fill=_alpha,
+  )
+
+
+define_flags(SubsetFlags)
+
+
+def check(config: Any) -> None:
+  """Raises ValueError where flags of the shares do not fit one another or the soup.
+
+  Args:
+    config: with the flags of the soup and of the data.
+  """
+  subsets, varies = config.subsets, config.vary == "subset"
+  if subsets is not None and not varies:
+    raise ValueError(
+      f"--subsets={subsets} is of --vary=subset: leave it out with --vary={config.vary}"
+    )
+  if config.subset_fraction is not None and subsets not in WITH_FRACTION:
+    raise ValueError(
+      f"--subset_fraction is of {', '.join(WITH_FRACTION)}: leave it out"
+      + (f" with --subsets={subsets}" if varies else f" with --vary={config.vary}")
+    )
+  if config.subset_alpha is not None and subsets != "dirichlet":
+    raise ValueError(
+      "--subset_alpha is of --subsets=dirichlet: leave it out"
+      + (f" with --subsets={subsets}" if varies else f" with --vary={config.vary}")
+    )
+  if config.merge == BY_SAMPLES and not varies:
+    raise ValueError(
+      "--merge=by_samples weights copies by their shares of the data: give it with "
+      "--vary=subset"
+    )
+  if varies and config.stream:
+    raise ValueError(
+      "--vary=subset takes shares of images in memory, and these are streamed: give "
+      "another --vary"
+    )
+  if varies and config.ingredients == 1 and config.subsets == "groups":
+    raise ValueError(
+      "--vary=subset with --ingredients=1: one copy has all the data, give several"
+    )
