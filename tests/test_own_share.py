@@ -11,13 +11,13 @@ import pytest
 from engine import run_phases
 from engine import train as train_to_the_end
 
-from jaxsms import make_mesh, training
+from jaxsms import Phase, make_mesh, training
 from jaxsms.training import Model
 from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import predict
 from jaxsms.training.merging import Merging, by_samples, merging_of
 from jaxsms.training.own_share import share_batches
-from jaxsms.training.phases import merge_candidates
+from jaxsms.training.phases import Start, merge_candidates, training_phases
 from jaxsms.training.programs import METRICS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -189,9 +189,6 @@ def test_phases_at_one_sparsity_keep_the_mask(programs, data, dense):
   )
   # The same again from there: nothing is pruned any more.
   engine = training.Engine(programs, splits)
-  from jaxsms import Phase
-  from jaxsms.training.phases import Start, training_phases
-
   start = Start(finished.model, finished.masks)
   sparsities = {2: 0.5, 3: 0.5}
   for event in training_phases(engine, jax.random.key(0), start, plan, sparsities):

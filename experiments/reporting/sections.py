@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from ..methods.registry import looks
 from . import figures
 from .cases import Case, Origin
+from .class_sections import classes_section
 from .cost_sections import (
   cost_section,
   inference_section,
@@ -64,6 +65,7 @@ def document(
   parts = (
     results_section(cases),
     accuracy_section(cases),
+    classes_section(cases),
     curves_section(cases),
     layers_section(cases),
     geometry_section(cases),

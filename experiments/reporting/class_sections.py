@@ -1,0 +1,64 @@
+"""Accuracy on head, middle and tail classes, where training data are long-tailed."""
+
+from collections.abc import Sequence
+
+from jaxsms.data.long_tail import HEAD, MIDDLE, TAIL
+
+from ..methods.registry import looks
+from .cases import Case
+from .document import Folded, Section, Table
+from .statistics import method_title, summarize
+from .tables import accuracy, gain
+
+SAID = (
+  "Test accuracy in percent on the third of the classes with most training examples "
+  "(head), that with fewest (tail) and those between; the soup's gain on the tail is "
+  "paired by seed, with its 95 % interval."
+)
+
+
+def classes_section(cases: Sequence[Case]) -> Section:
+  """A table for each case that has such classes."""
+  section = Section("Head and tail classes", [])
+  tables = [(case, classes_table(case)) for case in cases]
+  found = [(case, table) for case, table in tables if table.rows]
+  if not found:
+    return section
+  section.blocks.append(SAID)
+  for case, table in found:
+    section.blocks.append(table if len(cases) == 1 else Folded(case.title, table))
+  return section
+
+
+def classes_table(case: Case) -> Table:
+  """Accuracies of all methods by group of classes, phase by phase.
+
+  Args:
+    case: whose.
+
+  Returns:
+    The table, without rows where nothing was measured by group.
+  """
+  groups = {
+    name: {row["phase"]: row for row in summarize(case.seeds, f"test_{name}_accuracy")}
+    for name in (HEAD, MIDDLE, TAIL)
+  }
+  known = [name for name, rows in groups.items() if any("soup" in r for r in rows.values())]
+  header = ["Phase", "Sparsity", "Model", *map(str.capitalize, known), "Soup minus it"]
+  parts = []
+  for phase, row in groups[TAIL].items():
+    lines = [
+      [
+        "",
+        "",
+        method_title(name, case.m),
+        *(accuracy(groups[group][phase].get(name)) for group in known),
+        gain(row[name]),
+      ]
+      for name in (*looks(), "dense")
+      if name in row
+    ]
+    if lines:
+      lines[0][:2] = str(phase), f"{100 * row['sparsity']:.2f} %"
+      parts.append(lines)
+  return Table(header, parts, (2,), "Sparse soup")
