@@ -216,6 +216,22 @@ def test_soups_by_samples_weight_those_that_are_left(programs, data, dense):
   np.testing.assert_allclose(soup.params["Dense_0"]["kernel"], expected, rtol=1e-5)
 
 
+def test_a_copy_that_knows_its_own_class_alone_stays_in_a_soup_by_samples(
+  programs, data, dense
+):
+  first = np.flatnonzero(np.asarray(data.labels) == 0)[:BATCH]
+  chosen = on_shares([first, np.arange(30)], 300)
+  candidates = train(programs, data, dense, chosen)
+  engine = training.Engine(programs, training.Splits(data, data, data))
+  arguments = engine, jax.random.key(0), candidates
+  _, plain = merge_candidates(*arguments, start=0.9)
+  assert plain["collapsed"] == [0] and plain["weights"] == [0, 1]
+  merging = merging_of("by_samples", samples=chosen["size"])
+  _, record = merge_candidates(*arguments, merging, start=0.9)
+  assert record["collapsed"] == []
+  np.testing.assert_allclose(record["weights"], [4 / 34, 30 / 34])
+
+
 def test_by_samples_needs_samples(rejects):
   with rejects("merge by_samples needs the training examples of each copy"):
     merging_of("by_samples")

@@ -42,7 +42,7 @@ class Merging(NamedTuple):
     selects: whether it leaves candidates out, so that those taken are worth a record.
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
     samples: number [m], the training examples of each copy, where the soup weights copies
-      by them instead.
+      by them instead. Such copies may know few classes: none counts as collapsed.
   """
 
   of: Callable[[Engine, jax.Array, Model | None], Merge]

@@ -244,7 +244,9 @@ def merge_candidates(
   scores = [by_copy.get(i, lost) for i in range(m)]
   faults: Faults = {
     "diverged": sorted(set(range(m)) - set(healthy)),
-    "collapsed": collapsed_copies(
+    "collapsed": []
+    if merging.samples is not None  # copies that know their own classes alone are well
+    else collapsed_copies(
       [one["validation_accuracy"] for one in scores],
       np.asarray(fetch(predictions["validation"].labels)),
       start,
