@@ -25,7 +25,17 @@ class Shares(NamedTuple):
   sizes: np.ndarray
 
   def of(self, copy: int) -> np.ndarray:
-    """The indices of one share, int32 [size]."""
+    """The indices of one share.
+
+    Args:
+      copy: which, from 0.
+
+    Returns:
+      int32 [size].
+
+    >>> Shares(np.array([[4, 2, 4]]), np.array([2])).of(0).tolist()
+    [4, 2]
+    """
     return self.indices[copy, : self.sizes[copy]]
 
 

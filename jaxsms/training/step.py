@@ -12,8 +12,8 @@ import optax
 from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
 from jaxsms.training.averaging import add_to_average
-from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.own_share import share_batches
+from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
