@@ -59,7 +59,8 @@ def _copies(text, name, values):
   return tuple(sorted(set(_whole_numbers(",", "1,2,4,8")(text, name, values))))
 
 
-def _writable(name, value):
+def writable(name: str, value: str) -> None:
+  """Raises ValueError unless a file of that name can be written."""
   folder = os.path.dirname(value) or "."
   if value and (os.path.isdir(value) or not os.access(folder, os.W_OK)):
     raise ValueError(
@@ -131,7 +132,7 @@ class Config(device_flags.DeviceFlags):
     "under vmap) or both. Default: both where PyTorch is installed and can.",
     one_of("comparison with PyTorch", TORCH),
   )
-  json: str | None = flag("File for all figures.", _writable)
+  json: str | None = flag("File for all figures.", writable)
   profile: str | None = flag("Folder for a trace of one chunk of the most copies.")
 
 

@@ -1,0 +1,253 @@
+"""Which merge is worth it: the same candidates of each phase, merged in every way.
+
+python -m experiments.benchmarks.bench_merges --seed=700 --seeds=10
+python -m experiments.benchmarks.bench_merges --dataset=FILE.npz --model=resnet8 --json=OUT
+The first and the last phase are measured. Each goes on from the mean, as in experiments.sms,
+whose flags of data, network, training and pruning these are.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from jaxsms import Phase, sparsity, stack
+from jaxsms.data import Dataset
+from jaxsms.devices.ingredients import take_ingredients
+from jaxsms.disk.files import whole_file
+from jaxsms.disk.storage import plain
+from jaxsms.merges import MERGES
+from jaxsms.phases import Merge, merge_phase
+from jaxsms.training import Engine, Model, last_state
+from jaxsms.training.measurements import measure, recalibrated
+from jaxsms.training.merging import NAMES, Merging, merging_of
+from jaxsms.training.phases import Start, training_phases
+from jaxsms.trees import number_of_models
+
+from ..config import device_flags, run_config
+from ..config.fields import define_flags, flag, numbers, one_of, read_fields
+from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
+from ..run import hardware
+from ..run.environment import environment
+from ..run.flag_files import refusals, run_with_flags
+from ..run.task import Task, load, make_task, with_data
+from ..run.terminal import print_line, terminal
+from .bench_merges_tables import OF_TWO, UNIFORM, tables
+from .bench_settings import writable
+
+Results = dict[str, Any]
+FAMILIES = ("seed", "weight_decay", "learning_rate")
+REFERENCES = ("mean_candidate", "best_candidate", "prediction_ensemble")
+# Flags of the main job that mean nothing here.
+REFUSED = ("merge", "vary", "values", "baselines", "workdir", "stream", "landscape")
+
+
+def _spaced(name: str, least: float, most: float) -> Callable[[dict[str, Any]], tuple]:
+  """A `fill` with multiples of a flag, one for each copy, in equal ratios."""
+
+  def fill(values):
+    factors = np.geomspace(least, most, values["ingredients"])
+    return tuple(float(f"{values[name] * x:.3g}") for x in factors)
+
+  return fill
+
+
+def _numbers(words, name, values):
+  return numbers(words, name)
+
+
+def _families(words, name, values):
+  return tuple(dict.fromkeys(words))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(run_config.Config):
+  """What is told by flags: those of a run, and those of this file."""
+
+  families: tuple[str, ...] = flag(
+    f"What differs between the copies, each by itself: {', '.join(FAMILIES)}.",
+    one_of("family", FAMILIES),
+    default=list(FAMILIES),
+    parse=_families,
+  )
+  weight_decays: tuple[float, ...] = flag(
+    "Of the copies that differ in it. Default: from --weight_decay to 100 times that.",
+    parse=_numbers,
+    fill=_spaced("weight_decay", 1.0, 100.0),
+  )
+  learning_rates: tuple[float, ...] = flag(
+    "Of the copies that differ in it. Default: from 0.03 of --learning_rate to all of it.",
+    parse=_numbers,
+    fill=_spaced("learning_rate", 0.03, 1.0),
+  )
+  json: str | None = flag("File for all figures.", writable)
+
+
+def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
+  """Measures what the flags say; bad input ends it with one sentence and exit status 2."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.ERROR)  # of copies that are left out the table tells
+  with refusals():
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    config = read_config(given)
+    hardware.start(config, config.ingredients)
+    dataset = load(config)
+    assert isinstance(dataset, Dataset)  # --stream is refused
+    config = with_data(config, dataset)
+    task = make_task(config, dataset)
+  results = {"flags": flags_of(config), "environment": environment(), "seeds": []}
+  errors = terminal(stderr=True)
+  for seed in range(config.seed, config.seed + config.seeds):
+    started = time.monotonic()
+    results["seeds"].append(measure_seed(config, task, seed))
+    print_line(errors, f"seed {seed} took {time.monotonic() - started:.0f} s")
+    if config.json:
+      with whole_file(config.json) as file:
+        file.write(json.dumps(plain(results), indent=1).encode())
+  print("\n".join(tables(results)))
+
+
+def flags_of(config: Config) -> Results:
+  """All flags by name, those of this file among them."""
+  own = ("families", "weight_decays", "learning_rates")
+  return config.flags() | {name: getattr(config, name) for name in own}
+
+
+def read_config(given: flags.FlagValues) -> Config:
+  """The parsed flags.
+
+  Raises:
+    ValueError: a flag is out of range, means nothing here, or does not fit others.
+  """
+  for name in REFUSED:
+    if given[name].present:
+      raise ValueError(f"--{name} is of the main job: leave it out")
+  config = read_fields(Config, given, {"baselines": ()})
+  run_config.check(config)
+  device_flags.check(config, config.ingredients)
+  m = config.ingredients
+  if m < 2:
+    raise ValueError(f"--ingredients is {m}: a merge is of two models at least")
+  for name in config.families:
+    values = values_of(config, name)
+    if values is not None and (
+      len(set(values)) < m or len(values) != m or not np.isfinite(values).all()
+    ):
+      raise ValueError(
+        f"--{name}s is {','.join(f'{x:g}' for x in values)}: give {m} numbers, each copy "
+        "another one"
+      )
+    run_config.check(of_family(config, name))
+  return config
+
+
+def values_of(config: Config, family: str) -> tuple[float, ...] | None:
+  """What the copies of a family have, one each; None gives each its own seed."""
+  return None if family == "seed" else getattr(config, f"{family}s")
+
+
+def of_family(config: Config, family: str) -> Config:
+  """The flags of a run whose copies differ in one thing."""
+  return dataclasses.replace(config, vary=family, values=values_of(config, family))
+
+
+def measure_seed(config: Config, task: Task, seed: int) -> Results:
+  """Trains a dense model, and from it the copies of each family, phase after phase."""
+  engine = task.engine._replace(describe=lambda params: {"sparsity": float(sparsity(params))})
+  run = Run(config, task._replace(engine=engine), jax.random.key(seed))
+  dense = task.initial
+  if dense is None:
+    dense = last_state(train_dense(run, task.pretrain_lrs, PRETRAIN))
+  families = {
+    name: list(measured_phases(run._replace(config=of_family(config, name)), dense))
+    for name in config.families
+  }
+  return {"seed": seed, "families": families}
+
+
+def measured_phases(run: Run, dense: Model) -> Iterator[Results]:
+  """The first and the last phase of the soup of a seed, with all merges of candidates.
+
+  Args:
+    run: a seed, and the flags of a family.
+    dense: what the first phase prunes.
+
+  Yields:
+    `phase`, `sparsity`, `merges`: metrics and weights by name, `candidates`: their metrics,
+    `references`: those of `REFERENCES`, and the `geometry` of the candidates.
+  """
+  config, found = run.config, {}
+  numbers_of_phases = iter(run.sparsities)
+
+  def of(engine, key, base):
+    def uniform(candidates):
+      if (number := next(numbers_of_phases)) in (1, config.phases):
+        found[number] = merged_in_every_way(
+          engine, key, base, candidates, config.weight_decay
+        )
+      return merging_of(UNIFORM).of(engine, key, base)(candidates)
+
+    return uniform
+
+  for event in training_phases(
+    run.engine,
+    run.stream(RETRAIN),
+    Start(dense),
+    retraining_plan(run, config.ingredients, run.retrain_steps),
+    run.sparsities,
+    prune=run.prune,
+    merging=Merging(of),
+    shrink=run.task.shrink,
+  ):
+    if isinstance(event, Phase) and event.record["phase"] in found:
+      record = event.record
+      copied = ("phase", "sparsity", "candidates", "geometry", "diverged", "collapsed")
+      yield {
+        **{name: record[name] for name in copied},
+        "references": {name: record[name] for name in REFERENCES},
+        "merges": found[record["phase"]],
+      }
+
+
+def merged_in_every_way(
+  engine: Engine, key: jax.Array, base: Model | None, candidates: Model, prior: float
+) -> Results:
+  """All merges of the same candidates, each with batch statistics of its own.
+
+  Args:
+    engine: the network and its data.
+    key: of the phase's batch statistics.
+    base: the pruned model that the candidates were trained from.
+    candidates: leaves [m, ...].
+    prior: the L2 coefficient of training.
+
+  Returns:
+    By name metrics, and the `weights` of the candidates.
+  """
+  merges: dict[str, tuple[Merge, Model]] = {}
+  first_two = take_ingredients(candidates, [0, 1][: number_of_models(candidates)])
+  for name in NAMES:
+    merge = merging_of(name, prior).of(engine, key, base)
+    if MERGES[name].two or name == UNIFORM:
+      merges[name + OF_TWO] = merge, first_two
+    if not MERGES[name].two:
+      merges[name] = merge, candidates
+  merged = {name: merge_phase(models, merge) for name, (merge, models) in merges.items()}
+  soups = recalibrated(engine, key, stack([soup for soup, _ in merged.values()]))
+  scores = measure(engine, soups).scores
+  return {
+    name: score | {"weights": weights.tolist()}
+    for (name, (_, weights)), score in zip(merged.items(), scores, strict=True)
+  }
+
+
+if __name__ == "__main__":
+  define_flags(Config)  # by the binary alone
+  flags.adopt_module_key_flags(run_config)
+  run_with_flags(main)
