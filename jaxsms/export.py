@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
-from jax.experimental import sparse
 
 from jaxsms.disk.by_name import by_path, check_fit
 from jaxsms.disk.safetensors import check_dtypes, read_with_metadata, write_safetensors
@@ -303,6 +302,8 @@ def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:
 
 def _to_bcoo(kernel):
   """As `BCOO.fromdense` gives it, which compiles dozens of programs for each shape."""
+  from jax.experimental import sparse  # SciPy with it: too long for what is sparse nowhere
+
   indices = np.argwhere(kernel != 0).astype(np.int32)
   return sparse.BCOO(
     (jnp.asarray(kernel[kernel != 0]), jnp.asarray(indices)),
@@ -331,6 +332,7 @@ def apply_bcoo(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
     >>> jaxsms.export.apply_bcoo(nn.Dense(2), variables, jnp.array([[3.0, 4.0]])).tolist()
     [[1.0, 7.0]]
   """
+  from jax.experimental import sparse
 
   def dense(call, inputs, options, context):
     layer = context.module

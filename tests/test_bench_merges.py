@@ -100,7 +100,9 @@ def test_differences_are_paired():
   chosen |= {"families": ["weight_decay"], "weight_decays": [0.1, 0.2]}
   seeds = [{"seed": 7, "families": {"weight_decay": phases[:1]}}]
   lines = tables({"flags": chosen, "seeds": seeds})
-  assert lines[2] == "weight_decay 0.1, 0.2: phase 1, 50.00 %, 1 copies diverged or collapsed"
+  assert (
+    lines[2] == "weight_decay 0.1, 0.2: phase 1, 50.00 %, 1 copies diverged or collapsed"
+  )
   assert "[" not in "".join(lines[3:])  # one seed has no interval
 
 

@@ -12,6 +12,7 @@ import pytest
 import store
 from soup_runs import run
 
+from experiments import soup
 from jaxsms import checkpoint, data, models, pretrained
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.safetensors import read_safetensors, save_safetensors
@@ -199,6 +200,71 @@ def test_greedy_soup_is_that_of_numpy(folder, tmp_path, capsys, pictures):
   for arrays in (*map(mean, trees), expected):
     for split in (validation, test):
       assert f"{100 * accuracy(arrays, split):.2f} " in shown
+
+
+def fitted(split, hidden=8):
+  """An MLP of random features with a readout by least squares, and the same permuted."""
+  images, labels = split
+  rng = np.random.default_rng(0)
+  kernel = rng.standard_normal((64, hidden)).astype(np.float32) / 8
+  features = np.maximum(images @ kernel, 0)
+  features = np.concatenate([features, np.ones((len(images), 1))], 1)
+  solution = np.linalg.lstsq(features, 4 * np.eye(10)[labels], rcond=None)[0]
+  out, bias = np.float32(solution[:-1]), np.float32(solution[-1])
+  order = np.roll(np.arange(hidden), hidden // 2)
+  return [
+    {
+      "params/Dense_0/kernel": kernel[:, chosen],
+      "params/Dense_0/bias": np.zeros(hidden, np.float32),
+      "params/Dense_1/kernel": out[chosen],
+      "params/Dense_1/bias": bias,
+    }
+    for chosen in (np.arange(hidden), order)
+  ]
+
+
+def loss(arrays, split):
+  """The mean cross-entropy of an MLP of two layers, by NumPy alone."""
+  images, labels = split
+  layers = [[arrays[f"params/Dense_{i}/{n}"] for n in ("kernel", "bias")] for i in (0, 1)]
+  logits = np.maximum(images @ layers[0][0] + layers[0][1], 0) @ layers[1][0] + layers[1][1]
+  most = logits.max(axis=1)
+  sums = most + np.log(np.exp(logits - most[:, None]).sum(axis=1))
+  return np.mean(sums - logits[np.arange(len(labels)), labels])
+
+
+def test_copies_without_a_common_basin_are_told_before_they_are_merged(
+  tmp_path, capsys, pictures, monkeypatch
+):
+  """Permuted hidden units: the same function, elsewhere; their mean is another one."""
+  validation, _ = pictures
+  one, two = models_ = fitted(validation)
+  for name, arrays in zip("ab", models_, strict=True):
+    save_safetensors(tmp_path / f"{name}.safetensors", arrays)
+  paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+
+  def stop(*arguments):
+    raise ValueError("nothing is merged yet")
+
+  monkeypatch.setattr(soup, "soup_in_memory", stop)
+  out = tmp_path / "out.safetensors"
+  assert run(*paths, *DIGITS, f"--out={out}") == 2 and not out.exists()
+  between = [
+    {name: (1 - t) * one[name] + t * two[name] for name in one} for t in (0.25, 0.5, 0.75)
+  ]
+  ends = loss(one, validation)
+  assert ends == pytest.approx(loss(two, validation), rel=1e-4)
+  barrier = max(loss(point, validation) for point in between) - ends
+  lost = accuracy(one, validation) - min(accuracy(point, validation) for point in between)
+  assert barrier > 0.1 and lost > 0.1
+  said = re.match(
+    r"Largest barrier of the validation loss, from (.*) to (.*): ([\d.]+)\. Between them "
+    r"the validation accuracy falls by ([\d.]+) points: they do not share a basin",
+    capsys.readouterr().out,
+  )
+  assert said and list(said.groups()[:2]) == list(map(str, paths))
+  assert float(said[3]) == pytest.approx(barrier, rel=1e-3)
+  assert float(said[4]) == pytest.approx(100 * lost, abs=0.01)
 
 
 @pytest.fixture(scope="module")

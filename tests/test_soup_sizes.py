@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -14,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from soup_runs import run
 
+import jaxsms
 from experiments.merging import output as soup_output
 from jaxsms import checkpoint, magnitude_masks, merges
-from jaxsms.disk import passes, writing
+from jaxsms.disk import passes, tensors, writing
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
@@ -427,6 +429,77 @@ def test_a_full_disk_leaves_nothing_and_is_said(family, tmp_path, capsys, monkey
   monkeypatch.setattr(soup_output.shutil, "disk_usage", lambda path: usage)
   assert run(*paths, f"--out={tmp_path / 'out'}") == 1
   assert "bytes, and" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_file_above(request):
+  """The system refuses to let a file grow beyond that, as a full disk does."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors", "out.npz", "out.pt", "folder"])
+def test_what_the_system_does_not_take_is_said(
+  family, tmp_path, capsys, no_file_above, out
+):
+  models, paths = family
+  if out == "folder":  # of this library, as the first model's is no shard
+    for i, model in enumerate(models):
+      write_safetensors(tmp_path / f"{i}.safetensors", model)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+  before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+  no_file_above(700)
+  assert run(*paths, f"--out={tmp_path / out}") == 1
+  no_file_above(resource.RLIM_INFINITY)
+  message = capsys.readouterr().err
+  assert message == "error: --out cannot be written (File too large)\n"
+  after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+  assert after == before  # nothing is left, and the inputs are as they were
+
+
+def test_how_often_the_inputs_are_read(family, tmp_path, monkeypatch):
+  models, paths = family
+  counted = {}
+  read = tensors.InFiles.read
+
+  def counting(self, name, start, stop, into=None):
+    counted[self.path] = counted.get(self.path, 0) + stop - start
+    return read(self, name, start, stop, into)
+
+  monkeypatch.setattr(tensors.InFiles, "read", counting)
+  size = sum(x.size for x in models[0].values())
+  steps = {f"{paths[i]}": int(i == 0) for i in range(3)}  # a counter: the first one's alone
+  prune = ["--masks=prune", "--sparsity=0.9"]
+  for number, (flags, most) in enumerate([([], 1), (prune, 3)]):
+    counted.clear()
+    out = tmp_path / f"out{number}"
+    assert run(*paths, *flags, f"--out={out}") == 0
+    for path in map(str, paths):
+      once = size - 1 + steps[path]
+      assert once <= counted[path] <= once + (most - 1) * size
+    assert sum(n for path, n in counted.items() if path not in steps) == size  # the check
+
+
+def test_the_card_and_what_lies_beside_the_weights(family, tmp_path, monkeypatch):
+  _, paths = family
+  for name in ("merges.txt", "README.md", "pytorch_model.bin", ".hidden", "tf_model.h5"):
+    (paths[0] / name).write_text(f"{name} of the first")
+  (paths[1] / "vocab.json").write_text("of another")
+  (paths[0] / "config.json").write_text('{"n":   1}')
+  out = tmp_path / "out"
+  words = [*map(str, paths), "--weights=0.5,0.25,0.25", f"--out={out}"]
+  monkeypatch.setattr(sys, "argv", ["soup.py", *words])
+  assert run(*words) == 0
+  left = {"README.md", "config.json", "merges.txt", "model.safetensors", "tokenizer.json"}
+  assert set(os.listdir(out)) == left
+  assert (out / "config.json").read_text() == '{"n":   1}'
+  assert (out / "merges.txt").read_text() == "merges.txt of the first"
+  card = (out / "README.md").read_text()
+  assert f"    python -m experiments.soup {' '.join(words)}\n" in card
+  for path, weight in zip(paths, ("0.5", "0.25", "0.25"), strict=True):
+    assert f"| `{path}` | {weight} |" in card
+  assert f"jaxsms {jaxsms.__version__}" in card and "of the first" not in card
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors", "out.npz"])

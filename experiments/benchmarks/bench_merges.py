@@ -2,14 +2,14 @@
 
 python -m experiments.benchmarks.bench_merges --seed=700 --seeds=10
 python -m experiments.benchmarks.bench_merges --dataset=FILE.npz --model=resnet8 --json=OUT
-The first and the last phase are measured. Each goes on from the mean, as in experiments.sms,
-whose flags of data, network, training and pruning these are.
+The first and the last phase are measured. Each goes on from the mean, as in
+experiments.sms, whose flags of data, network, training and pruning these are.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -159,7 +159,9 @@ def of_family(config: Config, family: str) -> Config:
 
 def measure_seed(config: Config, task: Task, seed: int) -> Results:
   """Trains a dense model, and from it the copies of each family, phase after phase."""
-  engine = task.engine._replace(describe=lambda params: {"sparsity": float(sparsity(params))})
+  engine = task.engine._replace(
+    describe=lambda params: {"sparsity": float(sparsity(params))}
+  )
   run = Run(config, task._replace(engine=engine), jax.random.key(seed))
   dense = task.initial
   if dense is None:

@@ -11,8 +11,9 @@ from jaxsms.disk.passes import (
   Combine,
   as_float,
   blocks_of,
+  check_finite,
   in_order,
-  read_finite,
+  read_float,
   scratch,
 )
 from jaxsms.disk.rules import bytes_of
@@ -117,20 +118,15 @@ def merge_block(
   spec = job.specs[block.name]
   if not spec.is_floating:
     return Part(block, job.models[job.taken[0]].read(*block))
-  models = [read_finite(model, block, i) for i, model in enumerate(job.models)]
-  with np.errstate(over="ignore", invalid="ignore"):  # told below
-    values = job.combine(block, models).astype(spec.dtype, copy=False)
-  result = as_float(values, "result")
-  if not np.isfinite(result).all():
-    raise ValueError(
-      f"{block.name} of the soup is not finite in {spec.dtype.name}: give a wider --dtype"
-    )
+  models, values = _combined(job, block)
   if thresholds is not None:
     values = thresholds.below(block, values)
-    result = as_float(values, "result")
   gram = None
   if is_parameter(key_path(block.name), spec):
-    gram = _gram(models, result)
+    gram = _gram(models, as_float(values, "result"))
+  # Sums of squares that are finite are of finite values: most blocks need no other look.
+  if gram is None or not np.isfinite(gram).all():
+    _check_finite(job, block, models, values)
   if block.name not in weights:
     return Part(block, values, gram=gram)
   zero = [x == 0 for x in models]
@@ -144,6 +140,26 @@ def merge_block(
   return Part(block, values, held, zeros, differing, shared, gram)
 
 
+def _combined(job, block):
+  """Values of the models, and of the result in its dtype; they may be anything."""
+  models = [read_float(model, block, i) for i, model in enumerate(job.models)]
+  with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` tells
+    values = job.combine(block, models)
+    return models, values.astype(job.specs[block.name].dtype, copy=False)
+
+
+def _check_finite(job, block, models, values):
+  """Raises ValueError where values of the models, or then of the result, are not finite."""
+  for model, x in zip(job.models, models, strict=True):
+    check_finite(model, block, x)
+  if not np.isfinite(as_float(values, "result")).all():
+    name = job.specs[block.name].dtype.name
+    raise ValueError(
+      f"{block.name} of the soup is not finite in {name}: give a wider --dtype"
+    )
+
+
+@np.errstate(over="ignore", invalid="ignore")
 def _gram(models, result):
   """Products of the models' differences from the result, and of the result."""
   rows = [scratch(("difference", i), result.size, x.dtype) for i, x in enumerate(models)]
@@ -243,12 +259,15 @@ def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
     for group in chosen
   ]
 
+  def work(block):
+    models, found = _combined(job, block)
+    _check_finite(job, block, models, found)
+    return block, found
+
   def values():
-    for part in in_order(
-      functools.partial(merge_block, job, frozenset(), None), blocks_of(job.specs, names)
-    ):
-      job.on_bytes(bytes_of(job.models, part.block))
-      yield part.block, part.values
+    for block, found in in_order(work, blocks_of(job.specs, names)):
+      job.on_bytes(bytes_of(job.models, block))
+      yield block, found
 
   return smallest(values, groups, wide)
 

@@ -92,7 +92,9 @@ class ToCheckpoint:
     file = os.path.join(self._waiting, str(name))
     # As bytes: a map does not take every dtype.
     count = int(np.prod(shape)) * dtype.itemsize
-    return np.memmap(file, np.uint8, "w+", shape=(count,)).view(dtype).reshape(shape)
+    with open(file, "xb") as whole:  # a map of what a full disk lacks kills the process
+      take_space(whole.fileno(), count)
+    return np.memmap(file, np.uint8, "r+", shape=(count,)).view(dtype).reshape(shape)
 
   def finish(self) -> None:
     tree = nested({name: np.asarray(x) for name, x in self._arrays.items()})
@@ -100,6 +102,18 @@ class ToCheckpoint:
       masks = {name: np.asarray(x) for name, x in self._masks.items()}
       tree["masks"] = nested(masks)["params"]
     checkpoint.save(self._folder, tree)
+
+
+def take_space(handle: int, count: int) -> None:
+  """Makes an empty file that many bytes long, on the disk where the system can do that.
+
+  Raises:
+    OSError: the disk has no room for them.
+  """
+  if hasattr(os, "posix_fallocate"):
+    os.posix_fallocate(handle, 0, count)
+  else:
+    os.truncate(handle, count)
 
 
 class ToMemory:

@@ -98,20 +98,30 @@ def as_float(values: np.ndarray, what: Any = None) -> np.ndarray:
   return wide
 
 
+def read_float(model: Tensors, block: Block, what: Any) -> np.ndarray:
+  """A block of floating values as `as_float` gives them, in this thread's array."""
+  into = scratch((what, "read"), block.stop - block.start, model.specs[block.name].dtype)
+  return as_float(model.read(*block, into=into), what)
+
+
 def read_finite(model: Tensors, block: Block, what: Any) -> np.ndarray:
-  """A block of floating values as `as_float` gives them, in this thread's array.
+  """The same, looked at.
 
   Raises:
     ValueError: some are not finite.
   """
-  into = scratch((what, "read"), block.stop - block.start, model.specs[block.name].dtype)
-  values = as_float(model.read(*block, into=into), what)
+  values = read_float(model, block, what)
+  check_finite(model, block, values)
+  return values
+
+
+def check_finite(model: Tensors, block: Block, values: np.ndarray) -> None:
+  """Raises ValueError where values of a model are not finite."""
   if not np.isfinite(values).all():
     raise ValueError(
       f"{model.path} has NaN or infinite values in {block.name}: leave it out, or train it "
       "to finite values"
     )
-  return values
 
 
 def weighted(weights: Sequence[float] | np.ndarray) -> Combine:

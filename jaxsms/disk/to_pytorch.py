@@ -87,8 +87,12 @@ class ToPytorch(ToZip):
     pickled = io.BytesIO()
     tensors = ((name, _Tensor(key, self._specs[name])) for name, key in self._keys.items())
     _Pickler(pickled, 2).dump(collections.OrderedDict(tensors))
-    self._write("data.pkl", pickled.getvalue())
-    self._write("byteorder", b"little")
+    try:
+      self._write("data.pkl", pickled.getvalue())
+      self._write("byteorder", b"little")
+    except OSError as error:
+      self.__exit__(type(error))  # nobody else does
+      raise
     return self
 
   def begin(self, name: str) -> Any:

@@ -105,9 +105,13 @@ class ToZip:
     return self
 
   def __exit__(self, *exception):
-    if self._member is not None:
-      self._member.close()
-    self._archive.close()
+    # What cannot be written fails again where its rest is: one error is enough.
+    again = () if exception[0] is None else (OSError, ValueError)
+    with contextlib.suppress(*again):
+      if self._member is not None:
+        self._member.close()
+    with contextlib.suppress(*again):
+      self._archive.close()
 
   def begin(self, name: str) -> Any:
     """Opens the member of a leaf, its header written."""
