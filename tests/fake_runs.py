@@ -138,3 +138,34 @@ def write_comparison(path, goals, copies, seeds=2):
   document = storage.plain(results | {"cells": cells_of(parts)})
   storage.write_json(storage.as_path(path / "results.json"), document)
   return path
+
+
+def costs_of(phases=2, m=3):
+  """What a run of channels says of them: a phase has 1 / (t + 1) of the dense network."""
+  of_phases = [{"method": "dense", "phase": 0, "copies": 1, "steps": 8,
+                "seconds_per_epoch": 4.0, "compiling_seconds": 5.0}]  # fmt: skip
+  cut = []
+  for t in range(1, phases + 1):
+    of_phases.append(
+      {
+        "method": "sms",
+        "phase": t,
+        "copies": m,
+        "steps": 4,
+        "seconds_per_epoch": 4.0 * m / (t + 1),
+        "compiling_seconds": 7.0,
+      }
+    )
+    times = {"median": 2.0 / (t + 1), "min": 0.1, "max": 3.0}
+    cut.append({"phase": t, "parameters": 6000 // (t + 1), "bytes": 24000 // (t + 1),
+                "multiply_adds": 60000 // (t + 1), "milliseconds": times,
+                "dense_milliseconds": {"median": 2.0, "min": 1.0, "max": 3.0}})  # fmt: skip
+  dense = {"parameters": 6000, "multiply_adds": 60000, "bytes": 24000}
+  inference = {"device": "cpu", "batch": 32, "dense": dense, "phases": cut}
+  return {"compiling_seconds": 65.0, "phases": of_phases, "inference": inference}
+
+
+def sensitivity_of():
+  group = {"name": "Conv_0/bias", "channels": 8, "weights": 900, "multiply_adds": 2000,
+           "bytes": 3700, "removed": 2, "loss": 0.0125}  # fmt: skip
+  return {"share": 0.25, "images": 500, "groups": [group], "seconds": 1.5}

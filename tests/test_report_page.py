@@ -69,7 +69,8 @@ def full(tmp_path_factory):
     "compact": {"bytes": 500},
   }
   inference = {"device": "cpu", "batch": 32, "models": models}
-  fake_runs.write_run(path, seeds, lines, flags, inference=inference)
+  of_channels = {"costs": fake_runs.costs_of(), "sensitivity": fake_runs.sensitivity_of()}
+  fake_runs.write_run(path, seeds, lines, flags, inference=inference, **of_channels)
   return seeds, write_report([path])
 
 
@@ -81,10 +82,29 @@ def test_all_sections_in_their_order(full):
     "Sparsity of each layer",
     "Geometry of the soup",
     "Loss between the candidates",
+    "Size and speed, phase by phase",
+    "What each group of channels costs",
     "Size and time of an inference",
     "Cost of an inference",
     "How this was made",
   ]
+
+
+def test_what_phases_and_groups_of_channels_cost(full):
+  page = Page(full[1])
+  rows = {row[0]: row for row in page.rows if row}
+  assert ["Dense", "6,000", "60,000", "24.0", "4", "", "2 [1, 3]", ""] in page.rows
+  assert rows["Phase 1"][1:] == ["3,000", "30,000", "12.0", "2", "2.00", "1 [0.1, 3]",
+                                 "2.00"]  # fmt: skip
+  assert rows["Phase 2"][1:] == ["2,000", "20,000", "8.0", "1.33", "3.00",
+                                 "0.667 [0.1, 3]", "3.00"]  # fmt: skip
+  assert rows["Conv_0"] == ["Conv_0", "8", "900", "2,000", "25.0 %", "3.7", "2", "+1.2"]
+  text = " ".join("".join(page.text).split())
+  assert (
+    "Compiling took 1 min 5 s of 1 h 1 min in all: dense training 5 s, phase 1 7 s"
+    in (text)
+  )
+  assert "Took 1 h 1 min, 1 min 5 s of it compiling." in text
 
 
 def test_numbers_of_the_table_are_scipys(full):

@@ -151,6 +151,11 @@ EDITS = {
   "seeds[0].phases[1].landscape.plane.loss": put(
     *SEED, "phases", 1, "landscape", "plane", "loss", [[1, 2], [3]]
   ),
+  "costs.phases": put("costs", "phases", None),
+  "costs.phases[0].copies": put("costs", "phases", 0, "copies", 0),
+  "costs.compiling_seconds": put("costs", "compiling_seconds", None),
+  "costs.inference": put("costs", "inference", 3),
+  "sensitivity": put("sensitivity", [1]),
   "inference.models": put("inference", "models", {"dense": 3}),
   "inference.models.dense.bytes": put("inference", "models", "dense", "bytes", "many"),
   "ood_sources": put("ood_sources", [[]]),

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 from main_job import assert_same_run, config_of, results, run
+from test_report_page import Page
 
 from experiments.run import checkpointing
 from jaxsms import checkpoint
@@ -22,6 +23,19 @@ def quick(quick_compilation):
   pass
 
 
+def without_times(record):
+  """The rest of what a run says of its costs."""
+  if isinstance(record, list):
+    return [without_times(one) for one in record]
+  if not isinstance(record, dict):
+    return record
+  rest = {k: v for k, v in record.items() if "seconds" not in k and k not in SPREAD}
+  return {k: without_times(v) for k, v in rest.items()}
+
+
+SPREAD = ("min", "median", "max")
+
+
 @pytest.fixture(scope="module")
 def shrunk(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "shrunk"
@@ -33,6 +47,7 @@ def test_a_shrinking_run_gives_the_soup_of_masks_of_channels(shrunk, tmp_path):
   masked = tmp_path / "masked"
   assert run(*FLAGS, f"--workdir={masked}") == 0
   (cut,), (whole,) = (results(w)["seeds"] for w in (shrunk, masked))
+  assert "--shrink retrains the smaller" in " ".join(Page(masked / "report.html").text)
   for a, b in zip(cut["phases"], whole["phases"], strict=True):
     assert a["sparsity"] == b["sparsity"]
     for name in ("soup", "mean_candidate", "imp"):
@@ -54,6 +69,39 @@ def test_a_shrinking_run_gives_the_soup_of_masks_of_channels(shrunk, tmp_path):
     assert (kernel != 0).any(0).sum() == widths[i]
 
 
+def test_a_run_says_what_its_phases_cost(shrunk):
+  found = results(shrunk)
+  costs, (seed,) = found["costs"], found["seeds"]
+  methods = [(p["method"], p["phase"], p["copies"]) for p in costs["phases"]]
+  assert methods == [("dense", 0, 1), *(("sms", t, 2) for t in (1, 2)),
+                     *(("imp", t, 1) for t in (1, 2))]  # fmt: skip
+  for phase in costs["phases"]:
+    assert phase["steps"] == 16 * (1 if phase["phase"] else 2)  # 1,077 images, 64 a batch
+    assert phase["seconds_per_epoch"] > 0
+  by_phase = costs["inference"]["phases"]
+  for cut, phase in zip(by_phase, seed["phases"], strict=True):
+    for name in ("parameters", "multiply_adds"):
+      assert cut[name] == phase[name] < costs["inference"]["dense"][name]
+      assert costs["inference"]["dense"][name] == seed["dense"][name]
+    assert cut["bytes"] == 4 * cut["parameters"]
+  groups = found["sensitivity"]["groups"]
+  assert [(g["channels"], g["removed"]) for g in groups] == [(16, 4), (12, 3)]
+  assert [g["multiply_adds"] for g in groups] == [16 * (64 + 12), 12 * (16 + 10)]
+
+
+def test_the_report_shows_them(shrunk):
+  page = Page(shrunk / "report.html")
+  (seed,) = results(shrunk)["seeds"]
+  rows = {row[0]: row for row in page.rows if row}
+  for phase in seed["phases"]:
+    sizes = [f"{phase[name]:,}" for name in ("parameters", "multiply_adds")]
+    assert rows[f"Phase {phase['phase']}"][1:3] == sizes
+  assert rows["Dense_1"][:4] == ["Dense_1", "12", "312", "312"]
+  text = " ".join(page.text)
+  assert "of it compiling" in text and "Compiling took" in text
+  assert "--shrink retrains the smaller" not in text
+
+
 def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
   shrunk, tmp_path, monkeypatch
 ):
@@ -69,6 +117,9 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
     assert run(*FLAGS, "--shrink", f"--workdir={workdir}") == 143
   assert run(*FLAGS, "--shrink", f"--workdir={workdir}") == 0
   assert_same_run(workdir, shrunk)
+  for found in ("sensitivity", "costs"):
+    ours, whole = (results(w)[found] for w in (workdir, shrunk))
+    assert without_times(ours) == without_times(whole)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ class Case(NamedTuple):
     epochs: lines of metrics.jsonl with the loss of each copy.
     inference: sizes and times dense and sparse, where they were measured.
     unfinished: what is missing yet, a sentence without its end; empty for nothing.
+    costs: seconds by phase, as in results.json.
+    sensitivity: of the groups of channels, as in results.json.
+    seconds: that it took; None where that is not known.
   """
 
   title: str
@@ -25,11 +28,20 @@ class Case(NamedTuple):
   epochs: Sequence[Results] = ()
   inference: Results | None = None
   unfinished: str = ""
+  costs: Results | None = None
+  sensitivity: Results | None = None
+  seconds: float | None = None
 
   @property
   def m(self) -> int:
     """Number of copies."""
     return self.flags["ingredients"]
+
+  @property
+  def inference_by_phase(self) -> Results | None:
+    """Sizes and times of the network that each phase leaves, where they were measured."""
+    found = (self.costs or {}).get("inference")
+    return found if found and found["phases"] else None
 
   def soups(self, key: str) -> dict[int, list]:
     """What the soup's phases hold under a key, by phase, over the seeds that have it.
@@ -69,6 +81,7 @@ class Origin(NamedTuple):
     ood_sources: where each corruption comes from.
     warnings: what is missing of it or failed, a sentence each.
     grows: whether the command also fills the gaps of a grid.
+    compiling: seconds of it that went into compiling, where they were counted.
   """
 
   title: str
@@ -79,3 +92,4 @@ class Origin(NamedTuple):
   ood_sources: Results
   warnings: Sequence[str] = ()
   grows: bool = False
+  compiling: float | None = None

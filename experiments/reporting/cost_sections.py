@@ -26,9 +26,9 @@ def inference_section(cases: Sequence[Case]) -> Section:
         "",
         name,
         f"{model['bytes'] / 1000:,.1f}",
-        _ratio(dense.get("bytes"), model["bytes"]),
-        _spread(model.get("milliseconds")),
-        _ratio(_median(dense.get("milliseconds")), _median(model.get("milliseconds"))),
+        ratio(dense.get("bytes"), model["bytes"]),
+        spread_text(model.get("milliseconds")),
+        ratio(_median(dense.get("milliseconds")), _median(model.get("milliseconds"))),
       ]
       for name, model in models.items()
     ]
@@ -45,7 +45,8 @@ def _median(value):
   return value.get("median") if isinstance(value, dict) else value
 
 
-def _spread(value):
+def spread_text(value: object) -> str:
+  """A median with the least and greatest, or a single number."""
   if value is None:
     return ""
   if isinstance(value, dict):
@@ -53,7 +54,8 @@ def _spread(value):
   return f"{value:.3g}"
 
 
-def _ratio(dense, value):
+def ratio(dense: float | None, value: float | None) -> str:
+  """How many times smaller or faster; empty where one of both is not known."""
   return f"{dense / value:.2f}" if dense and value else ""
 
 
@@ -101,7 +103,7 @@ def origin_section(origins: Sequence[Origin]) -> Section:
   section = Section("How this was made", [])
   for origin in origins:
     where = " Also ".join(f"{_versions(one)}." for one in origin.environments or [{}])
-    took = f" Took {duration(origin.seconds)}." if origin.seconds is not None else ""
+    took = _took(origin)
     name = f"{origin.title}: " if len(origins) > 1 else ""
     sources = sorted(set(map(str, (origin.ood_sources or {}).values())))
     ood = f" Corruptions from {', '.join(sources)}." if sources else ""
@@ -121,6 +123,18 @@ def origin_section(origins: Sequence[Origin]) -> Section:
       ]
     )
   return section
+
+
+def _took(origin):
+  """How long it took, and how much of that went into compiling, in words."""
+  if origin.seconds is None:
+    return ""
+  compiling = (
+    f", {duration(origin.compiling)} of it compiling"
+    if origin.compiling is not None
+    else ""
+  )
+  return f" Took {duration(origin.seconds)}{compiling}."
 
 
 def _versions(environment):

@@ -73,6 +73,7 @@ def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], 
     results.get("ood_sources", {}),
     comparison_warnings(results) if "cells" in results else [],
     "cells" in results and not fills_grid(results),
+    (results.get("costs") or {}).get("compiling_seconds"),
   )
 
 
@@ -101,7 +102,13 @@ def run_case(path: storage.epath.Path, results: dict[str, Any], known: dict) -> 
       done = len(seed["phases"])
       missing += f", and {done} of {known['phases']} phases of seed {seed['seed']}"
   return Case(
-    path.name, known, finished + others, epochs, results.get("inference"), missing
+    path.name,
+    known,
+    finished + others,
+    epochs,
+    results.get("inference"),
+    missing,
+    *(results.get(name) for name in ("costs", "sensitivity", "seconds")),
   )
 
 
@@ -170,6 +177,7 @@ def comparison_cases(
         epochs,
         of_first.get("inference"),
         missing,
+        *(of_first.get(name) for name in ("costs", "sensitivity", "seconds")),
       )
     )
   return cases

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from ..methods.registry import looks
 from . import figures
 from .cases import Case, Origin
+from .channel_sections import channels_section, sensitivity_section
 from .class_sections import classes_section
 from .cost_sections import (
   cost_section,
@@ -71,6 +72,8 @@ def document(
     geometry_section(cases),
     uncertainty_section(cases),
     landscape_section(cases),
+    channels_section(cases),
+    sensitivity_section(cases),
     inference_section(cases),
     cost_section(cases),
     origin_section(origins),

@@ -17,6 +17,7 @@ from jaxsms.disk.storage import first_sentence
 
 from ..config.run_config import Config
 from . import run_directory
+from .costs import RunCosts
 from .environment import check_version, environment, environments_of
 from .lock import Busy, Lock, Moved
 from .metrics_file import MetricsFile
@@ -43,6 +44,7 @@ class Checkpointer:
     epoch: what the chunks of the epoch under way reported.
     steps_left: as `methods.planned_work` plans them; counted down while they are done.
     environments: versions and devices that the run had, each with where it began (`from`).
+    costs: what its phases take.
   """
 
   def __init__(
@@ -74,6 +76,7 @@ class Checkpointer:
     self.epoch: dict[str, list] = {"loss": [], "accuracy": [], "taken": []}
     self.steps_left: dict[int, int] = {}
     self.environments: list[dict[str, Any]] = []
+    self.costs = RunCosts()
 
   def open(
     self,
@@ -185,6 +188,7 @@ class Checkpointer:
       }
       self.steps_left = {int(k): n for k, n in meta["steps_left"].items()}
       self._begun -= meta["seconds"]
+      self.costs = RunCosts(meta.get("costs"))
       self.environments = environments_of(meta) or environments_of(meta["run"])
       self.seed_state = unpacked(
         found.arrays,
@@ -279,6 +283,7 @@ class Checkpointer:
         "seconds": self.seconds(),
         "metrics_bytes": self._metrics.flush(),
         "environments": self.environments,
+        "costs": self.costs.saved(),
       }
       self._series.save(arrays, storage.plain(meta))
     self._last = time.monotonic()

@@ -10,6 +10,7 @@ from jaxsms.disk.storage import Damaged
 from jaxsms.training.failures import COPY_FAULTS
 
 from ..methods import registry, seeds
+from .costs_check import MILLISECONDS, RUN_COSTS, SENSITIVITY
 from .json_checks import (
   Unfit,
   check_at,
@@ -214,7 +215,6 @@ PHASE = record(
 DENSE = every(record({"test_accuracy": SHARE}), MODEL)
 SEED = record({"seed": whole(0), "dense": DENSE, "phases": listing(PHASE)})
 SEEDS = every(listing(SEED), _same_layers)
-MILLISECONDS = record(dict.fromkeys(("median", "min", "max"), known(number(0))))
 SIZES = record({"bytes": known(number(0))})
 
 
@@ -269,6 +269,8 @@ SHARED = {
   "environments": listing(record({"from": text, "environment": SCALARS})),
   "ood_sources": maybe(mapping(scalar)),
   "inference": maybe(INFERENCE),
+  "costs": maybe(RUN_COSTS),
+  "sensitivity": maybe(SENSITIVITY),
   "finished": flag,
   "seconds": known(number(0)),
 }

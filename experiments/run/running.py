@@ -19,6 +19,7 @@ from jaxsms.training import Chunk, Engine, TrainState
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
 from . import checkpointing, hardware
+from .channel_costs import ChannelCosts
 from .environment import environment
 from .progress import MEASURED, RunProgress
 from .run_directory import save_soup
@@ -99,6 +100,7 @@ class Listener:
       record = engine.describe(params)
       self._progress.model_measured()
       self.checkpointer.count(MEASURED, 1)
+      self.checkpointer.costs.mark()
       return record
 
     return engine._replace(describe=described, wants_state=self.checkpointer.due)
@@ -115,6 +117,7 @@ class Listener:
     resumes = method == methods.DENSE or methods.METHODS[method].resumes
     match event:
       case None:
+        checkpointer.costs.skip()
         if not resumes:  # nothing of it is saved before its end: what is there has to be
           checkpointer.begin(checkpointer.seed_state)
       case Chunk():
@@ -123,7 +126,9 @@ class Listener:
           checkpointer.pause()
       case TrainState():
         checkpointer.save(dataclasses.replace(checkpointer.seed_state, state=event))
+        checkpointer.costs.resume()
       case Phase():
+        checkpointer.costs.phase(method, event.record.get("phase", 0))
         self._progress.phase()
         line = {"seed": checkpointer.seed_state.seed, "method": method}
         line["phase"] = event.record.get("phase", 0)
@@ -146,6 +151,7 @@ class Listener:
     title += f" phase {chunk.phase}/{config.phases}" if chunk.phase else ""
     self._progress.chunk(title, epochs, chunk)
     checkpointer.count(chunk.copies, chunk.taken)
+    checkpointer.costs.chunk(method, chunk.phase, chunk.copies, chunk.taken)
     epoch["loss"].append(chunk.loss)
     epoch["accuracy"].append(chunk.accuracy)
     epoch["taken"].append(chunk.taken)
@@ -182,13 +188,16 @@ def run_seed(task: Task, names: Sequence[str], listener: Listener) -> dict[str, 
   seed_state, config = listener.checkpointer.seed_state, listener.checkpointer.config
   task = task._replace(engine=listener.engine(task.engine))
   run = methods.Run(config, task, jax.random.key(seed_state.seed), seed_state)
+  channels = ChannelCosts(task, config, listener.checkpointer.costs)
   for method, event in methods.seed_events(run, names):
+    channels.note(seed_state, method, event)
     listener.take(method, event)
   return methods.entry_of(seed_state, names)
 
 
 def results_of(task: Task, checkpointer: checkpointing.Checkpointer) -> dict[str, Any]:
   """What results.json holds of a run, as far as it has come."""
+  costs = checkpointer.costs
   return {
     "flags": {**checkpointer.config.flags(), "workdir": str(checkpointer.workdir)},
     "environment": environment(),
@@ -196,5 +205,7 @@ def results_of(task: Task, checkpointer: checkpointing.Checkpointer) -> dict[str
     "ood_sources": task.ood_sources,
     "seeds": checkpointer.seeds,
     "seconds": checkpointer.seconds(),
+    "costs": costs.record(task.steps_per_epoch) | {"inference": costs.inference},
+    "sensitivity": costs.sensitivity,
     "finished": len(checkpointer.seeds) == checkpointer.config.seeds,
   }

@@ -50,6 +50,8 @@ from .hardware import copies_at_once, mesh_of, network_options
 from .ood import corrupted_test_data
 from .shares import check_every_class, draw_shares, shares_key, training_groups
 
+TRACED = 2  # images that a network is traced with
+
 
 class Task(NamedTuple):
   """What all seeds and methods of a run share.
@@ -204,7 +206,7 @@ def groups_of(
     variables = {"params": params, "batch_stats": statistics}
     return module.apply(variables, images, train=False)
 
-  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  images = jax.ShapeDtypeStruct((TRACED, *image_shape), jnp.float32)
   return channel_groups(apply, params, images)
 
 

@@ -83,6 +83,58 @@ class Cut(NamedTuple):
     return Model(**self.network.expand(model._asdict()))
 
 
+def cut_network(
+  module: nn.Module, model: Model, masks: PyTree, image_shape: tuple[int, ...]
+) -> Compact:
+  """Cuts out of a network what masks emptied.
+
+  Args:
+    module: the full network, called as `module.apply(variables, images, train=False)`.
+    model: arrays or shapes [...]; only shapes are used.
+    masks: of its parameters, True where kept; concrete.
+    image_shape: height, width and channels of an image.
+
+  Returns:
+    The smaller network, of its variables `params` and `batch_stats`, without values.
+
+  Raises:
+    ValueError: see `jaxsms.compact`.
+  """
+  shapes = _shapes(model)
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  everything = jax.tree.map(lambda x: np.ones(x.shape, bool), shapes["batch_stats"])
+
+  def apply(variables, images):
+    return module.apply(variables, images, train=False)
+
+  return compact(apply, shapes, {"params": masks, "batch_stats": everything}, images)
+
+
+def cut_multiply_adds(
+  network: Compact, model: Model, image_shape: tuple[int, ...]
+) -> dict[str, int]:
+  """Multiply-adds of each weight of a cut network, for one image.
+
+  Args:
+    network: from `cut_network`.
+    model: what it was cut out of, arrays or shapes [...].
+    image_shape: height, width and channels of an image.
+
+  Returns:
+    Counts by the path of the weight, see `jaxsms.multiply_adds`.
+  """
+  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  left = _shapes(network.shrink(_shapes(model)))
+  counts = multiply_adds(network.apply, left, one_image)
+  return {name.removeprefix("params/"): count for name, count in counts.items()}
+
+
+def _shapes(tree):
+  """Of a model or its variables: variables without values."""
+  tree = tree._asdict() if isinstance(tree, Model) else tree
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def cut_engine(
   engine: Engine,
   model: Model,
@@ -109,22 +161,8 @@ def cut_engine(
   Raises:
     ValueError: see `jaxsms.compact`.
   """
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model._asdict())
-  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-  everything = jax.tree.map(lambda x: np.ones(x.shape, bool), shapes["batch_stats"])
-
-  def apply(variables, images):
-    return module.apply(variables, images, train=False)
-
-  network = compact(apply, shapes, {"params": masks, "batch_stats": everything}, images)
-  left = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network.shrink(shapes)
-  )
-  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  costs = {
-    name.removeprefix("params/"): count
-    for name, count in multiply_adds(network.apply, left, one_image).items()
-  }
+  network = cut_network(module, model, masks, image_shape)
+  costs = cut_multiply_adds(network, model, image_shape)
 
   def describe(params: PyTree) -> Record:
     expanded = network.expand({"params": params})["params"]

@@ -1,0 +1,198 @@
+"""What the channels of a network cost: of each phase cut, and of each group."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from jaxsms import GroupSensitivity, Phase, sensitivity
+from jaxsms.devices.meshes import fetch
+from jaxsms.training import Data, Engine, Model, StreamedData
+from jaxsms.training.cutting import cut_multiply_adds, cut_network
+from jaxsms.training.engine import one_model
+from jaxsms.training.landscape import evenly
+from jaxsms.training.measurements import predict, score
+from jaxsms.trees import PyTree, is_parameter
+
+from ..config.run_config import Config
+from ..methods import SOUP
+from .costs import RunCosts
+from .latency import BATCH, filled, size, timed
+from .run_directory import is_writer
+from .seed_state import SeedState
+from .task import TRACED, Task
+
+IMAGES = 1000  # of the validation data, for the table of groups
+SHARE = 0.25  # of a group's channels, that go for it
+
+
+class ChannelCosts:
+  """Measures, in the first seed of a run that prunes channels, what they cost."""
+
+  def __init__(self, task: Task, config: Config, costs: RunCosts):
+    """Measures nothing yet.
+
+    Args:
+      task: of the run.
+      config: of it.
+      costs: where it is noted.
+    """
+    self._task, self._config, self._costs = task, config, costs
+    self._inferences = Inferences(task.module, task.image_shape)
+
+  def note(self, seed_state: SeedState, method: str, event: Any) -> None:
+    """Measures what an event of the soup gives occasion to, before it is saved.
+
+    All processes have to call it. Where something cannot be measured, the run is no worse.
+
+    Args:
+      seed_state: the seed under way.
+      method: whose event it is.
+      event: see `methods.seed_events`.
+    """
+    config = self._config
+    channels = config.shrink or config.criterion == "channels"
+    begins = event is None and self._costs.sensitivity is None
+    if method != SOUP or not channels or seed_state.seed != config.seed:
+      return
+    if not begins and not isinstance(event, Phase):
+      return
+    try:
+      if begins:
+        self._sensitivity(seed_state.dense)
+      else:
+        self._costs.phase(method, event.record["phase"])
+        self._phase(event.record["phase"], *fetch((event.params, event.masks)))
+    except (ValueError, RuntimeError) as error:
+      logging.warning("channels are not timed: %s", error)
+    self._costs.skip()
+
+  def _sensitivity(self, dense):
+    task = self._task
+    if task.groups is not None and not self._config.split_params:
+      self._costs.sensitivity = sensitivity_record(task.engine, task.groups(), dense)
+
+  def _phase(self, number, model, masks):
+    if not is_writer():
+      return
+    found = self._costs.inference or {
+      "device": jax.local_devices()[0].device_kind, "batch": BATCH,
+      "dense": dense_size(self._task, model), "phases": [],
+    }  # fmt: skip
+    before = [one for one in found["phases"] if one["phase"] < number]
+    phase = {"phase": number, **self._inferences.phase(model, masks)}
+    self._costs.inference = {**found, "phases": [*before, phase]}
+
+
+def dense_size(task: Task, model: Model) -> dict[str, int]:
+  """Parameters, multiply-adds and bytes of the network before it is cut."""
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), model.params)
+  network = cut_network(task.module, model, masks, task.image_shape)
+  costs = cut_multiply_adds(network, model, task.image_shape)
+  return {
+    "parameters": parameters(model.params),
+    "multiply_adds": sum(costs.values()),
+    "bytes": size(model),
+  }
+
+
+class Inferences:
+  """Times the networks that phases leave, cut, beside the dense one."""
+
+  def __init__(self, module: Any, image_shape: tuple[int, ...]):
+    """Compiles nothing yet.
+
+    Args:
+      module: the network.
+      image_shape: [height, width, channels].
+    """
+    self._module, self._image_shape = module, image_shape
+    self._dense = jax.jit(lambda v, images: module.apply(v, images, train=False))
+
+  def phase(self, model: Model, masks: PyTree) -> dict[str, Any]:
+    """Size and time of one phase's network, cut, and the time of the dense one beside it.
+
+    Args:
+      model: of full shapes, leaves [...] of the host.
+      masks: of its parameters.
+
+    Returns:
+      `parameters`, `multiply_adds` (of one image), `bytes` (of parameters and batch
+      statistics), `milliseconds` of a batch and `dense_milliseconds`, each with `median`,
+      `min` and `max` over rounds in which both alternate.
+    """
+    network = cut_network(self._module, model, masks, self._image_shape)
+    device = jax.local_devices()[0]
+    images = np.random.default_rng(0).standard_normal(
+      (BATCH, *self._image_shape), np.float32
+    )
+    full = {**model._asdict(), "params": filled(model.params, masks)}
+    left = network.shrink(model._asdict())
+    costs = cut_multiply_adds(network, model, self._image_shape)
+    images, full, left = jax.device_put((images, full, left), device)
+    times = timed(
+      {
+        "dense": (self._dense, full, images),
+        "cut": (jax.jit(network.apply), left, images),
+      }
+    )
+    return {
+      "parameters": parameters(left["params"]),
+      "multiply_adds": sum(costs.values()),
+      "bytes": size(left),
+      "milliseconds": times["cut"],
+      "dense_milliseconds": times["dense"],
+    }
+
+
+def parameters(params: PyTree) -> int:
+  """How many numbers are trained."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(x.size for path, x in leaves if is_parameter(path, x))
+
+
+def sensitivity_record(engine: Engine, groups: Any, dense: Model) -> dict[str, Any]:
+  """What each group of channels of a dense model costs, and bears.
+
+  Args:
+    engine: of the network and its data.
+    groups: of its channels.
+    dense: leaves [...].
+
+  Returns:
+    `groups`, see `jaxsms.sensitivity`, of one image: the loss is one of validation accuracy
+    where `share` of one group goes, on so many `images`; and the `seconds` that it took.
+  """
+  started = time.monotonic()
+  validation = some_of(engine.splits.validation, IMAGES)
+  params, batch_stats = fetch(dense)
+
+  def accuracy(pruned):
+    models = one_model(Model(pruned, batch_stats))
+    predictions = {"validation": predict(engine.programs, validation, models)}
+    return score(engine.programs, predictions)[0]["validation_accuracy"]
+
+  table = sensitivity(accuracy, params, groups, SHARE)
+  return {
+    "share": SHARE,
+    "images": validation.size,
+    "groups": [of_one_image(one) for one in table],
+    "seconds": time.monotonic() - started,
+  }
+
+
+def of_one_image(group: GroupSensitivity) -> dict[str, Any]:
+  """What is known of a group; the network was traced with `TRACED` images."""
+  products = group.multiply_adds
+  products = None if products is None else products // TRACED
+  return group._replace(multiply_adds=products)._asdict()
+
+
+def some_of(data: Data | StreamedData, most: int) -> Data | StreamedData:
+  """Up to so many examples, spread evenly over the data."""
+  if not isinstance(data, StreamedData):
+    return evenly(data, most)
+  count = min(most, data.size)
+  return data._replace(indices=data.indices[np.arange(count) * data.size // count])
