@@ -11,9 +11,9 @@ from test_training import MEAN, STD, make_programs
 from experiments.run import channel_costs, costs
 from experiments.run.channel_costs import Inferences, sensitivity_record, some_of
 from experiments.run.costs import Now, RunCosts
-from experiments.run.task import groups_of
 from jaxsms import training
 from jaxsms.training import Data, Engine, Model, Splits
+from jaxsms.training.cutting import groups_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +124,7 @@ def test_sizes_of_a_cut_network_are_those_of_its_widths(monkeypatch):
   def timed(calls):
     for name, (function, variables, images) in calls.items():
       shapes[name] = function(variables, images).shape
-    return dict.fromkeys(calls, {"median": 1.0, "min": 1.0, "max": 1.0})
+    return {name: {"median": 1.0, "min": 1.0, "max": 1.0} for name in calls}
 
   monkeypatch.setattr(channel_costs, "timed", timed)
   found = Inferences(Wide(), (4, 4, 1)).phase(jax.device_get(model), masks)
@@ -151,7 +151,7 @@ def test_points_lost_without_a_quarter_of_a_group():
   data = Data(images.astype(np.uint8), classes(model.params).astype(np.int32))
   programs = make_programs(Wide(), augmentation="none")
   engine = Engine(programs, Splits(data, data, data))
-  groups = groups_of(Wide(), *model, image_shape=(4, 4, 1))
+  groups = groups_of(Wide(), model, (4, 4, 1))
   found = sensitivity_record(engine, groups, model)
   (group,) = found["groups"]
   assert (found["images"], found["share"]) == (40, 0.25)

@@ -10,7 +10,8 @@ import pytest
 from engine import run_phases
 from test_training import BATCH, assert_close, ingredients, make_data, make_programs
 
-from jaxsms import Phase, channel_groups, channel_masks, training
+from jaxsms import Phase, channel_groups, channel_masks, make_mesh, training
+from jaxsms.data import ArrayExamples
 from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.cutting import CutModule, cut_engine
 
@@ -35,8 +36,8 @@ class Wide(nn.Module):
     return nn.Dense(3)(nn.relu(nn.Dense(10)(x)))
 
 
-def programs_of(module):
-  return make_programs(module, augmentation="none")
+def programs_of(module, **options):
+  return make_programs(module, augmentation="none", **options)
 
 
 def setting():
@@ -52,18 +53,19 @@ def setting():
 CUT = {"module": Wide(), "programs_of": programs_of, "image_shape": (4, 4, 1)}
 
 
-def soups(shrink, start=None, **options):
+def soups(shrink, start=None, splits=SPLITS, program_options=None, **options):
   dense, prune = setting()
   chosen = ingredients([0, 1], 7)
-  programs, cuts = programs_of(Wide()), []
+  make = functools.partial(programs_of, **(program_options or {}))
+  programs, cuts = make(Wide()), []
   rates = np.full((2, 7), 0.1, np.float32)
 
   def cut(engine, model, masks):
-    cuts.append(cut_engine(engine, model, masks, **CUT))
+    cuts.append(cut_engine(engine, model, masks, **{**CUT, "programs_of": make}))
     return cuts[-1]
 
   found = run_phases(
-    programs, SPLITS, KEY, start or dense, lambda record: (chosen, rates),
+    programs, splits, KEY, start or dense, lambda record: (chosen, rates),
     goal_sparsity=0.6, phases=2, prune=prune, shrink=cut if shrink else None, **options,
   )  # fmt: skip
   return found, cuts
@@ -93,6 +95,36 @@ def test_every_phase_trains_what_is_left(both):
   assert 12 > shapes[0][1] > shapes[1][1] >= 1
   masks = found.masks["Dense_0"]["kernel"]
   assert shapes[1][1] == np.asarray(masks).any(0).sum()
+
+
+def streamed(split):
+  source = ArrayExamples(np.asarray(split.images), np.asarray(split.labels))
+  return training.StreamedData(source, np.arange(split.size), threads=0)
+
+
+def test_streamed_data_give_the_same_soup_cut_and_masked():
+  splits = Splits(*map(streamed, SPLITS[:3]))
+  (cut, cuts), (masked, _) = (soups(shrink, splits=splits) for shrink in (True, False))
+  assert_close(cut.model.params, masked.model.params, 2e-5)
+  for a, b in zip(cut.records, masked.records, strict=True):
+    assert a["soup"] == pytest.approx(b["soup"], abs=1e-4)
+  assert cuts[1].shrink(cut.model).params["Dense_0"]["kernel"].shape[1] < 12
+
+
+def test_parameters_in_parts_give_the_same_soup(both):
+  """Each copy's parameters over two devices; widths that are odd after a cut stay whole."""
+  mesh = make_mesh(1, 2, devices=jax.devices()[:2])
+  programs = programs_of(Wide(), mesh=mesh, split_params=True)
+  dense, _ = setting()
+  parts = Engine(programs, SPLITS).start(dense, 1)
+  start = jax.tree.map(lambda x: x[0], Model(parts.params, parts.batch_stats))
+  options = {"mesh": mesh, "split_params": True}
+  found, cuts = soups(True, start=start, program_options=options)
+  assert cuts[0].engine.programs.split_params
+  assert_close(found.model.params, both[0][0].model.params, 2e-5)
+  for a, b in zip(found.records, both[0][0].records, strict=True):
+    assert a["sparsity"] == b["sparsity"]
+    assert a["soup"] == pytest.approx(b["soup"], abs=1e-4)
 
 
 def test_a_kept_state_goes_on_in_the_shapes_of_its_phase(both):

@@ -104,6 +104,37 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_networks_shrink_in_two_processes_as_in_one(tmp_path):
+  """The copies over both of them, and the parameters of each copy in parts."""
+  flags = ("--criterion=channels", "--shrink", "--phases=2", "--merge=uniform")
+  wide = ("--cpu_devices=2", "--mesh=2x2")
+  parts = ("--cpu_devices=1", "--mesh=1x2", "--split_params")
+  settings = {"wide": wide, "parts": parts}
+  alone = start(*flags, f"--workdir={tmp_path / 'alone'}", "--mesh=none")
+  two = {
+    name: start_two(*flags, *own, f"--workdir={tmp_path / name}")
+    for name, own in settings.items()
+  }
+  everyone = [alone, *two["wide"], *two["parts"]]
+  for status, _, errors in finish_all(everyone):
+    assert status == 0, errors
+  (wanted,) = results(tmp_path / "alone")
+  soup = checkpoint.restore(tmp_path / "alone" / "soup" / "seed_0")
+  assert wanted["phases"][1]["parameters"] < wanted["phases"][0]["parameters"]
+  for name in settings:
+    (got,) = results(tmp_path / name)
+    for ours, theirs in zip(got["phases"], wanted["phases"], strict=True):
+      assert ours["sparsity"] == theirs["sparsity"]
+      assert ours["parameters"] == theirs["parameters"]
+      loss = [phase["soup"]["validation_loss"] for phase in (ours, theirs)]
+      assert loss[0] == pytest.approx(loss[1], rel=1e-3)
+    found = checkpoint.restore(tmp_path / name / "soup" / "seed_0")
+    for of in ("params", "masks"):
+      for a, b in zip(*(s[of]["Dense_0"].values() for s in (found, soup)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_what_processes_cannot_share(tmp_path):
   for flags, words in (
     (("--mesh=none",), "several processes need a mesh"),

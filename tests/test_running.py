@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.run import running
+from experiments.run.costs import RunCosts
 from jaxsms.training import Chunk
 
 
@@ -18,6 +19,7 @@ def lines_of(steps, steps_per_epoch, length):
     seed_state=types.SimpleNamespace(seed=0),
     count=lambda copies, taken: None,
     append_metrics=lines.append,
+    costs=RunCosts(),
   )
   progress = types.SimpleNamespace(chunk=lambda title, epochs, chunk: None)
   listener = running.Listener(progress, checkpointer, steps_per_epoch)
@@ -32,6 +34,7 @@ def lines_of(steps, steps_per_epoch, length):
     listener.take(
       "sms", Chunk(1, step, steps, taken, epoch, mean, 0 * mean, np.ones(1), phase=1)
     )
+  assert checkpointer.costs.record(1)["phases"][0]["steps"] == steps
   assert checkpointer.epoch == {"loss": [], "accuracy": [], "taken": []}
   return [(line["epoch"], line["step"], float(line["loss"][0])) for line in lines]
 

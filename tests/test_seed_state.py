@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from experiments import methods
 from experiments.methods import in_phases
 from experiments.run import checkpointing
+from experiments.run.costs import RunCosts
 from experiments.run.seed_state import SeedState, packed, unpacked
 from experiments.run.signals import StopSignals
 from jaxsms import training
@@ -56,6 +57,13 @@ JSON = st.recursive(
 )
 
 
+def costs():
+  """Of a run with a phase."""
+  run = RunCosts()
+  run.phase("sms", 1)
+  return run.saved()
+
+
 @hypothesis.given(st.data())
 def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, data):
   arrays, rest = packed(trained())
@@ -66,8 +74,9 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
     "work": rest,
     "seconds": 3.0,
     "metrics_bytes": 0,
+    "costs": costs(),
   }
-  of = data.draw(st.sampled_from([meta, meta["work"], meta["epoch"]]))
+  of = data.draw(st.sampled_from([meta, meta["work"], meta["epoch"], meta["costs"]]))
   changed = data.draw(st.sampled_from(sorted(of)))
   if data.draw(st.booleans()):
     del of[changed]
@@ -75,7 +84,9 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
     of[changed] = data.draw(JSON)
   for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=1)):
     arrays[name] = np.zeros(data.draw(st.lists(st.integers(0, 3), max_size=2)))
-  config = types.SimpleNamespace(ingredients=2, save_minutes=5, keep_checkpoints=2)
+  config = types.SimpleNamespace(
+    ingredients=2, save_minutes=5, keep_checkpoints=2, shrink=False
+  )
   checkpointer = checkpointing.Checkpointer(
     tmp_path_factory.getbasetemp(), {}, config, StopSignals()
   )

@@ -89,6 +89,17 @@ def test_a_run_says_what_its_phases_cost(shrunk):
   assert [g["multiply_adds"] for g in groups] == [16 * (64 + 12), 12 * (16 + 10)]
 
 
+def test_lines_between_cut_candidates_end_where_they_are(shrunk):
+  (seed,) = results(shrunk)["seeds"]
+  phase = seed["phases"][-1]
+  (line,) = phase["landscape"]["lines"]
+  assert phase["landscape"]["images"] == 120  # all of them, and no batch statistics
+  ends = [candidate["validation_loss"] for candidate in phase["candidates"]]
+  assert [line["loss"][0], line["loss"][-1]] == pytest.approx(ends, rel=1e-4)
+  ends = [candidate["validation_accuracy"] for candidate in phase["candidates"]]
+  assert [line["accuracy"][0], line["accuracy"][-1]] == pytest.approx(ends)
+
+
 def test_the_report_shows_them(shrunk):
   page = Page(shrunk / "report.html")
   (seed,) = results(shrunk)["seeds"]
@@ -127,7 +138,6 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
   [
     (["--shrink", "--baselines=swamp"], "whose masks are its own"),
     (["--shrink", "--baselines=imp_reprune"], "whose masks are its own"),
-    (["--shrink", "--split_params"], "--shrink cuts models that lie whole"),
     (["--budget=channels"], "belongs to --criterion=channels"),
     (["--criterion=channels", "--budget=weight"], "did you mean weights"),
     (["--criterion=channels", "--goal_sparsity=0.9999"], "weights"),

@@ -115,7 +115,6 @@ def make_task(
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (examples, *image_shape), np.uint8)
   labels = rng.integers(0, NUM_CLASSES, examples, np.int32)
-  mean, std = (np.full(image_shape[-1:], value, np.float32) for value in (MEAN, STD))
   params, batch_stats = jax.jit(
     functools.partial(init_variables, module, image_shape=image_shape)
   )(jax.random.key(0))
@@ -123,15 +122,13 @@ def make_task(
   counts = multiply_adds(
     module.apply, {"params": params, "batch_stats": batch_stats}, one_image
   )
-  programs = make_programs(
+  programs = programs_of(
     module,
-    functools.partial(sgd, momentum=MOMENTUM, nesterov=True),
-    training_images=lambda key, batch: training_images(augmentation, key, batch, mean, std),
-    evaluation_images=lambda batch: batch,  # nothing is evaluated
+    image_shape[-1],
     batch_size=batch_size,
+    augmentation=augmentation,
     at_once=at_once(sum(x.size for x in jax.tree.leaves(params))),
-    skip_inactive=jax.default_backend() == "cpu",
-    mesh=mesh_of,
+    mesh_of=mesh_of,
     micro_batches=micro_batches,
   )
   return Task(
@@ -142,6 +139,31 @@ def make_task(
     batch_stats,
     examples // batch_size,
     sum(counts.values()),
+  )
+
+
+def programs_of(
+  module: Any,
+  channels: int,
+  *,
+  batch_size: int,
+  augmentation: str,
+  at_once: int | None = None,
+  mesh_of: MeshOf | None = None,
+  micro_batches: int = 1,
+) -> Programs:
+  """The programs of a network on synthetic images of so many channels; see `make_task`."""
+  mean, std = (np.full([channels], value, np.float32) for value in (MEAN, STD))
+  return make_programs(
+    module,
+    functools.partial(sgd, momentum=MOMENTUM, nesterov=True),
+    training_images=lambda key, batch: training_images(augmentation, key, batch, mean, std),
+    evaluation_images=lambda batch: batch,  # nothing is evaluated
+    batch_size=batch_size,
+    at_once=at_once,
+    skip_inactive=jax.default_backend() == "cpu",
+    mesh=mesh_of,
+    micro_batches=micro_batches,
   )
 
 

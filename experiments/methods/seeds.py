@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,7 +83,10 @@ class Run(NamedTuple):
   def prune(self) -> Prune:
     """The criterion."""
     key = jax.random.fold_in(self.key, PRUNE)
-    return pruning(self.config, key, self.task.groups)
+    prune = pruning(self.config, key, self.task.groups)
+    if self.task.clock is None:
+      return prune
+    return functools.partial(prune, measure=self.task.clock)
 
   @property
   def sparsities(self) -> dict[int, float]:

@@ -10,19 +10,20 @@ from absl import logging
 from jaxsms import GroupSensitivity, Phase, sensitivity
 from jaxsms.devices.meshes import fetch
 from jaxsms.training import Data, Engine, Model, StreamedData
-from jaxsms.training.cutting import cut_multiply_adds, cut_network
+from jaxsms.training.cutting import TRACED, cut_multiply_adds, cut_network, parameter_count
 from jaxsms.training.engine import one_model
 from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, score
-from jaxsms.trees import PyTree, is_parameter
+from jaxsms.trees import PyTree
 
 from ..config.run_config import Config
 from ..methods import SOUP
 from .costs import RunCosts
-from .latency import BATCH, filled, size, timed
+from .latency import filled, size, timed
+from .latency_budget import BATCH
 from .run_directory import is_writer
 from .seed_state import SeedState
-from .task import TRACED, Task
+from .task import Task
 
 IMAGES = 1000  # of the validation data, for the table of groups
 SHARE = 0.25  # of a group's channels, that go for it
@@ -92,7 +93,7 @@ def dense_size(task: Task, model: Model) -> dict[str, int]:
   network = cut_network(task.module, model, masks, task.image_shape)
   costs = cut_multiply_adds(network, model, task.image_shape)
   return {
-    "parameters": parameters(model.params),
+    "parameters": parameter_count(model.params),
     "multiply_adds": sum(costs.values()),
     "bytes": size(model),
   }
@@ -139,18 +140,12 @@ class Inferences:
       }
     )
     return {
-      "parameters": parameters(left["params"]),
+      "parameters": parameter_count(left["params"]),
       "multiply_adds": sum(costs.values()),
       "bytes": size(left),
       "milliseconds": times["cut"],
       "dense_milliseconds": times["dense"],
     }
-
-
-def parameters(params: PyTree) -> int:
-  """How many numbers are trained."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return sum(x.size for path, x in leaves if is_parameter(path, x))
 
 
 def sensitivity_record(engine: Engine, groups: Any, dense: Model) -> dict[str, Any]:

@@ -113,6 +113,9 @@ class Checkpointer:
         self.seeds, self.seed_state = finished, SeedState(self.config.seed + len(finished))
         self.environments = environments_of(results)
       self._enter_environment(found.number or finished)
+      if task.clock is not None:  # both know what is measured from now on
+        known = task.clock.known | self.costs.latencies
+        task.clock.known = self.costs.latencies = known
       if is_writer():
         metrics = self.workdir / run_directory.METRICS_FILE
         self._metrics = MetricsFile(metrics, size)

@@ -30,6 +30,7 @@ class RunCosts:
     inference: times of inferences, see `channel_costs.ChannelCosts`; None where none are.
     sensitivity: what the channels of the dense network bear, see
       `channel_costs.sensitivity_record`; None where it was not measured.
+    latencies: what `latency_budget.NetworkClock` knows.
   """
 
   def __init__(self, saved: dict[str, Any] | None = None):
@@ -44,6 +45,9 @@ class RunCosts:
     saved = saved or {}
     self.inference = saved.get("inference")
     self.sensitivity = saved.get("sensitivity")
+    self.latencies = {
+      str(name): float(seconds) for name, seconds in saved.get("latencies", {}).items()
+    }
     self._before = float(saved.get("compiling_seconds", 0.0))
     self._phases = {
       (str(one["method"]), int(one["phase"])): {
@@ -105,6 +109,7 @@ class RunCosts:
       "phases": phases,
       "inference": self.inference,
       "sensitivity": self.sensitivity,
+      "latencies": self.latencies,
     }
 
   def record(self, steps_per_epoch: int) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from ..benchmarks.bench_statistics import (
   scaled,
   seconds,
 )
+from .latency_budget import BATCH
 from .run_directory import soup_folder
 from .task import Task
 
-BATCH = 32
 ROUNDS, ROUND_SECONDS = 5, 0.02  # of each model
 
 

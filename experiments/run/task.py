@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms import ChannelGroups, channel_groups, data, models, multiply_adds, pretrained
+from jaxsms import ChannelGroups, data, models, multiply_adds, pretrained
 from jaxsms.channels.budgets import check_reachable
 from jaxsms.data import (
   Dataset,
@@ -40,17 +40,16 @@ from jaxsms.training import (
   make_programs,
   sgd,
 )
-from jaxsms.training.cutting import Cut, cut_engine
+from jaxsms.training.cutting import Cut, cut_engine, groups_of
 from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
 from ..methods.criteria import pruning
 from .hardware import copies_at_once, mesh_of, network_options
+from .latency_budget import NetworkClock
 from .ood import corrupted_test_data
 from .shares import check_every_class, draw_shares, shares_key, training_groups
-
-TRACED = 2  # images that a network is traced with
 
 
 class Task(NamedTuple):
@@ -71,6 +70,7 @@ class Task(NamedTuple):
     shrink: cuts it between phases, see `cut_engine`; None leaves it whole.
     shares: `shares(key, copies)` giving the training examples of each copy, indices in the
       training split; None where every copy has all.
+    clock: of cut networks, for --budget=latency; None for other budgets.
   """
 
   module: Any
@@ -86,6 +86,7 @@ class Task(NamedTuple):
   groups: Callable[[], ChannelGroups] | None = None
   shrink: Callable[[Engine, Model, Any], Cut] | None = None
   shares: Callable[[jax.Array, int], Shares] | None = None
+  clock: NetworkClock | None = None
 
 
 def load(config: Config) -> Dataset | StreamedDataset:
@@ -154,10 +155,12 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
   variant = functools.cache(
     functools.partial(network_programs, config, dataset, module, parameters)
   )
-  groups = functools.cache(
-    functools.partial(groups_of, module, *shapes, image_shape=image_shape)
-  )
+  groups = functools.cache(functools.partial(groups_of, module, shapes, image_shape))
   check_channels(config, shapes.params, groups)
+  clock = None
+  if config.budget == "latency":
+    clock = NetworkClock(module, shapes, groups, image_shape)
+    clock.check(config.goal_sparsity)
   shrink = functools.partial(
     cut_engine,
     module=module,
@@ -193,21 +196,8 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
     groups=groups,
     shrink=shrink if config.shrink else None,
     shares=shares,
+    clock=clock,
   )
-
-
-def groups_of(
-  module: Any, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
-) -> ChannelGroups:
-  """The channels of a network that can only go together, from shapes alone."""
-  statistics = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_stats)
-
-  def apply(params, images):
-    variables = {"params": params, "batch_stats": statistics}
-    return module.apply(variables, images, train=False)
-
-  images = jax.ShapeDtypeStruct((TRACED, *image_shape), jnp.float32)
-  return channel_groups(apply, params, images)
 
 
 def check_channels(

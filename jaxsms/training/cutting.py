@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.channels import Compact, compact
+from jaxsms.channels import ChannelGroups, Compact, channel_groups, compact
+from jaxsms.devices.meshes import gather
 from jaxsms.flops import multiply_adds, sparse_multiply_adds
 from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
 from jaxsms.trees import PyTree, is_parameter
+
+TRACED = 2  # images that a network is traced with
 
 
 class CutModule:
@@ -65,22 +68,53 @@ class Cut(NamedTuple):
   network: Compact | None = None
 
   def shrink(self, model: Model) -> Model:
-    """A model in the shapes of this phase, leaves [...]."""
+    """A model in the shapes of this phase, leaves [...].
+
+    What lies in parts on the devices of several processes is whole on one of each process
+    afterwards.
+    """
     if self.network is None:
       return model
-    return Model(**self.network.shrink(model._asdict()))
+    return Model(**self.network.shrink(gather(model._asdict())))
 
   def masks(self, masks: PyTree) -> PyTree:
     """Masks of parameters in the shapes of this phase."""
     if self.network is None:
       return masks
-    return self.network.shrink({"params": masks})["params"]
+    return self.network.shrink(gather({"params": masks}))["params"]
 
   def expand(self, model: Model) -> Model:
     """A model of this phase in the full shapes, zeros where it was cut."""
     if self.network is None:
       return model
-    return Model(**self.network.expand(model._asdict()))
+    return Model(**self.network.expand(gather(model._asdict())))
+
+
+def groups_of(
+  module: nn.Module, model: Model, image_shape: tuple[int, ...]
+) -> ChannelGroups:
+  """The channels of a network that can only go together, from shapes alone.
+
+  Args:
+    module: called as `module.apply(variables, images, train=False)`.
+    model: arrays or shapes [...]; only shapes are used.
+    image_shape: height, width and channels of an image.
+
+  Returns:
+    Groups of its parameters. Their multiply-adds are of `TRACED` images.
+
+  Raises:
+    ValueError: see `jaxsms.channel_groups`.
+  """
+  shapes = _shapes(model)
+  statistics = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["batch_stats"])
+
+  def apply(params, images):
+    variables = {"params": params, "batch_stats": statistics}
+    return module.apply(variables, images, train=False)
+
+  images = jax.ShapeDtypeStruct((TRACED, *image_shape), jnp.float32)
+  return channel_groups(apply, shapes["params"], images)
 
 
 def cut_network(
@@ -101,7 +135,7 @@ def cut_network(
     ValueError: see `jaxsms.compact`.
   """
   shapes = _shapes(model)
-  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  images = jax.ShapeDtypeStruct((TRACED, *image_shape), jnp.float32)
   everything = jax.tree.map(lambda x: np.ones(x.shape, bool), shapes["batch_stats"])
 
   def apply(variables, images):
@@ -127,6 +161,12 @@ def cut_multiply_adds(
   left = _shapes(network.shrink(_shapes(model)))
   counts = multiply_adds(network.apply, left, one_image)
   return {name.removeprefix("params/"): count for name, count in counts.items()}
+
+
+def parameter_count(params: PyTree) -> int:
+  """How many numbers of a tree are trained, batch statistics and keys left out."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(x.size for path, x in leaves if is_parameter(path, x))
 
 
 def _shapes(tree):
@@ -166,9 +206,9 @@ def cut_engine(
 
   def describe(params: PyTree) -> Record:
     expanded = network.expand({"params": params})["params"]
-    record, leaves = engine.describe(expanded), jax.tree_util.tree_leaves_with_path(params)
+    record = engine.describe(expanded)
     if "parameters" in record:
-      record["parameters"] = sum(x.size for path, x in leaves if is_parameter(path, x))
+      record["parameters"] = parameter_count(params)
     if "multiply_adds" in record:
       dense, sparse = record["multiply_adds"], sparse_multiply_adds(costs, params)
       record["multiply_adds"] = sum(costs.values())

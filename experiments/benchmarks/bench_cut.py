@@ -1,0 +1,192 @@
+"""Times a training step of m copies, of a dense network and of the same with channels cut.
+
+python -m experiments.benchmarks.bench_cut --model=resnet18
+python -m experiments.benchmarks.bench_cut --model=vgg16 --ingredients=2 --batch_size=32
+
+The same share of every group of channels goes. Rounds of both alternate.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags, logging
+
+from jaxsms import channel_masks, models
+from jaxsms.training import Model
+from jaxsms.training.cutting import (
+  CutModule,
+  cut_multiply_adds,
+  cut_network,
+  groups_of,
+  parameter_count,
+)
+
+from ..config import device_flags
+from ..config.fields import at_least, define_flags, ensure, flag, one_of, read_fields
+from ..run import hardware
+from ..run.environment import environment
+from ..run.flag_files import refusals
+from . import bench_jax, bench_settings
+from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled
+
+DENSE, CUT = "dense", "cut"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(device_flags.DeviceFlags):
+  """What is told by flags: devices, and those of this file."""
+
+  model: str = flag(
+    f"Network: {', '.join(models.MODELS)}.",
+    one_of("model", models.MODELS),
+    default="resnet18",
+  )
+  ingredients: int = flag("Copies that are trained at once.", at_least(1), default=2)
+  batch_size: int = flag("Examples of one copy in a step.", at_least(1), default=32)
+  share: float = flag(
+    "Share of the channels of each group that goes.",
+    ensure(lambda value: 0 < value < 1, "give a share between 0 and 1"),
+    default=0.5,
+  )
+  rounds: int = flag("Rounds of both.", at_least(1), default=5)
+  steps: int = flag("Training steps in a round.", at_least(1), default=2)
+
+
+class Contest(NamedTuple):
+  """Both networks in training.
+
+  Attributes:
+    dense: the whole one.
+    cut: the other.
+    steps: of a round.
+  """
+
+  dense: bench_jax.Training
+  cut: bench_jax.Training
+  steps: int
+
+
+def main(argv: list[str]) -> None:
+  """Times what the flags say; bad input ends it with one sentence and exit status 2."""
+  logging.set_verbosity(logging.WARNING)
+  with refusals():
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    config = read_config(flags.FLAGS)
+    hardware.start(config, config.ingredients)
+    contest = make_contest(config)
+  print(text(config, contest, measure(contest, config.rounds)))
+
+
+def read_config(given: flags.FlagValues) -> Config:
+  """The parsed flags.
+
+  Raises:
+    ValueError: a flag is out of range or names something unknown.
+  """
+  config = read_fields(Config, given)
+  device_flags.check(config, config.ingredients)
+  return config
+
+
+def make_contest(config: Config) -> Contest:
+  """m copies of either network, on images of the shape that it usually gets."""
+  like: dict[str, Any] = bench_settings.DATASETS[
+    "digits" if config.model == "mlp" else "cifar10"
+  ]
+  options = hardware.network_options(config)
+  if config.model == "mlp":
+    options |= {"hidden": (256, 256), "dropout": 0.0}
+  module = models.create(config.model, bench_jax.NUM_CLASSES, **options)
+  image_shape, m = like["image"], config.ingredients
+  work: dict[str, Any] = {
+    "batch_size": config.batch_size,
+    "augmentation": like["augmentation"],
+    "mesh_of": hardware.mesh_of(config),
+    "micro_batches": config.micro_batches,
+  }
+  dense = bench_jax.make_task(
+    module,
+    image_shape,
+    examples=config.batch_size * config.steps,
+    at_once=lambda size: hardware.copies_at_once(config, m * size),
+    **work,
+  )
+  model = Model(dense.params, dense.batch_stats)
+  masks = channel_masks(
+    dense.params,
+    config.share,
+    groups=groups_of(module, model, image_shape),
+    scope="uniform",
+    budget="channels",
+  )
+  network = cut_network(module, model, masks, image_shape)
+  left, cut = network.shrink(model._asdict()), CutModule(module, network)
+  at_once = hardware.copies_at_once(config, m * parameter_count(left["params"]))
+  smaller = dense._replace(
+    module=cut,
+    programs=bench_jax.programs_of(cut, image_shape[-1], at_once=at_once, **work),
+    multiply_adds=sum(cut_multiply_adds(network, model, image_shape).values()),
+    **left,
+  )
+  return Contest(
+    *(bench_jax.Training(task, m, config.steps) for task in (dense, smaller)), config.steps
+  )
+
+
+def measure(contest: Contest, rounds: int) -> dict[str, Spread]:
+  """Seconds of a training step of all copies, of both networks.
+
+  Args:
+    contest: of them.
+    rounds: at least 1.
+
+  Returns:
+    By name, dense and cut.
+  """
+  contenders = {}
+  for name, training in ((DENSE, contest.dense), (CUT, contest.cut)):
+    training.run(1)  # compiles
+    training.run(1)
+    contenders[name] = Contender(lambda t=training: t.run(1), contest.steps, {})
+  return alternate(contenders, rounds)
+
+
+def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
+  """What is printed.
+
+  Args:
+    config: the flags.
+    contest: that was timed.
+    found: seconds of a step of both.
+  """
+  versions = environment()
+  lines = [
+    f"{config.model}, m = {config.ingredients}, batch {config.batch_size}, "
+    f"{100 * config.share:g} % of the channels cut; jax {versions['jax']} on "
+    f"{versions['devices']} x {versions['device']}, {cores()} cores; medians of "
+    f"{config.rounds} rounds, in brackets the least and the greatest"
+  ]
+  for name, training in ((DENSE, contest.dense), (CUT, contest.cut)):
+    lines.append(
+      f"{name}: {shown(scaled(found[name], 1000))} ms a step, compiled in "
+      f"{training.train.trace_seconds + training.train.compile_seconds:.1f} s, "
+      f"{parameter_count(training.task.params):,} parameters, "
+      f"{training.task.multiply_adds:,} multiply-adds"
+    )
+  return "\n".join(
+    [*lines, f"a step is {shown(ratio(found[DENSE], found[CUT]))} times as fast"]
+  )
+
+
+def shown(quantity: Spread) -> str:
+  """A median with the least and the greatest."""
+  return f"{quantity.median:.3g} [{quantity.min:.3g}, {quantity.max:.3g}]"
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed
+  define_flags(Config)  # by the binary alone: others have some of them
+  flags.adopt_module_key_flags(device_flags)
+  app.run(main)

@@ -1,0 +1,57 @@
+"""Training steps of a cut network beside the dense one: measured, and what is refused."""
+
+import pytest
+from absl import flags
+
+from experiments.benchmarks import bench_cut
+from experiments.benchmarks.bench_statistics import spread
+from experiments.config.fields import define_flags
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def parse(*given):
+  values = flags.FlagValues()
+  define_flags(bench_cut.Config, values)
+  values(["bench_cut", *given])
+  return bench_cut.read_config(values)
+
+
+def test_a_measurement_and_what_is_said_of_it():
+  config = parse("--model=mlp", "--batch_size=4", "--rounds=2", "--mesh=none")
+  contest = bench_cut.make_contest(config)
+  found = bench_cut.measure(contest, config.rounds)
+  for name in (bench_cut.DENSE, bench_cut.CUT):
+    assert found[name].min > 0 and len(found[name].rounds) == 2
+  sizes = [256, 128]
+  assert [t.task.multiply_adds for t in (contest.dense, contest.cut)] == [
+    64 * n + n * n + n * 10 for n in sizes
+  ]
+  # Rounds of 300 and 100 ms, 200 and 100, 500 and 100.
+  found = {"dense": spread([0.3, 0.2, 0.5]), "cut": spread([0.1, 0.1, 0.1])}
+  said = bench_cut.text(config, contest, found).splitlines()
+  assert "m = 2, batch 4, 50 % of the channels cut" in said[0]
+  assert said[1].startswith("dense: 300 [200, 500] ms a step")
+  assert said[1].endswith(
+    f"{65 * 256 + 257 * 256 + 2570:,} parameters, 84,480 multiply-adds"
+  )
+  assert said[2].startswith("cut: 100 [100, 100] ms a step")
+  assert said[2].endswith(
+    f"{65 * 128 + 129 * 128 + 1290:,} parameters, 25,856 multiply-adds"
+  )
+  assert said[3] == "a step is 3 [2, 5] times as fast"
+
+
+@pytest.mark.parametrize(
+  ("flag", "words"),
+  [
+    ("--model=resnet9", "unknown model"),
+    ("--ingredients=0", "--ingredients is 0"),
+    ("--share=1", "--share is 1"),
+    ("--rounds=0", "--rounds is 0"),
+    ("--steps=0", "--steps is 0"),
+  ],
+)
+def test_bad_flags(flag, words, rejects):
+  with rejects(words):
+    parse(flag)
