@@ -1,4 +1,4 @@
-"""Sparse parameters to take away: a compact file, and sparse matrices of dense layers."""
+"""Models to take away: compact files, cut networks, programs, sparse matrices."""
 
 import hashlib
 import json
@@ -14,11 +14,20 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from jaxsms.disk.by_name import by_path, check_fit
+from jaxsms.disk.cut_files import cut_to_torch, load_cut, save_cut, torch_module
+from jaxsms.disk.onnx_files import quantize_onnx, save_onnx
+from jaxsms.disk.programs import load_stablehlo, save_stablehlo
 from jaxsms.disk.safetensors import check_dtypes, read_with_metadata, write_safetensors
 from jaxsms.disk.storage import first_sentence
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import prunable_flags
 from jaxsms.trees import Prunable, PyTree, is_concrete
+
+__all__ = [
+  "apply_bcoo", "cut_to_torch", "expand", "load_compact", "load_cut", "load_stablehlo",
+  "nested", "quantize_onnx", "save_compact", "save_cut", "save_onnx", "save_stablehlo",
+  "to_bcoo", "torch_module",
+]  # fmt: skip
 
 FORMAT = "jaxsms-compact-1"
 MASK = "#mask"  # after a leaf's name, the name of its bits

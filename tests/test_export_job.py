@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import pytest
 from experiments import export, soup
 from experiments.run.latency import measure_inference
 from jaxsms import checkpoint, models, pretrained
+from jaxsms import export as library
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.safetensors import load_safetensors, read_with_metadata
 from jaxsms.export import load_compact
@@ -33,7 +35,7 @@ def finished(tmp_path_factory):
 
 def run(*words):
   """Exports inside this process; exit status."""
-  main_job.unparse("out", "format")
+  main_job.unparse("out", "format", "cut", "int8")
   return main_job.exit_status(export.main, export.FLAGS(["export", *map(str, words)]))
 
 
@@ -100,6 +102,9 @@ def test_torch_gives_pytorchs_network_the_same_logits(finished, tmp_path, ending
     (["run", "--out=a.npz", "--format=torch"], "must end in .pth or .pt or .safetensors"),
     (["run", "--out=a.pth", "--format=torhc"], "did you mean torch?"),
     (["run", "--out=a.safetensors", "--seed=9"], "run has soups of 3"),
+    (["run", "--out=a.safetensors", "--cut"], "--cut is not of --format=compact"),
+    (["run", "--out=a.pt", "--format=torch", "--int8"], "--int8 is of --format=onnx"),
+    (["run", "--out=a.onn", "--format=onnx"], "it must end in .onnx"),
     ([".", "--out=a.safetensors"], ". holds no soup"),
     (["missing", "--out=a.safetensors"], "missing holds no soup"),
   ],
@@ -174,3 +179,84 @@ def test_convolutions_stay_dense():
   assert found["models"].keys() == {"dense", "soup", "soup, compact file"}
   assert found["models"]["soup"]["bytes"] == 16
   assert found["sparsity"] == 0
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+  """A run whose network shrinks, and the widths that its soup has left."""
+  workdir = tmp_path_factory.mktemp("runs") / "cut"
+  flags = ("--hidden=16,12", "--epochs=1", "--retrain_epochs=1", "--phases=1")
+  flags += ("--ingredients=2", "--batch_size=64", "--goal_sparsity=0.6", "--baselines=")
+  flags += ("--mesh=none", "--criterion=channels", "--shrink")
+  assert main_job.run(*flags, f"--workdir={workdir}") == 0
+  soup = checkpoint.restore(workdir / "soup" / "seed_0")
+  widths = [int(soup["masks"][f"Dense_{i}"]["bias"].sum()) for i in (0, 1)]
+  assert widths[0] < 16 and widths[1] < 12
+  return workdir, soup["params"], widths
+
+
+IMAGES = np.random.default_rng(0).standard_normal((5, 8, 8, 1), np.float32)
+
+
+def logits_of(params):
+  """Worked with NumPy, from the full shapes with zeros."""
+  x = IMAGES.reshape(5, -1)
+  for i in range(3):
+    x = x @ np.asarray(params[f"Dense_{i}"]["kernel"]) + np.asarray(
+      params[f"Dense_{i}"]["bias"]
+    )
+    x = np.maximum(x, 0) if i < 2 else x
+  return x
+
+
+def test_a_run_that_shrank_is_exported_in_its_small_shapes(cut_run, tmp_path, capsys):
+  workdir, params, widths = cut_run
+  out = tmp_path / "cut.safetensors"
+  assert run(workdir, "--format=safetensors", f"--out={out}") == 0
+  assert "load_cut" in capsys.readouterr().out
+  module = models.create("mlp", 10, hidden=(16, 12), dropout=0.0)
+  network = library.load_cut(out, module.apply)
+  shapes = [x.shape for x in jax.tree.leaves(network.params) if x.ndim == 2]
+  assert shapes == [(64, widths[0]), tuple(widths), (widths[1], 10)]
+  found = network.apply(network.params, IMAGES)
+  np.testing.assert_allclose(found, logits_of(params), rtol=1e-4, atol=1e-5)
+  whole = tmp_path / "whole.safetensors"
+  assert run(workdir, "--format=safetensors", "--nocut", f"--out={whole}") == 0
+  assert_same(load_safetensors(whole, {"params": params}), {"params": params})
+
+
+def test_a_run_that_shrank_comes_with_a_module_for_pytorch(cut_run, tmp_path, capsys):
+  torch = pytest.importorskip("torch")
+  workdir, params, widths = cut_run
+  out = tmp_path / "soup.pt"
+  assert run(workdir, "--format=torch", f"--out={out}") == 0
+  assert f"soup.py loads it: load('{out}')" in capsys.readouterr().out
+  names: dict = {}
+  exec(compile((tmp_path / "soup.py").read_text(), "soup.py", "exec"), names)
+  network = names["load"](out)
+  assert network.fc1.weight.shape == (widths[0], 64)
+  with torch.no_grad():
+    found = network(torch.tensor(IMAGES.transpose(0, 3, 1, 2)))
+  np.testing.assert_allclose(found, logits_of(params), rtol=1e-4, atol=1e-5)
+  assert run(workdir, "--format=torch", f"--out={tmp_path / 'soup.pth'}") == 2
+  assert "exists already" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_as_a_program(cut_run, tmp_path, capsys):
+  pytest.importorskip("flatbuffers")
+  workdir, params, _ = cut_run
+  out = tmp_path / "soup.stablehlo"
+  assert run(workdir, "--format=stablehlo", f"--out={out}") == 0
+  assert "divided by [0.375773]" in capsys.readouterr().out
+  found = library.load_stablehlo(out)(IMAGES)
+  np.testing.assert_allclose(found, logits_of(params), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_without_jax2onnx_says_what_to_install(cut_run, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
+  assert run(cut_run[0], "--format=onnx") == 2
+  error = capsys.readouterr().err
+  assert "jax2onnx, which is not installed: run `pip install 'jaxsms[onnx]'`" in error
+  assert "orbax-checkpoint below 0.11.37" in error and error.count("\n") == 1
+  assert not (cut_run[0] / "onnx").exists()

@@ -267,17 +267,18 @@ def known_flags():
   called = [found for command in commands() if (found := modules(command))]
   for name in {found.group(1) for found in called}:
     importlib.import_module(name)
-  return {*flags.FLAGS, "helpshort", "flagfile"}
+  negated = {f"no{name}" for name in flags.FLAGS if flags.FLAGS[name].boolean}
+  return {*flags.FLAGS, *negated, "helpshort", "flagfile"}
 
 
 def test_commands_use_flags_that_exist(known_flags):
   given = [found.groups() for command in commands() if (found := modules(command))]
   flags = " ".join(flags for name, flags in given if name != "experiments.bench")
-  assert set(re.findall(r"--([a-z_]+)", flags)) <= known_flags
+  assert set(re.findall(r"--([a-z_]\w*)", flags)) <= known_flags
 
 
 def test_flags_named_in_the_text_exist(known_flags):
-  named = set(re.findall(r"`--([a-z_]+)", ALL))
+  named = set(re.findall(r"`--([a-z_]\w*)", ALL))
   assert len(named) > 20
   assert named <= known_flags
 

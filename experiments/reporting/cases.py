@@ -20,6 +20,7 @@ class Case(NamedTuple):
     costs: seconds by phase, as in results.json.
     sensitivity: of the groups of channels, as in results.json.
     seconds: that it took; None where that is not known.
+    onnx: sizes and times of the run's ONNX files, where there are some.
   """
 
   title: str
@@ -31,6 +32,7 @@ class Case(NamedTuple):
   costs: Results | None = None
   sensitivity: Results | None = None
   seconds: float | None = None
+  onnx: Results | None = None
 
   @property
   def m(self) -> int:

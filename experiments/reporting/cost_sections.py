@@ -41,6 +41,38 @@ def inference_section(cases: Sequence[Case]) -> Section:
   return section
 
 
+def onnx_section(cases: Sequence[Case]) -> Section:
+  """Sizes and times of ONNX files in ONNX Runtime."""
+  section = Section("Time of an inference in ONNX Runtime", [])
+  groups = []
+  for case in cases:
+    files = dict(sorted(case.onnx["files"].items())) if case.onnx else {}
+    dense = files.get("dense.onnx", {})
+    before = dense.get("milliseconds", {})
+    lines = [
+      [
+        "",
+        name.removesuffix(".onnx"),
+        f"{found['bytes'] / 1000:,.1f}",
+        batch,
+        _spread(milliseconds),
+        _ratio(_median(before.get(batch)), _median(milliseconds)),
+      ]
+      for name, found in files.items()
+      for batch, milliseconds in found["milliseconds"].items()
+    ]
+    if lines:
+      lines[0][0] = f"{case.title}, {case.onnx['runtime']}, {case.onnx['device']}"
+      groups.append(lines)
+  if groups:
+    header = ["Measured", "File", "kB", "Batch", "ms a batch", "times as fast"]
+    section.blocks.append(Table(header, groups, (0, 1)))
+    section.blocks.append(
+      "Milliseconds: median over alternating rounds, and the least and greatest."
+    )
+  return section
+
+
 def _median(value):
   return value.get("median") if isinstance(value, dict) else value
 

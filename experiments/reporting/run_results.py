@@ -15,6 +15,7 @@ from ..run import run_directory
 from ..run.environment import environments_of
 from ..run.json_checks import Unfit
 from ..run.metrics_file import read_lines
+from ..run.onnx_latency import run_latency
 from ..run.results_check import KNOWN_FLAGS
 from . import Case, Origin, flag_text
 
@@ -109,6 +110,7 @@ def run_case(path: storage.epath.Path, results: dict[str, Any], known: dict) -> 
     results.get("inference"),
     missing,
     *(results.get(name) for name in ("costs", "sensitivity", "seconds")),
+    onnx=run_latency(path),
   )
 
 

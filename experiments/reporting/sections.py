@@ -10,6 +10,7 @@ from .class_sections import classes_section
 from .cost_sections import (
   cost_section,
   inference_section,
+  onnx_section,
   origin_section,
 )
 from .document import Document, Folded, Picture, Section, Table
@@ -75,6 +76,7 @@ def document(
     channels_section(cases),
     sensitivity_section(cases),
     inference_section(cases),
+    onnx_section(cases),
     cost_section(cases),
     origin_section(origins),
   )

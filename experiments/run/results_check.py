@@ -238,6 +238,15 @@ def _models(value):
 
 
 INFERENCE = every(record({"device": text, "batch": whole(1)}), _models)
+LATENCY = record(
+  {
+    "runtime": text,
+    "device": text,
+    "files": mapping(
+      record({"bytes": known(number(0)), "milliseconds": mapping(MILLISECONDS)})
+    ),
+  }
+)
 PART = record(
   {
     "method": text,

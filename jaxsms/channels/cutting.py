@@ -26,8 +26,9 @@ class Compact:
     params: the tree of the full network, with smaller arrays.
     masks: its masks, cut alike: what stays may have single weights removed.
     apply: the network's function on smaller params and any inputs. It works under `jit`,
-      `grad` and `vmap`, with other batch sizes, and in training. Random numbers inside,
-      such as those of dropout, have the same distribution and other values.
+      `grad` and `vmap`, with other batch sizes, also symbolic ones of `jax.export`, and in
+      training. Random numbers inside, such as those of dropout, have the same distribution
+      and other values.
     layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
   """
 

@@ -1,5 +1,6 @@
 """Runs a walked function on the positions that stay."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,11 +85,18 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
     other = varies or (cut.convolution and _has_convolution(equation))
     if other or any(v is not None and cut.touches(v) for v in values + out_values):
       step = smaller.Step(cut, equation, values, out_values, record.inner.get(index, ()))
-      outs = _RULES.get(equation.primitive.name, smaller.same)(step, ins)
+      with _layer(equation):
+        outs = _RULES.get(equation.primitive.name, smaller.same)(step, ins)
     else:
       outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
     env |= zip(equation.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
+
+
+def _layer(equation):
+  """What is evaluated inside carries the layer's name, as the operation does."""
+  name = str(equation.source_info.name_stack)
+  return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 def _varies(x):

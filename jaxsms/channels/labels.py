@@ -6,7 +6,7 @@ where an axis of heads times columns is split, position (h, d) goes with head h 
 column d.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,8 +58,10 @@ class Labels:
     """An axis that stays for that reason."""
     return Fixed(self.reason(text))
 
-  def fresh(self, n: int, value: int) -> Axis | Fixed:
-    """An axis of n new labels, all with one value where they go."""
+  def fresh(self, n: Any, value: int) -> Axis | Fixed:
+    """An axis of n new labels, all with one value where they go; n may be symbolic."""
+    if not isinstance(n, int | np.integer):
+      return self.fixed("an axis of any length is not cut")
     if n <= 1:
       return self.fixed("an axis of length 1 is not cut")
     if n > LONGEST:

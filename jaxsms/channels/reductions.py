@@ -46,7 +46,7 @@ def reduce_sum(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   axes = tuple(a for i, a in enumerate(value.axes) if i not in gone)
   terms = tuple(value.axes[i] for i in gone) + (value.summed[0] if value.summed else ())
   n = math.prod(shape[i] for i in gone) * (value.summed[1] if value.summed else 1)
-  return [Value(axes, summed=(terms, n) if n > 1 else None)]
+  return [Value(axes, summed=(terms, n) if n not in (0, 1) else None)]
 
 
 def collective(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:

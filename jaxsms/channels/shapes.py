@@ -16,7 +16,7 @@ def merged(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Ax
   if len(axes) == 1 or all(isinstance(axis, Fixed) for axis in axes):
     return axes[0]
   total = math.prod(sizes)
-  if total > LONGEST:
+  if not isinstance(total, int | np.integer) or total > LONGEST:
     text = f"an axis of more than {LONGEST:,} positions is not followed"
     for axis in axes:
       walk.labels.freeze(axis, text)
@@ -39,7 +39,7 @@ def parted(
   axis = walk.labels.normal(axis)
   if isinstance(axis, Fixed):
     return [axis] * len(sizes)
-  long = [i for i, size in enumerate(sizes) if size > 1]
+  long = [i for i, size in enumerate(sizes) if size != 1]
   if len(long) < len(sizes):
     parts = iter(parted(walk, axis, n, [sizes[i] for i in long]))
     one = walk.labels.fixed("an axis of length 1 is not cut")
@@ -92,8 +92,8 @@ def reshape(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   for i, n in enumerate(old):
     if n == 1:
       walk.freeze(value, i, "a reshape of a single position")
-  sources = [i for i, n in enumerate(old) if n > 1]
-  targets = [i for i, n in enumerate(new) if n > 1]
+  sources = [i for i, n in enumerate(old) if n != 1]
+  targets = [i for i, n in enumerate(new) if n != 1]
   while sources:
     ins_, outs = [sources.pop(0)], [targets.pop(0)]
     a, b = old[ins_[0]], new[outs[0]]
@@ -133,8 +133,11 @@ def tile(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   axes = []
   for axis, n, times in zip(value.axes, shape, equation.params["reps"], strict=True):
     axis = walk.labels.normal(axis)
-    if times > 1 and n == 1:
+    if times != 1 and n == 1:
       axis = walk.fresh(times, value.known)
+    elif not isinstance(times, int | np.integer):
+      walk.labels.freeze(axis, "it is repeated any number of times")
+      axis = walk.labels.fixed("an axis of any length is not cut")
     elif isinstance(axis, Axis):
       axis = Axis(*(np.tile(x, (1, times)) for x in axis))
     axes.append(axis)

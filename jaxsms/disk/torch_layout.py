@@ -89,14 +89,34 @@ def layout(
     )
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   template = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), images)
-  tensors = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(template):
+  tensors = tensors_of(module, template, image_shape)
+  return template, tensors, f"{list(layers.values())[-1]}.bias"
+
+
+def tensors_of(
+  module: nn.Module, variables: PyTree, image_shape: tuple[int, ...]
+) -> list[Tensor]:
+  """Where PyTorch has each leaf of a network, which may be cut.
+
+  Args:
+    module: one of the paper's networks.
+    variables: its tree, of arrays or shapes.
+    image_shape: [height, width, channels] of one image.
+
+  Returns:
+    A list in the order of the leaves.
+
+  Raises:
+    ValueError: the network is another one.
+  """
+  layers, tensors = _layers(module), []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     _, *owners, last = path_names(path)
     layer = [layers["/".join(owners)]] if owners else []
     name = ".".join([*layer, _LEAVES.get(last, last)])
     flat = image_shape if isinstance(module, MLP) and owners == ["Dense_0"] else None
     tensors.append(_tensor(name, last, leaf.shape, flat))
-  return template, tensors, f"{list(layers.values())[-1]}.bias"
+  return tensors
 
 
 def fitting_options(

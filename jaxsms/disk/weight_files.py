@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms import export
-from jaxsms.disk import storage
+from jaxsms.disk import cut_files, storage
 from jaxsms.disk.files import on_disk
 from jaxsms.disk.npz import read_npz
 from jaxsms.disk.safetensors import read_with_metadata
@@ -24,10 +24,10 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Reads the weights in a file by their names; unpickles nothing but plain tensors.
 
   Args:
-    path: a .safetensors file (a compact one is expanded) or .npz file, or a PyTorch
-      checkpoint (.pt, .pth, .bin, .pth.tar): a state dict, or a dict with one under
-      "state_dict", "model_state_dict", "model" or "net". It may lie in an object store
-      (gs://...), from which it is copied.
+    path: a .safetensors file (a compact one, or one of a cut network, is expanded) or
+      .npz file, or a PyTorch checkpoint (.pt, .pth, .bin, .pth.tar): a state dict, or a
+      dict with one under "state_dict", "model_state_dict", "model" or "net". It may lie in
+      an object store (gs://...), from which it is copied.
 
   Returns:
     The arrays by name, as the file has them; large ones are views of the file, which must
@@ -58,6 +58,8 @@ def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     arrays, metadata = read_with_metadata(path)
     if metadata.get("format") == export.FORMAT:
       arrays, _ = export.expand(path, arrays, metadata)
+    elif metadata.get("format") == cut_files.FORMAT:
+      arrays = cut_files.expand_cut(path, arrays, metadata)
     return arrays
   if lower.endswith(".npz"):
     return {name: as_array(path, name, array) for name, array in read_npz(path).items()}

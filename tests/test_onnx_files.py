@@ -1,0 +1,144 @@
+"""ONNX files: what they answer, their int8 form, and their times in a report."""
+
+import json
+import shutil
+
+import fake_runs
+import jax
+import jax.numpy as jnp
+import main_job
+import numpy as np
+import pytest
+
+from experiments import export as binary
+from experiments.report import write_report
+from experiments.run import onnx_latency
+from jaxsms import channel_groups, channel_masks, compact, export, models
+from jaxsms.disk import storage
+
+MS = {"median": 4.0, "min": 3.5, "max": 4.5}
+
+
+def times_of(**sizes):
+  """latency.json: the dense network takes 4 ms, others 1 ms."""
+  fast = {"median": 1.0, "min": 0.9, "max": 1.2}
+  files = {
+    f"{name}.onnx": {
+      "bytes": size,
+      "milliseconds": {"1": MS if name == "dense" else fast, "32": MS},
+    }
+    for name, size in sizes.items()
+  }
+  return {"runtime": "ONNX Runtime 1", "device": "x86_64", "files": files}
+
+
+@pytest.fixture
+def timed_run(tmp_path):
+  path = fake_runs.write_run(tmp_path / "run", [fake_runs.entry(0)])
+  (path / "onnx").mkdir()
+  for name, size in (("dense", 4000), ("soup", 1000)):
+    (path / "onnx" / f"{name}.onnx").write_bytes(bytes(size))
+  return path
+
+
+def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
+  monkeypatch.setattr(
+    onnx_latency, "measured", lambda files: times_of(dense=4000, soup=1000)
+  )
+  monkeypatch.setattr(onnx_latency.importlib.util, "find_spec", lambda name: True)
+  page = write_report([timed_run]).read_text()
+  assert "Time of an inference in ONNX Runtime" in page
+  rows = (timed_run / "report.md").read_text().splitlines()
+  row = next(line for line in rows if "| soup | 1.0 |" in line)
+  assert "1 [0.9, 1.2]" in row and "4.00" in row
+  # Measured once: a second report reads what the first one wrote.
+  monkeypatch.setattr(onnx_latency, "measured", None)
+  assert "ONNX Runtime 1" in write_report([timed_run]).read_text()
+
+
+@pytest.mark.parametrize(
+  "damage", [lambda x: x.pop("runtime"), lambda x: x["files"].pop("soup.onnx")]
+)
+def test_times_of_other_files_are_not_shown(timed_run, monkeypatch, damage):
+  found = times_of(dense=4000, soup=1000)
+  damage(found)
+  storage.write_json(storage.as_path(timed_run / "onnx" / "latency.json"), found)
+  monkeypatch.setattr(onnx_latency.importlib.util, "find_spec", lambda name: None)
+  assert onnx_latency.run_latency(timed_run) is None
+  assert "in ONNX Runtime" not in write_report([timed_run]).read_text()
+
+
+def session_of(path):
+  return pytest.importorskip("onnxruntime").InferenceSession(
+    path, providers=["CPUExecutionProvider"]
+  )
+
+
+def saved(name, image_shape, path, **options):
+  """A cut network's ONNX file, and what JAX says of 4 images."""
+  pytest.importorskip("jax2onnx")
+  module = models.create(name, 5, **options)
+  images = np.random.default_rng(0).standard_normal((4, *image_shape), np.float32)
+  variables = jax.jit(module.init)(jax.random.key(0), images)
+  groups = channel_groups(module.apply, variables, images)
+  masks = channel_masks(variables, 0.5, groups=groups)
+  network = compact(module.apply, variables, masks, images)
+  export.save_onnx(path, network.apply, network.params, images, input_names=["images"])
+  return images, np.asarray(jax.jit(network.apply)(network.params, images))
+
+
+NETWORKS = {
+  "mlp": ((4, 4, 1), {"hidden": (8,)}),
+  "resnet8": ((8, 8, 3), {"width": 4, "convolution": jax.lax.conv_general_dilated}),
+  "vit_tiny": ((8, 8, 3), {"depth": 1, "width": 12}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_runtime_answers_as_jax_does(name, tmp_path):
+  image_shape, options = NETWORKS[name]
+  images, expected = saved(name, image_shape, tmp_path / "a.onnx", **options)
+  session = session_of(tmp_path / "a.onnx")
+  for n in (1, 4):  # the batch is free
+    (found,) = session.run(None, {"images": images[:n]})
+    np.testing.assert_allclose(found, expected[:n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_onnx_cannot_hold_is_named_with_its_layer(tmp_path, rejects):
+  pytest.importorskip("jax2onnx")
+
+  def apply(w, x):
+    with jax.named_scope("gamma"):
+      y = jnp.abs(x @ w) + 1
+      return jax.lax.igamma_grad_a(y, y)
+
+  with rejects("igamma_grad_a of gamma cannot be written as ONNX"):
+    export.save_onnx(tmp_path / "a.onnx", apply, np.ones((3, 2)), np.ones((2, 3)))
+  assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_to_onnx_and_int8_and_reported(tmp_path, capsys):
+  pytest.importorskip("jax2onnx")
+  workdir = tmp_path / "run"
+  flags = ("--hidden=32", "--epochs=4", "--retrain_epochs=2", "--phases=1")
+  flags += ("--ingredients=2", "--batch_size=64", "--goal_sparsity=0.5", "--baselines=")
+  flags += ("--mesh=none", "--criterion=channels", "--shrink", f"--workdir={workdir}")
+  assert main_job.run(*flags) == 0
+  main_job.unparse("out", "format", "cut", "int8")
+  words = ["export", str(workdir), "--format=onnx", "--int8"]
+  assert main_job.exit_status(binary.main, binary.FLAGS(words)) == 0
+  out = capsys.readouterr().out
+  (entry,) = json.loads((workdir / "results.json").read_text())["seeds"]
+  accuracy = entry["phases"][-1]["soup"]["test_accuracy"]
+  assert f"test accuracy {accuracy:.2%} becomes" in out
+  sizes = {f.name: f.stat().st_size for f in (workdir / "onnx").iterdir()}
+  assert sizes["soup_int8.onnx"] < sizes["soup.onnx"] < sizes["dense.onnx"]
+  page = write_report([workdir]).read_text()
+  assert "Time of an inference in ONNX Runtime" in page and "soup_int8" in page
+  main_job.unparse("out", "format", "cut", "int8")
+  assert main_job.exit_status(binary.main, binary.FLAGS(words[:3])) == 2
+  assert "exists already" in capsys.readouterr().err
+  shutil.rmtree(workdir / "onnx")
