@@ -139,7 +139,7 @@ def tile(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
       walk.labels.freeze(axis, "it is repeated any number of times")
       axis = walk.labels.fixed("an axis of any length is not cut")
     elif isinstance(axis, Axis):
-      axis = Axis(*(np.tile(x, (1, times)) for x in axis))
+      axis = Axis(*(np.tile(x, (1, int(times))) for x in axis))
     axes.append(axis)
   return [Value(tuple(axes), value.known)]
 
