@@ -55,8 +55,8 @@ def onnx_section(cases: Sequence[Case]) -> Section:
         name.removesuffix(".onnx"),
         f"{found['bytes'] / 1000:,.1f}",
         batch,
-        _spread(milliseconds),
-        _ratio(_median(before.get(batch)), _median(milliseconds)),
+        spread_text(milliseconds),
+        ratio(_median(before.get(batch)), _median(milliseconds)),
       ]
       for name, found in files.items()
       for batch, milliseconds in found["milliseconds"].items()
