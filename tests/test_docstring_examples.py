@@ -31,6 +31,7 @@ ROOMS = (
 )  # fmt: skip
 PREPARED = "reads a data set that TFDS prepared"
 TRAINS = "trains a network: compiling takes longer than an example may"
+FORMAT = "writes or reads a format that takes packages or compiling of its own"
 GIVEN = "is not made by hand: the function that gives it has an example"
 WITHOUT = {
   "jaxsms.ChannelGroups": GIVEN,
@@ -40,6 +41,11 @@ WITHOUT = {
   "jaxsms.data.load_split": PREPARED,
   "jaxsms.data.open_streamed": PREPARED,
   "jaxsms.data.open_streamed_test": PREPARED,
+  "jaxsms.export.cut_to_torch": FORMAT,
+  "jaxsms.export.load_stablehlo": FORMAT,
+  "jaxsms.export.quantize_onnx": FORMAT,
+  "jaxsms.export.save_onnx": FORMAT,
+  "jaxsms.export.save_stablehlo": FORMAT,
   "jaxsms.baselines.imp_reprune": TRAINS,
   "jaxsms.baselines.swamp": TRAINS,
   "jaxsms.dynamic.prune_during_training": TRAINS,

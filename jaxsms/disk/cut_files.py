@@ -37,6 +37,17 @@ def save_cut(
   Raises:
     ValueError: a leaf is of a dtype that the format does not have, or params are shapes.
     OSError: the file cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> params = {"a": jnp.array([[1.0, 0.0]]), "b": jnp.array([[3.0], [0.0]])}
+    >>> apply = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> masks = jax.tree.map(lambda x: x != 0, params)
+    >>> network = jaxsms.compact(apply, params, masks, jnp.ones((1, 1)))
+    >>> path = tempfile.mkdtemp() + "/cut.safetensors"
+    >>> jaxsms.export.save_cut(path, network)
+    >>> jaxsms.export.load_cut(path, apply).params["a"].tolist()
+    [[1.0]]
   """
   arrays = by_path(network.params if params is None else params)
   layout = json.dumps(network.layout, separators=(",", ":"))
@@ -55,6 +66,18 @@ def load_cut(path: str | os.PathLike, apply: Callable[..., Any]) -> Compact:
 
   Raises:
     ValueError: the file is missing, damaged, or of something else.
+
+  Example:
+    >>> import tempfile
+    >>> params = {"a": jnp.array([[1.0, 0.0]]), "b": jnp.array([[3.0], [0.0]])}
+    >>> apply = lambda p, x: (x @ p["a"]) @ p["b"]
+    >>> masks = jax.tree.map(lambda x: x != 0, params)
+    >>> network = jaxsms.compact(apply, params, masks, jnp.ones((1, 1)))
+    >>> path = tempfile.mkdtemp() + "/cut.safetensors"
+    >>> jaxsms.export.save_cut(path, network)
+    >>> loaded = jaxsms.export.load_cut(path, apply)
+    >>> loaded.apply(loaded.params, jnp.array([[2.0]])).tolist()  # 2 * 1 * 3
+    [[6.0]]
   """
   arrays, metadata = read_with_metadata(path)
   if metadata.get("format") != FORMAT:
@@ -168,6 +191,11 @@ def _heads(
 
 
 def torch_module() -> str:
-  """The Python file, on PyTorch alone, that loads the state dicts of `cut_to_torch`."""
+  """The Python file, on PyTorch alone, that loads the state dicts of `cut_to_torch`.
+
+  Example:
+    >>> "import torch" in jaxsms.export.torch_module()
+    True
+  """
   source = importlib.resources.files("jaxsms.disk") / "torch_networks.py"
   return source.read_text(encoding="utf-8")
