@@ -147,6 +147,16 @@ def cut_to_torch(
 
   Raises:
     ValueError: the network is none of ours.
+
+  Example:
+    >>> module = jaxsms.models.create("mlp", 3, hidden=(4,))
+    >>> images = jnp.ones((1, 2, 2, 1))
+    >>> params = module.init(jax.random.key(0), images)
+    >>> masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+    >>> small = jaxsms.compact(module.apply, params, masks, images)
+    >>> state = jaxsms.export.cut_to_torch(small, module, (2, 2, 1))
+    >>> state["fc1.weight"].shape
+    (4, 4)
   """
   tensors = tensors_of(module, network.params, image_shape)
   leaves = jax.tree.leaves(network.params)
@@ -193,8 +203,11 @@ def _heads(
 def torch_module() -> str:
   """The Python file, on PyTorch alone, that loads the state dicts of `cut_to_torch`.
 
+  Returns:
+    Its text.
+
   Example:
-    >>> "import torch" in jaxsms.export.torch_module()
+    >>> "def load(path):" in jaxsms.export.torch_module()
     True
   """
   source = importlib.resources.files("jaxsms.disk") / "torch_networks.py"
