@@ -13,8 +13,8 @@ The network   model, init; hidden, dropout, width, widening, stem
 Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,
               decay, step_epochs, milestones, momentum, weight_decay
 The soup      ingredients, phases, goal_sparsity, phase_sparsities, retrain_epochs,
-              retrain_schedule, merge; vary, values; average, ema_decay, average_from,
-              average_every; subsets, subset_fraction, subset_alpha
+              retrain_schedule, merge; vary, values, ranges, rungs; average, ema_decay,
+              average_from, average_every; subsets, subset_fraction, subset_alpha
 Pruning       criterion, scope, budget, shrink, n_m_group
 Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs;
               distill_epochs, temperature

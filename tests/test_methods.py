@@ -13,6 +13,7 @@ from test_experiments import SMALL
 from experiments import methods
 from experiments.methods.criteria import CRITERIA, Criterion, classifier, pruning
 from experiments.methods.registry import bimp_epochs, looks, resampled
+from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.run.ood import corrupted_test_data
 from experiments.run.task import Task, make_task
@@ -217,6 +218,36 @@ def test_what_varies():
   assert of("--vary=epochs", "--values=1,5,3")["steps"].tolist() == [10, 50, 30]
 
 
+def test_what_a_search_makes_of_its_values():
+  config = config_of(
+    "--ingredients=4", "--vary=learning_rate,weight_decay,seed", "--retrain_epochs=5",
+    "--ranges=weight_decay:1e-5:1e-2, learning_rate:0.01:0.3", "--weight_decay=0.5",
+    "--rungs=3",
+  )  # fmt: skip
+  run = seed_of(config, 10)
+  found = search_of(run, 50)
+  assert found.ranges == {"weight_decay": (1e-5, 1e-2), "learning_rate": (0.01, 0.3)}
+  assert found.ends == (10, 30, 50)  # at the ends of epochs 1, 3 and 5
+  run = run._replace(
+    task=run.task._replace(warmup_steps=0, pretrain_lrs=np.full(30, 0.1, np.float32))
+  )
+  values = {
+    "learning_rate": np.float32([0.4, 0.3, 0.2, 0.1]),
+    "weight_decay": np.float32([1, 2, 3, 4]),
+  }
+  chosen, lrs = retraining_plan(run, 4, 20)({}, values)
+  expected = values["learning_rate"][:, None] * (1 - np.arange(18) / 18)
+  np.testing.assert_allclose(lrs[:, 2:], expected, rtol=1e-5)
+  assert chosen["weight_decay"].tolist() == [1, 2, 3, 4]
+  assert chosen["seed"].tolist() == [0, 1, 2, 3]
+  alone, lrs = retraining_plan(run, 1, 20)({})
+  assert alone["weight_decay"] == [0.5] and lrs.max() == pytest.approx(0.1)
+  same = config_of("--vary=learning_rate", RATES)
+  assert same.rungs == 2
+  assert varied_ingredients(seed_of(same, 10), 5, 20)["seed"].tolist() == [0] * 5
+  assert search_of(seed_of(config_of(), 10), 50) is None
+
+
 def test_learning_rates_that_vary_are_llrs_first():
   flags = ["--ingredients=2", "--vary=learning_rate", "--values=0.5,0.25"]
   config = config_of(*flags)
@@ -329,6 +360,9 @@ def test_options_reach_their_networks():
     assert config_of(*config.flagfile().split()) == config
 
 
+RATES = "--ranges=learning_rate:0.01:0.3"
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
@@ -345,6 +379,32 @@ def test_options_reach_their_networks():
      "CLR has its own"),
     (["--vary=epochs", "--values=1,2", "--ingredients=2", "--baselines=imp,swamp"],
      "swamp, whose copies share one schedule"),
+    (["--vary=seed,seed", RATES], "name each variable once"),
+    (["--vary=learning_rate,size", RATES], "known are seed, weight_decay"),
+    (["--vary=learning_rate,weight_decay"], "needs --ranges"),
+    (["--vary=learning_rate", "--ranges="], "--ranges is empty"),
+    (["--vary=learning_rate", "--ranges=learning_rate:0.1"], "its greatest value"),
+    (["--vary=learning_rate", "--ranges=learning_rate:a:b"], "its greatest value"),
+    (["--vary=learning_rate", "--ranges=learning_rate:0.3:0.01"], "goes from 0.3 to 0.01"),
+    (["--vary=learning_rate", "--ranges=learning_rate:0.1:0.1"], "goes from 0.1 to 0.1"),
+    (["--vary=weight_decay", "--ranges=weight_decay:0:0.1"], "a number above 0"),
+    (["--vary=weight_decay", "--ranges=weight_decay:nan:0.1"], "a number above 0"),
+    (["--vary=epochs", "--ranges=epochs:1:2"], "known are learning_rate, weight_decay"),
+    (["--vary=learning_rate", RATES + ",learning_rate:1:2"], "learning_rate twice"),
+    (["--vary=weight_decay", RATES], "--ranges has learning_rate for --vary=weight_decay"),
+    (["--vary=seed,epochs", RATES], "--ranges has learning_rate for --vary=seed,epochs"),
+    ([RATES], "--ranges has learning_rate for --vary=seed"),
+    (["--vary=learning_rate", RATES, "--values=1,2,3,4,5"], "both given"),
+    (["--vary=learning_rate", RATES, "--ingredients=3"], "give at least 4"),
+    (["--vary=learning_rate", RATES, "--rungs=3"], "give fewer rungs or more epochs"),
+    (["--vary=learning_rate", RATES, "--retrain_epochs=0"], "--rungs=1 with"),
+    (["--vary=learning_rate", RATES, "--rungs=0"], "at least 1"),
+    (["--rungs=2"], "--rungs=2 is of a search"),
+    (["--vary=learning_rate", RATES, "--retrain_schedule=CLR"], "CLR has its own"),
+    (["--vary=learning_rate", RATES, "--baselines=imp,imp_reprune"],
+     "imp_reprune, whose copies are not judged"),
+    (["--vary=seed,weight_decay", "--ranges=weight_decay:1e-5:1e-3", "--baselines=swamp"],
+     "swamp, whose copies are not judged"),
     (["--criterion=size"], "known are magnitude"),
     (["--criterion=lamp", "--scope=uniform"], "leave it out"),
     (["--criterion=n_m"], "of 4 weights in phase 1"),

@@ -171,6 +171,7 @@ SMALLER = {
   "--ood=all": " --ood=brightness --ood_severities=1 --ingredients=2",
   "swamp": " --epochs=4 --ingredients=2",
   "bimp": " --epochs=8 --ingredients=2",
+  "--ranges": " --retrain_epochs=2 --ingredients=4",
 }
 
 

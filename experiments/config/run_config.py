@@ -14,6 +14,7 @@ from . import (
   device_flags,
   keeping_flags,
   measuring_flags,
+  search_flags,
   soup_flags,
   subset_flags,
 )
@@ -28,8 +29,8 @@ from .fields import (
 
 # Whoever adopts the flags of this file gets these with them.
 for subject in (
-  data_flags, dense_flags, soup_flags, average_flags, subset_flags, baseline_flags,
-  measuring_flags, device_flags,
+  data_flags, dense_flags, soup_flags, average_flags, subset_flags, search_flags,
+  baseline_flags, measuring_flags, device_flags,
 ):  # fmt: skip
   flags.adopt_module_key_flags(subject)
 
@@ -42,6 +43,7 @@ class Config(
   baseline_flags.BaselineFlags,
   average_flags.AverageFlags,
   subset_flags.SubsetFlags,
+  search_flags.SearchFlags,
   soup_flags.SoupFlags,
   dense_flags.DenseFlags,
   data_flags.DataFlags,
@@ -103,6 +105,7 @@ def check(config: Config) -> None:
   soup_flags.check(config)
   average_flags.check(config)
   subset_flags.check(config)
+  search_flags.check(config)
   baseline_flags.check(config)
   measuring_flags.check(config)
   if config.seed + config.seeds > 2**32:

@@ -53,6 +53,14 @@ def _check_sparsities(name, value):
     raise ValueError(f"{given}: what is removed stays removed, no phase may have less")
 
 
+def _known_variables(name: str, value: str) -> None:
+  """Raises ValueError where --vary names what cannot vary, or one thing twice."""
+  given = value.split(",")
+  one_of("variable", VARIABLES)(name, tuple(given))
+  if len(set(given)) < len(given):
+    raise ValueError(f"--{name} is {value}: name each variable once")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoupFlags:
   """The soup."""
@@ -102,14 +110,17 @@ class SoupFlags:
   vary: str = flag(
     "What differs between the copies: seed (batch order, augmentation, dropout) or, with "
     "the same seed, weight_decay, epochs (of each phase) or learning_rate (the first of "
-    "LLR); or subset: seed, and the share of the training data, see --subsets.",
-    one_of("variable", VARIABLES),
+    "LLR); or subset: seed, and the share of the training data, see --subsets. With "
+    "--ranges also several: learning_rate, weight_decay, and seed beside them.",
+    _known_variables,
     default="seed",
   )
   values: tuple[float, ...] | None = flag(
     "Values of --vary, one for each copy. Default: the seeds 0 to m - 1. Of --vary=subset "
     "the ratios of --subsets=imbalance alone.",
-    parse=lambda words, name, values: numbers(words, name, VARIABLES[values["vary"]]),
+    parse=lambda words, name, values: numbers(
+      words, name, VARIABLES.get(values["vary"], float)
+    ),
   )
   criterion: str = flag(
     "Which weights go: magnitude or random (among those of --scope), erk or lamp "
@@ -197,6 +208,18 @@ def _check_values(config):
   if vary == "subset":
     _check_ratios(config)
     return
+  if "learning_rate" in vary.split(",") and config.retrain_schedule != "LLR":
+    raise ValueError(
+      "--vary=learning_rate sets the first rate of LLR: "
+      f"{config.retrain_schedule} has its own"
+    )
+  if config.ranges is not None:  # see search_flags
+    return
+  if "," in vary:
+    raise ValueError(
+      f"--vary={vary} needs --ranges, such as learning_rate:0.01:0.3 for each variable but "
+      "seed"
+    )
   if values is None:
     if vary != "seed":
       raise ValueError(
@@ -223,11 +246,6 @@ def _check_values(config):
   if len(set(values)) < len(values):
     raise ValueError(
       f"--values is {given}: copies that are equal add nothing, give each another value"
-    )
-  if vary == "learning_rate" and config.retrain_schedule != "LLR":
-    raise ValueError(
-      "--vary=learning_rate sets the first rate of LLR: "
-      f"{config.retrain_schedule} has its own"
     )
   if vary in ("epochs", "learning_rate"):
     for name in config.baselines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -29,9 +29,11 @@ from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
 from jaxsms.training.merging import BY_SAMPLES, merging_of
 from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.search import Rung
 from jaxsms.trees import model_at
 
 from .criteria import pruning
+from .searching import search_of
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
@@ -123,13 +125,22 @@ def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray
   }
 
 
-def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
+def given_values(config: Config, m: int) -> dict[str, np.ndarray]:
+  """What --values gives the copies, by variable; a single one has the flags' own."""
+  given = config.values is not None and (m > 1 or config.vary == "seed")
+  return {config.vary: np.array(config.values[:m])} if given else {}
+
+
+def varied_ingredients(
+  run: Run, m: int, steps: int, values: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
   """Ingredients that differ in what --vary says; a single one has the flags' own values.
 
   Args:
     run: a seed of it.
     m: how many.
     steps: of each copy, unless that is what varies.
+    values: [m] by variable; None means those of the flags.
   """
   config, shares = run.config, run.shares(m)
   chosen = ingredients(m, config.weight_decay, steps)
@@ -137,15 +148,13 @@ def varied_ingredients(run: Run, m: int, steps: int) -> dict[str, np.ndarray]:
     if shares is not None:
       chosen |= {"examples": shares.indices, "size": shares.sizes}
     return chosen
-  if config.vary == "seed":
-    if config.values is not None:
-      chosen["seed"] = np.array(config.values[:m], np.int32)
-    return chosen
-  chosen["seed"][:] = 0
-  if m > 1 and config.vary == "weight_decay":
-    chosen["weight_decay"] = np.array(config.values, np.float32)
-  if m > 1 and config.vary == "epochs":
-    chosen["steps"] = np.array(config.values, np.int32) * run.task.steps_per_epoch
+  if "seed" not in config.vary.split(","):
+    chosen["seed"][:] = 0
+  for name, of in (given_values(config, m) if values is None else values).items():
+    if name == "epochs":
+      chosen["steps"] = of.astype(np.int32) * run.task.steps_per_epoch
+    elif name in chosen:
+      chosen[name] = of.astype(chosen[name].dtype)
   return chosen
 
 
@@ -203,18 +212,28 @@ def take_state(run: Run) -> TrainState | None:
 
 
 def retraining_plan(run: Run, m: int, steps: int) -> Plan:
-  """Ingredients and learning rates of m copies, of so many steps unless that varies."""
-  config, task = run.config, run.task
-  chosen = averaged(config, varied_ingredients(run, m, steps))
+  """Ingredients and learning rates of m copies, of so many steps unless that varies.
 
-  def plan(record):
+  Args:
+    run: a seed of it.
+    m: number of copies.
+    steps: of each.
+
+  Returns:
+    A plan; with values [m] by variable it is one of these.
+  """
+  config, task = run.config, run.task
+
+  def plan(record, values=None):
+    values = given_values(config, m) if values is None else values
+    chosen = averaged(config, varied_ingredients(run, m, steps, values))
     if not np.max(chosen["steps"]):
       return chosen, np.zeros([m, 0], np.float32)
     options = {}
     if config.retrain_schedule == "ALLR":
       options = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
-    if m > 1 and config.vary == "learning_rate":
-      options["initial_lr"] = np.array(config.values, np.float32)
+    if "learning_rate" in values:
+      options["initial_lr"] = values["learning_rate"].astype(np.float32)
     lrs = retrain_learning_rates(
       config.retrain_schedule,
       task.pretrain_lrs,
@@ -245,7 +264,7 @@ def prune_and_retrain(
   sparsities = run.sparsities
   if goal_sparsity is not None:
     sparsities = phase_sparsities(goal_sparsity, config.phases)
-  model, masks, records = dense, None, []
+  model, masks, records, rungs = dense, None, [], []
   if seed_state is not None:
     seed_state.begin(method)
     if seed_state.model is not None:
@@ -254,10 +273,11 @@ def prune_and_retrain(
         seed_state.masks,
         list(seed_state.phases[method]),
       )
+    rungs = [Rung(**rung) for rung in seed_state.rungs]
   for event in training_phases(
     run.engine,
     run.stream(RETRAIN),
-    Start(model, masks, take_state(run)),
+    Start(model, masks, take_state(run), rungs),
     retraining_plan(run, m, steps),
     {phase: s for phase, s in sparsities.items() if phase > len(records)},
     prune=run.prune,
@@ -265,12 +285,17 @@ def prune_and_retrain(
     landscapes=landscape_phases(run) if method == SOUP else (),
     shrink=run.task.shrink,
     distillation=distillation,
+    search=search_of(run, steps) if m > 1 else None,
   ):
+    if isinstance(event, Rung):  # it is saved with the next state
+      if seed_state is not None:
+        seed_state.rungs.append(event._asdict())
+      continue
     if isinstance(event, Phase):
       records.append(event.record)
       if seed_state is not None:
         seed_state.model, seed_state.masks = event.params, event.masks
-        seed_state.phases[method] = list(records)
+        seed_state.phases[method], seed_state.rungs = list(records), []
     yield event
   return records
 

@@ -14,6 +14,7 @@ from .cost_sections import (
   origin_section,
 )
 from .document import Document, Folded, Picture, Section, Table
+from .search_sections import search_section
 from .statistics import Results, method_title, summarize
 from .summary import sentences
 from .tables import accuracy, gain, notes
@@ -69,6 +70,7 @@ def document(
     accuracy_section(cases),
     classes_section(cases),
     curves_section(cases),
+    search_section(cases),
     layers_section(cases),
     geometry_section(cases),
     uncertainty_section(cases),

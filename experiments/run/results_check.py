@@ -88,6 +88,18 @@ def _same_lengths(*names):
   return checked
 
 
+def _same_copies(rungs):
+  """All are of as many copies, and name none beyond."""
+  for i, rung in enumerate(rungs):
+    m = len(rungs[0]["parents"])
+    of_copies = {f".values.{name}": of for name, of in rung["values"].items()}
+    for where, values in {".parents": rung["parents"], **of_copies}.items():
+      if len(values) != m:
+        raise Unfit(f"a list with {m}", f"[{i}]{where}")
+    if any(copy is not None and copy >= m for copy in [*rung["parents"], *rung["kept"]]):
+      raise Unfit(f"copies below {m}", f"[{i}].parents")
+
+
 def _grid(plane):
   shape = len(plane["y"]), len(plane["x"])
   if len(plane["loss"]) != shape[0] or any(len(row) != shape[1] for row in plane["loss"]):
@@ -194,6 +206,21 @@ PLANE = every(
 LANDSCAPE = record(
   {"split": text, "images": whole(0), "lines": listing(LINE, least=1)}, plane=maybe(PLANE)
 )
+RUNG = every(
+  record(
+    {
+      "phase": whole(1, 10**6),
+      "step": whole(0),
+      "values": mapping(listing(known(number(0)), least=1)),
+      "parents": listing(maybe(whole(0)), least=1),
+      "validation_accuracy": listing(SHARE, least=1),
+      "validation_loss": listing(number(), least=1),
+      "kept": listing(whole(0), least=1),
+    }
+  ),
+  _same_lengths("parents", "validation_accuracy"),
+  _same_lengths("parents", "validation_loss"),
+)
 FAILED = record(
   {
     "soup_validation_accuracy": known(SHARE),
@@ -209,6 +236,7 @@ PHASE = record(
   uncertainty=maybe(UNCERTAINTY),
   landscape=maybe(LANDSCAPE),
   averaging_failed=maybe(FAILED),
+  search=maybe(every(listing(RUNG), _same_copies)),
   **FAULTS,
   **dict.fromkeys(registry.looks(), MODEL),
 )

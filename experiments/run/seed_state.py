@@ -32,6 +32,8 @@ class SeedState:
     masks: its masks.
     state: of the training under way (dense, or in the phase after those); only in what is
       saved and restored.
+    rungs: of the phase under way, where copies are judged in it, see
+      `jaxsms.training.search.Rung`.
   """
 
   seed: int
@@ -43,11 +45,12 @@ class SeedState:
   model: Model | None = None
   masks: PyTree | None = None
   state: TrainState | None = None
+  rungs: list[Record] = dataclasses.field(default_factory=list)
 
   def begin(self, method: str) -> None:
     """Drops what belongs to another method, if that was the last one."""
     if self.method != method:
-      self.method, self.model, self.masks = method, None, None
+      self.method, self.model, self.masks, self.rungs = method, None, None, []
 
   def position(self) -> str:
     """Where it is, in words."""
@@ -63,7 +66,7 @@ class SeedState:
 
 
 ARRAYS = ("dense", "model", "masks", "state")
-REST = ("seed", "metrics", "method", "phases", "baselines")
+REST = ("seed", "metrics", "method", "phases", "baselines", "rungs")
 
 
 def packed(seed_state: SeedState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

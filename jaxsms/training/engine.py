@@ -22,8 +22,9 @@ from jaxsms.training.state import (
 from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree
 
-# From a phase's pruning record: ingredients of m copies, and learning rates [m, steps].
-Plan = Callable[[Record], tuple[Ingredients, np.ndarray]]
+# From a phase's pruning record: ingredients of m copies, and learning rates [m, steps]. A
+# search adds the values that its copies are to have, [m] by variable.
+Plan = Callable[..., tuple[Ingredients, np.ndarray]]
 
 
 class Splits(NamedTuple):

@@ -20,6 +20,8 @@ from jaxsms.training.streamed import StreamedData
 from jaxsms.training.uncertainty import detection, spread
 from jaxsms.trees import PyTree, is_parameter, number_of_models, wait_on_cpu
 
+RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
+
 
 class Predictions(NamedTuple):
   """What m models say about the examples of a split.

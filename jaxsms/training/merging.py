@@ -1,7 +1,7 @@
 """Merges of candidates by name, with what they need from a network and its data."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -12,7 +12,7 @@ from jaxsms.merges import MERGES, Means, bind, diagonal_fisher
 from jaxsms.names import check_name
 from jaxsms.phases import Merge, Weighted
 from jaxsms.soups import greedy_soup, uniform_soup
-from jaxsms.training.engine import Engine, Model, one_model
+from jaxsms.training.engine import Engine, Model, Record, one_model
 from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, recalibrated, score
 from jaxsms.training.programs import Programs
@@ -43,12 +43,15 @@ class Merging(NamedTuple):
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
     samples: number [m], the training examples of each copy, where the soup weights copies
       by them instead. Such copies may know few classes: none counts as collapsed.
+    choose: `choose(scores, copies)` giving those of the copies that are merged, from the
+      metrics of all m.
   """
 
   of: Callable[[Engine, jax.Array, Model | None], Merge]
   selects: bool = False
   check: Callable[[Engine], None] = lambda engine: None
   samples: np.ndarray | None = None
+  choose: Callable[[Sequence[Record], list[int]], list[int]] = lambda scores, copies: copies
 
   def among(
     self, copies: list[int], engine: Engine, key: jax.Array, base: Model | None

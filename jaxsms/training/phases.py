@@ -1,7 +1,7 @@
 """The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, cast
 
 import jax
@@ -29,6 +29,7 @@ from jaxsms.training.failures import (
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import train_copies
 from jaxsms.training.measurements import (
+  RECALIBRATION,
   SetRecord,
   best_candidate,
   measure,
@@ -37,10 +38,16 @@ from jaxsms.training.measurements import (
 )
 from jaxsms.training.merging import Merging, merging_of, on_validation
 from jaxsms.training.pruned import prune_and_measure
+from jaxsms.training.search import (
+  Rung,
+  Search,
+  better_half,
+  concluded,
+  next_rung,
+  search_copies,
+)
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
-
-RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 
 
 class MergeRecord(SetRecord, Faults):
@@ -59,6 +66,7 @@ class MergeRecord(SetRecord, Faults):
       split.
     averaging_failed: evidence, where averaging failed, see `averaging_failure`.
     selected: of those that were taken, where the merge selects.
+    search: the rungs of the phase, see `jaxsms.training.search.Rung`.
   """
 
   weights: list[float]
@@ -72,6 +80,7 @@ class MergeRecord(SetRecord, Faults):
   uncertainty: NotRequired[Record]
   averaging_failed: NotRequired[AveragingFailure]
   selected: NotRequired[SetRecord]
+  search: NotRequired[list[Record]]
 
 
 class Start(NamedTuple):
@@ -82,11 +91,13 @@ class Start(NamedTuple):
     masks: of that soup; None means dense.
     state: of the copies in the first of these phases, as `train_copies` gave it; None
       begins at step 0.
+    rungs: of a search, those up to that state.
   """
 
   model: Model
   masks: PyTree | None = None
   state: TrainState | None = None
+  rungs: Sequence[Rung] = ()
 
 
 def training_phases(
@@ -101,6 +112,7 @@ def training_phases(
   landscapes: Collection[int] = (),
   shrink: Callable[[Engine, Model, PyTree], Cut] | None = None,
   distillation: Distillation | None = None,
+  search: Search | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
@@ -123,51 +135,65 @@ def training_phases(
       shapes; candidates have those of their phase.
     distillation: of the candidates into the last phase's soup; its plan is given the record
       of that phase.
+    search: judges copies on the way; `plan` also gets values, the better half is merged.
 
   Yields:
     What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
     `Model`. Its record is that of `jaxsms.prune_phase`, with metrics of `pruned` (before
     retraining), `pruning_instability` (the share of the test accuracy that pruning took),
     that of `merge_candidates`, and where asked for and possible the `landscape`, see
-    `measure_landscape`.
+    `measure_landscape`, and the rungs of the `search`.
 
   Raises:
     ValueError: see `jaxsms.prune_phase`; or, before training, the merging takes images in
-      memory and these are streamed, or the temperature is not above 0.
+      memory and these are streamed, the temperature is not above 0, or see `check_search`.
     FloatingPointError: all copies of a phase diverged.
   """
-  if merging is not None:
-    merging.check(engine)
+  merging = merging or merging_of("uniform")
+  merging.check(engine)
+  if search is not None:
+    merging = merging._replace(choose=better_half, selects=True)
   if distillation is not None:
     check_temperature(distillation.temperature)
   cut, base, trained_images = Cut(engine), start.model, 0
 
-  state = start.state
+  state, before = start.state, start.rungs
+  rungs: list[Rung] = []
   # Where the state that is gone on from has a teacher, it is the soup's.
   of_soup, state = (state, None) if state and state.teacher else (None, state)
 
   def retrain(key, pruned, masks, record):
-    nonlocal cut, base, trained_images, state
+    nonlocal cut, base, trained_images, state, before, rungs
     cut = Cut(engine) if shrink is None else shrink(engine, pruned, masks)
     base = cut.shrink(pruned)
     chosen, learning_rates = plan(record)
     trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
+    copies = number_of_models(chosen, "ingredients")
+    begin, judged, state, before = state, before, None, ()
     if of_soup is not None:
       teacher = model_at(of_soup.teacher, 0)
+      if search is not None:
+        rungs = [*judged, next_rung(key, search, judged, record["phase"], copies)]
       return Model(teacher.params, teacher.batch_stats), {}
-    begin, state = state, None
     if begin is None:
-      copies = number_of_models(chosen, "ingredients")
       begin = cut.engine.start(base, copies)
     masks, phase = cut.masks(masks), record["phase"]
-    end = yield from train_copies(
-      cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
-    )
+    if search is None:
+      end = yield from train_copies(
+        cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
+      )
+    else:
+      vary = functools.partial(plan, record)
+      end, rungs = yield from search_copies(
+        cut.engine, masks, key, begin, search, vary, judged, phase=phase
+      )
     return trained(end), {}
 
   def merge(key, candidates, record):
     accuracy = record["pruned"]["validation_accuracy"]
     soup, merged = merge_candidates(cut.engine, key, candidates, merging, accuracy, base)
+    if search is not None:
+      merged["search"] = concluded(rungs, merged["candidates"], merged_copies(merged))
     if record["phase"] in landscapes:
       found = measure_landscape(
         cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
@@ -267,8 +293,10 @@ def merge_candidates(
     model, weights = merge_phase(candidates, uniform_soup)
     soup, of_soup = scores[0], predictions
   else:
+    taken = sorted(merging.choose(scores, included))
+    left_out = sorted(set(healthy) - set(taken))
     model, weights = merge_some(
-      candidates, merging.among(included, engine, key, base), left_out
+      candidates, merging.among(taken, engine, key, base), left_out
     )
     alone = recalibrated(engine, key, one_model(model))
     (soup,), _, of_soup, _ = measure(engine, alone)
@@ -278,7 +306,7 @@ def merge_candidates(
       candidates,
       weights,
       soup,
-      [scores[i] if i in included else lost for i in range(m)],
+      [scores[i] if i in taken else lost for i in range(m)],
     )
   record: MergeRecord = {
     "weights": weights.tolist(),
@@ -304,9 +332,9 @@ def merge_candidates(
   if failure is not None:
     record["averaging_failed"] = failure
   if merging.selects:
-    taken = np.flatnonzero(weights)
-    chosen = take_ingredients(candidates.params, taken)
-    record["selected"] = set_record([scores[i] for i in taken], chosen)
+    selected = np.flatnonzero(weights)
+    chosen = take_ingredients(candidates.params, selected)
+    record["selected"] = set_record([scores[i] for i in selected], chosen)
   return model, record
 
 
