@@ -16,10 +16,10 @@ from jaxsms.pruning import apply_masks, magnitude_masks
 from jaxsms.sms import soup_phases
 from jaxsms.soups import uniform_soup
 from jaxsms.training.averaging import averaged_ingredients
+from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import Engine, Model, Plan, Record, trained
 from jaxsms.training.loop import train_copies
 from jaxsms.training.merging import Merging
-from jaxsms.training.phases import merge_candidates
 from jaxsms.training.state import start_each
 from jaxsms.trees import PyTree, stack, unstack
 

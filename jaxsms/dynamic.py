@@ -12,9 +12,9 @@ from jaxsms.mask_trees import mask_leaves
 from jaxsms.phases import Prune, finite_models
 from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
 from jaxsms.sms import Phase
+from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import Engine, Model, trained
 from jaxsms.training.loop import Remask, train_copies
-from jaxsms.training.phases import merge_candidates
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Ingredients
 from jaxsms.trees import PyTree, model_at, number_of_models

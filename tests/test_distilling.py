@@ -20,8 +20,8 @@ from test_training import (
 from jaxsms import Phase, training
 from jaxsms.training import Engine, Model, Splits, TrainState
 from jaxsms.training.distilling import STREAM, Distillation
-from jaxsms.training.measurements import recalibrated
-from jaxsms.training.phases import RECALIBRATION, Start, training_phases
+from jaxsms.training.measurements import RECALIBRATION, recalibrated
+from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.state import Teacher
 from jaxsms.training.step import ORDER

@@ -13,11 +13,12 @@ from engine import train as train_to_the_end
 
 from jaxsms import Phase, make_mesh, training
 from jaxsms.training import Model
+from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import predict
 from jaxsms.training.merging import Merging, by_samples, merging_of
 from jaxsms.training.own_share import share_batches
-from jaxsms.training.phases import Start, merge_candidates, training_phases
+from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.programs import METRICS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

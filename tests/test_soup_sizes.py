@@ -24,7 +24,7 @@ from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
 from jaxsms.disk.safetensors import read_safetensors, save_safetensors, write_safetensors
 from jaxsms.models import create
-from jaxsms.training import phases
+from jaxsms.training import candidates as merged_candidates
 
 INDEX = "model.safetensors.index.json"
 
@@ -553,13 +553,13 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_whole(
 @pytest.mark.slow
 def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path, monkeypatch):
   kept = []
-  merge_phase = phases.merge_phase
+  merge_phase = merged_candidates.merge_phase
 
   def keep(candidates, merge):
     kept.append(jax.device_get(candidates))
     return merge_phase(candidates, merge)
 
-  monkeypatch.setattr(phases, "merge_phase", keep)
+  monkeypatch.setattr(merged_candidates, "merge_phase", keep)
   flags = [*main_job.SMALL, "--ingredients=5", f"--workdir={tmp_path / 'run'}"]
   assert main_job.run(*flags) == 0
   trees = [jax.tree.map(lambda x, i=i: x[i], kept[-1].params) for i in range(5)]

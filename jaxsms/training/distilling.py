@@ -60,8 +60,8 @@ def distil(
     soup: leaves [...].
     masks: of its parameters.
     candidates: leaves [m, ...], their batch statistics their own.
-    record: of the phase, see `jaxsms.training.phases.merge_candidates`. Candidates that it
-      leaves out teach nothing.
+    record: of the phase, see `jaxsms.training.candidates.merge_candidates`. Candidates
+      that it leaves out teach nothing.
     distillation: how.
     state: of this training, to go on from; None begins it.
 

@@ -1,42 +1,24 @@
 """The loop on a data set: prune, retrain, recalibrate, evaluate, merge, evaluate."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NotRequired, cast
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from absl import logging
 
-from jaxsms.devices.ingredients import take_ingredients
-from jaxsms.devices.meshes import fetch
-from jaxsms.disk.faults import fault_point
-from jaxsms.metrics import agreement
-from jaxsms.phases import Merge, Prune, healthy_copies, merge_phase
+from jaxsms.phases import Prune
 from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import soup_phases
-from jaxsms.soups import prediction_ensemble, uniform_soup
+from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.cutting import Cut
 from jaxsms.training.distilling import Distillation, check_temperature, distil
-from jaxsms.training.engine import Engine, Model, Plan, Record, one_model, trained
-from jaxsms.training.failures import (
-  AveragingFailure,
-  Faults,
-  averaging_failure,
-  collapsed_copies,
-  merged_copies,
-)
+from jaxsms.training.engine import Engine, Model, Plan, Record, trained
+from jaxsms.training.failures import merged_copies
 from jaxsms.training.landscape import measure_landscape
 from jaxsms.training.loop import train_copies
-from jaxsms.training.measurements import (
-  RECALIBRATION,
-  SetRecord,
-  best_candidate,
-  measure,
-  recalibrated,
-  set_record,
-)
-from jaxsms.training.merging import Merging, merging_of, on_validation
+from jaxsms.training.measurements import RECALIBRATION, recalibrated
+from jaxsms.training.merging import Merging, merging_of
 from jaxsms.training.pruned import prune_and_measure
 from jaxsms.training.search import (
   Rung,
@@ -48,39 +30,6 @@ from jaxsms.training.search import (
 )
 from jaxsms.training.state import TrainState
 from jaxsms.trees import PyTree, model_at, number_of_models
-
-
-class MergeRecord(SetRecord, Faults):
-  """What `merge_candidates` measures. Means, maxima and geometry are of the candidates.
-
-  Attributes:
-    weights: of each candidate in the soup.
-    soup: its metrics.
-    parameters: of the network as it is stored and run, where they are described.
-    multiply_adds: of it.
-    best_candidate: metrics of the candidate of best validation accuracy.
-    candidates: metrics of each; NaN for those that diverged.
-    prediction_ensemble: metrics of the candidates' prediction ensemble.
-    uncertainty: of several candidates, see `jaxsms.training.measurements.Measurements`.
-    ensemble_agreement: share of predictions that soup and ensemble have in common, by
-      split.
-    averaging_failed: evidence, where averaging failed, see `averaging_failure`.
-    selected: of those that were taken, where the merge selects.
-    search: the rungs of the phase, see `jaxsms.training.search.Rung`.
-  """
-
-  weights: list[float]
-  soup: Record
-  parameters: NotRequired[int]
-  multiply_adds: NotRequired[int]
-  best_candidate: Record
-  candidates: list[Record]
-  prediction_ensemble: Record
-  ensemble_agreement: dict[str, float]
-  uncertainty: NotRequired[Record]
-  averaging_failed: NotRequired[AveragingFailure]
-  selected: NotRequired[SetRecord]
-  search: NotRequired[list[Record]]
 
 
 class Start(NamedTuple):
@@ -155,196 +104,125 @@ def training_phases(
     merging = merging._replace(choose=better_half, selects=True)
   if distillation is not None:
     check_temperature(distillation.temperature)
-  cut, base, trained_images = Cut(engine), start.model, 0
+  parts = _Parts(engine, plan, merging, landscapes, shrink, distillation, search)
+  parts.take_up(start, sparsities)
+  return soup_phases(
+    key,
+    start.model,
+    sparsities,
+    prune=functools.partial(prune_and_measure, engine, prune),
+    retrain=parts.retrain,
+    merge=parts.merge,
+    masks=start.masks,
+    finish=parts.finish,
+  )
 
-  state, before = start.state, start.rungs
-  rungs: list[Rung] = []
-  # Where the state that is gone on from has a teacher, it is the soup's.
-  of_soup, state = (state, None) if state and state.teacher else (None, state)
 
-  def retrain(key, pruned, masks, record):
-    nonlocal cut, base, trained_images, state, before, rungs
-    cut = Cut(engine) if shrink is None else shrink(engine, pruned, masks)
-    base = cut.shrink(pruned)
-    chosen, learning_rates = plan(record)
-    trained_images = int(np.sum(chosen["steps"])) * engine.programs.batch_size
+class _Parts:
+  """What the loop does in a phase after pruning: retrain, merge, finish.
+
+  Attributes:
+    cut: the network of the phase, smaller where it shrinks.
+    base: its pruned model, in those shapes.
+    rungs: of its search.
+    state: of the copies that a broken run left; None once they train.
+    judged: rungs of a search up to that state.
+    of_soup: the state of a distillation that a broken run left.
+  """
+
+  def __init__(self, engine, plan, merging, landscapes, shrink, distillation, search):
+    """Takes what `training_phases` takes."""
+    self._engine, self._plan, self._merging = engine, plan, merging
+    self._landscapes, self._shrink = landscapes, shrink
+    self._distillation, self._search = distillation, search
+    self.cut = Cut(engine)
+    self.base: Model | None = None
+    self.rungs: list[Rung] = []
+    self.state: TrainState | None = None
+    self.judged: Sequence[Rung] = ()
+    self.of_soup: TrainState | None = None
+    self._trained_images = self._last = 0
+
+  def take_up(self, start: Start, sparsities: Mapping[int, float]) -> None:
+    """Goes on from a state to the last phase. Where it has a teacher, it is the soup's."""
+    self.judged, self._last = start.rungs, max(sparsities, default=0)
+    if start.state is not None and start.state.teacher:
+      self.of_soup = start.state
+    else:
+      self.state = start.state
+
+  def retrain(
+    self, key: jax.Array, pruned: Model, masks: PyTree, record: Record
+  ) -> Generator[Any, None, tuple[Model, Record]]:
+    """All copies of a phase, see `jaxsms.sms.soup_phases`."""
+    search, phase = self._search, record["phase"]
+    shrink = self._shrink or (lambda engine, pruned, masks: Cut(engine))
+    self.cut = shrink(self._engine, pruned, masks)
+    self.base = self.cut.shrink(pruned)
+    chosen, learning_rates = self._plan(record)
+    self._trained_images = int(np.sum(chosen["steps"])) * self._engine.programs.batch_size
     copies = number_of_models(chosen, "ingredients")
-    begin, judged, state, before = state, before, None, ()
-    if of_soup is not None:
-      teacher = model_at(of_soup.teacher, 0)
+    begin, judged, self.state, self.judged = self.state, self.judged, None, ()
+    if self.of_soup is not None:
+      teacher = model_at(self.of_soup.teacher, 0)
       if search is not None:
-        rungs = [*judged, next_rung(key, search, judged, record["phase"], copies)]
+        self.rungs = [*judged, next_rung(key, search, judged, phase, copies)]
       return Model(teacher.params, teacher.batch_stats), {}
     if begin is None:
-      begin = cut.engine.start(base, copies)
-    masks, phase = cut.masks(masks), record["phase"]
+      begin = self.cut.engine.start(self.base, copies)
+    masks = self.cut.masks(masks)
     if search is None:
       end = yield from train_copies(
-        cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
+        self.cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
       )
     else:
-      vary = functools.partial(plan, record)
-      end, rungs = yield from search_copies(
-        cut.engine, masks, key, begin, search, vary, judged, phase=phase
+      vary = functools.partial(self._plan, record)
+      end, self.rungs = yield from search_copies(
+        self.cut.engine, masks, key, begin, search, vary, judged, phase=phase
       )
     return trained(end), {}
 
-  def merge(key, candidates, record):
-    accuracy = record["pruned"]["validation_accuracy"]
-    soup, merged = merge_candidates(cut.engine, key, candidates, merging, accuracy, base)
-    if search is not None:
-      merged["search"] = concluded(rungs, merged["candidates"], merged_copies(merged))
-    if record["phase"] in landscapes:
+  def merge(
+    self, key: jax.Array, candidates: Model, record: Record
+  ) -> tuple[Model, dict[str, Any]]:
+    """The soup in its full shapes, and what was measured of it."""
+    engine, accuracy = self.cut.engine, record["pruned"]["validation_accuracy"]
+    soup, merged = merge_candidates(
+      engine, key, candidates, self._merging, accuracy, self.base
+    )
+    if self._search is not None:
+      merged["search"] = concluded(self.rungs, merged["candidates"], merged_copies(merged))
+    if record["phase"] in self._landscapes:
+      included = merged_copies(merged)
       found = measure_landscape(
-        cut.engine, key, candidates, merged_copies(merged), soup.params, trained_images
+        engine, key, candidates, included, soup.params, self._trained_images
       )
       if found is not None:
         cast(dict[str, Any], merged)["landscape"] = found
-    return cut.expand(soup), merged
+    return self.cut.expand(soup), cast(dict[str, Any], merged)
 
-  def finish(key, soup, masks, candidates, record):
-    nonlocal of_soup
-    if distillation is None or record["phase"] != max(sparsities):
+  def finish(
+    self,
+    key: jax.Array,
+    soup: Model,
+    masks: PyTree,
+    candidates: Model,
+    record: Record,
+  ) -> Generator[Any, None, tuple[Model, Record]]:
+    """Distils the candidates of the last phase into its soup, where that is asked for."""
+    if self._distillation is None or record["phase"] != self._last:
       return soup, {}
-    of_key = jax.random.fold_in(key, RECALIBRATION)
+    cut, of_key = self.cut, jax.random.fold_in(key, RECALIBRATION)
     candidates = recalibrated(cut.engine, of_key, candidates)
-    begin, of_soup = of_soup, None
-    model, last = yield from distil(
+    begin, self.of_soup = self.of_soup, None
+    model, found = yield from distil(
       cut.engine,
       of_key,
       cut.shrink(soup),
       cut.masks(masks),
       candidates,
       record,
-      distillation,
+      self._distillation,
       begin,
     )
-    return cut.expand(model), last
-
-  return soup_phases(
-    key,
-    start.model,
-    sparsities,
-    prune=functools.partial(prune_and_measure, engine, prune),
-    retrain=retrain,
-    merge=merge,
-    masks=start.masks,
-    finish=finish,
-  )
-
-
-def merge_candidates(
-  engine: Engine,
-  key: jax.Array,
-  candidates: Model,
-  merging: Merging | None = None,
-  start: float | None = None,
-  base: Model | None = None,
-) -> tuple[Model, MergeRecord]:
-  """Recalibrates and measures candidates, merges them, and measures what that gives.
-
-  Args:
-    engine: the network and its data.
-    key: of the phase.
-    candidates: leaves [m, ...].
-    merging: of them; None means `merging_of("uniform")`. One candidate is its own soup.
-    start: validation accuracy of the pruned model that all candidates started from, where
-      there is one.
-    base: that model, for merges that look at what the candidates have changed.
-
-  Returns:
-    The soup and its record. Candidates that diverged or collapsed count in nothing but
-    their own metrics; where all that did not diverge collapsed, they are merged after all.
-
-  Raises:
-    FloatingPointError: all candidates diverged.
-  """
-  merging = merging or merging_of("uniform")
-  key = jax.random.fold_in(key, RECALIBRATION)
-  candidates = recalibrated(engine, key, candidates)
-  m, healthy = number_of_models(candidates), healthy_copies(candidates)
-  finite = candidates if len(healthy) == m else take_ingredients(candidates, healthy)
-  measured, ensemble, predictions, uncertainty = measure(engine, finite)
-  lost = jax.tree.map(lambda _: np.nan, measured[0])
-  by_copy = dict(zip(healthy, measured, strict=True))
-  scores = [by_copy.get(i, lost) for i in range(m)]
-  faults: Faults = {
-    "diverged": sorted(set(range(m)) - set(healthy)),
-    "collapsed": []
-    if merging.samples is not None  # copies that know their own classes alone are well
-    else collapsed_copies(
-      [one["validation_accuracy"] for one in scores],
-      np.asarray(fetch(predictions["validation"].labels)),
-      start,
-    ),
-  }
-  included = merged_copies({"weights": scores, **faults})
-  left_out = sorted(set(healthy) - set(included))
-  if left_out:
-    logging.warning("copies %s collapsed and are left out", left_out)
-    finite = take_ingredients(candidates, included)
-    _, ensemble, predictions, uncertainty = measure(engine, finite)
-    measured = [by_copy[i] for i in included]
-  elif faults["collapsed"]:
-    faults["all_collapsed"] = True
-  fault_point("merge")
-  failure = None
-  if m == 1:  # nothing to merge: plain IMP
-    model, weights = merge_phase(candidates, uniform_soup)
-    soup, of_soup = scores[0], predictions
-  else:
-    taken = sorted(merging.choose(scores, included))
-    left_out = sorted(set(healthy) - set(taken))
-    model, weights = merge_some(
-      candidates, merging.among(taken, engine, key, base), left_out
-    )
-    alone = recalibrated(engine, key, one_model(model))
-    (soup,), _, of_soup, _ = measure(engine, alone)
-    model = model_at(alone, 0)
-    failure = averaging_failure(
-      functools.partial(on_validation, engine, key),
-      candidates,
-      weights,
-      soup,
-      [scores[i] if i in taken else lost for i in range(m)],
-    )
-  record: MergeRecord = {
-    "weights": weights.tolist(),
-    "soup": soup,
-    "best_candidate": scores[best_candidate(scores)],
-    **set_record(measured, finite.params),
-    "candidates": scores,
-    **faults,
-    "prediction_ensemble": ensemble,
-    "ensemble_agreement": {
-      split: float(
-        fetch(agreement(on_split.logits[0], prediction_ensemble(predictions[split].logits)))
-      )
-      for split, on_split in of_soup.items()
-    },
-  }
-  if "parameters" in soup:
-    record["parameters"] = soup["parameters"]
-  if "multiply_adds" in soup:
-    record["multiply_adds"] = soup["multiply_adds"]
-  if uncertainty:
-    record["uncertainty"] = uncertainty
-  if failure is not None:
-    record["averaging_failed"] = failure
-  if merging.selects:
-    selected = np.flatnonzero(weights)
-    chosen = take_ingredients(candidates.params, selected)
-    record["selected"] = set_record([scores[i] for i in selected], chosen)
-  return model, record
-
-
-def merge_some(
-  candidates: Model, merge: Merge, left_out: list[int]
-) -> tuple[Model, np.ndarray]:
-  """Merges the candidates but for those of these indices, which have weight 0."""
-  if not left_out:
-    return merge_phase(candidates, merge)
-  m = number_of_models(candidates)
-  indices, weights = np.setdiff1d(np.arange(m), left_out), np.zeros([m])
-  model, weights[indices] = merge_phase(take_ingredients(candidates, indices), merge)
-  return model, weights
+    return cut.expand(model), found
