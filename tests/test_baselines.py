@@ -28,6 +28,7 @@ from jaxsms.dynamic import (
   gradual_masks,
   prune_during_training,
 )
+from jaxsms.one_shot import one_shot_soups
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.step import Recipe, train_step
@@ -243,6 +244,38 @@ def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):
   for record, *imp in zip(records, *(run[2] for run in runs), strict=True):
     for i in range(2):
       assert record["candidates"][i] == pytest.approx(imp[i]["soup"], abs=1e-4)
+
+
+def test_one_shot_soups_are_those_of_a_phase_each(programs, dense):
+  """All sparsities in one program give what each gives in a loop of its own."""
+  rates = {0.4: 0.2, 0.7: 0.1}  # of its own for each sparsity
+
+  def plan(record):
+    (rate,) = (rates[s] for s in rates if abs(s - record["sparsity"]) < 0.05)
+    return ingredients([0, 1], 5), np.full((2, 5), rate, np.float32)
+
+  alone = [
+    run_phases(programs, SPLITS, KEY, dense, plan, goal_sparsity=s, phases=1) for s in rates
+  ]
+  engine = Engine(make_programs(own_masks=True), SPLITS)
+  sparsities = dict(enumerate(rates, 1))
+  (nested, each, _), *_ = [finish(one_shot_soups(engine, KEY, dense, plan, sparsities))]
+  for i, (model, masks, (record,)) in enumerate(alone):
+    assert_close(nested.models[i], model, 1e-5)
+    assert_close(each[i], masks, 0)
+    found = nested.records[i + 1]
+    assert found["weights"] == record["weights"]
+    assert found["soup"] == pytest.approx(record["soup"], abs=1e-4)
+    assert removed(nested.models[i].params) == pytest.approx(found["sparsity"])
+  kept = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(m)]) for m in each]
+  assert not (kept[1] & ~kept[0]).any()
+  assert kept[0].sum() > kept[1].sum()
+
+
+def test_sparsities_of_one_shot_soups_rise(programs, dense, rejects):
+  for sparsities in ({}, {1: 0.5, 2: 0.4}):
+    with rejects("none lower than the one before"):
+      one_shot_soups(Engine(programs, SPLITS), KEY, dense, None, sparsities)
 
 
 def test_swamp_averages_particles_and_time_and_rewinds(programs, dense):

@@ -53,7 +53,7 @@ def planned_work(
   """Those steps, and under `MEASURED` how many models are measured."""
   models = 1
   for name in names:
-    copies = max(METHODS[name].epochs(config))
+    copies = min(config.ingredients, max(METHODS[name].epochs(config)))  # of a soup
     models += _models(copies, 1 if "ramp" in METHODS[name].traits else config.phases)
   steps = planned_steps(config, steps_per_epoch, names)
   return {**steps, MEASURED: config.seeds * models}

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxsms import Phase
 from jaxsms.baselines import imp_reprune, swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
+from jaxsms.one_shot import one_shot_soups
 from jaxsms.training import Model
 
 from .in_phases import dense_soup, imp, imp_mx, soup_distilled, sparse_soup, with_ema
@@ -23,6 +25,7 @@ from .seeds import (
   Run,
   averaged,
   fresh_model,
+  merging_for,
   metrics_by_phase,
   prune_and_retrain,
   records_of,
@@ -98,6 +101,28 @@ def reprune(run: Run, dense: Model) -> Events:
     )
   )
   return metrics_by_phase(records)
+
+
+def one_shot_soup(run: Run, dense: Model) -> Events:
+  """Soups at the sparsities of all phases, each pruned from the dense model in one go."""
+  nested = None
+  for event in one_shot_soups(
+    run.engine._replace(programs=run.task.variant(own_masks=True)),
+    run.stream(RETRAIN),
+    dense,
+    retraining_plan(run, run.config.ingredients, run.retrain_steps),
+    run.sparsities,
+    prune=run.prune,
+    merging=merging_for(run, run.config.ingredients),
+  ):
+    if not isinstance(event, Phase):
+      yield event
+      continue
+    nested = event.params
+    for parts in zip(nested.models, nested.masks, nested.records.values(), strict=True):
+      model, masks, record = parts
+      yield Phase(model, masks, None, record)
+  return metrics_by_phase(list(nested.records.values()))
 
 
 def gradual(name: str, soup: bool) -> Callable[[Run, Model], Events]:
@@ -255,6 +280,10 @@ METHODS: dict[str, Method] = {
   ),
   "imp_reprune": Method(
     "IMP-RePrune", "#009E73", "X", reprune, _copies_epochs, False, frozenset({"own_masks"})
+  ),
+  "one_shot_soup": Method(
+    "One-shot soup", "#56B4E9", "d", one_shot_soup,
+    lambda c: {c.phases * c.ingredients: longest(c)}, False, frozenset({"own_masks"}),
   ),
   "swamp": Method(
     "SWAMP", "#E69F00", "P", rewinding_soup, _swamp_epochs, False,

@@ -27,7 +27,7 @@ from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
-from jaxsms.training.merging import BY_SAMPLES, merging_of
+from jaxsms.training.merging import BY_SAMPLES, Merging, merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.search import Rung
 from jaxsms.trees import model_at
@@ -246,6 +246,11 @@ def retraining_plan(run: Run, m: int, steps: int) -> Plan:
   return plan
 
 
+def merging_for(run: Run, m: int) -> Merging:
+  """That of --merge, for m copies."""
+  return merging_of(run.config.merge, run.config.weight_decay, samples_of(run, m))
+
+
 def prune_and_retrain(
   run: Run,
   dense: Model,
@@ -281,7 +286,7 @@ def prune_and_retrain(
     retraining_plan(run, m, steps),
     {phase: s for phase, s in sparsities.items() if phase > len(records)},
     prune=run.prune,
-    merging=merging_of(config.merge, config.weight_decay, samples_of(run, m)),
+    merging=merging_for(run, m),
     landscapes=landscape_phases(run) if method == SOUP else (),
     shrink=run.task.shrink,
     distillation=distillation,
