@@ -51,7 +51,6 @@ WITHOUT = {
   "jaxsms.data.load_split": PREPARED,
   "jaxsms.data.open_streamed": PREPARED,
   "jaxsms.data.open_streamed_test": PREPARED,
-  "jaxsms.export.cut_to_torch": FORMAT,
   "jaxsms.export.load_stablehlo": FORMAT,
   "jaxsms.export.quantize_onnx": FORMAT,
   "jaxsms.export.save_onnx": FORMAT,

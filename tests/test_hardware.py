@@ -62,7 +62,7 @@ def test_meshes(rejects):
   assert dict(auto(1).shape) == {"ingredient": 1, "data": 8}
   fixed = hardware.mesh_of(read("--mesh=2x2"))
   assert dict(fixed(1).shape) == dict(fixed(5).shape) == {"ingredient": 2, "data": 2}
-  with rejects("a mesh of 3 x 3 devices does not fit 8"):
+  with rejects("a mesh of 3 x 3 devices does not fit the number of devices, 8"):
     hardware.mesh_of(read("--mesh=3x3", batch_size=9))
   with rejects("a batch of 9 does not split over 2 devices"):
     hardware.mesh_of(read("--mesh=4x2", batch_size=9))
