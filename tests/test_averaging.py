@@ -21,7 +21,7 @@ from jaxsms import make_mesh, training
 from jaxsms.disk.safetensors import by_path
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Engine, Model, Splits, averaged_ingredients, train_copies
-from jaxsms.training.averaging import average_weight
+from jaxsms.training.averaging import average_weight, has_average
 from jaxsms.training.engine import trained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
@@ -45,13 +45,15 @@ def rates(m, steps=STEPS):
   return np.full([m, steps], 0.1, np.float32)
 
 
-def last_state_of(programs, dense, chosen, *, chunk_steps=50, each=None, masks=half_masks):
+def last_state_of(
+  programs, dense, chosen, *, chunk_steps=50, each=None, masks=half_masks, start=None
+):
   """The state after all steps; `each` is called with every one after a chunk."""
   engine = Engine(
     programs, SPLITS, chunk_steps=chunk_steps, wants_state=lambda: each is not None
   )
   m = len(chosen["seed"])
-  start = engine.start(pruned(dense), m)
+  start = start or engine.start(pruned(dense), m)
   lrs = rates(m, max(chosen["steps"]))
   events = train_copies(engine, masks(dense.params), KEY, start, chosen, lrs)
   while True:
@@ -133,6 +135,24 @@ def test_averages_are_their_closed_forms(programs, dense, trajectory):
   for x, mask in zip(jax.tree.leaves(found.average), jax.tree.leaves(masks), strict=True):
     removed = np.asarray(x)[:, ~np.asarray(mask)]
     assert not removed.any() and not np.signbit(removed).any()
+
+
+def test_a_stop_on_the_way_does_not_enter_the_average(programs, dense):
+  """A search stops copies at its rungs, here at step 7 of an average of 4, 8 and 12."""
+  chosen = with_averages([1, 0], STEPS, 1.0, 2, 4)
+  whole = last_state_of(programs, dense, chosen)
+  until = {**chosen, "steps": np.full(2, 7, np.int32)}
+  stopped = last_state_of(programs, dense, until)
+  found = last_state_of(programs, dense, chosen, start=stopped)
+  assert_close(found.average, whole.average, 1e-6)
+
+
+def test_when_copies_have_an_average_by_hand():
+  chosen = with_averages([0, 1], STEPS, 1.0, [4, 5], 3)  # steps 6, 9, 12 enter
+  assert [has_average(chosen, taken) for taken in (0, 4, 5, 6, 12)] == [
+    False, False, False, True, True,
+  ]  # fmt: skip
+  assert not has_average(ingredients([0, 1], STEPS), 12)
 
 
 OTHERS = ([3, 1, 4], [12, 7, 12], [0.9, 1.0, 0.6], [0, 3, 4], [1, 2, 1])

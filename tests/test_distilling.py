@@ -19,7 +19,7 @@ from test_training import (
 
 from jaxsms import Phase, training
 from jaxsms.training import Engine, Model, Splits, TrainState
-from jaxsms.training.distilling import STREAM, Distillation
+from jaxsms.training.distilling import STREAM, Distillation, teacher_weights
 from jaxsms.training.measurements import RECALIBRATION, recalibrated
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
@@ -227,3 +227,9 @@ def test_a_run_is_stopped_while_a_soup_learns(more, tmp_path, monkeypatch):
   assert set(last["uncertainty"]) >= {"validation", "test"}
   if more:
     assert 0 <= last["uncertainty"]["corrupted"]["fog"]["auroc_of_entropy"] <= 1
+
+
+def test_teachers_are_the_copies_in_the_soup():
+  """Here the second copy diverged, the third collapsed, and the merge left the last out."""
+  record = {"weights": [0.6, 0, 0, 0.4, 0], "diverged": [1], "collapsed": [2]}
+  assert teacher_weights(record).tolist() == [0.5, 0, 0, 0.5, 0]

@@ -248,7 +248,11 @@ def retraining_plan(run: Run, m: int, steps: int) -> Plan:
 
 def merging_for(run: Run, m: int) -> Merging:
   """That of --merge, for m copies."""
-  return merging_of(run.config.merge, run.config.weight_decay, samples_of(run, m))
+  config = run.config
+  merging = merging_of(config.merge, config.weight_decay, samples_of(run, m))
+  if config.subsets in ("dirichlet", "groups"):  # their copies may know few classes
+    merging = merging._replace(may_collapse=False)
+  return merging
 
 
 def prune_and_retrain(

@@ -62,6 +62,7 @@ def averaged_ingredients(
     "average_decay": np.full([m], decay, np.float32),
     "average_after": np.broadcast_to(np.asarray(after, np.int32), [m]),
     "average_every": np.full([m], every, np.int32),
+    "average_steps": np.asarray(steps, np.int32),  # a search stops copies before
   }
   return {**ingredients, **average}
 
@@ -89,6 +90,19 @@ def average_weight(
   return jnp.where(enters, jnp.where(decay < 1, below, 1 / count), 0)
 
 
+def has_average(ingredients: Ingredients, taken: int) -> bool:
+  """Whether all copies have steps in their average after so many of them.
+
+  Args:
+    ingredients: of the copies.
+    taken: steps.
+  """
+  if "average_decay" not in ingredients:
+    return False
+  after, every = ingredients["average_after"], ingredients["average_every"]
+  return bool(np.all(taken // np.asarray(every) > np.asarray(after) // every))
+
+
 def begin_average(state: TrainState, ingredients: Ingredients) -> TrainState:
   """A state that carries an average, where its copies are averaged and it has none yet.
 
@@ -110,7 +124,7 @@ def add_to_average(state: TrainState, ingredient: Ingredients) -> TrainState:
     return state
   weight = average_weight(
     state.step,
-    ingredient["steps"],
+    ingredient["average_steps"],
     ingredient["average_decay"],
     ingredient["average_after"],
     ingredient["average_every"],

@@ -103,13 +103,13 @@ def merge_candidates(
   scores = [by_copy.get(i, lost) for i in range(m)]
   faults: Faults = {
     "diverged": sorted(set(range(m)) - set(healthy)),
-    "collapsed": []
-    if merging.samples is not None  # copies that know their own classes alone are well
-    else collapsed_copies(
+    "collapsed": collapsed_copies(
       [one["validation_accuracy"] for one in scores],
       np.asarray(fetch(predictions["validation"].labels)),
       start,
-    ),
+    )
+    if merging.may_collapse
+    else [],
   }
   included = merged_copies({"weights": scores, **faults})
   left_out = sorted(set(healthy) - set(included))

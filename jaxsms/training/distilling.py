@@ -15,7 +15,7 @@ from jaxsms.training.measurements import measure, recalibrated
 from jaxsms.training.state import Teacher, TrainState
 from jaxsms.trees import PyTree, model_at
 
-STREAM = 2**32 - 2  # of the phase's key: no seed uses it
+STREAM = 2**32 - 2  # of the key that `distil` takes: no seed uses it
 
 
 class Distillation(NamedTuple):
@@ -39,6 +39,29 @@ def check_temperature(temperature: float) -> None:
     )
 
 
+def teacher_weights(record: Record) -> np.ndarray:
+  """What each candidate counts in the mean prediction.
+
+  Args:
+    record: of the phase, see `jaxsms.training.candidates.merge_candidates`.
+
+  Returns:
+    float32 [m], equal for all that are in the soup, 0 for the others.
+
+  Example:
+    >>> jaxsms.training.distilling.teacher_weights(
+    ...   {"weights": [0.7, 0.0, 0.3], "diverged": [1], "collapsed": []}
+    ... ).tolist()
+    [0.5, 0.0, 0.5]
+  """
+  weights = record["weights"]
+  merged = merged_copies(record)
+  teachers = [i for i in merged if weights[i]] or merged
+  found = np.zeros([len(weights)], np.float32)
+  found[teachers] = 1 / len(teachers)
+  return found
+
+
 def distil(
   engine: Engine,
   key: jax.Array,
@@ -56,7 +79,7 @@ def distil(
 
   Args:
     engine: the network and its data.
-    key: of the phase.
+    key: of what the phase measures, the stream RECALIBRATION of its key.
     soup: leaves [...].
     masks: of its parameters.
     candidates: leaves [m, ...], their batch statistics their own.
@@ -79,11 +102,10 @@ def distil(
     Hinton et al., 2015, https://arxiv.org/abs/1503.02531
   """
   if state is None:
-    teachers = merged_copies(record)
-    weights = np.zeros([len(record["weights"])], np.float32)
-    weights[teachers] = 1 / len(teachers)
     temperature = jnp.asarray(distillation.temperature, jnp.float32)
-    teacher = repeat_model(Teacher(*candidates, jnp.asarray(weights), temperature), 1)
+    teacher = repeat_model(
+      Teacher(*candidates, jnp.asarray(teacher_weights(record)), temperature), 1
+    )
     state = engine.start(soup, 1)._replace(teacher=teacher)
   chosen, learning_rates = distillation.plan(record)
   end = yield from train_copies(

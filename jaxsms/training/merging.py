@@ -42,7 +42,9 @@ class Merging(NamedTuple):
     selects: whether it leaves candidates out, so that those taken are worth a record.
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
     samples: number [m], the training examples of each copy, where the soup weights copies
-      by them instead. Such copies may know few classes: none counts as collapsed.
+      by them instead.
+    may_collapse: whether copies that predict badly are left out. Those that know few
+      classes do so, and are well.
     choose: `choose(scores, copies)` giving those of the copies that are merged, from the
       metrics of all m.
   """
@@ -51,6 +53,7 @@ class Merging(NamedTuple):
   selects: bool = False
   check: Callable[[Engine], None] = lambda engine: None
   samples: np.ndarray | None = None
+  may_collapse: bool = True
   choose: Callable[[Sequence[Record], list[int]], list[int]] = lambda scores, copies: copies
 
   def among(
@@ -102,7 +105,8 @@ def merging_of(
         "merge by_samples needs the training examples of each copy: give samples, one "
         "number for each"
       )
-    return Merging(lambda engine, key, base: by_samples(samples), samples=samples)
+    merge = by_samples(samples)
+    return Merging(lambda engine, key, base: merge, samples=samples, may_collapse=False)
   if name == "uniform":
     return Merging(lambda engine, key, base: uniform_soup)
   if name == "greedy":

@@ -18,6 +18,7 @@ from jaxsms.devices.meshes import fetch
 from jaxsms.disk.faults import fault_point
 from jaxsms.phases import finite_models
 from jaxsms.soups import soup_weights, uniform_soup
+from jaxsms.training.averaging import has_average
 from jaxsms.training.engine import Engine, Model, Record, trained
 from jaxsms.training.loop import Chunk, train_copies
 from jaxsms.training.measurements import RECALIBRATION, predict, recalibrated, score
@@ -288,8 +289,16 @@ def search_copies(
     if end == search.ends[-1]:
       rungs.append(rung)
       break
-    scores = judge(engine, key, trained(state))
-    rungs.append(rung.judged(scores, better_half(scores)))
+    averaged = has_average(chosen, end)
+    now = trained(state) if averaged else Model(state.params, state.batch_stats)
+    scores = judge(engine, key, now)
+    kept = better_half(scores)
+    if not kept:
+      raise FloatingPointError(
+        f"all {m} copies have metrics that are not finite: lower the learning rates of the "
+        "search"
+      )
+    rungs.append(rung.judged(scores, kept))
     fault_point("rung")
     yield rungs[-1]
     state = restarted(state, rungs[-1].kept)

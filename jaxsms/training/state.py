@@ -64,6 +64,7 @@ class Ingredients(TypedDict):
       `jaxsms.training.averaged_ingredients`. Without it a copy ends as its last step.
     average_after: int, steps before it.
     average_every: int, steps from one to the next.
+    average_steps: int, the last of which enters in any case.
     examples: int [m, most], of copies that train on a share of the data each, its indices
       in the training split.
     size: int, how many of them count.
@@ -75,6 +76,7 @@ class Ingredients(TypedDict):
   average_decay: NotRequired[np.ndarray | jax.Array]
   average_after: NotRequired[np.ndarray | jax.Array]
   average_every: NotRequired[np.ndarray | jax.Array]
+  average_steps: NotRequired[np.ndarray | jax.Array]
   examples: NotRequired[np.ndarray | jax.Array]
   size: NotRequired[np.ndarray | jax.Array]
 
