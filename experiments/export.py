@@ -139,17 +139,15 @@ def write(form: str, out: str, path: str, soup: dict[str, PyTree]) -> list[str]:
     save_compact(out, variables, with_all_kept(variables, soup["masks"]))
     return []
   data_dir = FLAGS.data_dir if FLAGS["data_dir"].present else None
+  if form == "safetensors" and FLAGS.cut is False:  # needs no flags of the run
+    save_safetensors(out, variables)
+    return []
   config = exporting.run_config(path, data_dir)
-  whole_channels = config is not None and config.criterion in ("channels", "filters")
+  whole_channels = config.criterion in ("channels", "filters")
   cutting = whole_channels if FLAGS.cut is None else FLAGS.cut
   if form == "safetensors" and not cutting:
     save_safetensors(out, variables)
     return []
-  if config is None:
-    raise ValueError(
-      f"{path} does not tell the flags of its run, or was written by another version: "
-      f"--format={form}{' --cut' if cutting else ''} needs them"
-    )
   found = exporting.network(config)
   if form in PROGRAMS:
     return write_program(form, out, found, soup, cutting)
@@ -191,7 +189,7 @@ def write_program(
     export.save_stablehlo(out, apply, variables, found.images)
     return lines
   if FLAGS.int8:
-    exporting.check_int8(found)
+    exporting.check_int8(out, found)
   exporting.save_onnx(out, found, apply, variables)
   if not FLAGS.out:
     lines.append(f"{exporting.save_dense(out, found, soup)}: the dense network, to compare")

@@ -267,6 +267,10 @@ def test_averages_that_cannot_be(options, words, rejects):
     (["--average=swa", "--retrain_epochs=0", "--baselines="],
      "--average=swa with --retrain_epochs=0"),
     (["--baselines=soup_ema", "--retrain_epochs=0"], "--baselines has soup_ema"),
+    (["--ema_decay=0.9"], "--ema_decay=0.9 is of an average: give --average=ema, or one"),
+    (["--average=swa", "--ema_decay=0.9"], "--ema_decay=0.9 is of an average"),
+    (["--average_from=0"], "--average_from=0 is of an average: give --average=swa or"),
+    (["--average_every=2"], "--average_every=2 is of an average"),
   ],
 )  # fmt: skip
 def test_flags_that_cannot_be(flags, words, rejects):

@@ -13,7 +13,6 @@ from experiments.benchmarks.bench_merges_tables import table, tables
 from experiments.config.fields import define_flags
 from experiments.methods.seeds import prune_and_retrain
 from jaxsms import Phase
-from jaxsms.training.merging import NAMES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = [flag for flag in main_job.SMALL if "baselines" not in flag]
@@ -28,7 +27,10 @@ def parse(*given):
 
 @pytest.mark.parametrize(
   "names",
-  [("uniform", "learned", "slerp"), pytest.param(NAMES, marks=pytest.mark.slow)],
+  [
+    ("uniform", "learned", "slerp"),
+    pytest.param(bench_merges.NAMES, marks=pytest.mark.slow),
+  ],
   ids=["some", "all"],
 )
 def test_merges_are_of_the_candidates_of_the_loop(tmp_path, monkeypatch, capsys, names):

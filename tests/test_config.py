@@ -8,7 +8,7 @@ import pytest
 from main_job import config_of
 
 from experiments.config import fields
-from experiments.config.run_config import Config
+from experiments.config.run_config import NEWER, Config
 from experiments.config.run_config import config_of as restored
 
 
@@ -41,6 +41,9 @@ def test_flags_come_back_from_json_and_from_a_file():
   assert "workdir" not in known and "save_minutes" not in known
   assert restored(json.loads(json.dumps(known))).flags() == known
   assert config_of(*config.flagfile().split()).flags() == known
+  for name in NEWER:
+    del known[name]
+  assert restored(json.loads(json.dumps(known))).flags() == config.flags()
   del known["width"]
   with pytest.raises(KeyError):
     restored(known)
@@ -57,3 +60,20 @@ def test_a_configuration_is_not_changed():
 def test_every_field_has_a_flag_and_the_example_runs():
   assert all(field.metadata["flag"].help for field in dataclasses.fields(Config))
   assert doctest.testmod(fields) == doctest.TestResults(failed=0, attempted=5)
+
+
+FIRST = """
+  dataset data_dir cache_dir augmentation stream image_size model hidden dropout width
+  widening stem init epochs batch_size learning_rate momentum weight_decay
+  pretrain_schedule warmup_epochs end_lr decay step_epochs milestones ingredients phases
+  goal_sparsity retrain_epochs retrain_schedule merge vary values criterion scope
+  n_m_group baselines budget_epochs fixed_after mask_steps rewind_epochs ood
+  ood_severities landscape train_metrics mesh cpu_devices ingredients_at_once precision
+  convolution remat micro_batches split_params coordinator processes process workdir
+  save_minutes keep_checkpoints tensorboard allow_other_version seed seeds chunk_steps
+"""
+
+
+def test_flags_that_older_runs_lack_are_known():
+  """A new flag goes into NEWER, or the runs of before cannot go on."""
+  assert set(fields.names(Config)) - set(NEWER) == set(FIRST.split())

@@ -189,6 +189,8 @@ def test_temperatures_that_cannot_be(engine, dense, temperature, rejects):
       ["--baselines=soup_distilled", "--distill_epochs=0"],
       "--distill_epochs is 0: soup_di",
     ),
+    (["--temperature=2"], "--temperature=2 is of soup_distilled: give it among"),
+    (["--distill_epochs=3"], "--distill_epochs=3 is of soup_distilled"),
     (["--baselines=soup_distilled", "--ingredients=1"], "with --ingredients=1"),
   ],
 )

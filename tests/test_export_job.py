@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import flax.linen as nn
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 from experiments import export, soup
+from experiments.config.run_config import NEWER
 from experiments.run.latency import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms import export as library
+from jaxsms.disk import storage
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.safetensors import load_safetensors, read_with_metadata
 from jaxsms.export import load_compact
@@ -126,6 +129,20 @@ def test_nothing_is_overwritten_and_old_runs_are_refused(finished, tmp_path, cap
   checkpoint.save(tmp_path / "old" / "soup" / "seed_0", soup)
   assert run(tmp_path / "old", "--format=torch", f"--out={tmp_path / 'a.pth'}") == 2
   assert "does not tell the flags" in capsys.readouterr().err
+  words = tmp_path / "old", "--format=safetensors", f"--out={tmp_path / 'a.safetensors'}"
+  assert run(*words) == 2  # nothing says whether it is to be cut
+  assert "give --format=compact, or --format=safetensors --nocut" in capsys.readouterr().err
+  assert run(*words, "--nocut") == 0
+  params = {"params": soup["params"]}
+  assert_same(load_safetensors(words[2].removeprefix("--out="), params), params)
+
+
+def test_an_int8_file_is_not_overwritten(finished, tmp_path, capsys):
+  out, mine = tmp_path / "soup.onnx", tmp_path / "soup_int8.onnx"
+  mine.write_text("mine")
+  assert run(finished[0], "--format=onnx", "--int8", f"--out={out}") == 2
+  assert f"{mine}, where --int8 would write, exists already" in capsys.readouterr().err
+  assert mine.read_text() == "mine" and not out.exists()
 
 
 def test_a_soup_of_checkpoints_scores_what_the_run_says(finished, tmp_path, capsys):
@@ -223,6 +240,19 @@ def test_a_run_that_shrank_is_exported_in_its_small_shapes(cut_run, tmp_path, ca
   whole = tmp_path / "whole.safetensors"
   assert run(workdir, "--format=safetensors", "--nocut", f"--out={whole}") == 0
   assert_same(load_safetensors(whole, {"params": params}), {"params": params})
+
+
+def test_a_run_from_before_the_newest_flags_is_cut(cut_run, tmp_path, capsys):
+  workdir = tmp_path / "old"
+  shutil.copytree(cut_run[0], workdir)
+  file = storage.as_path(workdir / "run.json")
+  old = storage.read_json(file)
+  for name in NEWER:
+    del old["flags"][name]
+  storage.write_json(file, old)
+  out = tmp_path / "cut.safetensors"
+  assert run(workdir, "--format=safetensors", f"--out={out}") == 0
+  assert "load_cut" in capsys.readouterr().out
 
 
 def test_a_run_that_shrank_comes_with_a_module_for_pytorch(cut_run, tmp_path, capsys):

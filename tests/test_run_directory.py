@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from main_job import config_of
 from test_data import pairs, prepare
 
+from experiments.config.run_config import NEWER
 from experiments.run import run_directory
 from jaxsms import checkpoint, data
 from jaxsms.disk import storage
@@ -80,6 +81,20 @@ def test_other_corrupted_data_are_refused(dataset, tmp_path, rejects):
   assert_refused(rejects, first, named("copy")[0], "other data for --ood")
   assert list(first["ood_data"]) == ["fog_2"]
   assert list(snow["ood_data"]) == ["snow_2"]
+
+
+def test_a_run_without_the_newest_flags_goes_on_with_their_defaults(dataset, rejects):
+  for flags in ((), ("--retrain_epochs=7", "--dataset=cifar10")):
+    wanted = defining(dataset, *flags)
+    old = {name: value for name, value in wanted.items() if name not in NEWER}
+    assert len(old) == len(wanted) - len(NEWER)
+    run_directory.check_same("run", {"defining": old}, wanted)
+    other = defining(dataset, *flags, "--baselines=soup_distilled", "--distill_epochs=3")
+    first = wanted["retrain_epochs"]
+    with rejects(f"--distill_epochs={first} and not 3: give what it began with"):
+      run_directory.check_same("run", {"defining": old}, other)
+    averaged = defining(dataset, *flags, "--average=ema")
+    assert_refused(rejects, old, averaged, "--average=none and not ema")
 
 
 JSON = st.recursive(

@@ -1,6 +1,7 @@
 """The main job with channels and networks that shrink."""
 
 import itertools
+import shutil
 import signal
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from main_job import assert_same_run, config_of, results, run
 from test_report_page import Page
 
+from experiments.config.run_config import NEWER
 from experiments.run import checkpointing
 from jaxsms import checkpoint
+from jaxsms.disk import storage
 
 FLAGS = (
   "--hidden=16,12", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
@@ -149,7 +152,17 @@ def test_what_cannot_shrink_is_refused(tmp_path, capsys, flags, words):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_run_from_before_these_flags_goes_on():
+def test_a_run_from_before_these_flags_goes_on(shrunk, tmp_path):
   config = config_of()
   assert not config.shrink
   assert config.budget == "weights"
+  workdir = tmp_path / "run"
+  shutil.copytree(shrunk, workdir)
+  file = storage.as_path(workdir / "run.json")
+  old = storage.read_json(file)
+  for flags in (old["flags"], old["defining"]):
+    for name in set(NEWER) - {"shrink"}:
+      del flags[name]
+  storage.write_json(file, old)
+  assert run(*FLAGS, "--shrink", f"--workdir={workdir}") == 0
+  assert run(*FLAGS, "--shrink", "--average=swa", f"--workdir={workdir}") == 2

@@ -76,6 +76,7 @@ def test_phases_at_given_sparsities():
       [SUBSET, "--subsets=imbalance", "--values=0.5,1,1,1,1"],
       "--values: a ratio of imbalance is 0.5",
     ),
+    ([SUBSET, "--ingredients=1"], "one copy has all the data, give several"),
     (["--merge=by_samples"], "give it with --vary=subset"),
     ([SUBSET, "--dataset=imagenet2012"], "takes shares of images in memory"),
     (["--imbalance=0.5"], "--imbalance is 0.5: it is examples of the largest class"),

@@ -6,6 +6,8 @@ from typing import Any
 from ..methods.registry import baselines, bimp_epochs, having
 from .fields import above_zero, at_least, define_flags, ensure, flag, from_zero, one_of
 
+TEMPERATURE = 3.0
+
 
 def _unique(words, name, values):
   given = tuple(dict.fromkeys(word for word in words if word))
@@ -59,7 +61,7 @@ class BaselineFlags:
   temperature: float = flag(
     "Divides the logits of soup_distilled and of its candidates while it learns from them.",
     above_zero,
-    default=3.0,
+    default=TEMPERATURE,
   )
 
 
@@ -67,11 +69,12 @@ define_flags(BaselineFlags)
 
 
 def check(config: Any) -> None:
-  """Raises ValueError where a baseline does not fit in its budget.
+  """Raises ValueError where a baseline does not fit in its budget, or none has a flag.
 
   Args:
     config: with the phases of the soup.
   """
+  _check_distilled(config)
   for name in config.baselines:
     if name in having("cycles") and not all(bimp_epochs(config)):
       raise ValueError(
@@ -92,4 +95,20 @@ def check(config: Any) -> None:
       raise ValueError(
         f"--rewind_epochs is {config.rewind_epochs} of --budget_epochs "
         f"{config.budget_epochs}: rounds of {name} rewind to an earlier epoch"
+      )
+
+
+def _check_distilled(config):
+  """That a baseline learns as --distill_epochs and --temperature say."""
+  if any(name in having("distilled") for name in config.baselines):
+    return
+  for name, default in (
+    ("distill_epochs", config.retrain_epochs),
+    ("temperature", TEMPERATURE),
+  ):
+    value = getattr(config, name)
+    if value != default:
+      raise ValueError(
+        f"--{name}={value:g} is of {', '.join(having('distilled'))}: give it among "
+        "--baselines, or leave the flag out"
       )

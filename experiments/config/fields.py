@@ -77,6 +77,18 @@ def define_flags(part: type, to: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
+def default_of(this: Flag, values: dict[str, Any]) -> Any:
+  """What a flag stands for where it is not given.
+
+  Args:
+    this: the flag.
+    values: of the fields before.
+  """
+  if this.default is None and this.fill:
+    return this.fill(values)
+  return this.default
+
+
 def read_fields(
   kind: type, given: flags.FlagValues, instead: Mapping[str, Any] | None = None
 ) -> Any:

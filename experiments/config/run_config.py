@@ -1,5 +1,6 @@
 """The configuration of a run: every flag with its value for the data set filled in."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from . import (
 )
 from .fields import (
   at_least,
+  default_of,
   define_flags,
   flag,
   from_zero,
@@ -33,6 +35,14 @@ for subject in (
   baseline_flags, measuring_flags, device_flags,
 ):  # fmt: skip
   flags.adopt_module_key_flags(subject)
+
+# Flags that runs of this format were once without. At their defaults a run does what it
+# did before them.
+NEWER = (
+  "budget", "shrink", "imbalance", "phase_sparsities", "subsets", "subset_fraction",
+  "subset_alpha", "average", "ema_decay", "average_from", "average_every",
+  "distill_epochs", "temperature", "ranges", "rungs",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,12 +122,27 @@ def check(config: Config) -> None:
     raise ValueError(f"--seed is {config.seed}: all seeds must be below 2^32")
 
 
+def newer_flags(known: Mapping[str, Any]) -> dict[str, Any]:
+  """Of the flags that are newer than a run, what it had in their place: the defaults.
+
+  Args:
+    known: its other flags.
+  """
+  values = collections.defaultdict(lambda: None, known)
+  missing = [name for name in NEWER if name not in known]
+  for field in dataclasses.fields(Config):
+    if field.name in missing:
+      values[field.name] = default_of(field.metadata["flag"], values)
+  return {name: values[name] for name in missing}
+
+
 def config_of(known: Mapping[str, Any]) -> Config:
   """The configuration that a run had, from what `Config.flags` gave, as JSON has it.
 
   Raises:
-    KeyError: a flag is missing.
+    KeyError: a flag is missing that is not newer than the run can be.
   """
+  known = {**newer_flags(known), **known}
   kept = dict.fromkeys(names(keeping_flags.KeepingFlags))
   values = {name: known[name] for name in names(Config) if name not in kept}
   return Config(

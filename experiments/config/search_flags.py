@@ -84,6 +84,11 @@ def check(config: Any) -> None:
       f"--ranges with --ingredients={config.ingredients}: half of the copies are merged, "
       f"give at least {LEAST_COPIES}"
     )
+  if not config.retrain_epochs:
+    raise ValueError(
+      "--ranges with --retrain_epochs=0: copies that are not trained do not differ, give "
+      "at least one epoch"
+    )
   if config.rungs > config.retrain_epochs:
     raise ValueError(
       f"--rungs={config.rungs} with --retrain_epochs={config.retrain_epochs}: at least one "

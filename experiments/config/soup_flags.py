@@ -23,6 +23,7 @@ from .fields import (
   numbers,
   one_of,
 )
+from .search_flags import SEARCHED
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {
@@ -205,6 +206,13 @@ def _check_merge(config):
 def _check_values(config):
   """--vary and --values."""
   vary, values = config.vary, config.values
+  if config.ranges is not None or "," in vary:
+    for name in vary.split(","):
+      if name not in ("seed", *SEARCHED):
+        raise ValueError(
+          f"--vary={vary} has {name}: only {', '.join(SEARCHED)} and seed go with "
+          "--ranges, and with one another"
+        )
   if vary == "subset":
     _check_ratios(config)
     return

@@ -91,7 +91,7 @@ def check(config: Any) -> None:
       "--vary=subset takes shares of images in memory, and these are streamed: give "
       "another --vary"
     )
-  if varies and config.ingredients == 1 and config.subsets == "groups":
+  if varies and config.ingredients == 1:
     raise ValueError(
       "--vary=subset with --ingredients=1: one copy has all the data, give several"
     )

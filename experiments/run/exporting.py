@@ -50,12 +50,19 @@ class Network(NamedTuple):
     return jax.ShapeDtypeStruct((2, *self.image_shape), jnp.float32)
 
 
-def run_config(path: str | os.PathLike, data_dir: str | None = None) -> Config | None:
-  """The flags of a run; None where its directory does not tell them."""
+def run_config(path: str | os.PathLike, data_dir: str | None = None) -> Config:
+  """The flags of a run.
+
+  Raises:
+    ValueError: its directory does not tell them.
+  """
   try:
     config = config_of(run_directory.read_run(path)["flags"])
-  except (KeyError, TypeError, ValueError):
-    return None
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path} does not tell the flags of its run, or was written by another version: "
+      "give --format=compact, or --format=safetensors --nocut, which need none"
+    ) from error
   return config if data_dir is None else dataclasses.replace(config, data_dir=data_dir)
 
 
@@ -154,8 +161,18 @@ def save_dense(out: str, found: Network, soup: dict[str, PyTree]) -> str:
   return dense
 
 
-def check_int8(found: Network) -> None:
-  """Raises ValueError where the data are not in memory."""
+def int8_place(out: str) -> str:
+  """Where the int8 form of an ONNX file goes."""
+  return os.path.splitext(out)[0] + "_int8.onnx"
+
+
+def check_int8(out: str, found: Network) -> None:
+  """Raises ValueError where the int8 file exists, or the data are not in memory."""
+  path = storage.as_path(int8_place(out))
+  if path.exists():
+    raise ValueError(
+      f"{path}, where --int8 would write, exists already: remove it, or give another --out"
+    )
   if isinstance(found.dataset, StreamedDataset):
     raise ValueError(
       "--int8 takes its ranges from data in memory, and this run streams them: leave it out"
@@ -176,7 +193,7 @@ def save_int8(out: str, found: Network) -> tuple[str, float, float]:
     ValueError: the file cannot be quantized.
     ImportError: onnxruntime or onnx is missing.
   """
-  path = os.path.splitext(out)[0] + "_int8.onnx"
+  path = int8_place(out)
   data = found.dataset
   rows = np.random.default_rng(0).permutation(len(data.train_labels))
   rows = rows[: CALIBRATION_BATCHES * BATCH]

@@ -17,7 +17,7 @@ from jaxsms.disk import storage
 
 from ..config.device_flags import DeviceFlags
 from ..config.fields import names
-from ..config.run_config import Config
+from ..config.run_config import Config, newer_flags
 from ..reporting import dataset_title
 from .hardware import bfloat16
 from .ood import prepared_digests
@@ -29,16 +29,6 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 CHECKPOINTS = "checkpoints"
 # What is compared by its content, and how that is named where it differs.
-# What runs had before these flags were there.
-SINCE = {
-  "budget": "weights",
-  "shrink": False,
-  "imbalance": None,
-  "subsets": None,
-  "subset_fraction": None,
-  "subset_alpha": None,
-  "phase_sparsities": None,
-}
 OTHER = {
   "data": "other data",
   "init": "other weights in --init",
@@ -157,7 +147,8 @@ def check_same(
   if old.get("kind") != wanted.get("kind"):
     what = old.get("kind") or "run of experiments.sms"
     raise ValueError(f"{path} holds a {what}: choose another --workdir")
-  old = {**{k: v for k, v in SINCE.items() if k in wanted}, **old}
+  newer = storage.plain(newer_flags(old))
+  old = {**{k: v for k, v in newer.items() if k in wanted}, **old}
   names = [k for k in old.keys() | wanted.keys() if old.get(k) != wanted.get(k)]
   differing = [
     OTHER[name]
