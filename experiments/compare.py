@@ -96,6 +96,11 @@ def prepare(argv: list[str]) -> Comparison:
     ValueError: something does not fit, or the folder holds another comparison.
     ImportError: a package is missing.
   """
+  if FLAGS.budget == "latency":
+    raise ValueError(
+      "--budget=latency is measured anew in each part, so methods would lose different "
+      "channels: give --budget=multiply_adds"
+    )
   goals, copies = read_grid()
   # What is checked alone, and prepared for, is the cell that takes most.
   FLAGS.goal_sparsity, FLAGS.ingredients = max(goals), max(copies)

@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
     lowering = run["flags"].get("convolution") if run else None
     config = tuning.with_fastest_lowering(config, dataset, lowering)
     task = make_task(config, dataset)
+    if task.clock is not None and not run:
+      task.clock.check(config.goal_sparsity)
 
     names, signals = methods.names_of(config), StopSignals()
     run = run or {

@@ -1,6 +1,5 @@
 """Models to take away: compact files, cut networks, programs, sparse matrices."""
 
-import hashlib
 import json
 import math
 import os
@@ -13,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from jaxsms.disk.by_name import by_path, check_fit
+from jaxsms.disk.by_name import by_path, check_fit, nested
 from jaxsms.disk.cut_files import cut_to_torch, load_cut, save_cut, torch_module
 from jaxsms.disk.onnx_files import quantize_onnx, save_onnx
 from jaxsms.disk.programs import load_stablehlo, save_stablehlo
-from jaxsms.disk.safetensors import check_dtypes, read_with_metadata, write_safetensors
+from jaxsms.disk.safetensors import (
+  check_dtypes,
+  digest_of,
+  read_with_metadata,
+  write_safetensors,
+)
 from jaxsms.disk.storage import first_sentence
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import prunable_flags
@@ -95,7 +99,7 @@ def save_compact(
       raise ValueError(f"leaf {min(twice)} comes twice: no leaf may end in {MASK}")
     parts |= stored
   leaves = json.dumps(shapes, separators=(",", ":"))
-  digest = _digest(parts, leaves)
+  digest = digest_of(parts, leaves)
   write_safetensors(path, parts, {"format": FORMAT, "leaves": leaves, "sha256": digest})
 
 
@@ -181,7 +185,7 @@ def expand(
   """
   try:
     leaves = metadata.get("leaves", "")
-    if metadata.get("sha256") != _digest(parts, leaves):
+    if metadata.get("sha256") != digest_of(parts, leaves):
       raise ValueError("its content does not have its digest")
     shapes = json.loads(leaves)
     if not isinstance(shapes, dict):
@@ -223,48 +227,6 @@ def _unpacked(name, shape, bits, values):
 def _bits(array):
   """The entries as unsigned integers: only +0 is 0, and NaN is some other."""
   return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
-
-
-def _digest(parts, leaves):
-  digest = hashlib.sha256(leaves.encode())
-  for name in sorted(parts):
-    array = parts[name]
-    array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    digest.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
-  return digest.hexdigest()
-
-
-def nested(arrays: Mapping[str, Any]) -> Any:
-  """Leaves under names such as "params/a/kernel" as dicts in dicts.
-
-  Args:
-    arrays: leaves by name.
-
-  Returns:
-    Nested dicts.
-
-  Raises:
-    ValueError: a name is that of a leaf and of a dict.
-
-  Example:
-    >>> jaxsms.export.nested({"Dense_0/kernel": 1, "Dense_0/bias": 2})
-    {'Dense_0': {'kernel': 1, 'bias': 2}}
-  """
-  if list(arrays) == ["(root)"]:  # see `jaxsms.trees.path_string`
-    return arrays["(root)"]
-  tree: dict[str, Any] = {}
-  for name, leaf in arrays.items():
-    *folders, last = name.split("/")
-    inner = tree
-    for folder in folders:
-      inner = inner.setdefault(folder, {})
-      if not isinstance(inner, dict):
-        raise ValueError(f"{name} lies in a leaf: give a template for such a tree")
-    if last in inner:
-      raise ValueError(f"{name} is a leaf and holds others: give a template")
-    inner[last] = leaf
-  return tree
 
 
 def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:

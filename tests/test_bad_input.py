@@ -42,12 +42,12 @@ def bomb(path, shape=(60_000, 200, 200, 3), zeros=None):
 def test_arrays_that_do_not_fit_into_memory_are_refused_from_their_headers(
   tmp_path, rejects, monkeypatch
 ):
-  monkeypatch.setattr(npz, "_available_memory", lambda: 5e9)
+  monkeypatch.setattr(npz, "available_memory", lambda: 5e9)
   bomb(tmp_path / "a.npz")
   with rejects("a.npz unpacks to 7.2 GB, and 5.0 GB of memory are available"):
     data.load(tmp_path / "a.npz")
   # What the zip says counts as well: all of it is unpacked to find that it is too long.
-  monkeypatch.setattr(npz, "_available_memory", lambda: 1e6)
+  monkeypatch.setattr(npz, "available_memory", lambda: 1e6)
   bomb(tmp_path / "b.npz", (3, 2, 2, 1), zeros=4_000_000)
   assert os.path.getsize(tmp_path / "b.npz") < 10_000
   with rejects("b.npz unpacks to 0.0 GB"):
@@ -56,8 +56,8 @@ def test_arrays_that_do_not_fit_into_memory_are_refused_from_their_headers(
   assert npz.read_npz(tmp_path / "a.npz", ("test_labels",))["test_labels"].shape == (2,)
 
 
-def test_available_memory_is_that_of_this_machine():
-  found = npz._available_memory()
+def testavailable_memory_is_that_of_this_machine():
+  found = npz.available_memory()
   assert found is None or 2**20 < found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf(
     "SC_PHYS_PAGES"
   )

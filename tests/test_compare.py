@@ -221,6 +221,7 @@ def test_a_damaged_dense_model_is_set_aside_and_trained_again(tmp_path, capsys):
     (["--copies=0,2"], "--copies is 0"),
     (["--copies=2,3", "--values=1,2,3"], "--values gives 3 values for --ingredients=2"),
     (["--baselines=imp,magic"], "magic"),
+    (["--criterion=channels", "--budget=latency"], "--budget=latency is measured anew"),
   ],
 )
 def test_bad_grids_are_refused_before_any_work(tmp_path, capsys, flags, words):
@@ -229,6 +230,19 @@ def test_bad_grids_are_refused_before_any_work(tmp_path, capsys, flags, words):
   assert message.startswith("error: ")
   assert words in message
   assert not (tmp_path / "c").exists()
+
+
+def test_costs_of_channels_belong_to_the_first_seed_of_the_grid(tmp_path, monkeypatch):
+  asked = []
+
+  def diverges(task, names, listener, first_seed):
+    asked.append((listener.checkpointer.config.seed, first_seed))
+    raise FloatingPointError("it diverged")
+
+  monkeypatch.setattr(running, "run_seed", diverges)
+  flags = (*SMALL, "--mesh=none", "--seeds=2", "--seed=3", f"--workdir={tmp_path}")
+  assert compare_with(*flags) == 1
+  assert asked == [(3, 3), (4, 3)]
 
 
 def test_a_run_and_a_comparison_do_not_share_a_folder(finished, capsys):

@@ -11,6 +11,7 @@ from test_training import MEAN, STD, make_programs
 from experiments.run import channel_costs, costs
 from experiments.run.channel_costs import Inferences, sensitivity_record, some_of
 from experiments.run.costs import Now, RunCosts
+from experiments.run.seed_state import SeedState
 from jaxsms import training
 from jaxsms.training import Data, Engine, Model, Splits
 from jaxsms.training.cutting import groups_of
@@ -94,6 +95,29 @@ def test_without_training_a_phase_has_no_seconds(at):
   run = RunCosts()
   run.phase("sms", 1)
   assert run.record(3)["phases"][0]["seconds_per_epoch"] is None
+
+
+def test_models_of_one_training_are_no_rows_of_their_own(at):
+  run = RunCosts()
+  at(1, 0)
+  run.chunk("one_shot_soup", 1, 6, 4)
+  for phase in (1, 2, 3):
+    run.phase("one_shot_soup", phase)
+  (row,) = run.record(4)["phases"]
+  assert (row["phase"], row["copies"], row["steps"]) == (1, 6, 4)
+
+
+@pytest.mark.parametrize(("first_seed", "measured"), [(0, None), (1, {"groups": []})])
+def test_channels_are_measured_in_the_first_seed(first_seed, measured, monkeypatch):
+  monkeypatch.setattr(channel_costs, "sensitivity_record", lambda *args: {"groups": []})
+  task = types.SimpleNamespace(
+    module=Wide(), image_shape=(4, 4, 1), engine=None, groups=lambda: None
+  )
+  config = types.SimpleNamespace(seed=1, shrink=True, split_params=False)  # of a part
+  found = RunCosts()
+  channels = channel_costs.ChannelCosts(task, config, found, first_seed)
+  channels.note(SeedState(1), "sms", None)
+  assert found.sensitivity == measured
 
 
 class Wide(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 from cut_networks import masks_of, random_kept
 
 from jaxsms import channel_groups, compact, export, models, pretrained
+from jaxsms.disk import cut_files
 from jaxsms.disk.safetensors import save_safetensors, write_safetensors
 
 KEY = jax.random.key(0)
@@ -100,6 +101,88 @@ def test_what_is_no_cut_network_is_refused(tmp_path, rejects):
   write_safetensors(path, arrays, {"format": "jaxsms-cut-1", "layout": layout})
   with rejects("does not fit its own layout"):
     export.load_cut(path, apply)
+
+
+def row_of(path, shape, **changed):
+  row = {"path": path, "shape": shape, "dtype": "float32", "kept": {}, "empty": {}}
+  return {**row, **changed}
+
+
+ONE, THREE = np.ones(1, np.float32), np.ones(3, np.float32)
+LAYOUTS = {
+  "a name that is a folder, too": (
+    {"a": ONE, "a/b": ONE}, [row_of("a", [1]), row_of("a/b", [1])], None
+  ),
+  "a shape that is not the array's": (
+    {"a": ONE}, [row_of("a", [10**13])], "'a' is [1] and should be [10000000000000]"
+  ),
+  "a shape beyond all memory": (
+    {"a": ONE}, [row_of("a", [10**13], kept={"0": [5]})], "it would take 80000.0 GB"
+  ),
+  "a shape that is none": ({"a": ONE}, [row_of("a", [-1])], "'a' has no shape"),
+  "fewer values than positions": (
+    {"a": ONE}, [row_of("a", [4], kept={"0": [0, 1, 2]})], "'a' is [1] and should be [3]"
+  ),
+  "fewer axes": ({"a": THREE}, [row_of("a", [1, 3])], "'a' is [3] and should be [1, 3]"),
+  "negative positions": (
+    {"a": THREE}, [row_of("a", [4], kept={"0": [-3, -2, -1]})], "beyond its shape"
+  ),
+  "positions after the end": (
+    {"a": ONE}, [row_of("a", [4], kept={"0": [4]})], "beyond its shape"
+  ),
+  "a position twice": (
+    {"a": THREE}, [row_of("a", [4], kept={"0": [0, 2, 2]})], "do not rise"
+  ),
+  "an axis that is not there": (
+    {"a": ONE}, [row_of("a", [1], empty={"1": [0]})], "layout ('1')"
+  ),
+  "an array that the file lacks": (
+    {"a": ONE}, [row_of("a", [1]), row_of("b", [1])], "its layout names other arrays"
+  ),
+  "an array twice": (
+    {"a": ONE}, [row_of("a", [1])] * 2, "its layout names other arrays"
+  ),
+  "no rows": ({"a": ONE}, 3, "'int' object is not iterable"),
+  "no end": ({"a": ONE}, "[" * 100_000, "does not fit its own layout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layouts_that_do_not_fit_are_refused(case, tmp_path, rejects):
+  arrays, layout, words = LAYOUTS[case]
+  path = tmp_path / "a.safetensors"
+  text = layout if isinstance(layout, str) else json.dumps(layout)
+  write_safetensors(path, arrays, {"format": cut_files.FORMAT, "layout": text})
+  with rejects(words or "a/b lies in a leaf"):
+    export.load_cut(path, lambda params, x: x)
+  if words is not None:  # names are no tree there
+    with rejects(words):
+      pretrained.load_weights(path)
+
+
+def test_what_does_not_fit_into_memory_in_full_is_refused(tmp_path, rejects, monkeypatch):
+  path = tmp_path / "a.safetensors"
+  layout = json.dumps([row_of("a", [1000, 1000], kept={"0": [2], "1": [3]})])
+  arrays = {"a": np.full((1, 1), 7, np.float32)}
+  write_safetensors(path, arrays, {"format": cut_files.FORMAT, "layout": layout})
+  full = pretrained.load_weights(path)["a"]
+  assert full[2, 3] == full.sum() == 7
+  monkeypatch.setattr(cut_files, "available_memory", lambda: 3e6)
+  with rejects("it would take 0.0 GB, and 0.0 GB of memory"):
+    pretrained.load_weights(path)
+  assert export.load_cut(path, lambda params, x: x).params["a"].shape == (1, 1)
+
+
+def test_a_changed_byte_is_found_by_the_digest(tmp_path, rejects):
+  _, network, apply, _ = made("mlp")
+  path = tmp_path / "a.safetensors"
+  export.save_cut(path, network)
+  content = bytearray(path.read_bytes())
+  content[-3] ^= 1
+  path.write_bytes(content)
+  for load in (lambda: export.load_cut(path, apply), lambda: pretrained.load_weights(path)):
+    with rejects("its content does not have its digest"):
+      load()
 
 
 LOAD = """

@@ -14,6 +14,7 @@ from jax.experimental import sparse
 import jaxsms
 from jaxsms import checkpoint, models, pretrained
 from jaxsms.disk.safetensors import (
+  digest_of,
   read_safetensors,
   read_with_metadata,
   save_safetensors,
@@ -161,11 +162,9 @@ def test_damage_anywhere_is_found(path, rejects):
 
 def hostile(path, arrays, leaves, **metadata):
   """A file with a digest that is right, whatever it holds."""
-  from jaxsms import export
-
   text = leaves if isinstance(leaves, str) else json.dumps(leaves)
-  digest = export._digest(arrays, text)
-  metadata = {"format": export.FORMAT, "leaves": text, "sha256": digest, **metadata}
+  digest = digest_of(arrays, text)
+  metadata = {"format": jaxsms.export.FORMAT, "leaves": text, "sha256": digest, **metadata}
   write_safetensors(path, arrays, metadata)
 
 

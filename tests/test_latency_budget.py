@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from main_job import results, run
+from main_job import SMALL, results, run
 
-from experiments.run import latency_budget
+from experiments.run import latency_budget, running
 from experiments.run.costs import RunCosts
 from experiments.run.latency_budget import NetworkClock
 from jaxsms import models
@@ -73,6 +73,27 @@ def test_phases_take_their_share_of_the_time(tmp_path, monkeypatch, quick_figure
   (seed,) = results(tmp_path / "run")["seeds"]
   for phase, share in zip(seed["phases"], (0.4**0.5, 0.4), strict=True):
     assert phase["parameters"] / seed["dense"]["parameters"] == pytest.approx(share, 0.1)
+
+
+def test_a_busy_machine_keeps_no_run_from_going_on(tmp_path, monkeypatch, capsys):
+  def interrupted(*args):
+    raise KeyboardInterrupt
+
+  def go_on():
+    return run(
+      *SMALL, "--criterion=channels", "--budget=latency", f"--workdir={tmp_path / 'run'}"
+    )
+
+  monkeypatch.setattr(running, "run_seed", interrupted)
+  monkeypatch.setattr(latency_budget, "seconds_per_call", lambda *_: 1.0)
+  assert go_on() == 2  # a new one: no channels are faster
+  assert "of the latency" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+  monkeypatch.setattr(latency_budget, "seconds_per_call", size)
+  assert go_on() == 130
+  monkeypatch.setattr(latency_budget, "seconds_per_call", lambda *_: 1.0)
+  assert go_on() == 130
+  assert "resuming" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   # Measured once: a second report reads what the first one wrote.
   monkeypatch.setattr(onnx_latency, "measured", None)
   assert "ONNX Runtime 1" in write_report([timed_run]).read_text()
+  # Other files of the same size are measured.
+  (timed_run / "onnx" / "soup.onnx").write_bytes(b"1" * 1000)
+  other = times_of(dense=4000, soup=1000) | {"runtime": "ONNX Runtime 2"}
+  monkeypatch.setattr(onnx_latency, "measured", lambda files: other)
+  assert onnx_latency.run_latency(timed_run)["runtime"] == "ONNX Runtime 2"
 
 
 @pytest.mark.parametrize(

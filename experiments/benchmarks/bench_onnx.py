@@ -1,36 +1,93 @@
-"""How much faster a network answers in ONNX Runtime once half of its channels are cut.
+"""How much faster a network answers in ONNX Runtime once some of its channels are cut.
 
 python -m experiments.benchmarks.bench_onnx --model=resnet18
+
+The same share of every group of channels goes. Rounds of both alternate.
 """
 
-import argparse
+import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags, logging
 
 from jaxsms import channel_groups, channel_masks, compact, export, models
 
+from ..config.fields import (
+  at_least,
+  define_flags,
+  ensure,
+  flag,
+  one_of,
+  read_fields,
+  whole_numbers,
+)
+from ..run.flag_files import refusals
 from ..run.onnx_latency import measured
 
+NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of images
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Prints bytes and milliseconds of both, and their ratios."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--model", default="resnet18")
-  parser.add_argument("--share", type=float, default=0.5, help="of the channels that go")
-  parser.add_argument("--size", type=int, default=32, help="height and width of an image")
-  parser.add_argument("--batches", default="1,32", help="images at once")
-  parser.add_argument("--width", type=int, help="channels of the first stage")
-  chosen = parser.parse_args(argv)
-  options = {} if chosen.width is None else {"width": chosen.width}
-  module = models.create(
-    chosen.model, 10, convolution=jax.lax.conv_general_dilated, **options
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """What is told by flags."""
+
+  model: str = flag(
+    f"Network: {', '.join(NETWORKS)}.", one_of("model", NETWORKS), default="resnet18"
   )
-  images = jax.ShapeDtypeStruct((2, chosen.size, chosen.size, 3), jnp.float32)
+  share: float = flag(
+    "Share of the channels of each group that goes.",
+    ensure(lambda value: 0 < value < 1, "give a share between 0 and 1"),
+    default=0.5,
+  )
+  size: int = flag("Height and width of an image.", at_least(1), default=32)
+  batches: tuple[int, ...] = flag(
+    "Images at once, such as 1,32.",
+    ensure(lambda value: value and min(value) >= 1, "give numbers from 1 on"),
+    default="1,32",
+    parse=whole_numbers("1,32"),
+  )
+  width: int | None = flag(
+    "Channels of the first stage. Default: those of the network.", at_least(1)
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Times what the flags say; bad input ends it with one sentence and exit status 2."""
+  logging.set_verbosity(logging.WARNING)
+  with refusals():
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    config = read_config(flags.FLAGS)
+    found = measure(config)
+  print(text(found))
+
+
+def read_config(given: flags.FlagValues) -> Config:
+  """The parsed flags.
+
+  Raises:
+    ValueError: a flag is out of range or names something unknown.
+  """
+  return read_fields(Config, given)
+
+
+def measure(config: Config) -> dict[str, Any]:
+  """Times of the ONNX files "dense" and "cut", see `onnx_latency.measured`.
+
+  Raises:
+    ValueError: the images, or the width, do not fit the network.
+    ImportError: jax2onnx or ONNX Runtime is missing.
+  """
+  options = {} if config.width is None else {"width": config.width}
+  module = models.create(
+    config.model, 10, convolution=jax.lax.conv_general_dilated, **options
+  )
+  images = jax.ShapeDtypeStruct((2, config.size, config.size, 3), jnp.float32)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: (0.05 * rng.standard_normal(x.shape)).astype(x.dtype) ** 2,
@@ -38,24 +95,32 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   groups = channel_groups(module.apply, params, images)
   masks = channel_masks(
-    params, chosen.share, groups=groups, budget="channels", scope="uniform"
+    params, config.share, groups=groups, budget="channels", scope="uniform"
   )
   small = compact(module.apply, params, masks, images)
   with tempfile.TemporaryDirectory() as folder:
     files = {name: os.path.join(folder, f"{name}.onnx") for name in ("dense", "cut")}
     export.save_onnx(files["dense"], module.apply, params, images)
     export.save_onnx(files["cut"], small.apply, small.params, images)
-    found = measured(files, [int(n) for n in chosen.batches.split(",")])
-  print(found["runtime"], found["device"])
+    return measured(files, config.batches)
+
+
+def text(found: dict[str, Any]) -> str:
+  """What is printed of times: bytes and milliseconds of both, and their ratios."""
   dense, cut = (found["files"][name] for name in ("dense", "cut"))
-  print(f"bytes {dense['bytes']:,} -> {cut['bytes']:,}")
+  lines = [
+    f"{found['runtime']} {found['device']}",
+    f"bytes {dense['bytes']:,} -> {cut['bytes']:,}",
+  ]
   for batch, before in dense["milliseconds"].items():
     after = cut["milliseconds"][batch]
-    print(
+    lines.append(
       f"batch {batch}: {before['median']:.1f} -> {after['median']:.1f} ms, "
       f"{before['median'] / after['median']:.2f} times as fast"
     )
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":
-  main()
+  define_flags(Config)  # by the binary alone: others have some of them
+  app.run(main)

@@ -89,7 +89,7 @@ def run_part(
   before = run_directory.read_run(folder)
   if before:
     run_directory.check_same(folder, before, run["defining"])
-  steps = planned(shared, part)
+  steps, first_seed = planned(shared, part), shared.parts[0].seed
   checkpointer = checkpointing.Checkpointer(folder, run, config, signals)
   first = functools.partial(first_work, shared, part, describe)
   try:
@@ -103,13 +103,13 @@ def run_part(
     goal = "" if part.goal_sparsity is None else f"{100 * part.goal_sparsity:g} %  "
     listener = running.Listener(progress, checkpointer, task.steps_per_epoch, goal)
     if not checkpointer.seeds:
-      entry = running.run_seed(task, part.methods, listener)
+      entry = running.run_seed(task, part.methods, listener, first_seed)
       if part.method == DENSE:
         run_directory.save_model(folder / MODEL, checkpointer.seed_state.dense._asdict())
       checkpointer.finish_seed(entry)
     results = {"part": part._asdict()} | running.results_of(task, checkpointer)
     run_directory.write_results(folder, results)
-    if part.method == methods.SOUP and part.seed == shared.parts[0].seed and is_writer():
+    if part.method == methods.SOUP and part.seed == first_seed and is_writer():
       results["inference"] = inference(task, folder, part.seed)
       run_directory.write_results(folder, results)
     checkpointer.forget()

@@ -32,15 +32,17 @@ SHARE = 0.25  # of a group's channels, that go for it
 class ChannelCosts:
   """Measures, in the first seed of a run that prunes channels, what they cost."""
 
-  def __init__(self, task: Task, config: Config, costs: RunCosts):
+  def __init__(self, task: Task, config: Config, costs: RunCosts, first_seed: int):
     """Measures nothing yet.
 
     Args:
       task: of the run.
       config: of it.
       costs: where it is noted.
+      first_seed: the seed in which it measures.
     """
     self._task, self._config, self._costs = task, config, costs
+    self._first_seed = first_seed
     self._inferences = Inferences(task.module, task.image_shape)
 
   def note(self, seed_state: SeedState, method: str, event: Any) -> None:
@@ -56,7 +58,7 @@ class ChannelCosts:
     config = self._config
     channels = config.shrink or config.criterion == "channels"
     begins = event is None and self._costs.sensitivity is None
-    if method != SOUP or not channels or seed_state.seed != config.seed:
+    if method != SOUP or not channels or seed_state.seed != self._first_seed:
       return
     if not begins and not isinstance(event, Phase):
       return

@@ -6,6 +6,7 @@ Kept in its checkpoints beside everything else: no two runs take equally long.
 import time
 from typing import Any, NamedTuple
 
+from ..methods import DENSE, SOUP
 from .progress import compiling_seconds
 
 KINDS = ("steps", "seconds", "first_steps", "first_seconds", "compiling_seconds")
@@ -121,12 +122,15 @@ class RunCosts:
     Returns:
       `compiling_seconds` of the run, and `phases`: for each method and phase its `copies`,
       `steps`, `seconds_per_epoch` of all copies together without compiling (None without
-      training), and `compiling_seconds`. Sums are over seeds.
+      training), and `compiling_seconds`. Sums are over seeds. Of methods other than the
+      soup only what trained is there: some make models of several phases in one training.
     """
     phases = []
     for (method, phase), one in self._phases.items():
       first = "" if one["steps"] else "first_"
       steps, seconds = one[f"{first}steps"], one[f"{first}seconds"]
+      if not steps and method not in (DENSE, SOUP):
+        continue
       phases.append(
         {
           "method": method,

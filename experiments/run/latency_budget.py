@@ -19,6 +19,8 @@ TOLERANCE = 0.1  # how far from a goal seconds may be
 class NetworkClock:
   """Seconds of an inference of a cut network; each shape is measured once in a run.
 
+  One process measures: several would choose different channels.
+
   A second look gives the first answer, also after a break: pruning chooses by these
   seconds, and a phase that is taken up again has to choose the same channels.
 
@@ -40,7 +42,15 @@ class NetworkClock:
       shapes: of its parameters and batch statistics.
       groups: gives the groups of its channels.
       image_shape: [height, width, channels].
+
+    Raises:
+      ValueError: there are several processes.
     """
+    if jax.process_count() > 1:
+      raise ValueError(
+        f"--budget=latency is measured by one process, of {jax.process_count()}: "
+        "give --budget=multiply_adds"
+      )
     self._module, self._shapes = module, shapes
     self._groups, self._image_shape = groups, image_shape
     self.known: dict[str, float] = {}
@@ -68,14 +78,11 @@ class NetworkClock:
   def check(self, goal: float) -> None:
     """Raises ValueError where no choice of channels is fast enough.
 
+    It measures: for a new run alone, as a busy machine should not keep one from going on.
+
     Args:
       goal: share of the time to save, in [0, 1).
     """
-    if jax.process_count() > 1:
-      raise ValueError(
-        f"--budget=latency is measured by one process, of {jax.process_count()}: "
-        "give --budget=multiply_adds"
-      )
     groups = self._groups()
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), self._shapes.params)
     order = removal_order(ones, groups=groups)

@@ -28,17 +28,22 @@ def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
     path: of the run; `experiments.export RUN --format=onnx` writes its files.
 
   Returns:
-    See `measured`; None where there are no files, or they cannot be timed here.
+    See `measured`, with the `digest` of each file; None where there are no files, or they
+    cannot be timed here.
   """
   folder = storage.as_path(path) / FOLDER
   if storage.is_remote(folder) or not folder.is_dir():
     return None
   files = {f.name: os.fspath(f) for f in folder.iterdir() if f.name.endswith(".onnx")}
-  sizes = {name: os.path.getsize(file) for name, file in files.items()}
+  try:
+    digests = {n: storage.content_digest(storage.as_path(f)) for n, f in files.items()}
+  except OSError as error:
+    logging.warning("ONNX files are not timed: %s", error)
+    return None
   try:
     found = storage.read_json(folder / LATENCY_FILE)
     LATENCY(found)
-    if {name: one["bytes"] for name, one in found["files"].items()} == sizes:
+    if {name: one.get("digest") for name, one in found["files"].items()} == digests:
       return found
   except (OSError, ValueError):
     pass
@@ -46,6 +51,8 @@ def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
     return None
   try:
     found = measured(files)
+    for name, digest in digests.items():
+      found["files"][name]["digest"] = digest
     storage.write_json(folder / LATENCY_FILE, found)
   except Exception as error:  # a file of another make; the report is no worse for it
     logging.warning("ONNX files are not timed: %s", error)

@@ -177,18 +177,22 @@ class Listener:
       values.clear()
 
 
-def run_seed(task: Task, names: Sequence[str], listener: Listener) -> dict[str, Any]:
+def run_seed(
+  task: Task, names: Sequence[str], listener: Listener, first_seed: int | None = None
+) -> dict[str, Any]:
   """Does what is left of the seed under way; gives its entry in results.json.
 
   Args:
     task: shared by all seeds.
     names: of the methods, in order.
     listener: to whom all that happens is told; its checkpointer has what is done already.
+    first_seed: where costs of channels are measured; None means the first of the run.
   """
   seed_state, config = listener.checkpointer.seed_state, listener.checkpointer.config
   task = task._replace(engine=listener.engine(task.engine))
   run = methods.Run(config, task, jax.random.key(seed_state.seed), seed_state)
-  channels = ChannelCosts(task, config, listener.checkpointer.costs)
+  first_seed = config.seed if first_seed is None else first_seed
+  channels = ChannelCosts(task, config, listener.checkpointer.costs, first_seed)
   for method, event in methods.seed_events(run, names):
     channels.note(seed_state, method, event)
     listener.take(method, event)

@@ -160,7 +160,6 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
   clock = None
   if config.budget == "latency":
     clock = NetworkClock(module, shapes, groups, image_shape)
-    clock.check(config.goal_sparsity)
   shrink = functools.partial(
     cut_engine,
     module=module,

@@ -50,6 +50,38 @@ def check_fit(
     raise ValueError(f"{problem} ({'; '.join(filter(None, parts))}): {advice}")
 
 
+def nested(arrays: Mapping[str, Any]) -> Any:
+  """Leaves under names such as "params/a/kernel" as dicts in dicts.
+
+  Args:
+    arrays: leaves by name.
+
+  Returns:
+    Nested dicts.
+
+  Raises:
+    ValueError: a name is that of a leaf and of a dict.
+
+  Example:
+    >>> jaxsms.export.nested({"Dense_0/kernel": 1, "Dense_0/bias": 2})
+    {'Dense_0': {'kernel': 1, 'bias': 2}}
+  """
+  if list(arrays) == ["(root)"]:  # see `jaxsms.trees.path_string`
+    return arrays["(root)"]
+  tree: dict[str, Any] = {}
+  for name, leaf in arrays.items():
+    *folders, last = name.split("/")
+    inner = tree
+    for folder in folders:
+      inner = inner.setdefault(folder, {})
+      if not isinstance(inner, dict):
+        raise ValueError(f"{name} lies in a leaf: give a template for such a tree")
+    if last in inner:
+      raise ValueError(f"{name} is a leaf and holds others: give a template")
+    inner[last] = leaf
+  return tree
+
+
 def _few(label: str, items: list[str]) -> str:
   """The first five, and how many more there are."""
   more = f" and {len(items) - 5} more" if len(items) > 5 else ""

@@ -1,9 +1,12 @@
 """Files of networks that `compact` has cut: safetensors, and PyTorch's state dicts."""
 
+import contextlib
 import importlib.resources
+import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +14,15 @@ import jax
 import numpy as np
 
 from jaxsms.channels import Compact, compact_from
-from jaxsms.disk.by_name import by_path
-from jaxsms.disk.safetensors import read_with_metadata, write_safetensors
+from jaxsms.disk.by_name import by_path, nested
+from jaxsms.disk.npz import available_memory
+from jaxsms.disk.safetensors import (
+  check_dtypes,
+  digest_of,
+  read_with_metadata,
+  write_safetensors,
+)
+from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.torch_layout import tensors_of, to_torch_axes
 from jaxsms.models.resnet_cifar import CifarResNet
 from jaxsms.models.vit import ViT
@@ -26,8 +36,8 @@ def save_cut(
 ) -> None:
   """Writes a cut network to a safetensors file: its smaller arrays, and what was cut.
 
-  The arrays lie under names such as "params/Dense_0/kernel"; the metadata hold `format`
-  and `layout`, the network's layout as JSON.
+  The arrays lie under names such as "params/Dense_0/kernel"; the metadata hold `format`,
+  `layout`, the network's layout as JSON, and `sha256`, a digest of all the rest.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.
@@ -49,9 +59,12 @@ def save_cut(
     >>> jaxsms.export.load_cut(path, apply).params["a"].tolist()
     [[1.0]]
   """
-  arrays = by_path(network.params if params is None else params)
+  named = by_path(network.params if params is None else params)
+  check_dtypes(named)
+  arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
   layout = json.dumps(network.layout, separators=(",", ":"))
-  write_safetensors(path, arrays, {"format": FORMAT, "layout": layout})
+  digest = digest_of(arrays, layout)
+  write_safetensors(path, arrays, {"format": FORMAT, "layout": layout, "sha256": digest})
 
 
 def load_cut(path: str | os.PathLike, apply: Callable[..., Any]) -> Compact:
@@ -84,20 +97,9 @@ def load_cut(path: str | os.PathLike, apply: Callable[..., Any]) -> Compact:
     raise ValueError(
       f"{os.fspath(path)} holds no cut network: give a file that save_cut wrote"
     )
-  tree: dict[str, Any] = {}
-  for name, array in arrays.items():
-    *folders, last = name.split("/")
-    inner = tree
-    for folder in folders:
-      inner = inner.setdefault(folder, {})
-    inner[last] = array
-  try:
-    return compact_from(apply, tree, json.loads(metadata["layout"]))
-  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-    raise ValueError(
-      f"{os.fspath(path)} does not fit its own layout: give a whole file that save_cut "
-      "wrote, of parameters in dicts"
-    ) from error
+  with _whole(path):
+    rows = _layout_of(arrays, metadata)
+    return compact_from(apply, nested(arrays), list(rows.values()))
 
 
 def expand_cut(
@@ -113,21 +115,85 @@ def expand_cut(
   Raises:
     ValueError: they do not fit the layout.
   """
-  try:
-    rows = {row["path"]: row for row in json.loads(metadata["layout"])}
-    full = {}
+  full = {}
+  with _whole(path):
+    rows = _layout_of(arrays, metadata)
+    _check_memory(
+      sum(math.prod(rows[name]["shape"]) * x.dtype.itemsize for name, x in arrays.items())
+    )
     for name, array in arrays.items():
       full[name] = np.zeros(rows[name]["shape"], array.dtype)
-      kept = [
-        rows[name]["kept"].get(str(i), range(n)) for i, n in enumerate(full[name].shape)
-      ]
+      kept = [_kept(rows[name], axis) for axis in range(array.ndim)]
       full[name][np.ix_(*kept)] = array
-  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-    raise ValueError(
-      f"{os.fspath(path)} does not fit its own layout: give a whole file that save_cut "
-      "wrote"
-    ) from error
   return full
+
+
+@contextlib.contextmanager
+def _whole(path: str | os.PathLike) -> Iterator[None]:
+  """Says in one ValueError that a file is damaged, whatever is raised in it for that."""
+  kinds = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+  try:
+    yield
+  except (*kinds, RecursionError) as error:
+    reason = first_sentence(error).partition(": ")[0]  # its advice is for others
+    raise ValueError(
+      f"{os.fspath(path)} does not fit its own layout ({reason}): give a whole file that "
+      "save_cut wrote, of parameters in dicts"
+    ) from error
+
+
+def _layout_of(
+  arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+  """The rows of a file's layout by name; files before the digest have none.
+
+  Raises:
+    ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no layout of
+      these arrays.
+  """
+  text = metadata["layout"]
+  if metadata.get("sha256", "") not in ("", digest_of(arrays, text)):
+    raise ValueError("its content does not have its digest")
+  layout = json.loads(text)
+  rows = {row["path"]: row for row in layout}
+  if len(rows) < len(layout) or rows.keys() != arrays.keys():
+    raise ValueError("its layout names other arrays")
+  for name, array in arrays.items():
+    _check_row(name, rows[name], array)
+  _check_memory(8 * sum(n for row in rows.values() for n in row["shape"]))
+  return rows
+
+
+def _check_row(name: str, row: Mapping[str, Any], array: np.ndarray) -> None:
+  """Raises ValueError unless an array is what a row of the layout left of a shape."""
+  shape = row["shape"]
+  if any(type(n) is not int or n < 0 for n in shape):  # True is an int too
+    raise ValueError(f"{name!r} has no shape")
+  axes = {str(axis): n for axis, n in enumerate(shape)}
+  for positions in (row["kept"], row["empty"]):
+    for axis, listed in positions.items():
+      if any(type(i) is not int or not 0 <= i < axes[axis] for i in listed):
+        raise ValueError(f"{name!r} has positions beyond its shape")
+      if any(one >= other for one, other in itertools.pairwise(listed)):
+        raise ValueError(f"{name!r} has positions that do not rise")
+  left = [len(row["kept"].get(axis, range(n))) for axis, n in axes.items()]
+  if list(array.shape) != left:
+    raise ValueError(f"{name!r} is {list(array.shape)} and should be {left}")
+
+
+def _kept(row, axis):
+  """The positions along an axis that a row of the layout keeps."""
+  return np.asarray(row["kept"].get(str(axis), range(row["shape"][axis])), int)
+
+
+def _check_memory(needed: int) -> None:
+  """Raises ValueError where there are not so many bytes."""
+  available = available_memory()
+  if available is not None and needed > available:
+    raise ValueError(
+      f"it would take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are "
+      "available"
+    )
 
 
 def cut_to_torch(

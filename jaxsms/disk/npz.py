@@ -67,7 +67,7 @@ def _check_sizes(path, names):
           needed += max(member.file_size, _declared(archive, member))
   except Exception:  # zlib, zipfile and numpy raise a dozen kinds
     return
-  available = _available_memory()
+  available = available_memory()
   if available is not None and needed > available:
     raise ValueError(
       f"{path} unpacks to {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
@@ -86,7 +86,7 @@ def _declared(archive, member):
   return math.prod(shape) * dtype.itemsize
 
 
-def _available_memory():
+def available_memory():
   """Bytes that are free or can be made so; None where nothing tells."""
   try:
     with open("/proc/meminfo") as file:

@@ -1,5 +1,6 @@
 """Arrays in safetensors files, the format in which most weights are published."""
 
+import hashlib
 import json
 import math
 import os
@@ -257,6 +258,17 @@ def check_dtypes(arrays: Mapping[str, Any]) -> None:
         f"{name!r} is {array.dtype.name}: a safetensors file takes {', '.join(_CODES)} "
         "under any name but __metadata__"
       )
+
+
+def digest_of(arrays: Mapping[str, np.ndarray], text: str) -> str:
+  """SHA-256 of arrays with their names, dtypes and shapes, and of a text beside them."""
+  digest = hashlib.sha256(text.encode())
+  for name in sorted(arrays):
+    array = arrays[name]
+    array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    digest.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
 
 
 def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:
