@@ -27,7 +27,6 @@ from jaxsms.training.measurements import measure
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data" / "tfds"
 SMALL = (
   "--hidden=16", "--epochs=2", "--retrain_epochs=1", "--phases=2", "--ingredients=2",
   "--batch_size=64", "--goal_sparsity=0.75",
@@ -401,23 +400,6 @@ def test_results_stay_whole_while_new_ones_are_written(tmp_path):
   results = json.loads((tmp_path / "results.json").read_text())
   assert results["value"] is None
   assert results["array"] == [0, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-  not SHARED.exists(), reason="CIFAR-10 is not prepared beside the project"
-)
-def test_cifar10_with_a_residual_network(tmp_path):
-  workdir = tmp_path / "cifar"
-  flags = [
-    "--dataset=cifar10", f"--data_dir={SHARED}", "--model=resnet8", "--width=8",
-    "--epochs=1", "--retrain_epochs=1", "--phases=1", "--ingredients=2", "--baselines=imp",
-    "--landscape=none", "--mesh=none", f"--workdir={workdir}",
-  ]  # fmt: skip
-  assert run(*flags) == 0
-  seed = json.loads((workdir / "results.json").read_text())["seeds"][0]
-  assert seed["dense"]["test_accuracy"] > 0.3
-  assert seed["phases"][0]["soup"]["test_accuracy"] > 0.3
 
 
 def test_help_names_every_flag_once_by_subject():

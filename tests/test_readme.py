@@ -201,6 +201,7 @@ def data(tmp_path_factory):
     train_labels=labels[:80],
     test_images=images[80:],
     test_labels=labels[80:],
+    train_groups=np.arange(80) // 16,
   )
   return folder
 
@@ -239,6 +240,8 @@ def test_command(command, data, tmp_path):
     save_torch_weights(data / "resnet18.pth")
   if name in ("experiments.sms", "experiments.compare"):
     small += f" --workdir={tmp_path / 'run'} --cache_dir={tmp_path / 'cache'}"
+  if "--phase_sparsities" in flags:  # it says how many phases there are
+    small = small.replace("--phases=1", "")
   if "--ingredients=3" in flags:
     small = small.replace("--ingredients=2", "")
   with socket.socket() as server:

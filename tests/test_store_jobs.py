@@ -9,7 +9,7 @@ import store
 from test_export_job import assert_same
 
 from experiments import compare, export, report
-from experiments.run import lock
+from experiments.run import exporting, lock
 from jaxsms import checkpoint, pretrained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -62,8 +62,8 @@ def test_exports(finished, capsys, flags):
   size = (folder / out).stat().st_size
   assert f"{address}/{out}: {size:,} bytes" in capsys.readouterr().out
   soup = checkpoint.restore(folder / "run" / "soup" / "seed_0")
-  network = export.network(folder / "run")
-  model = pretrained.load_model(f"{address}/{out}", *network)
+  module, image_shape, _ = exporting.network(exporting.run_config(folder / "run"))
+  model = pretrained.load_model(f"{address}/{out}", module, image_shape)
   assert_same(model["params"], soup["params"])
 
 

@@ -194,7 +194,7 @@ def test_the_report_shows_head_and_tail():
 
 
 JOBS = {
-  "random": ["--subset_fraction=0.4", "--mesh=2x1", "--cpu_devices=2"],
+  "random": ["--subset_fraction=0.4", "--mesh=2x1"],
   "balanced": ["--subsets=balanced"],
   "imbalance": ["--subsets=imbalance", "--values=1,20", "--imbalance=20"],
   "dirichlet": ["--subsets=dirichlet", "--subset_alpha=0.3", "--merge=by_samples",
