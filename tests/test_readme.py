@@ -172,6 +172,7 @@ SMALLER = {
   "swamp": " --epochs=4 --ingredients=2",
   "bimp": " --epochs=8 --ingredients=2",
   "--ranges": " --retrain_epochs=2 --ingredients=4",
+  "--subsets=groups": " --batch_size=8",
 }
 
 
