@@ -166,11 +166,11 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
   flags = (*SMALL, "--mesh=none", "--baselines=imp", f"--workdir={tmp_path / 'c'}")
   real, seen = running.run_seed, []
 
-  def interrupted(task, names, listener):
+  def interrupted(task, names, listener, *more):
     seen.append(names)
     if len(seen) == 3:
       raise KeyboardInterrupt
-    return real(task, names, listener)
+    return real(task, names, listener, *more)
 
   monkeypatch.setattr(running, "run_seed", interrupted)
   assert compare_with(*flags) == 130
@@ -185,10 +185,10 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
 def test_a_method_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
   real = running.run_seed
 
-  def diverging(task, names, listener):
+  def diverging(task, names, listener, *more):
     if names == ("sms",):
       raise FloatingPointError("all 2 copies diverged")
-    return real(task, names, listener)
+    return real(task, names, listener, *more)
 
   monkeypatch.setattr(running, "run_seed", diverging)
   flags = (*SMALL, "--mesh=none", "--baselines=imp", f"--workdir={tmp_path / 'c'}")
