@@ -425,7 +425,7 @@ ACTS = {
 }  # fmt: skip
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4), st.integers(0, 99))
 def test_any_network(names, seed):
   """Whatever the operations between its layers: a cut network is the masked one."""

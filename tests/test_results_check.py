@@ -244,7 +244,7 @@ def places(value, path=()):
   return found
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(st.data())
 def test_any_edits_are_read_or_refused_in_one_sentence(real, tmp_path_factory, data):
   folder = tmp_path_factory.mktemp("mutated") / "run"
