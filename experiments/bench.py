@@ -34,7 +34,7 @@ from .config import device_flags
 from .config.fields import define_flags
 from .run import hardware
 from .run.environment import environment
-from .run.flag_files import refusals, run_with_flags
+from .run.flag_files import check_no_arguments, refusals, run_with_flags
 from .run.terminal import terminal
 
 
@@ -43,8 +43,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    check_no_arguments(argv)
     config = read_config(given)
     if config.torch != "none":  # both frameworks need memory of a GPU
       os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")

@@ -15,7 +15,7 @@ from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import Engine, Model, Plan, Record, trained
 from jaxsms.training.loop import train_copies
 from jaxsms.training.merging import Merging
-from jaxsms.training.pruned import prune_and_measure
+from jaxsms.training.pruned import accuracy_on_test, prune_and_measure
 from jaxsms.training.state import start_each
 from jaxsms.trees import PyTree, number_of_models, stack
 
@@ -77,9 +77,12 @@ def one_shot_soups(
 
   def prune_to_each(model, masks, highest):
     found: list[tuple[Model, PyTree, Record]] = []
+    before = accuracy_on_test(engine, model)
     for sparsity in sparsities.values():
       inside = found[-1][1] if found else None
-      found.append(prune_and_measure(engine, _within(prune, inside), model, None, sparsity))
+      found.append(
+        prune_and_measure(engine, _within(prune, inside), model, None, sparsity, before)
+      )
     models, each, records = map(list, zip(*found, strict=True))
     numbered = {
       number: {"phase": number, **record}

@@ -5,6 +5,7 @@ from absl import flags
 
 from experiments.benchmarks import bench_cut
 from experiments.benchmarks.bench_statistics import spread
+from experiments.benchmarks.usual_networks import read_training_flags
 from experiments.config.fields import define_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -14,7 +15,7 @@ def parse(*given):
   values = flags.FlagValues()
   define_flags(bench_cut.Config, values)
   values(["bench_cut", *given])
-  return bench_cut.read_config(values)
+  return read_training_flags(bench_cut.Config, values)
 
 
 def test_a_measurement_and_what_is_said_of_it():

@@ -5,6 +5,7 @@ from absl import flags
 
 from experiments.benchmarks import bench_saving
 from experiments.benchmarks.bench_statistics import spread
+from experiments.benchmarks.usual_networks import read_training_flags
 from experiments.config import keeping_flags  # noqa: F401, whose flag it is
 from experiments.config.fields import define_flags
 
@@ -21,7 +22,7 @@ def parse(*given):
 def test_a_measurement(monkeypatch):
   monkeypatch.setattr(bench_saving, "ROUND_SECONDS", 0.01)
   values = parse("--ingredients=2", "--rounds=2", "--mesh=none")
-  config = bench_saving.read_config(values)
+  config = read_training_flags(bench_saving.Config, values)
   cost = bench_saving.measure(bench_saving.make_training(config), 2, None)
   parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
   # Two float32 models, the masks, and of both copies parameters and momentum.
@@ -34,7 +35,7 @@ def test_a_measurement(monkeypatch):
 
 def test_shares_are_of_the_interval_and_of_all_cores(monkeypatch):
   monkeypatch.setattr(bench_saving, "cores", lambda: 4)
-  config = bench_saving.read_config(parse("--save_minutes=2"))
+  config = read_training_flags(bench_saving.Config, parse("--save_minutes=2"))
   some = {name: spread([1.0]) for name in ("training", "blocked")}
   cost = bench_saving.Cost(1.0, held_up=spread([0.6, 1.2, 2.4]), cpu=spread([4.8]), **some)
   last = bench_saving.text(config, cost).splitlines()[-1]
@@ -59,4 +60,4 @@ def test_the_interval_is_that_of_the_main_job():
 )
 def test_bad_flags(flag, words, rejects):
   with rejects(words):
-    bench_saving.read_config(parse(flag))
+    read_training_flags(bench_saving.Config, parse(flag))

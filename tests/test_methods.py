@@ -12,7 +12,8 @@ from test_experiments import SMALL
 
 from experiments import methods
 from experiments.methods.criteria import CRITERIA, Criterion, classifier, pruning
-from experiments.methods.registry import bimp_epochs, looks, resampled
+from experiments.methods.epochs import bimp_epochs
+from experiments.methods.registry import looks, resampled
 from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.run.ood import corrupted_test_data

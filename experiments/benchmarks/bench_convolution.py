@@ -24,7 +24,7 @@ from jaxsms.disk.storage import plain, whole_file
 from jaxsms.nn.lowerings import NHWC
 
 from ..run.environment import environment
-from ..run.flag_files import refusals
+from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
 from .bench_statistics import Contender, alternate, scaled, seconds
 
@@ -250,8 +250,7 @@ def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   given = flags.FLAGS
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    check_no_arguments(argv)
     layers, copies = [read_layer(text) for text in given.layers], given.copies
     if any(not n.isdecimal() or not int(n) for n in copies):
       raise ValueError(f"--copies is {','.join(copies)}: give whole numbers from 1 on")

@@ -23,12 +23,13 @@ from jaxsms.training.cutting import (
 )
 
 from ..config import device_flags
-from ..config.fields import at_least, define_flags, ensure, flag, one_of, read_fields
+from ..config.fields import at_least, define_flags, ensure, flag, one_of
 from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import refusals
-from . import bench_jax, bench_settings
+from ..run.flag_files import check_no_arguments, refusals
+from . import bench_jax
 from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled
+from .usual_networks import read_training_flags, usual_network
 
 DENSE, CUT = "dense", "cut"
 
@@ -71,34 +72,16 @@ def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   logging.set_verbosity(logging.WARNING)
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    config = read_config(flags.FLAGS)
+    check_no_arguments(argv)
+    config = read_training_flags(Config, flags.FLAGS)
     hardware.start(config, config.ingredients)
     contest = make_contest(config)
   print(text(config, contest, measure(contest, config.rounds)))
 
 
-def read_config(given: flags.FlagValues) -> Config:
-  """The parsed flags.
-
-  Raises:
-    ValueError: a flag is out of range or names something unknown.
-  """
-  config = read_fields(Config, given)
-  device_flags.check(config, config.ingredients)
-  return config
-
-
 def make_contest(config: Config) -> Contest:
   """m copies of either network, on images of the shape that it usually gets."""
-  like: dict[str, Any] = bench_settings.DATASETS[
-    "digits" if config.model == "mlp" else "cifar10"
-  ]
-  options = hardware.network_options(config)
-  if config.model == "mlp":
-    options |= {"hidden": (256, 256), "dropout": 0.0}
-  module = models.create(config.model, bench_jax.NUM_CLASSES, **options)
+  module, like = usual_network(config)
   image_shape, m = like["image"], config.ingredients
   work: dict[str, Any] = {
     "batch_size": config.batch_size,

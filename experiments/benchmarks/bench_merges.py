@@ -35,7 +35,7 @@ from ..config.fields import define_flags, flag, numbers, one_of, read_fields
 from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
 from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import refusals, run_with_flags
+from ..run.flag_files import check_no_arguments, refusals, run_with_flags
 from ..run.task import Task, load, make_task, with_data
 from ..run.terminal import print_line, terminal
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
@@ -96,8 +96,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)  # of copies that are left out the table tells
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    check_no_arguments(argv)
     config = read_config(given)
     hardware.start(config, config.ingredients)
     dataset = load(config)

@@ -26,7 +26,7 @@ from ..config.fields import (
   read_fields,
   whole_numbers,
 )
-from ..run.flag_files import refusals
+from ..run.flag_files import check_no_arguments, refusals
 from ..run.onnx_latency import measured
 
 NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of images
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   logging.set_verbosity(logging.WARNING)
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+    check_no_arguments(argv)
     config = read_config(flags.FLAGS)
     found = measure(config)
   print(text(found))

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,14 @@ from ..config.fields import (
   ensure,
   flag,
   one_of,
-  read_fields,
 )
 from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import refusals
+from ..run.flag_files import check_no_arguments, refusals
 from ..run.seed_state import SeedState, packed
-from . import bench_jax, bench_settings
+from . import bench_jax
 from .bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
+from .usual_networks import read_training_flags, usual_network
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it
@@ -91,36 +91,19 @@ def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
   logging.set_verbosity(logging.WARNING)
   with refusals():
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
-    config = read_config(flags.FLAGS)
+    check_no_arguments(argv)
+    config = read_training_flags(Config, flags.FLAGS)
     hardware.start(config, config.ingredients)
     training = make_training(config)
   print(text(config, measure(training, config.rounds, config.folder)))
 
 
-def read_config(given: flags.FlagValues) -> Config:
-  """The parsed flags.
-
-  Raises:
-    ValueError: a flag is out of range or names something unknown.
-  """
-  config = read_fields(Config, given)
-  device_flags.check(config, config.ingredients)
-  return config
-
-
 def make_training(config: Config) -> bench_jax.Training:
   """m copies in training on images of the shape that such a network usually gets."""
-  like: dict[str, Any] = bench_settings.DATASETS[
-    "digits" if config.model == "mlp" else "cifar10"
-  ]
-  options = hardware.network_options(config)
-  if config.model == "mlp":
-    options |= {"hidden": (256, 256), "dropout": 0.0}
+  module, like = usual_network(config)
   m, batch_size = config.ingredients, config.batch_size
   task = bench_jax.make_task(
-    models.create(config.model, bench_jax.NUM_CLASSES, **options),
+    module,
     like["image"],
     examples=max(batch_size, min(like["examples"], 5000)),
     batch_size=batch_size,

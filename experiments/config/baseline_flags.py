@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..methods.registry import baselines, bimp_epochs, having
+from ..methods.epochs import bimp_epochs
+from ..methods.registry import baselines, having
 from .fields import above_zero, at_least, define_flags, ensure, flag, from_zero, one_of
 
 TEMPERATURE = 3.0

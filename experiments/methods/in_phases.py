@@ -50,7 +50,7 @@ def imp_mx(run: Run, dense: Model) -> Events:
   return metrics_by_phase(records)
 
 
-def with_ema(name: str, soup: bool, longer: bool) -> Callable[[Run, Model], Events]:
+def with_ema(name: str, *, soup: bool, longer: bool) -> Callable[[Run, Model], Events]:
   """IMP, IMP mx or the soup, each copy the exponential average of its training.
 
   Args:

@@ -16,6 +16,17 @@ from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.one_shot import one_shot_soups
 from jaxsms.training import Model
 
+from .epochs import (
+  all_bimp_epochs,
+  bimp_epochs,
+  by_copies,
+  copies_epochs,
+  gradual_epochs,
+  imp_epochs,
+  imp_mx_epochs,
+  longest,
+  swamp_epochs,
+)
 from .in_phases import dense_soup, imp, imp_mx, soup_distilled, sparse_soup, with_ema
 from .seeds import (
   RETRAIN,
@@ -211,113 +222,76 @@ def resampled(learning_rates: np.ndarray, steps: int) -> np.ndarray:
   return learning_rates[np.arange(steps) * len(learning_rates) // steps]
 
 
-def bimp_epochs(config: Config) -> tuple[int, int]:
-  """Epochs of BIMP's dense training and of each of its cycles, within the budget."""
-  cycle = int(config.budget_epochs * (1 - config.fixed_after) / config.phases)
-  return config.budget_epochs - cycle * config.phases, cycle
-
-
-def longest(config: Config) -> float:
-  """Epochs of the longest copy in a phase."""
-  return max(config.values) if config.vary == "epochs" else config.retrain_epochs
-
-
-def _gradual_epochs(config, copies):
-  head = config.fixed_after * config.budget_epochs
-  return _sum((1, head), (copies, config.budget_epochs - head))
-
-
-def _bimp_epochs(config, copies):
-  dense, cycle = bimp_epochs(config)
-  return _sum((1, dense), (copies, config.phases * cycle))
-
-
-def _swamp_epochs(config):
-  rounds = (config.phases + 1) * (config.budget_epochs - config.rewind_epochs)
-  return _sum((1, config.rewind_epochs), (config.ingredients, rounds))
-
-
-def _sum(*parts: tuple[int, float]) -> dict[int, float]:
-  total: dict[int, float] = {}
-  for copies, epochs in parts:
-    total[copies] = total.get(copies, 0) + epochs
-  return total
-
-
-def _copies_epochs(config):
-  return {config.ingredients: config.phases * longest(config)}
-
-
 # In the order of tables. Colours are told apart by those who are colour-blind (Okabe and
 # Ito), markers in black and white.
 METHODS: dict[str, Method] = {
-  SOUP: Method("Sparse soup", "#D55E00", "o", sparse_soup, _copies_epochs, True),
+  SOUP: Method("Sparse soup", "#D55E00", "o", sparse_soup, copies_epochs, True),
   "imp": Method(
-    "IMP", "#009E73", "v", imp, lambda c: {1: c.phases * c.retrain_epochs}, True,
+    "IMP", "#009E73", "v", imp, imp_epochs, True,
     frozenset({"one_copy"}),
   ),
   "imp_mx": Method(
     "IMP {m}x", "#CC79A7", "D", imp_mx,
-    lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
+    imp_mx_epochs, True,
   ),
   "imp_ema": Method(
-    "IMP with EMA", "#009E73", "^", with_ema("imp_ema", False, False),
-    lambda c: {1: c.phases * c.retrain_epochs}, True, frozenset({"one_copy", "averaged"}),
+    "IMP with EMA", "#009E73", "^", with_ema("imp_ema", soup=False, longer=False),
+    imp_epochs, True, frozenset({"one_copy", "averaged"}),
   ),
   "imp_mx_ema": Method(
-    "IMP {m}x with EMA", "#CC79A7", "p", with_ema("imp_mx_ema", False, True),
-    lambda c: {1: c.ingredients * c.phases * c.retrain_epochs}, True,
+    "IMP {m}x with EMA", "#CC79A7", "p", with_ema("imp_mx_ema", soup=False, longer=True),
+    imp_mx_epochs, True,
     frozenset({"averaged"}),
   ),
   "soup_ema": Method(
-    "Sparse soup with EMA", "#D55E00", "H", with_ema("soup_ema", True, False),
-    _copies_epochs, True, frozenset({"averaged"}),
+    "Sparse soup with EMA", "#D55E00", "H", with_ema("soup_ema", soup=True, longer=False),
+    copies_epochs, True, frozenset({"averaged"}),
   ),
   "soup_distilled": Method(
     "Distilled soup", "#0072B2", "P", soup_distilled,
-    lambda c: _sum((c.ingredients, c.phases * longest(c)), (1, c.distill_epochs)), True,
-    frozenset({"distilled"}),
+    lambda c: by_copies((c.ingredients, c.phases * longest(c)), (1, c.distill_epochs)),
+    True, frozenset({"distilled"}),
   ),
   "imp_reprune": Method(
-    "IMP-RePrune", "#009E73", "X", reprune, _copies_epochs, False, frozenset({"own_masks"})
+    "IMP-RePrune", "#009E73", "X", reprune, copies_epochs, False, frozenset({"own_masks"})
   ),
   "one_shot_soup": Method(
     "One-shot soup", "#56B4E9", "d", one_shot_soup,
     lambda c: {c.phases * c.ingredients: longest(c)}, False, frozenset({"own_masks"}),
   ),
   "swamp": Method(
-    "SWAMP", "#E69F00", "P", rewinding_soup, _swamp_epochs, False,
+    "SWAMP", "#E69F00", "P", rewinding_soup, swamp_epochs, False,
     frozenset({"one_schedule", "own_masks", "rewinds"}),
   ),
   "gmp": Method(
-    "GMP", "#56B4E9", "<", gradual("gmp", False), lambda c: _gradual_epochs(c, 1),
+    "GMP", "#56B4E9", "<", gradual("gmp", False), lambda c: gradual_epochs(c, 1),
     False, frozenset({"one_copy", "ramp", "own_masks"}),
   ),
   "gmp_soup": Method(
     "GMP soup", "#0072B2", "<", gradual("gmp", True),
-    lambda c: _gradual_epochs(c, c.ingredients), False,
+    lambda c: gradual_epochs(c, c.ingredients), False,
     frozenset({"ramp", "one_schedule", "own_masks"}),
   ),
   "dpf": Method(
-    "DPF", "#E69F00", ">", gradual("dpf", False), lambda c: _gradual_epochs(c, 1),
+    "DPF", "#E69F00", ">", gradual("dpf", False), lambda c: gradual_epochs(c, 1),
     False, frozenset({"one_copy", "ramp", "own_masks"}),
   ),
   "dpf_soup": Method(
     "DPF soup", "#D55E00", ">", gradual("dpf", True),
-    lambda c: _gradual_epochs(c, c.ingredients), False,
+    lambda c: gradual_epochs(c, c.ingredients), False,
     frozenset({"ramp", "one_schedule", "own_masks"}),
   ),
   "bimp": Method(
-    "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda c: _bimp_epochs(c, 1), False,
+    "BIMP", "#CC79A7", "h", bimp("bimp", False), lambda c: all_bimp_epochs(c, 1), False,
     frozenset({"one_copy", "cycles"}),
   ),
   "bimp_soup": Method(
     "BIMP soup", "#000000", "h", bimp("bimp_soup", True),
-    lambda c: _bimp_epochs(c, c.ingredients), False,
+    lambda c: all_bimp_epochs(c, c.ingredients), False,
     frozenset({"one_schedule", "cycles"}),
   ),
   "dense_soup": Method(
-    "Dense soup", "#000000", "d", dense_soup, _copies_epochs, True, frozenset({"dense"})
+    "Dense soup", "#000000", "d", dense_soup, copies_epochs, True, frozenset({"dense"})
   ),
 }  # fmt: skip
 

@@ -42,6 +42,16 @@ def _refuse(file, problem):
   sys.exit(2)
 
 
+def check_no_arguments(argv: Sequence[str]) -> None:
+  """Raises ValueError where a word is no flag.
+
+  Args:
+    argv: what absl leaves, the program's name first.
+  """
+  if len(argv) > 1:
+    raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+
+
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
   """Ends a binary whose input is bad with one sentence and exit status 2."""

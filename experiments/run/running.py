@@ -21,6 +21,7 @@ from ..config.run_config import Config, read_config
 from . import checkpointing, hardware
 from .channel_costs import ChannelCosts
 from .environment import environment
+from .flag_files import check_no_arguments
 from .progress import MEASURED, RunProgress
 from .run_directory import save_soup
 from .task import Task, load, with_data
@@ -41,8 +42,7 @@ def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
   """
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  if len(argv) > 1:
-    raise ValueError(f"unexpected argument {argv[1]!r}: flags are written --name=value")
+  check_no_arguments(argv)
   if not importlib.util.find_spec("matplotlib"):  # better missed before training
     raise ImportError(
       "the figure needs matplotlib, which is not installed: run "

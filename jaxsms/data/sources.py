@@ -184,8 +184,10 @@ def load(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
 
 def _npz(name):
   path = os.path.expanduser(name)
-  arrays = read_npz(path, ARRAYS)
-  groups = _groups(path, len(arrays["train_labels"]))
+  arrays = read_npz(path, ARRAYS, optional=(GROUPS,))
+  groups = arrays.get(GROUPS)
+  if groups is not None:
+    _check_groups(path, groups, len(arrays["train_labels"]))
   for split in ("train", "test"):
     _check_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"])
   train, test = arrays["train_images"].shape[1:], arrays["test_images"].shape[1:]
@@ -213,18 +215,13 @@ def _npz(name):
   return dataset._replace(train_groups=groups)
 
 
-def _groups(path, n):
-  """The groups of an .npz's training examples, None where it has none."""
-  with np.load(path, allow_pickle=False) as file:
-    if GROUPS not in file.files:
-      return None
-  groups = read_npz(path, (GROUPS,))[GROUPS]
+def _check_groups(path, groups, n):
+  """Raises ValueError unless each training example has a group."""
   if groups.shape != (n,) or not np.issubdtype(groups.dtype, np.integer):
     raise ValueError(
       f"{path}: {GROUPS} is {groups.dtype} of shape {groups.shape}: give integers [{n}], "
       "one group per training image"
     )
-  return groups
 
 
 def _check_split(path, split, images, labels):

@@ -7,12 +7,15 @@ import zipfile
 import numpy as np
 
 
-def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+def read_npz(
+  path: str, names: tuple[str, ...] | None = None, optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
   """Reads arrays from an .npz file; never unpickles.
 
   Args:
     path: the file.
     names: the arrays wanted; None means all.
+    optional: further ones, where the file has them.
 
   Returns:
     The arrays by name, in the order of `names`.
@@ -28,7 +31,8 @@ def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.nd
       if os.path.exists(path)
       else f"there is no file {path}: {allowed}"
     )
-  _check_sizes(path, names)
+  wanted_names = None if names is None else (*names, *optional)
+  _check_sizes(path, wanted_names)
   try:
     # A damaged header can make numpy stop short of the checksum: check it first.
     with zipfile.ZipFile(path) as archive:
@@ -39,7 +43,9 @@ def read_npz(path: str, names: tuple[str, ...] | None = None) -> dict[str, np.nd
       found = list(file.files)
       if len(set(found)) < len(found):
         raise zipfile.BadZipFile("a name comes twice")
-      arrays = {n: file[n] for n in (found if names is None else names) if n in found}
+      arrays = {
+        n: file[n] for n in (found if wanted_names is None else wanted_names) if n in found
+      }
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
       raise zipfile.BadZipFile("a member is no array")  # numpy gives its bytes
   except Exception as error:  # zlib, zipfile and numpy raise a dozen kinds

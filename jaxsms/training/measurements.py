@@ -1,6 +1,6 @@
 """What a model is measured by: its predictions on each split, and its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 import jax
@@ -188,15 +188,29 @@ def set_record(scores: Sequence[Record], params: PyTree) -> SetRecord:
   }
 
 
-def best_candidate(scores: Sequence[Record]) -> int:
-  """Index of the best validation accuracy; among equals, of the lowest loss.
+def best_first(scores: Sequence[Record], copies: Iterable[int]) -> list[int]:
+  """Copies by validation accuracy; among equals, by validation loss.
 
-  One that diverged, whose metrics are NaN, is not looked at.
+  Args:
+    scores: metrics of all copies.
+    copies: indices of those to be put in order.
+
+  Returns:
+    Their indices, without those that diverged, whose metrics are NaN.
   """
-  return min(
-    (i for i, s in enumerate(scores) if not np.isnan(s["validation_accuracy"])),
-    key=lambda i: (-scores[i]["validation_accuracy"], scores[i]["validation_loss"]),
+
+  def order(i):
+    loss = scores[i]["validation_loss"]
+    return -scores[i]["validation_accuracy"], np.inf if np.isnan(loss) else loss, i
+
+  return sorted(
+    (i for i in copies if not np.isnan(scores[i]["validation_accuracy"])), key=order
   )
+
+
+def best_candidate(scores: Sequence[Record]) -> int:
+  """Index of the best of those that did not diverge, see `best_first`."""
+  return best_first(scores, range(len(scores)))[0]
 
 
 def describe_weights(

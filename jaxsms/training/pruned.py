@@ -7,7 +7,12 @@ from jaxsms.trees import PyTree
 
 
 def prune_and_measure(
-  engine: Engine, prune: Prune, model: Model, masks: PyTree | None, sparsity: float
+  engine: Engine,
+  prune: Prune,
+  model: Model,
+  masks: PyTree | None,
+  sparsity: float,
+  before: float | None = None,
 ) -> tuple[Model, PyTree, Record]:
   """Prunes a model further, and measures what that does to it.
 
@@ -17,12 +22,14 @@ def prune_and_measure(
     model: leaves [...].
     masks: what was removed so far; None means nothing.
     sparsity: of the prunable weights afterwards, in [0, 1).
+    before: the model's test accuracy; None measures it.
 
   Returns:
     The pruned model, its masks, and the record of `jaxsms.prune_phase` with the metrics of
     `pruned` and the `pruning_instability`.
   """
-  before = accuracy_on_test(engine, model)
+  if before is None:
+    before = accuracy_on_test(engine, model)
   params, masks, record = prune_phase(model.params, masks, sparsity, prune)
   pruned = Model(params, model.batch_stats)
   (scores,) = measure(engine, one_model(pruned)).scores

@@ -21,7 +21,13 @@ from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.training.averaging import has_average
 from jaxsms.training.engine import Engine, Model, Record, trained
 from jaxsms.training.loop import Chunk, train_copies
-from jaxsms.training.measurements import RECALIBRATION, predict, recalibrated, score
+from jaxsms.training.measurements import (
+  RECALIBRATION,
+  best_first,
+  predict,
+  recalibrated,
+  score,
+)
 from jaxsms.training.search_values import (
   Ranges,
   Values,
@@ -156,18 +162,8 @@ def better_half(scores: Sequence[Record], copies: Sequence[int] | None = None) -
     ... )
     [1, 2]
   """
-
-  def order(i):
-    loss = scores[i]["validation_loss"]
-    return -scores[i]["validation_accuracy"], np.inf if np.isnan(loss) else loss, i
-
   m = len(scores)
-  candidates = [
-    i
-    for i in (range(m) if copies is None else copies)
-    if not np.isnan(scores[i]["validation_accuracy"])
-  ]
-  return sorted(candidates, key=order)[: (m + 1) // 2]
+  return best_first(scores, range(m) if copies is None else copies)[: (m + 1) // 2]
 
 
 def concluded(

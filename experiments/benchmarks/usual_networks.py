@@ -1,0 +1,40 @@
+"""What benchmarks of training share: their flags, and a network on usual images."""
+
+from typing import Any, TypeVar
+
+import flax.linen as nn
+from absl import flags
+
+from jaxsms import models
+
+from ..config import device_flags
+from ..config.fields import read_fields
+from ..run import hardware
+from . import bench_jax
+from .bench_settings import DATASETS
+
+Config = TypeVar("Config")
+
+
+def read_training_flags(kind: type[Config], given: flags.FlagValues) -> Config:
+  """The parsed flags of a benchmark that trains copies.
+
+  Args:
+    kind: the dataclass of its flags, those of the devices and `ingredients` among them.
+    given: what absl parsed.
+
+  Raises:
+    ValueError: a flag is out of range or names something unknown.
+  """
+  config: Any = read_fields(kind, given)
+  device_flags.check(config, config.ingredients)
+  return config
+
+
+def usual_network(config: Any) -> tuple[nn.Module, dict[str, Any]]:
+  """The network of --model, and the entry of `DATASETS` that it usually gets."""
+  like = DATASETS["digits" if config.model == "mlp" else "cifar10"]
+  options = hardware.network_options(config)
+  if config.model == "mlp":
+    options |= {"hidden": (256, 256), "dropout": 0.0}
+  return models.create(config.model, bench_jax.NUM_CLASSES, **options), like
