@@ -15,7 +15,7 @@ Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epoch
 The soup      ingredients, phases, goal_sparsity, phase_sparsities, retrain_epochs,
               retrain_schedule, merge; vary, values, ranges, rungs; average, ema_decay,
               average_from, average_every; subsets, subset_fraction, subset_alpha
-Pruning       criterion, scope, budget, shrink, n_m_group
+Pruning       criterion, scope, budget, round_to, shrink, n_m_group
 Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs;
               distill_epochs, temperature
 Measuring     ood, ood_severities, train_metrics, landscape

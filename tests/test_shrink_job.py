@@ -142,6 +142,8 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
     (["--shrink", "--baselines=swamp"], "whose masks are its own"),
     (["--shrink", "--baselines=imp_reprune"], "whose masks are its own"),
     (["--budget=channels"], "belongs to --criterion=channels"),
+    (["--round_to=4"], "--round_to=4 belongs to --criterion=channels"),
+    (["--criterion=channels", "--round_to=0"], "at least 1"),
     (["--criterion=channels", "--budget=weight"], "did you mean weights"),
     (["--criterion=channels", "--goal_sparsity=0.9999"], "weights"),
   ],

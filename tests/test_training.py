@@ -14,7 +14,7 @@ from jaxsms import Phase, make_mesh, models, training
 from jaxsms import data as data_room
 from jaxsms.training import Engine, Model, Splits
 from jaxsms.training.engine import one_model
-from jaxsms.training.loop import chunk_length
+from jaxsms.training.loop import chunk_length, train_copies
 from jaxsms.training.measurements import best_candidate, measure
 from jaxsms.training.step import ORDER, Recipe, train_step
 
@@ -149,6 +149,27 @@ def test_result_does_not_depend_on_the_chunks(programs, data, dense, chunk_steps
   whole = train(programs, data, dense, ingredients([5], 13), lrs, chunk_steps=5)
   cut = train(programs, data, dense, ingredients([5], 13), lrs, chunk_steps=chunk_steps)
   assert_close(whole, cut, 1e-6)
+
+
+def test_a_chunk_that_is_ready_is_not_held_back(programs, data, dense):
+  """Where a program is waited for, its chunk is shown before the next one begins."""
+  begun = []
+
+  def train(*arguments):
+    begun.append(True)
+    return jax.block_until_ready(programs.train(*arguments))
+
+  waiting = programs._replace(train=train)
+  chosen = ingredients([0, 1], 10)
+  engine = Engine(waiting, Splits(data, data, data), chunk_steps=5)
+  events = train_copies(
+    engine, all_true(dense.params), jax.random.key(0), engine.start(dense, 2), chosen,
+    np.full((2, 10), 0.1, np.float32),
+  )  # fmt: skip
+  for n, chunk in enumerate(events, 1):
+    assert len(begun) == n
+    assert chunk.step == 5 * n
+  assert n == 2
 
 
 def test_copies_of_different_length_stop_when_they_are_done(programs, data, dense):

@@ -39,9 +39,9 @@ for subject in (
 # Flags that runs of this format were once without. At their defaults a run does what it
 # did before them.
 NEWER = (
-  "budget", "shrink", "imbalance", "phase_sparsities", "subsets", "subset_fraction",
-  "subset_alpha", "average", "ema_decay", "average_from", "average_every",
-  "distill_epochs", "temperature", "ranges", "rungs",
+  "budget", "round_to", "shrink", "imbalance", "phase_sparsities", "subsets",
+  "subset_fraction", "subset_alpha", "average", "ema_decay", "average_from",
+  "average_every", "distill_epochs", "temperature", "ranges", "rungs",
 )  # fmt: skip
 
 

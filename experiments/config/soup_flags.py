@@ -143,6 +143,12 @@ class SoupFlags:
     one_of("budget", BUDGETS),
     default="weights",
   )
+  round_to: int = flag(
+    "Of --criterion=channels: a group that loses channels keeps a multiple of this. 4 or 8 "
+    "makes cut networks faster.",
+    at_least(1),
+    default=1,
+  )
   shrink: bool = flag(
     "Cuts the network after each pruning: what the masks empty leaves its arrays, and the "
     "copies retrain the smaller network. Made for --criterion=channels.",
@@ -298,10 +304,15 @@ def _check_latency(config):
 
 
 def _check_criterion(config):
-  """--criterion, with --scope, --budget, --shrink, --n_m_group and the sparsities."""
+  """--criterion, with the flags that belong to one, and the sparsities."""
   if config.budget != "weights" and config.criterion != "channels":
     raise ValueError(
       f"--budget={config.budget} belongs to --criterion=channels: leave it out with "
+      f"--criterion={config.criterion}"
+    )
+  if config.round_to > 1 and config.criterion != "channels":
+    raise ValueError(
+      f"--round_to={config.round_to} belongs to --criterion=channels: leave it out with "
       f"--criterion={config.criterion}"
     )
   if config.budget == "latency":

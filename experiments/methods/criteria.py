@@ -85,7 +85,11 @@ def channels(config: Config, key: jax.Array, groups: Groups) -> Prune:
   if groups is None:
     raise ValueError("the network's groups of channels are missing: give groups")
   return functools.partial(
-    channel_masks, groups=groups(), scope=config.scope, budget=config.budget
+    channel_masks,
+    groups=groups(),
+    scope=config.scope,
+    budget=config.budget,
+    round_to=config.round_to,
   )
 
 

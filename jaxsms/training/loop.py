@@ -77,7 +77,7 @@ def train_copies(
     phase: number that the chunks are marked with.
 
   Yields:
-    Each chunk, when it is finished and the next one is under way; and the state, where
+    Each chunk when it is finished, mostly with the next one under way; and the state, where
     `engine.wants_state` says so and all chunks up to it have been given. It is donated to
     the next chunk: take a copy.
 
@@ -102,9 +102,11 @@ def train_copies(
       if running is not None:
         yield fetched(running, steps)
       running = chunk
-      if engine.wants_state():
+      wanted = engine.wants_state()
+      if wanted or chunk.loss.is_ready():  # it is where a program is waited for
         yield fetched(running, steps)
         running = None
+      if wanted:
         yield state
     if running is not None:
       yield fetched(running, steps)
