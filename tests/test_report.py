@@ -7,6 +7,7 @@ from scipy import stats
 
 from experiments import reporting
 from experiments.methods.registry import looks
+from experiments.reporting import figures
 from experiments.reporting.uncertainty_section import uncertainty_section
 
 
@@ -92,6 +93,31 @@ def test_a_run_with_one_phase_and_no_baselines_can_be_drawn(tmp_path):
   run = results(1, phases=1, methods=("soup", "mean_candidate", "best_candidate"))
   reporting.accuracy_figure(run, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_products_that_soups_keep_are_shares_of_the_dense_network():
+  def seed(kept):
+    soups = [{"sparse_multiply_adds": k} for k in kept]
+    phases = [{"phase": i, "soup": soup} for i, soup in enumerate(soups, 1)]
+    return {"dense": {"multiply_adds": 200}, "phases": [*phases, {"phase": 3}]}
+
+  case = reporting.Case("run", {}, [seed([100, 40]), seed([80, 50])])
+  assert figures.products_kept(case) == pytest.approx({1: 0.45, 2: 0.225})
+  case = reporting.Case("run", {}, [{"dense": {}, "phases": [{"phase": 1, "soup": {}}]}])
+  assert figures.products_kept(case) == {}
+
+
+def test_a_figure_over_multiply_adds_has_the_phases_that_have_some():
+  seeds = results(2, phases=3)["seeds"]
+  for seed in seeds:
+    seed["dense"]["multiply_adds"] = 1000
+    for phase in seed["phases"][1:]:
+      phase["soup"]["sparse_multiply_adds"] = 1000 >> phase["phase"]
+  case = reporting.Case("run", results(2)["flags"], seeds)
+  (axes,) = figures.over_multiply_adds(case, "test_accuracy").axes
+  assert {label.get_text() for label in axes.get_xticklabels()} == {"25 %", "12.5 %"}
+  (soup,) = (line for line in axes.lines if line.get_label() == "Sparse soup")
+  assert len(soup.get_xdata()) == 2
 
 
 def test_uncertainty_is_the_mean_over_seeds_and_corruptions():

@@ -158,7 +158,7 @@ def test_ids_are_unique_and_links_lead_to_them(full):
 def test_every_figure_says_what_it_shows(full):
   page = Page(full[1])
   labels = [v for k, v in page.attributes if k == "aria-label" and v != "Table"]
-  assert len(labels) == page.tags.count("figure") == 12
+  assert len(labels) == page.tags.count("figure") == 13
   assert all(len(label) > 15 for label in labels)
 
 
@@ -178,7 +178,7 @@ def test_markdown_has_the_same_figures_as_files(full):
   folder = full[1].parent
   text = (folder / "report.md").read_text()
   links = re.findall(r"\]\((.*?)\)", text)
-  assert len(links) == 24
+  assert len(links) == 26
   for link in links:
     data = (folder / link).read_bytes()
     assert data.startswith(b"\x89PNG") or b"<svg" in data

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from . import figures
 from .cases import Case
 from .cost_sections import duration, ratio, spread_text
-from .document import Section, Table
+from .document import Picture, Section, Table
+from .figures import products_kept
 from .statistics import Results
+from .training_sections import CASES_DRAWN, suffix
 
 DENSE = "Dense"
 
@@ -29,6 +32,17 @@ def channels_section(cases: Sequence[Case]) -> Section:
   header += ["times as fast", "ms a batch", "times as fast"]
   section.blocks.append(Table(header, groups, (0, 1) if len(cases) > 1 else (0,)))
   section.blocks.append(_reading(shown[0].inference_by_phase))
+  section.blocks.extend(
+    Picture(
+      "multiply-adds" + suffix(cases, case),
+      figures.over_multiply_adds(case, "test_accuracy"),
+      "Test accuracy over the multiply-adds of one image's inference, cut.",
+      "Test accuracy over multiply-adds, a line for each method, down to "
+      f"{100 * min(products_kept(case).values()):.3g} % of the dense network's.",
+    )
+    for case in shown[:CASES_DRAWN]
+    if products_kept(case)
+  )
   section.blocks.extend(said for case in shown for said in _sentences(cases, case))
   return section
 

@@ -51,13 +51,40 @@ def over_sparsity(case: Case, metric: str) -> Any:
   """A metric of all methods over the sparsity of the phases, candidates as dots."""
   rows = summarize(case.seeds, metric)
   positions, labels = sparsity_axis(rows)
+  what = "Sparsity of the prunable weights"
+  return _over_phases(case, metric, rows, positions, labels, what)
+
+
+def over_multiply_adds(case: Case, metric: str) -> Any:
+  """A metric of all methods over the multiply-adds that the soup of each phase takes."""
+  kept = products_kept(case)
+  rows = [row for row in summarize(case.seeds, metric) if row["phase"] in kept]
+  shares = [kept[row["phase"]] for row in rows]
+  labels = [f"{100 * share:.3g} %" for share in shares]
+  what = "Multiply-adds of an inference, of those of the dense network"
+  return _over_phases(case, metric, rows, -np.log10(shares), labels, what)
+
+
+def products_kept(case: Case) -> dict[int, float]:
+  """By phase the share of the dense network's multiply-adds that soups take, over seeds."""
+  shares: dict[int, list[float]] = {}
+  for seed in case.seeds:
+    dense = seed["dense"].get("multiply_adds")
+    for phase in seed["phases"]:
+      left = phase.get("soup", {}).get("sparse_multiply_adds")
+      if dense and left:
+        shares.setdefault(phase["phase"], []).append(left / dense)
+  return {phase: float(np.mean(values)) for phase, values in shares.items()}
+
+
+def _over_phases(case, metric, rows, positions, labels, what):
   with canvas(case.setting, 4.2) as (figure, axes):
     dots = _dots(axes, case, metric, rows, positions)
     drawn = method_lines(axes, positions, rows, case.m)
     _dense_line(axes, rows)
     _limits(axes, drawn, dots, case.m)
     ticks(axes, positions, labels)
-    axes.set_xlabel("Sparsity of the prunable weights")
+    axes.set_xlabel(what)
     axes.set_ylabel(PERCENT[metric])
     legend(figure)
   return figure
@@ -219,6 +246,8 @@ def _dots(axes, case, metric, rows, positions):
   where = {row["phase"]: at for row, at in zip(rows, positions, strict=True)}
   for seed in case.seeds:
     for phase in seed["phases"]:
+      if phase["phase"] not in where:
+        continue
       for one in phase.get("candidates", ()):
         value = one.get(metric)
         if value is not None and np.isfinite(value):
