@@ -74,10 +74,11 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None)
 
 @jax.jit
 def _weighted_means(leaves: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-  return [_weighted_mean(leaf, weights) for leaf in leaves]
+  return [weighted_mean(leaf, weights) for leaf in leaves]
 
 
-def _weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
+def weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
+  """The mean [...] of a leaf [m, ...], with weights [m] that sum to 1."""
   accumulate = jnp.promote_types(leaf.dtype, jnp.float32)
   shape = (-1,) + (1,) * (leaf.ndim - 1)
   weights = weights.astype(accumulate).reshape(shape)

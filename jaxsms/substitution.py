@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from jaxsms import convolution
+from jaxsms.compat import jaxprs_in_params
 from jaxsms.nn.lowerings import Geometry, vary_alike
 
 _HOW = "auto"
@@ -144,12 +145,7 @@ def _functions_in(equation):
   """Those that an operation calls, but for those with a batching rule of their own."""
   if equation.primitive.name == "custom_vmap_call":  # as our convolutions have
     return
-  for value in equation.params.values():
-    for inner in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(inner, ClosedJaxpr):
-        yield inner.jaxpr
-      elif isinstance(inner, Jaxpr):
-        yield inner
+  yield from jaxprs_in_params(equation.params)
 
 
 def _replaced(equation, inputs, left):

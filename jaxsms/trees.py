@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsms.weight_names import is_weight
 
@@ -50,9 +51,9 @@ def is_array(leaf: Any) -> bool:
   return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
-def map_arrays(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-  """As `jax.tree.map`; leaves that are no arrays stay what they are in the first tree."""
-  return jax.tree.map(lambda x, *y: function(x, *y) if is_array(x) else x, tree, *rest)
+def shape_of(array: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of an array, of a scalar, or of what has them."""
+  return jax.ShapeDtypeStruct(np.shape(array), array.dtype)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -192,16 +193,19 @@ def unstack(stacked: PyTree) -> list[PyTree]:
     [[1.0, 2.0], [3.0, 4.0]]
   """
   m = number_of_models(stacked)
-  return [map_arrays(lambda x, i=i: x[i], stacked) for i in range(m)]
+  return [
+    jax.tree.map(lambda x, i=i: x[i] if is_array(x) else x, stacked) for i in range(m)
+  ]
 
 
 def model_at(stacked: PyTree, index: int) -> PyTree:
   """One of several models, in one program: leaves [m, ...] -> [...]."""
-  return wait_on_cpu(_at(Arrays(stacked), jnp.asarray(index)).tree)
+  return wait_on_cpu(at(Arrays(stacked), jnp.asarray(index)).tree)
 
 
 @jax.jit
-def _at(tree, index):
+def at(tree: PyTree, index: jax.Array) -> PyTree:
+  """Leaves at an index, or at several; one program for the whole tree."""
   return jax.tree.map(lambda x: x[index], tree)
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.data import training_images
-from jaxsms.flops import multiply_adds
 from jaxsms.training import (
   Data,
   Programs,
@@ -25,8 +24,10 @@ from jaxsms.training import (
   start,
   train_chunks,
 )
+from jaxsms.training.cutting import image_multiply_adds
 from jaxsms.training.loop import chunk_length
 from jaxsms.training.programs import MeshOf
+from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import PyTree
 
 from .bench_statistics import ROUND_SECONDS, seconds
@@ -118,9 +119,8 @@ def make_task(
   params, batch_stats = jax.jit(
     functools.partial(init_variables, module, image_shape=image_shape)
   )(jax.random.key(0))
-  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  counts = multiply_adds(
-    module.apply, {"params": params, "batch_stats": batch_stats}, one_image
+  counts = image_multiply_adds(
+    module.apply, {"params": params, "batch_stats": batch_stats}, image_shape
   )
   programs = programs_of(
     module,
@@ -256,18 +256,13 @@ class Training:
   def _endless(self):
     task, m = self.task, self.copies
     zero = task.programs.optimizer(0.0, 0.0)
-    ingredients = {
-      "seed": np.arange(m, dtype=np.int32),
-      "weight_decay": np.full([m], WEIGHT_DECAY, np.float32),
-      "steps": np.full([m], ENDLESS, np.int32),
-    }
     return train_chunks(
       task.programs._replace(train=self.train),
       task.data,
       jax.tree.map(lambda x: jnp.ones(x.shape, bool), task.params),
       jax.random.key(0),
       start(task.params, task.batch_stats, zero, m),
-      ingredients,
+      seed_ingredients(m, WEIGHT_DECAY, ENDLESS),
       np.broadcast_to(np.float32(LEARNING_RATE), [m, ENDLESS]),
       self.chunk_steps,
     )

@@ -54,6 +54,12 @@ class SearchFlags:
     fill=lambda values: values["ranges"] and min(2, max(1, values["retrain_epochs"])),
   )
 
+  @property
+  def searched(self) -> dict[str, tuple[float, float]]:
+    """The least and the greatest value of each variable that is searched."""
+    parts = [word.split(":") for word in self.ranges or ()]
+    return {name: (float(low), float(high)) for name, low, high in parts}
+
 
 define_flags(SearchFlags)
 
@@ -70,12 +76,11 @@ def check(config: Any) -> None:
         f"--rungs={config.rungs} is of a search: give --ranges, or leave it out"
       )
     return
-  searched = [word.split(":")[0] for word in config.ranges]
   varied = [name for name in config.vary.split(",") if name != "seed"]
-  if sorted(searched) != sorted(varied):
+  if sorted(config.searched) != sorted(varied):
     raise ValueError(
-      f"--ranges has {', '.join(searched)} for --vary={config.vary}: give a range for each "
-      "variable but seed, and for no other"
+      f"--ranges has {', '.join(config.searched)} for --vary={config.vary}: give a range "
+      "for each variable but seed, and for no other"
     )
   if config.values is not None:
     raise ValueError("--values and --ranges are both given: leave one of them out")

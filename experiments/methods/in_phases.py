@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from jaxsms.training import Model
 from jaxsms.training.distilling import Distillation
@@ -37,31 +38,21 @@ def last_soup(run: Run) -> Events:
     yield Soup(*run.seed_state.model, run.seed_state.masks)
 
 
-def imp(run: Run, dense: Model) -> Events:
-  """One copy, as long as each of the soup's."""
-  records = yield from prune_and_retrain(run, dense, "imp", 1, run.retrain_steps)
-  return metrics_by_phase(records)
-
-
-def imp_mx(run: Run, dense: Model) -> Events:
-  """One copy, as long as all of the soup's together."""
-  steps = run.config.ingredients * run.retrain_steps
-  records = yield from prune_and_retrain(run, dense, "imp_mx", 1, steps)
-  return metrics_by_phase(records)
-
-
-def with_ema(name: str, *, soup: bool, longer: bool) -> Callable[[Run, Model], Events]:
-  """IMP, IMP mx or the soup, each copy the exponential average of its training.
+def in_phases(
+  name: str, *, soup: bool = False, longer: bool = False, **changes: Any
+) -> Callable[[Run, Model], Events]:
+  """A method whose phases are those of the soup: IMP, IMP mx, and either with changes.
 
   Args:
     name: of the method.
     soup: of m copies, not of one.
     longer: as long as m copies.
+    **changes: of the run's configuration, such as average="ema".
   """
 
   def method(run, dense):
+    run = run._replace(config=dataclasses.replace(run.config, **changes))
     m = run.config.ingredients
-    run = run._replace(config=dataclasses.replace(run.config, average="ema"))
     copies, times = m if soup else 1, m if longer else 1
     steps = times * run.retrain_steps
     records = yield from prune_and_retrain(run, dense, name, copies, steps)
@@ -82,12 +73,3 @@ def soup_distilled(run: Run, dense: Model) -> Events:
     distillation=Distillation(retraining_plan(run, 1, steps), config.temperature),
   )
   return metrics_by_phase(records[-1:])
-
-
-def dense_soup(run: Run, dense: Model) -> Events:
-  """As the soup, but nothing is pruned: what pruning can be measured against."""
-  m = run.config.ingredients
-  records = yield from prune_and_retrain(
-    run, dense, "dense_soup", m, run.retrain_steps, goal_sparsity=0.0
-  )
-  return metrics_by_phase(records)

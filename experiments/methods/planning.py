@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxsms.training.engine import Record
+from jaxsms.training.loop import changed
 
 from ..run.progress import MEASURED
+from .epochs import by_copies
 from .registry import METHODS
 from .seeds import DENSE, SOUP, Run, dense_model
 
@@ -38,12 +40,8 @@ def planned_steps(
     names: of its methods.
   """
   plans = [{1: 0 if config.init else config.epochs}]
-  for name in names:
-    plans.append(METHODS[name].epochs(config))
-  total: dict[int, float] = {}
-  for plan in plans:
-    for copies, epochs in plan.items():
-      total[copies] = total.get(copies, 0) + epochs
+  plans += [METHODS[name].epochs(config) for name in names]
+  total = by_copies(*(part for plan in plans for part in plan.items()))
   return {m: round(config.seeds * steps_per_epoch * n) for m, n in total.items()}
 
 
@@ -102,19 +100,9 @@ def seed_events(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
       seed_state.begin(name)
     yield name, None
     events = method.run(run if method.resumes else run.anew(), seed_state.dense)
-    metrics = yield from named(name, events)
+    metrics = yield from changed(events, lambda event, name=name: (name, event))
     if name != SOUP:
       seed_state.baselines[name] = list(metrics.items())
-
-
-def named(name, events):
-  """Events with the name of their method; returns what the method returns."""
-  while True:
-    try:
-      event = next(events)
-    except StopIteration as end:
-      return end.value
-    yield name, event
 
 
 def entry_of(seed_state: SeedState, names: Sequence[str]) -> Record:

@@ -27,7 +27,7 @@ from .epochs import (
   longest,
   swamp_epochs,
 )
-from .in_phases import dense_soup, imp, imp_mx, soup_distilled, sparse_soup, with_ema
+from .in_phases import in_phases, soup_distilled, sparse_soup
 from .seeds import (
   RETRAIN,
   SCRATCH,
@@ -227,25 +227,24 @@ def resampled(learning_rates: np.ndarray, steps: int) -> np.ndarray:
 METHODS: dict[str, Method] = {
   SOUP: Method("Sparse soup", "#D55E00", "o", sparse_soup, copies_epochs, True),
   "imp": Method(
-    "IMP", "#009E73", "v", imp, imp_epochs, True,
-    frozenset({"one_copy"}),
+    "IMP", "#009E73", "v", in_phases("imp"), imp_epochs, True, frozenset({"one_copy"})
   ),
   "imp_mx": Method(
-    "IMP {m}x", "#CC79A7", "D", imp_mx,
-    imp_mx_epochs, True,
+    "IMP {m}x", "#CC79A7", "D", in_phases("imp_mx", longer=True), imp_mx_epochs, True
   ),
   "imp_ema": Method(
-    "IMP with EMA", "#009E73", "^", with_ema("imp_ema", soup=False, longer=False),
+    "IMP with EMA", "#009E73", "^", in_phases("imp_ema", average="ema"),
     imp_epochs, True, frozenset({"one_copy", "averaged"}),
   ),
   "imp_mx_ema": Method(
-    "IMP {m}x with EMA", "#CC79A7", "p", with_ema("imp_mx_ema", soup=False, longer=True),
-    imp_mx_epochs, True,
+    "IMP {m}x with EMA", "#CC79A7", "p",
+    in_phases("imp_mx_ema", longer=True, average="ema"), imp_mx_epochs, True,
     frozenset({"averaged"}),
   ),
   "soup_ema": Method(
-    "Sparse soup with EMA", "#D55E00", "H", with_ema("soup_ema", soup=True, longer=False),
-    copies_epochs, True, frozenset({"averaged"}),
+    "Sparse soup with EMA", "#D55E00", "H",
+    in_phases("soup_ema", soup=True, average="ema"), copies_epochs, True,
+    frozenset({"averaged"}),
   ),
   "soup_distilled": Method(
     "Distilled soup", "#0072B2", "P", soup_distilled,
@@ -291,7 +290,9 @@ METHODS: dict[str, Method] = {
     frozenset({"one_schedule", "cycles"}),
   ),
   "dense_soup": Method(
-    "Dense soup", "#000000", "d", dense_soup, copies_epochs, True, frozenset({"dense"})
+    "Dense soup", "#000000", "d",
+    in_phases("dense_soup", soup=True, goal_sparsity=0.0, phase_sparsities=None),
+    copies_epochs, True, frozenset({"dense"}),
   ),
 }  # fmt: skip
 

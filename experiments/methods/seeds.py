@@ -13,7 +13,6 @@ import numpy as np
 from jaxsms import Phase
 from jaxsms.data.subsets import Shares
 from jaxsms.phases import Prune
-from jaxsms.sms import phase_sparsities
 from jaxsms.training import (
   Engine,
   Ingredients,
@@ -30,6 +29,7 @@ from jaxsms.training.measurements import measure
 from jaxsms.training.merging import BY_SAMPLES, Merging, merging_of
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.search import Rung
+from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import model_at
 
 from .criteria import pruning
@@ -116,15 +116,6 @@ class Run(NamedTuple):
     return self._replace(task=self.task._replace(engine=engine), seed_state=None)
 
 
-def ingredients(m: int, weight_decay: float, steps: int) -> dict[str, np.ndarray]:
-  """Ingredients that differ in their seed."""
-  return {
-    "seed": np.arange(m, dtype=np.int32),
-    "weight_decay": np.full([m], weight_decay, np.float32),
-    "steps": np.full([m], steps, np.int32),
-  }
-
-
 def given_values(config: Config, m: int) -> dict[str, np.ndarray]:
   """What --values gives the copies, by variable; a single one has the flags' own."""
   given = config.values is not None and (m > 1 or config.vary == "seed")
@@ -143,7 +134,7 @@ def varied_ingredients(
     values: [m] by variable; None means those of the flags.
   """
   config, shares = run.config, run.shares(m)
-  chosen = ingredients(m, config.weight_decay, steps)
+  chosen = seed_ingredients(m, config.weight_decay, steps)
   if config.vary == "subset":
     if shares is not None:
       chosen |= {"examples": shares.indices, "size": shares.sizes}
@@ -187,7 +178,7 @@ def train_dense(run: Run, learning_rates: np.ndarray, stream: int) -> Events:
     jax.tree.map(lambda x: jnp.ones_like(x, bool), fresh.params),
     run.stream(stream),
     state,
-    ingredients(1, run.config.weight_decay, len(learning_rates)),
+    seed_ingredients(1, run.config.weight_decay, len(learning_rates)),
     learning_rates[None],
   )
   return model_at(Model(end.params, end.batch_stats), 0)
@@ -262,33 +253,26 @@ def prune_and_retrain(
   m: int,
   steps: int,
   *,
-  goal_sparsity: float | None = None,
   distillation: Distillation | None = None,
 ) -> Events:
   """All phases of one method: m copies of so many steps each; returns their records.
 
   What its seed_state holds of them already is not done again.
   """
-  config, seed_state = run.config, run.seed_state
-  sparsities = run.sparsities
-  if goal_sparsity is not None:
-    sparsities = phase_sparsities(goal_sparsity, config.phases)
+  seed_state = run.seed_state
   model, masks, records, rungs = dense, None, [], []
   if seed_state is not None:
     seed_state.begin(method)
     if seed_state.model is not None:
-      model, masks, records = (
-        seed_state.model,
-        seed_state.masks,
-        list(seed_state.phases[method]),
-      )
+      model, masks = seed_state.model, seed_state.masks
+      records = list(seed_state.phases[method])
     rungs = [Rung(**rung) for rung in seed_state.rungs]
   for event in training_phases(
     run.engine,
     run.stream(RETRAIN),
     Start(model, masks, take_state(run), rungs),
     retraining_plan(run, m, steps),
-    {phase: s for phase, s in sparsities.items() if phase > len(records)},
+    {phase: s for phase, s in run.sparsities.items() if phase > len(records)},
     prune=run.prune,
     merging=merging_for(run, m),
     landscapes=landscape_phases(run) if method == SOUP else (),
@@ -324,12 +308,12 @@ def landscape_phases(run: Run) -> range:
   return range(first, phases + 1)
 
 
-def records_of(events: Iterator[Any], first: int = 1) -> Events:
-  """Passes events on, but for phases before the first; returns the phases' records."""
+def records_of(events: Iterator[Any]) -> Events:
+  """Passes events on, but for those of a dense round; returns the phases' records."""
   records = []
   for event in events:
     if isinstance(event, Phase):
-      if event.record["phase"] < first:
+      if not event.record["phase"]:
         continue
       records.append(event.record)
     yield event

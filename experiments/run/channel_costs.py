@@ -1,5 +1,6 @@
 """What the channels of a network cost: of each phase cut, and of each group."""
 
+import functools
 import time
 from typing import Any
 
@@ -10,7 +11,13 @@ from absl import logging
 from jaxsms import GroupSensitivity, Phase, sensitivity
 from jaxsms.devices.meshes import fetch
 from jaxsms.training import Data, Engine, Model, StreamedData
-from jaxsms.training.cutting import TRACED, cut_multiply_adds, cut_network, parameter_count
+from jaxsms.training.cutting import (
+  TRACED,
+  cut_multiply_adds,
+  cut_network,
+  image_multiply_adds,
+  parameter_count,
+)
 from jaxsms.training.engine import one_model
 from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, score
@@ -91,9 +98,8 @@ class ChannelCosts:
 
 def dense_size(task: Task, model: Model) -> dict[str, int]:
   """Parameters, multiply-adds and bytes of the network before it is cut."""
-  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), model.params)
-  network = cut_network(task.module, model, masks, task.image_shape)
-  costs = cut_multiply_adds(network, model, task.image_shape)
+  apply = functools.partial(task.module.apply, train=False)
+  costs = image_multiply_adds(apply, model._asdict(), task.image_shape)
   return {
     "parameters": parameter_count(model.params),
     "multiply_adds": sum(costs.values()),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsms import ChannelGroups, data, models, multiply_adds, pretrained
+from jaxsms import ChannelGroups, data, models, pretrained
 from jaxsms.channels.budgets import check_reachable
 from jaxsms.data import (
   Dataset,
@@ -40,7 +40,7 @@ from jaxsms.training import (
   make_programs,
   sgd,
 )
-from jaxsms.training.cutting import Cut, cut_engine, groups_of
+from jaxsms.training.cutting import Cut, cut_engine, groups_of, image_multiply_adds
 from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
@@ -179,7 +179,9 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
   describe = functools.partial(
     describe_weights,
     goal_sparsity=config.goal_sparsity,
-    multiply_adds=inference_cost(module, *shapes, image_shape),
+    multiply_adds=image_multiply_adds(
+      functools.partial(module.apply, train=False), shapes._asdict(), image_shape
+    ),
   )
   return Task(
     module=module,
@@ -229,18 +231,6 @@ def chunk_steps(config: Config) -> int:
     return config.chunk_steps
   often = config.stream or jax.default_backend() == "cpu"
   return 50 if often else 2**31
-
-
-def inference_cost(
-  module: Any, params: Any, batch_stats: Any, image_shape: tuple[int, ...]
-) -> dict[str, int]:
-  """Multiply-adds of each weight for one image, from shapes alone."""
-  counts = multiply_adds(
-    lambda variables, images: module.apply(variables, images, train=False),
-    {"params": params, "batch_stats": batch_stats},
-    jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-  )
-  return {name.removeprefix("params/"): count for name, count in counts.items()}
 
 
 def resident_splits(dataset: Dataset) -> Splits:

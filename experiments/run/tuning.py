@@ -10,10 +10,10 @@ from absl import logging
 from jaxsms.convolution import CHOICES
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.training import train_chunks
+from jaxsms.training.state import seed_ingredients
 
 from ..config.device_flags import MEASURE
 from ..config.run_config import Config
-from ..methods.seeds import ingredients
 from .task import make_task
 
 STEPS, ROUNDS = 4, 3
@@ -55,7 +55,7 @@ def _runner(config, dataset):
   model = engine.init(task.module, jax.random.key(0), task.image_shape)
   masks = jax.tree.map(lambda x: np.ones(x.shape, bool), model.params)
   state = engine.start(model, m)
-  varied = ingredients(m, config.weight_decay, steps)
+  varied = seed_ingredients(m, config.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
     for _, chunk in train_chunks(

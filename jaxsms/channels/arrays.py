@@ -14,7 +14,7 @@ def taken(x, masks):
   if all(mask is None for mask in masks):
     return x
   if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(left_shape(x, masks), x.dtype)
+    return jax.ShapeDtypeStruct(left_shape(x.shape, masks), x.dtype)
   if isinstance(x, np.ndarray):
     return take(x, masks)
   alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
@@ -39,8 +39,9 @@ def masked_leaf(x, mask):
   return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def left_shape(leaf, masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
-  pairs = zip(leaf.shape, masks, strict=True)
+def left_shape(full: Sequence[int], masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
+  """The shape of what is left of an array, each axis by its mask."""
+  pairs = zip(full, masks, strict=True)
   return tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
 
 

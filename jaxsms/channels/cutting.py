@@ -12,6 +12,7 @@ from jaxsms.channels.evaluate import Cut, evaluate
 from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
+from jaxsms.channels.places import any_along
 from jaxsms.channels.values import Record
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.trees import PyTree, is_array, is_concrete, path_string
@@ -95,7 +96,7 @@ class Compact:
         "params does not have the leaves of the cut network: pass a tree like its params"
       )
     for (path, x), leaf, masks in zip(flat, self._leaves, self._kept, strict=True):
-      shape = left_shape(leaf, masks)
+      shape = left_shape(leaf.shape, masks)
       if x.shape != shape:
         raise ValueError(
           f"{path_string(path)} has shape {list(x.shape)} and the cut network "
@@ -287,8 +288,7 @@ def _zeros(params, masks) -> Kept:
     if mask.shape != leaf.shape or mask.all():
       zeros.append([None] * rank)
       continue
-    others = [tuple(j for j in range(rank) if j != i) for i in range(rank)]
-    zeros.append([np.asarray(~mask.any(axes)) for axes in others])
+    zeros.append([~any_along(mask, axis) for axis in range(rank)])
   return zeros
 
 

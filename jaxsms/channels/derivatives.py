@@ -9,6 +9,7 @@ from jax.extend.core import Literal
 
 from jaxsms.channels.labels import FINITE, Axis
 from jaxsms.channels.values import Record, Value, Walk
+from jaxsms.trees import shape_of
 
 
 class Derivative(NamedTuple):
@@ -71,8 +72,8 @@ def walk_derivative(
   walk: Walk, equation: Any, ins: Sequence[Value], outs: Sequence[Value]
 ) -> Derivative:
   """Walks the derivative that a custom_jvp or custom_vjp has."""
-  avals = [_shaped(v.aval) for v in equation.invars]
-  out_avals = [_shaped(v.aval) for v in equation.outvars]
+  avals = [shape_of(v.aval) for v in equation.invars]
+  out_avals = [shape_of(v.aval) for v in equation.outvars]
   floating, floating_outs = (
     list(map(_is_floating, avals)),
     list(map(_is_floating, out_avals)),
@@ -179,10 +180,6 @@ def _unknown(value):
 
 def _is_floating(aval):
   return jax.dtypes.issubdtype(aval.dtype, np.inexact)
-
-
-def _shaped(aval):
-  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _no_tangent(x):

@@ -1,8 +1,8 @@
 """Runs a walked function on the positions that stay."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 
 from jaxsms import convolution
 from jaxsms.channels import smaller
-from jaxsms.channels.arrays import take
+from jaxsms.channels.arrays import left_shape, take
 from jaxsms.channels.calls import CALLS, own_operation, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
@@ -58,10 +58,7 @@ class Cut:
 
   def shape(self, value: Value, full: Sequence[int]) -> tuple[int, ...]:
     """The shape that is left."""
-    masks = self.masks(value)
-    return tuple(
-      n if mask is None else int(mask.sum()) for n, mask in zip(full, masks, strict=True)
-    )
+    return left_shape(full, self.masks(value))
 
 
 def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
@@ -85,7 +82,7 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
     other = varies or (cut.convolution and _has_convolution(equation))
     if other or any(v is not None and cut.touches(v) for v in values + out_values):
       step = smaller.Step(cut, equation, values, out_values, record.inner.get(index, ()))
-      with _layer(equation):
+      with layer_scope(equation):
         outs = _RULES.get(equation.primitive.name, smaller.same)(step, ins)
     else:
       outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
@@ -93,10 +90,10 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
   return [read(v) for v in jaxpr.outvars]
 
 
-def _layer(equation):
+def layer_scope(equation: Any) -> AbstractContextManager:
   """What is evaluated inside carries the layer's name, as the operation does."""
   name = str(equation.source_info.name_stack)
-  return jax.named_scope(name) if name else contextlib.nullcontext()
+  return jax.named_scope(name) if name else nullcontext()
 
 
 def _varies(x):

@@ -17,6 +17,7 @@ from jaxsms.trees import (
   is_parameter,
   path_names,
   path_string,
+  shape_of,
 )
 
 RULES = {
@@ -134,7 +135,7 @@ class Trace:
     with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
     arrays = [i for i, (_, leaf) in enumerate(with_paths) if is_array(leaf)]
     self.paths = [with_paths[i][0] for i in arrays]
-    self.leaves = [shaped(with_paths[i][1]) for i in arrays]
+    self.leaves = [shape_of(with_paths[i][1]) for i in arrays]
     others = [leaf for _, leaf in with_paths]
 
     def function(leaves, *inputs):
@@ -143,7 +144,7 @@ class Trace:
         every[i] = leaf
       return apply(jax.tree.unflatten(structure, every), *inputs)
 
-    inputs = jax.tree.map(lambda x: shaped(x) if is_array(x) else x, tuple(inputs))
+    inputs = jax.tree.map(lambda x: shape_of(x) if is_array(x) else x, tuple(inputs))
     try:
       closed, outs = jax.make_jaxpr(function, return_shape=True)(self.leaves, *inputs)
     except Exception as error:
@@ -311,8 +312,3 @@ class Trace:
         elif isinstance(axis, Fixed) or not labels.may_go(axis.labels).any(0).all():
           left.append((f"{name}, axis {i}", labels.why(axis)))
     return left
-
-
-def shaped(array: Any) -> jax.ShapeDtypeStruct:
-  """Shape and dtype of an array."""
-  return jax.ShapeDtypeStruct(array.shape, array.dtype)

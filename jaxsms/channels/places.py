@@ -182,9 +182,7 @@ class EntryCount:
     self.each, self.table, self.earlier = math.prod(shape[a] for a in others), None, {}
     if mask is None or mask.all():
       return
-    left = [
-      mask.any(tuple(b for b in range(len(shape)) if b != a)) for a in range(mask.ndim)
-    ]
+    left = [any_along(mask, axis) for axis in range(mask.ndim)]
     if math.prod(int(x.sum()) for x in left) == int(mask.sum()):
       self.each = math.prod(int(left[a].sum()) for a in others)
       self.earlier = {axis: left[axis] for axis in place.axes}

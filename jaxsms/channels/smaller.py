@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsms.channels.arrays import take
+from jaxsms.channels.arrays import left_shape, take
 
 
 class Step:
@@ -119,9 +119,9 @@ def _dynamic_slice(step, ins):
 
 
 def _gather(step, ins):
-  pairs = zip(step.params["slice_sizes"], step.in_masks(0), strict=True)
-  sizes = tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
-  return step.bind(ins, slice_sizes=sizes)
+  return step.bind(
+    ins, slice_sizes=left_shape(step.params["slice_sizes"], step.in_masks(0))
+  )
 
 
 def _convolution(step, ins):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsms.compat import constraint_mesh
 from jaxsms.devices.meshes import INGREDIENT_AXIS
-from jaxsms.trees import PyTree, number_of_models, wait_on_cpu
+from jaxsms.trees import PyTree, at, number_of_models, wait_on_cpu
 
 
 def map_ingredients(
@@ -151,17 +151,12 @@ def take_ingredients(stacked: PyTree, indices) -> PyTree:
   """The ingredients at the given indices: leaves [m, ...] -> [len(indices), ...]."""
   if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stacked)):
     return jax.tree.map(lambda x: x[np.asarray(indices)], stacked)
-  return wait_on_cpu(_at(stacked, jnp.asarray(indices)))
+  return wait_on_cpu(at(stacked, jnp.asarray(indices)))
 
 
 def first_ingredients(stacked: PyTree, count: int) -> PyTree:
   """The first of the ingredients: leaves [m, ...] -> [count, ...]."""
   return wait_on_cpu(_first(stacked, count))
-
-
-@jax.jit
-def _at(tree, index):
-  return jax.tree.map(lambda x: x[index], tree)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Data, Ingredients, TrainState
+from jaxsms.training.state import Data, TrainState, seed_ingredients
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree
+from jaxsms.trees import PyTree, shape_of
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def explain_out_of_memory(
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     advice = "train fewer of them at once, or split the batch into micro-batches"
     if limit and isinstance(data, Data):
-      like, masks, key, state = jax.tree.map(_shape, (data, masks, key, state))
+      like, masks, key, state = jax.tree.map(shape_of, (data, masks, key, state))
       needed = bytes_of_copies(programs, like, masks, key, state, chunk_steps)
       fit = copies_that_fit(limit, m, *needed)
       advice = (
@@ -82,17 +82,12 @@ def bytes_of_copies(
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), tree)
 
   def needed(m):
-    ingredients = Ingredients(
-      seed=np.zeros([m], np.int32),
-      weight_decay=np.zeros([m], np.float32),
-      steps=np.zeros([m], np.int32),
-    )
     compiled = train.lower(
       data,
       resized(masks, m) if programs.own_masks else masks,
       key,
       resized(state, m),
-      ingredients,
+      seed_ingredients(m),
       np.zeros([m, chunk_steps], np.float32),
     ).compile()
     memory = compiled.memory_analysis()
@@ -123,7 +118,3 @@ def copies_that_fit(limit: int, m: int, shared: int, state: int, work: int) -> i
     From 0 to m.
   """
   return int(np.clip((limit - shared - m * state) // work, 0, m))
-
-
-def _shape(x):
-  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)

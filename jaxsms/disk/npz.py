@@ -3,6 +3,7 @@
 import math
 import os
 import zipfile
+from typing import IO
 
 import numpy as np
 
@@ -84,12 +85,17 @@ def _check_sizes(path, names):
 def _declared(archive, member):
   """Bytes of an array, as the header of its .npy says."""
   with archive.open(member) as file:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-      read = np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, _, dtype = read_header(file)
   return math.prod(shape) * dtype.itemsize
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+  """Shape, whether columns come first, and dtype, from the beginning of an .npy."""
+  version = np.lib.format.read_magic(file)
+  read = np.lib.format.read_array_header_1_0
+  if version != (1, 0):
+    read = np.lib.format.read_array_header_2_0
+  return read(file)
 
 
 def available_memory():

@@ -5,23 +5,16 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.compat import jaxprs_in_params
 from jaxsms.disk.files import on_disk, whole_file
-from jaxsms.disk.programs import (
-  Metadata,
-  Program,
-  evaluate,
-  names_of,
-  operations,
-  samples,
-  traced,
-)
+from jaxsms.disk.programs import Program, evaluate, traced
 from jaxsms.disk.storage import first_sentence
 from jaxsms.trees import PyTree, is_concrete
 
@@ -39,7 +32,7 @@ def save_onnx(
   *inputs: Any,
   input_names: Sequence[str] | None = None,
   output_names: Sequence[str] | None = None,
-  metadata: Metadata | None = None,
+  metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes a network with its parameters to an ONNX file, the batch size free.
 
@@ -70,8 +63,8 @@ def save_onnx(
   """
   to_onnx = _converter()
   program = traced(apply, params, inputs)
-  ins = names_of("input", input_names, len(program.inputs))
-  outs = names_of("output", output_names, program.out_tree.num_leaves)
+  ins = _names_of("input", input_names, len(program.inputs))
+  outs = _names_of("output", output_names, program.out_tree.num_leaves)
   with _quiet():
     try:
       model = to_onnx(
@@ -90,6 +83,14 @@ def save_onnx(
   _check(data, program, ins, jax.jit(lambda *x: jax.tree.leaves(apply(params, *x))))
   with whole_file(path) as file:
     file.write(data)
+
+
+def _names_of(kind: str, given: Sequence[str] | None, number: int) -> list[str]:
+  """The given names of inputs or outputs, or "input_0" and so on; ValueError if too few."""
+  names = [f"{kind}_{i}" for i in range(number)] if given is None else list(given)
+  if len(names) != number:
+    raise ValueError(f"{kind}_names are {names}: the network has {number}, name each")
+  return names
 
 
 def _drop_zero_biases(graph):
@@ -160,10 +161,25 @@ def _quiet() -> Iterator[None]:
     logging.disable(before)
 
 
+def _operations(jaxpr: Any) -> Iterator[tuple[str, str]]:
+  """(name, layer) of each operation, those inside others included.
+
+  Args:
+    jaxpr: of a traced function.
+
+  Returns:
+    The layer is the path that Flax and `jax.named_scope` give, or "".
+  """
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name, str(equation.source_info.name_stack)
+    for inner in jaxprs_in_params(equation.params):
+      yield from _operations(inner)
+
+
 def _refusal(error: Exception, program: Program) -> str:
   words = set(re.findall(r"\w+", str(error)))
   if isinstance(error, NotImplementedError):
-    for name, layer in operations(program.jaxpr):
+    for name, layer in _operations(program.jaxpr):
       if name in words:
         where = f" of {layer}" if layer else ""
         return (
@@ -188,7 +204,7 @@ def _check(
       "StableHLO file instead"
     ) from error
   for batch in (1, 3):
-    inputs = samples(program.inputs, batch)
+    inputs = _samples(program.inputs, batch)
     answers = session.run(None, dict(zip(names, inputs, strict=True)))
     for answer, expected in zip(answers, function(*inputs), strict=True):
       expected = np.asarray(expected)
@@ -200,18 +216,23 @@ def _check(
         )
 
 
-def start_session(model: bytes | str, threads: int = 0) -> Any:
-  """An ONNX Runtime session on the CPU.
+def _samples(inputs: Sequence[jax.ShapeDtypeStruct], batch: int) -> list[np.ndarray]:
+  """Random inputs of a batch size, for trying a program: normal numbers, or 0 and 1."""
+  rng = np.random.default_rng(0)
+  return [
+    rng.standard_normal((batch, *x.shape[1:])).astype(x.dtype)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+    else rng.integers(0, 2, (batch, *x.shape[1:])).astype(x.dtype)
+    for x in inputs
+  ]
 
-  Args:
-    model: the bytes of a file, or its path.
-    threads: of one operation; 0 takes all cores.
-  """
+
+def start_session(model: bytes | str) -> Any:
+  """An ONNX Runtime session on the CPU, of the bytes of a file or of its path."""
   import onnxruntime
 
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3  # errors
-  options.intra_op_num_threads = threads
   return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -1,9 +1,8 @@
 """Networks as programs that run without their Python code: tracing, and StableHLO files."""
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +11,8 @@ import numpy as np
 from jax import export
 from jax.extend.core import Literal
 
-from jaxsms.channels.evaluate import alone
-from jaxsms.compat import jaxprs_in_params
+from jaxsms.channels.calls import WITH_DERIVATIVES, inner_function
+from jaxsms.channels.evaluate import alone, layer_scope
 from jaxsms.disk import storage
 from jaxsms.disk.files import whole_file
 from jaxsms.disk.storage import first_sentence
@@ -83,15 +82,8 @@ def traced(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> 
   return Program(jaxpr, consts, shapes, jax.tree.structure(outs))
 
 
-# Calls of functions, and where the function is.
-_CALLS = {
-  "jit": "jaxpr",
-  "pjit": "jaxpr",
-  "closed_call": "call_jaxpr",
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-  "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
+# Calls whose function is entered.
+_CALLS = ("jit", "pjit", "closed_call", *WITH_DERIVATIVES)
 
 
 def evaluate(
@@ -114,11 +106,9 @@ def evaluate(
 
   for equation in jaxpr.eqns:
     name, ins, outs = equation.primitive.name, [read(v) for v in equation.invars], None
-    layer = str(equation.source_info.name_stack)
-    with jax.named_scope(layer) if layer else contextlib.nullcontext():
+    with layer_scope(equation):
       if name in _CALLS:
-        inner = equation.params[_CALLS[name]]
-        outs = evaluate(inner.jaxpr, inner.consts, ins, rules)
+        outs = evaluate(*inner_function(equation), ins, rules)
       elif name in rules:
         outs = rules[name](equation, ins)
     if outs is None:
@@ -155,21 +145,6 @@ def _is_small(equation):
   before = sum(np.size(v.val) if isinstance(v, Literal) else v.aval.size
                for v in equation.invars)  # fmt: skip
   return sum(v.aval.size for v in equation.outvars) <= max(before, _LARGE)
-
-
-def operations(jaxpr: Any) -> Iterator[tuple[str, str]]:
-  """(name, layer) of each operation, those inside others included.
-
-  Args:
-    jaxpr: of a traced function.
-
-  Returns:
-    The layer is the path that Flax and `jax.named_scope` give, or "".
-  """
-  for equation in jaxpr.eqns:
-    yield equation.primitive.name, str(equation.source_info.name_stack)
-    for inner in jaxprs_in_params(equation.params):
-      yield from operations(inner)
 
 
 def save_stablehlo(
@@ -251,25 +226,3 @@ def load_stablehlo(path: str | os.PathLike) -> Callable[..., Any]:
       f"{os.fspath(path)} cannot be read ({first_sentence(error)}): give a whole file that "
       "save_stablehlo wrote, with the JAX that wrote it or a later one"
     ) from error
-
-
-def samples(inputs: Sequence[jax.ShapeDtypeStruct], batch: int) -> list[np.ndarray]:
-  """Random inputs of a batch size, for trying a program: normal numbers, or 0 and 1."""
-  rng = np.random.default_rng(0)
-  return [
-    rng.standard_normal((batch, *x.shape[1:])).astype(x.dtype)
-    if jnp.issubdtype(x.dtype, jnp.floating)
-    else rng.integers(0, 2, (batch, *x.shape[1:])).astype(x.dtype)
-    for x in inputs
-  ]
-
-
-def names_of(kind: str, given: Sequence[str] | None, number: int) -> list[str]:
-  """The given names of inputs or outputs, or "input_0" and so on; ValueError if too few."""
-  names = [f"{kind}_{i}" for i in range(number)] if given is None else list(given)
-  if len(names) != number:
-    raise ValueError(f"{kind}_names are {names}: the network has {number}, name each")
-  return names
-
-
-Metadata = Mapping[str, str]

@@ -212,9 +212,13 @@ def write_safetensors(
   with whole_file(path) as file:
     file.write(text)
     for name in places:
-      array = np.asarray(arrays[name])
-      array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-      file.write(array.reshape(-1).view(np.uint8).data)
+      file.write(as_bytes(np.asarray(arrays[name])).data)
+
+
+def as_bytes(values: np.ndarray) -> np.ndarray:
+  """The bytes of an array [n] as they lie in files, uint8."""
+  values = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
+  return values.reshape(-1).view(np.uint8)
 
 
 def make_header(
@@ -265,9 +269,8 @@ def digest_of(arrays: Mapping[str, np.ndarray], text: str) -> str:
   digest = hashlib.sha256(text.encode())
   for name in sorted(arrays):
     array = arrays[name]
-    array = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
     digest.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    digest.update(as_bytes(array).data)
   return digest.hexdigest()
 
 

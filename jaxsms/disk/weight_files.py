@@ -15,9 +15,7 @@ from jaxsms.disk.files import on_disk
 from jaxsms.disk.npz import read_npz
 from jaxsms.disk.safetensors import read_with_metadata
 from jaxsms.disk.storage import first_sentence
-
-# Under what training scripts put the weights, beside the epoch and the optimizer.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+from jaxsms.disk.zips import unwrapped
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -108,8 +106,7 @@ def _load_pytorch(path):
       f"{path} cannot be read ({first_sentence(error)}): give a PyTorch checkpoint that "
       "holds tensors alone, as torch.save(model.state_dict(), path) writes it"
     ) from error
-  wrapped = [state.get(k) for k in _WRAPPERS] if isinstance(state, Mapping) else []
-  state = next((inner for inner in wrapped if isinstance(inner, Mapping)), state)
+  state = unwrapped(state)
   if not isinstance(state, Mapping):
     raise ValueError(
       f"{path} holds {type(state).__name__}, not weights by name: save model.state_dict()"

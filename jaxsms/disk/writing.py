@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsms.disk import storage
 from jaxsms.disk.passes import Block, blocks_of, in_order, scratch
-from jaxsms.disk.safetensors import check_dtypes, make_header
+from jaxsms.disk.safetensors import as_bytes, check_dtypes, make_header
 from jaxsms.disk.shards import SINGLE
 from jaxsms.disk.tensors import Range, Spec, Tensors
 
@@ -136,12 +136,6 @@ def _write_all(handle, data, at):
   while view:
     count = os.pwrite(handle, view, at)
     view, at = view[count:], at + count
-
-
-def as_bytes(values: np.ndarray) -> np.ndarray:
-  """The bytes of an array [n] as they lie in files, uint8."""
-  values = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
-  return values.reshape(-1).view(np.uint8)
 
 
 def split_shards(specs: Mapping[str, Spec], size: int) -> dict[str, dict[str, Spec]]:

@@ -6,19 +6,16 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.disk.npz import read_npz
+from jaxsms.disk.npz import read_header, read_npz
 from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import InFiles, InMemory, Range, Spec, Tensors
 
-_HEADERS = {
-  (1, 0): np.lib.format.read_array_header_1_0,
-  (2, 0): np.lib.format.read_array_header_2_0,
-}
 STORAGES = {
   "DoubleStorage": np.float64,
   "FloatStorage": np.float32,
@@ -32,7 +29,7 @@ STORAGES = {
   "BoolStorage": np.bool_,
 }
 # Under what training scripts put the weights, beside the epoch and the optimizer.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def open_npz(file: str, path: str | os.PathLike) -> Tensors:
@@ -61,8 +58,7 @@ def open_npz(file: str, path: str | os.PathLike) -> Tensors:
         if name in specs:
           raise zipfile.BadZipFile(f"{name} comes twice")
         with archive.open(info) as member:
-          version = np.lib.format.read_magic(member)
-          shape, fortran, dtype = _HEADERS[version](member)
+          shape, fortran, dtype = read_header(member)
           header = member.tell()
         if dtype.kind not in "biuf":
           raise zipfile.BadZipFile(f"{name} is {dtype}, not numbers")
@@ -165,8 +161,7 @@ def open_pytorch(file: str, path: str | os.PathLike) -> Tensors | None:
         state = _Unpickler(stream).load()
   except Exception:  # PyTorch itself says what is wrong
     return None
-  wrapped = [state.get(key) for key in WRAPPERS] if isinstance(state, dict) else []
-  state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
+  state = unwrapped(state)
   if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
     return None
   specs, ranges = {}, {}
@@ -186,6 +181,12 @@ def open_pytorch(file: str, path: str | os.PathLike) -> Tensors | None:
     specs[str(name)] = spec
     ranges[str(name)] = Range(file, _data_of(file, info) + begin)
   return InFiles(path, specs, ranges)
+
+
+def unwrapped(state: Any) -> Any:
+  """The weights of what a training script saved, which may lie in a dict of several."""
+  inner = [state.get(key) for key in _WRAPPERS] if isinstance(state, Mapping) else []
+  return next((one for one in inner if isinstance(one, Mapping)), state)
 
 
 def _row_major(tensor):

@@ -11,6 +11,7 @@ import optax
 
 from jaxsms.merges.finite import check_some_finite, without_others
 from jaxsms.phases import Weighted, finite_models
+from jaxsms.soups import weighted_mean
 from jaxsms.trees import PyTree, is_floating, number_of_models, path_names
 
 Loss = Callable[..., jax.Array]
@@ -197,12 +198,7 @@ def average_by_leaf(stacked: PyTree, weights: PyTree) -> PyTree:
 
 def _averaged(stacked, weights):
   def one(leaf, weight):
-    if not is_floating(leaf):
-      return leaf[0]
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    weight = weight.astype(wide).reshape([-1] + [1] * (leaf.ndim - 1))
-    values = jnp.where(weight == 0, 0, leaf.astype(wide))
-    return jnp.sum(weight * values, axis=0).astype(leaf.dtype)
+    return weighted_mean(leaf, weight) if is_floating(leaf) else leaf[0]
 
   return jax.tree.map(one, stacked, weights)
 

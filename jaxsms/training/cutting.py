@@ -14,7 +14,7 @@ from jaxsms.devices.meshes import gather
 from jaxsms.flops import multiply_adds, sparse_multiply_adds
 from jaxsms.training.engine import Engine, Model, Record
 from jaxsms.training.programs import Programs
-from jaxsms.trees import PyTree, is_parameter
+from jaxsms.trees import PyTree, is_parameter, shape_of
 
 TRACED = 2  # images that a network is traced with
 
@@ -157,9 +157,16 @@ def cut_multiply_adds(
   Returns:
     Counts by the path of the weight, see `jaxsms.multiply_adds`.
   """
-  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   left = _shapes(network.shrink(_shapes(model)))
-  counts = multiply_adds(network.apply, left, one_image)
+  return image_multiply_adds(network.apply, left, image_shape)
+
+
+def image_multiply_adds(
+  apply: Callable[..., Any], variables: PyTree, image_shape: tuple[int, ...]
+) -> dict[str, int]:
+  """Multiply-adds of one image, by the path of each weight within the parameters."""
+  one_image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  counts = multiply_adds(apply, variables, one_image)
   return {name.removeprefix("params/"): count for name, count in counts.items()}
 
 
@@ -171,8 +178,7 @@ def parameter_count(params: PyTree) -> int:
 
 def _shapes(tree):
   """Of a model or its variables: variables without values."""
-  tree = tree._asdict() if isinstance(tree, Model) else tree
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+  return jax.tree.map(shape_of, tree._asdict() if isinstance(tree, Model) else tree)
 
 
 def cut_engine(

@@ -140,6 +140,18 @@ def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
       return end.value
 
 
+def changed(
+  events: Generator[Any, None, Any], change: Callable[[Any], Any]
+) -> Generator[Any, None, Any]:
+  """Each of the events, changed; returns what they return at their end."""
+  while True:
+    try:
+      event = next(events)
+    except StopIteration as end:
+      return end.value
+    yield change(event)
+
+
 def _one_mask(params: PyTree) -> PyTree:
   """The shapes of masks that all copies share, from leaves [m, ...]."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], bool), params)

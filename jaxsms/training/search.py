@@ -20,7 +20,7 @@ from jaxsms.phases import finite_models
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.training.averaging import has_average
 from jaxsms.training.engine import Engine, Model, Record, trained
-from jaxsms.training.loop import Chunk, train_copies
+from jaxsms.training.loop import Chunk, changed, train_copies
 from jaxsms.training.measurements import (
   RECALIBRATION,
   best_first,
@@ -274,6 +274,10 @@ def search_copies(
   """
   m, rungs = number_of_models(state), list(rungs)
   check_search(search, m)
+
+  def of_whole_phase(event):
+    return event._replace(steps=search.ends[-1]) if isinstance(event, Chunk) else event
+
   for end in search.ends[len(rungs) :]:
     rung = next_rung(key, search, rungs, phase, m)
     values = {name: np.array(of, np.float32) for name, of in rung.values.items()}
@@ -281,7 +285,7 @@ def search_copies(
     until = chosen.copy()
     until["steps"] = np.full([m], end, np.int32)
     training = train_copies(engine, masks, key, state, until, learning_rates, phase=phase)
-    state = yield from _counted(training, search.ends[-1])
+    state = yield from changed(training, of_whole_phase)
     if end == search.ends[-1]:
       rungs.append(rung)
       break
@@ -299,13 +303,3 @@ def search_copies(
     yield rungs[-1]
     state = restarted(state, rungs[-1].kept)
   return state, rungs
-
-
-def _counted(training, steps):
-  """The events of a training, its chunks counted up to the end of the phase."""
-  while True:
-    try:
-      event = next(training)
-    except StopIteration as end:
-      return end.value
-    yield event._replace(steps=steps) if isinstance(event, Chunk) else event

@@ -81,6 +81,15 @@ class Ingredients(TypedDict):
   size: NotRequired[np.ndarray | jax.Array]
 
 
+def seed_ingredients(m: int, weight_decay: float = 0.0, steps: int = 0) -> Ingredients:
+  """Those of m copies that differ in their seeds alone, which are 0 to m - 1."""
+  return {
+    "seed": np.arange(m, dtype=np.int32),
+    "weight_decay": np.full([m], weight_decay, np.float32),
+    "steps": np.full([m], steps, np.int32),
+  }
+
+
 class Data(NamedTuple):
   """Examples resident on the device.
 

@@ -13,7 +13,7 @@ from jaxsms.data.streaming import Batches, stream
 from jaxsms.devices.meshes import fetch
 from jaxsms.training.inference import recalibration_batches
 from jaxsms.training.programs import Programs
-from jaxsms.training.state import Ingredients
+from jaxsms.training.state import Ingredients, seed_ingredients
 from jaxsms.trees import PyTree, number_of_models
 
 
@@ -99,11 +99,7 @@ def recalibrate(
     New batch statistics, the mean over the batches.
   """
   batches = recalibration_batches(data.size, programs.batch_size)
-  one = Ingredients(
-    seed=np.zeros([1], np.int32),
-    weight_decay=np.zeros([1], np.float32),
-    steps=np.array([batches], np.int32),
-  )
+  one = seed_ingredients(1, steps=batches)
   total = jax.tree.map(jnp.zeros_like, like)
   for chunk in training_batches(programs._replace(mesh_of=_no_mesh), data, key, one, 1, 0):
     total = programs.batch_statistics(
