@@ -7,7 +7,7 @@ from jaxsms.sms import phase_sparsities
 from jaxsms.training import Engine, Model, Splits, TrainState, last_state, train_copies
 from jaxsms.training.engine import trained
 from jaxsms.training.merging import Merging, merging_of
-from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 
 
 class Finished(typing.NamedTuple):
@@ -38,7 +38,8 @@ def run_phases(
   engine = Engine(programs, splits, chunk_steps=chunk_steps, wants_state=wants_state)
   sparsities = phase_sparsities(goal_sparsity, phases, done)
   start = Start(dense, masks, state)
-  events = training_phases(engine, key, start, plan, sparsities, merging=merging, **options)
+  recipe = PhaseRecipe(merging=merging, **options)
+  events = training_phases(engine, key, start, plan, sparsities, recipe)
   return finish(events, on_event)
 
 

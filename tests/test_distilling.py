@@ -21,7 +21,7 @@ from jaxsms import Phase, training
 from jaxsms.training import Engine, Model, Splits, TrainState
 from jaxsms.training.distilling import STREAM, Distillation, teacher_weights
 from jaxsms.training.measurements import RECALIBRATION, recalibrated
-from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.state import Teacher
 from jaxsms.training.step import ORDER
@@ -53,7 +53,12 @@ def phases(engine, start, sparsities, temperature=2.0, chosen=None):
 
   distillation = temperature and Distillation(plan(1, LAST), temperature)
   return training_phases(
-    engine, KEY, start, plan(3, STEPS), sparsities, distillation=distillation
+    engine,
+    KEY,
+    start,
+    plan(3, STEPS),
+    sparsities,
+    PhaseRecipe(distillation=distillation),
   )
 
 

@@ -9,7 +9,7 @@ from experiments.merging import bytes_progress as soup_progress
 from jaxsms.merges import MERGES
 from jaxsms.training import Engine, Splits
 from jaxsms.training.merging import BY_SAMPLES, NAMES, merging_of
-from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.streamed import StreamedData
 
 IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "greedy"})
@@ -44,10 +44,10 @@ def test_streamed_images_are_refused_before_anything_is_trained():
     merging = merging_of(name)
     arguments = engine, None, Start(None), None, {1: 0.5}
     if not MERGES[name].in_memory:
-      training_phases(*arguments, merging=merging)
+      training_phases(*arguments, PhaseRecipe(merging=merging))
       continue
     with pytest.raises(ValueError, match=f"merge {name} needs images in memory") as error:
-      training_phases(*arguments, merging=merging)
+      training_phases(*arguments, PhaseRecipe(merging=merging))
     assert "--" not in str(error.value)
 
 

@@ -106,11 +106,11 @@ def test_records_hold_what_models_are_measured_by(everything):
     assert soup["parameters"] == n + 26
     assert soup["nonzero_parameters"] == kept + 26
     assert phase["norm_drop"] > 0
-  before, after = seed["dense"], seed["phases"][0]["pruned"]
-  lost = before["test_accuracy"] - after["test_accuracy"]
-  assert seed["phases"][0]["pruning_instability"] == pytest.approx(
-    lost / before["test_accuracy"]
-  )
+  before = [seed["dense"], *(phase["soup"] for phase in seed["phases"][:-1])]
+  for model, phase in zip(before, seed["phases"], strict=True):
+    lost = model["test_accuracy"] - phase["pruned"]["test_accuracy"]
+    share = pytest.approx(lost / model["test_accuracy"])
+    assert phase["pruning_instability"] == share
 
 
 def test_given_weights_ood_and_copies_of_other_lengths(everything, tmp_path):

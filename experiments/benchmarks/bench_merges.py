@@ -27,7 +27,7 @@ from jaxsms.training import Engine, Model, last_state
 from jaxsms.training.measurements import measure, recalibrated
 from jaxsms.training.merging import BY_SAMPLES, Merging, merging_of
 from jaxsms.training.merging import NAMES as MERGES_OF_RUNS
-from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.trees import number_of_models
 
 from ..config import device_flags, run_config
@@ -205,9 +205,7 @@ def measured_phases(run: Run, dense: Model) -> Iterator[Results]:
     Start(dense),
     retraining_plan(run, config.ingredients, run.retrain_steps),
     run.sparsities,
-    prune=run.prune,
-    merging=Merging(of),
-    shrink=run.task.shrink,
+    PhaseRecipe(run.prune, Merging(of), shrink=run.task.shrink),
   ):
     if isinstance(event, Phase) and event.record["phase"] in found:
       record = event.record

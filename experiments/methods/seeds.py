@@ -27,7 +27,7 @@ from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
 from jaxsms.training.merging import BY_SAMPLES, Merging, merging_of
-from jaxsms.training.phases import Start, training_phases
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.search import Rung
 from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import model_at
@@ -273,12 +273,14 @@ def prune_and_retrain(
     Start(model, masks, take_state(run), rungs),
     retraining_plan(run, m, steps),
     {phase: s for phase, s in run.sparsities.items() if phase > len(records)},
-    prune=run.prune,
-    merging=merging_for(run, m),
-    landscapes=landscape_phases(run) if method == SOUP else (),
-    shrink=run.task.shrink,
-    distillation=distillation,
-    search=search_of(run, steps) if m > 1 else None,
+    PhaseRecipe(
+      prune=run.prune,
+      merging=merging_for(run, m),
+      landscapes=landscape_phases(run) if method == SOUP else (),
+      shrink=run.task.shrink,
+      distillation=distillation,
+      search=search_of(run, steps) if m > 1 else None,
+    ),
   ):
     if isinstance(event, Rung):  # it is saved with the next state
       if seed_state is not None:

@@ -49,19 +49,36 @@ class Start(NamedTuple):
   rungs: Sequence[Rung] = ()
 
 
+class PhaseRecipe(NamedTuple):
+  """What phases are made of, beside the training itself.
+
+  Attributes:
+    prune: `prune(params, sparsity, masks=masks)` giving masks.
+    merging: of the candidates.
+    landscapes: phases in which the loss between the candidates is measured.
+    shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
+      `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
+      shapes; candidates have those of their phase.
+    distillation: of the candidates into the last phase's soup; its plan is given the record
+      of that phase.
+    search: judges copies on the way; `plan` also gets values, the better half is merged.
+  """
+
+  prune: Prune = magnitude_masks
+  merging: Merging = merging_of("uniform")
+  landscapes: Collection[int] = ()
+  shrink: Callable[[Engine, Model, PyTree], Cut] | None = None
+  distillation: Distillation | None = None
+  search: Search | None = None
+
+
 def training_phases(
   engine: Engine,
   key: jax.Array,
   start: Start,
   plan: Plan,
   sparsities: Mapping[int, float],
-  *,
-  prune: Prune = magnitude_masks,
-  merging: Merging | None = None,
-  landscapes: Collection[int] = (),
-  shrink: Callable[[Engine, Model, PyTree], Cut] | None = None,
-  distillation: Distillation | None = None,
-  search: Search | None = None,
+  recipe: PhaseRecipe | None = None,
 ) -> Iterator[Any]:
   """Sparse Model Soups of a network on a data set; with one copy, IMP.
 
@@ -76,15 +93,7 @@ def training_phases(
       `norm_drop`, `relative_norm_drop`), the ingredients of its copies and their learning
       rates [m, steps].
     sparsities: by phase, see `jaxsms.sms.phase_sparsities`.
-    prune: `prune(params, sparsity, masks=masks)` giving masks.
-    merging: of the candidates; None means `merging_of("uniform")`.
-    landscapes: phases in which the loss between the candidates is measured.
-    shrink: `shrink(engine, pruned, masks)` giving the smaller network of a phase, see
-      `jaxsms.training.cutting.cut_engine`. Models and masks between phases keep their full
-      shapes; candidates have those of their phase.
-    distillation: of the candidates into the last phase's soup; its plan is given the record
-      of that phase.
-    search: judges copies on the way; `plan` also gets values, the better half is merged.
+    recipe: how a phase prunes, merges, and what else it does; None means the defaults.
 
   Yields:
     What `train_copies` yields, and after each phase a `jaxsms.Phase`. Its params are a
@@ -98,19 +107,20 @@ def training_phases(
       memory and these are streamed, the temperature is not above 0, or see `check_search`.
     FloatingPointError: all copies of a phase diverged.
   """
-  merging = merging or merging_of("uniform")
+  recipe = recipe or PhaseRecipe()
+  merging = recipe.merging
   merging.check(engine)
-  if search is not None:
+  if recipe.search is not None:
     merging = merging._replace(choose=better_half, selects=True)
-  if distillation is not None:
-    check_temperature(distillation.temperature)
-  parts = _Parts(engine, plan, merging, landscapes, shrink, distillation, search)
+  if recipe.distillation is not None:
+    check_temperature(recipe.distillation.temperature)
+  parts = _Parts(engine, plan, recipe._replace(merging=merging))
   parts.take_up(start, sparsities)
   return soup_phases(
     key,
     start.model,
     sparsities,
-    prune=functools.partial(prune_and_measure, engine, prune),
+    prune=parts.prune,
     retrain=parts.retrain,
     merge=parts.merge,
     masks=start.masks,
@@ -119,9 +129,11 @@ def training_phases(
 
 
 class _Parts:
-  """What the loop does in a phase after pruning: retrain, merge, finish.
+  """What the loop does in a phase: prune, retrain, merge, finish.
 
   Attributes:
+    accuracy: on test data, of the soup that the next phase prunes; None where it is not
+      known of the network in its full shapes.
     cut: the network of the phase, smaller where it shrinks.
     base: its pruned model, in those shapes.
     rungs: of its search.
@@ -130,11 +142,10 @@ class _Parts:
     of_soup: the state of a distillation that a broken run left.
   """
 
-  def __init__(self, engine, plan, merging, landscapes, shrink, distillation, search):
+  def __init__(self, engine: Engine, plan: Plan, recipe: PhaseRecipe):
     """Takes what `training_phases` takes."""
-    self._engine, self._plan, self._merging = engine, plan, merging
-    self._landscapes, self._shrink = landscapes, shrink
-    self._distillation, self._search = distillation, search
+    self._engine, self._plan, self._recipe = engine, plan, recipe
+    self.accuracy: float | None = None
     self.cut = Cut(engine)
     self.base: Model | None = None
     self.rungs: list[Rung] = []
@@ -151,12 +162,19 @@ class _Parts:
     else:
       self.state = start.state
 
+  def prune(
+    self, model: Model, masks: PyTree | None, sparsity: float
+  ) -> tuple[Model, PyTree, Record]:
+    """Prunes, and measures what that does."""
+    prune = self._recipe.prune
+    return prune_and_measure(self._engine, prune, model, masks, sparsity, self.accuracy)
+
   def retrain(
     self, key: jax.Array, pruned: Model, masks: PyTree, record: Record
   ) -> Generator[Any, None, tuple[Model, Record]]:
     """All copies of a phase, see `jaxsms.sms.soup_phases`."""
-    search, phase = self._search, record["phase"]
-    shrink = self._shrink or (lambda engine, pruned, masks: Cut(engine))
+    search, phase = self._recipe.search, record["phase"]
+    shrink = self._recipe.shrink or (lambda engine, pruned, masks: Cut(engine))
     self.cut = shrink(self._engine, pruned, masks)
     self.base = self.cut.shrink(pruned)
     chosen, learning_rates = self._plan(record)
@@ -188,11 +206,13 @@ class _Parts:
     """The soup in its full shapes, and what was measured of it."""
     engine, accuracy = self.cut.engine, record["pruned"]["validation_accuracy"]
     soup, merged = merge_candidates(
-      engine, key, candidates, self._merging, accuracy, self.base
+      engine, key, candidates, self._recipe.merging, accuracy, self.base
     )
-    if self._search is not None:
+    full = self.cut.network is None
+    self.accuracy = merged["soup"]["test_accuracy"] if full else None
+    if self._recipe.search is not None:
       merged["search"] = concluded(self.rungs, merged["candidates"], merged_copies(merged))
-    if record["phase"] in self._landscapes:
+    if record["phase"] in self._recipe.landscapes:
       included = merged_copies(merged)
       found = measure_landscape(
         engine, key, candidates, included, soup.params, self._trained_images
@@ -210,7 +230,8 @@ class _Parts:
     record: Record,
   ) -> Generator[Any, None, tuple[Model, Record]]:
     """Distils the candidates of the last phase into its soup, where that is asked for."""
-    if self._distillation is None or record["phase"] != self._last:
+    distillation = self._recipe.distillation
+    if distillation is None or record["phase"] != self._last:
       return soup, {}
     cut, of_key = self.cut, jax.random.fold_in(key, RECALIBRATION)
     candidates = recalibrated(cut.engine, of_key, candidates)
@@ -222,7 +243,7 @@ class _Parts:
       cut.masks(masks),
       candidates,
       record,
-      self._distillation,
+      distillation,
       begin,
     )
     return cut.expand(model), found
