@@ -28,7 +28,7 @@ from .comparison import parts as comparison
 from .comparison.part_runs import Comparison, planned, run_part, write
 from .comparison.parts import DENSE, Part, is_finished
 from .config import keeping_flags, run_config
-from .config.fields import at_least, read_fields
+from .config.fields import at_least, numbers, read_fields
 from .report import write_report
 from .run import checkpointing, run_directory, running, tuning
 from .run.environment import check_version, environment
@@ -153,13 +153,9 @@ def _numbers_of(name, single, kind, example):
       f"--{name} is empty: give numbers, such as {example}, or leave it out for --{single} "
       "alone"
     )
-  given = f"--{name} is {','.join(words)}"
-  try:
-    values = [kind(word) for word in words]
-  except ValueError as error:
-    raise ValueError(f"{given}: give numbers, such as {example}") from error
+  values = list(numbers(words, name, kind=kind, example=example))
   if len(set(values)) < len(values):
-    raise ValueError(f"{given}: give each number once")
+    raise ValueError(f"--{name} is {','.join(words)}: give each number once")
   return values
 
 

@@ -11,7 +11,6 @@ network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives the
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -136,7 +135,8 @@ def soup_on_disk(
   weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
   specs = result_specs(models[0], choice.dtype)
   passes = 1 + passes_of(choice.merge) + (2 if choice.masks == "prune" else 0)
-  with BytesProgress(passes * total_bytes(models)) as progress:
+  size = sum(spec.nbytes for model in models for spec in model.specs.values())
+  with BytesProgress(passes * size) as progress:
     parts = parts_of(choice, models, weights, others, progress.add)
     taken = np.flatnonzero(weights).tolist()
     job = Job(models, RULES[choice.merge](parts), specs, taken, progress.add)
@@ -161,11 +161,6 @@ def goal_of(choice: Choice, models: list[Tensors]) -> float:
   if choice.sparsity is not None:
     return choice.sparsity
   return largest_sparsity(models, prunable_names(models[0].specs))
-
-
-def total_bytes(models: Sequence[Tensors]) -> int:
-  """That one pass reads."""
-  return sum(spec.nbytes for model in models for spec in model.specs.values())
 
 
 def output_of(choice: Choice, first: Tensors, specs: dict[str, Spec]) -> Output:

@@ -17,7 +17,7 @@ from jaxsms.disk.cut_files import cut_to_torch, load_cut, save_cut, torch_module
 from jaxsms.disk.onnx_files import quantize_onnx, save_onnx
 from jaxsms.disk.programs import load_stablehlo, save_stablehlo
 from jaxsms.disk.safetensors import (
-  check_dtypes,
+  arrays_of,
   digest_of,
   read_with_metadata,
   write_safetensors,
@@ -72,9 +72,7 @@ def save_compact(
     >>> kernel.nbytes, os.path.getsize(path) < 2000  # 50 values and 10,000 bits
     (40000, True)
   """
-  named = by_path(tree)
-  check_dtypes(named)
-  arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
+  arrays = arrays_of(tree)
   if masks is None:
     flags = prunable_flags(tree, prunable)
     pairs = zip(arrays.values(), flags, strict=True)

@@ -247,9 +247,7 @@ def _count_regrown(pairs):
   return counts.count([new & ~old for old, new in pairs])
 
 
-@jax.jit
-def _count_true(masks):
-  return counts.count(masks)
+_count_true = jax.jit(counts.count)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from jaxsms.trees import (
   is_floating,
   number_of_models,
   path_string,
+  split_leaves,
 )
 
 
@@ -54,20 +55,13 @@ def recalibrate(
   """
   k = number_of_models(batches, "batches")
   batches = jax.tree.map(jnp.asarray, batches)
-  leaves, structure = jax.tree.flatten(batch_stats)
-  floating = [is_floating(leaf) for leaf in leaves]
-  old = [leaf for leaf, flag in zip(leaves, floating, strict=True) if flag]
-
-  def tree_of(values):
-    values = iter(values)
-    pairs = zip(leaves, floating, strict=True)
-    return jax.tree.unflatten(structure, [next(values) if f else x for x, f in pairs])
+  old, tree_of = split_leaves(batch_stats, lambda path, leaf: is_floating(leaf))
 
   def step(values, batch):
     new = update(tree_of(values), batch)
     _check_fits(batch_stats, new)
-    pairs = zip(jax.tree.leaves(new), floating, strict=True)
-    return [_wide(leaf) for leaf, flag in pairs if flag]
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(batch_stats), strict=True)
+    return [_wide(leaf) for leaf, like in pairs if is_floating(like)]
 
   zeros = [jnp.zeros_like(leaf) for leaf in old]
   momentum = _momentum(step, zeros, jax.tree.map(lambda x: x[0], batches))

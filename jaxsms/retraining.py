@@ -92,7 +92,8 @@ def retrain_phase(
   program = _retrain_program(retrain, mesh, at_once, device.platform, keep)
   candidates, report, moved = program.run(*arguments)
   candidates, report, moved = gather(wait_on_cpu((candidates, report, moved)))
-  if program.native.pop("convolutions", 0) and len(moved) > _devices(mesh) and at_once != 1:
+  devices = 1 if mesh is None else mesh.shape[INGREDIENT_AXIS]
+  if program.native.pop("convolutions", 0) and len(moved) > devices and at_once != 1:
     logging.warning(
       "retrain has convolutions that run slowly for several copies on a CPU (grouped, "
       "dilated, or not over two dimensions): give each copy a device of its own, with "
@@ -122,10 +123,6 @@ def _all_equal(stacked: PyTree) -> bool:
 @jax.jit
 def _equal_to_first(leaves: list[jax.Array]) -> jax.Array:
   return jnp.stack([jnp.all(x == x[:1]) for x in leaves]).all()
-
-
-def _devices(mesh):
-  return 1 if mesh is None else mesh.shape[INGREDIENT_AXIS]
 
 
 class _Program(NamedTuple):

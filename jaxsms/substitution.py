@@ -6,6 +6,7 @@ that a gradient's convolution is known by its form alone: one that dilates its i
 image gradient, one whose kernel is larger than its output is a kernel gradient.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jaxsms import convolution
 from jaxsms.compat import jaxprs_in_params
 from jaxsms.nn.lowerings import Geometry, vary_alike
+from jaxsms.trees import split_leaves
 
 _HOW = "auto"
 _NONE = ((0, 0), (0, 0))
@@ -43,20 +45,17 @@ def with_own_convolutions(function: Callable, *arguments: Any) -> tuple[Any, int
     Its result, to rounding, and how many convolutions were left as they are: dilated,
     grouped, complex, not over two dimensions, or in a function with a gradient of its own.
   """
-  leaves, structure = jax.tree.flatten(arguments)
-  places = [i for i, leaf in enumerate(leaves) if _is_value(leaf)]
+  arrays, filled = split_leaves(arguments, lambda path, leaf: _is_value(leaf))
   results: list[Any] = []
   result_of: list[Any] = []
 
   def of_arrays(*arrays):
-    filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
-    found = function(*jax.tree.unflatten(structure, filled.values()))
+    found = function(*filled(arrays))
     results[:], made = jax.tree.flatten(found)
     result_of[:] = [made]
     return [x for x in results if _is_value(x)]
 
-  traced = jax.make_jaxpr(of_arrays)(*(leaves[i] for i in places))
-  arrays, left = [leaves[i] for i in places], [0]
+  traced, left = jax.make_jaxpr(of_arrays)(*arrays), [0]
   if _count_convolutions(traced.jaxpr):
     found = iter(_evaluate(traced.jaxpr, traced.consts, arrays, left))
   else:
@@ -180,7 +179,7 @@ def _convolve(how, images, kernels):
   out = None
   size = _output_size(images.shape[1:3], kernels.shape[:2], how)
   # Batches come first in every layout that is used, but for sums over the batch.
-  summed = images_of[0] != 0 or _exceeds(kernels.shape[:2], size)
+  summed = images_of[0] != 0 or math.prod(kernels.shape[:2]) > math.prod(size)
   if dilations == ones and strides == ones and summed:
     out = _as_kernel_gradient(images, kernels, size, padding, spread, precision)
   elif spread == ones and strides == ones and dilations != ones:
@@ -204,10 +203,6 @@ def _output_size(image, kernel, how):
     room = dilated + sum(how["padding"][axis]) - window
     sizes.append(room // how["window_strides"][axis] + 1)
   return tuple(sizes)
-
-
-def _exceeds(kernel, size):
-  return kernel[0] * kernel[1] > size[0] * size[1]
 
 
 def _as_kernel_gradient(images, outputs, kernel, padding, strides, precision):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from jaxsms.trees import PyTree, is_array, path_string
+from jaxsms.trees import PyTree, is_array, path_string, split_leaves
 
 
 class WeightUse(NamedTuple):
@@ -51,15 +51,11 @@ def weight_uses(
   Returns:
     The use of each leaf that is in a product, by its path.
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  arrays = {i: leaf for i, (_, leaf) in enumerate(leaves) if is_array(leaf)}
-
-  def function(arrays, *inputs):
-    every = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
-    return apply(jax.tree.unflatten(structure, every), *inputs)
-
-  jaxpr = jax.make_jaxpr(function)(arrays, *inputs).jaxpr
-  return uses_in(jaxpr, [path_string(leaves[i][0]) for i in arrays])
+  arrays, filled = split_leaves(params, lambda path, leaf: is_array(leaf))
+  function = jax.make_jaxpr(lambda arrays, *inputs: apply(filled(arrays), *inputs))
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = [path_string(path) for path, leaf in leaves if is_array(leaf)]
+  return uses_in(function(arrays, *inputs).jaxpr, names)
 
 
 def uses_in(jaxpr: Any, leaves: Sequence[str]) -> dict[str, WeightUse]:

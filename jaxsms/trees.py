@@ -1,6 +1,6 @@
 """Trees of parameters: which leaves can be pruned, and m trees as one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,27 @@ def is_array(leaf: Any) -> bool:
 def shape_of(array: Any) -> jax.ShapeDtypeStruct:
   """Shape and dtype of an array, of a scalar, or of what has them."""
   return jax.ShapeDtypeStruct(np.shape(array), array.dtype)
+
+
+def split_leaves(
+  tree: PyTree, chosen: Callable[[Path, Any], bool]
+) -> tuple[list[Any], Callable[[Iterable[Any]], PyTree]]:
+  """Some of a tree's leaves, and a function that puts others in their place.
+
+  Args:
+    tree: any tree.
+    chosen: of key path and leaf.
+  """
+  with_paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+  flags = [chosen(path, leaf) for path, leaf in with_paths]
+  leaves = [leaf for _, leaf in with_paths]
+
+  def filled(new: Iterable[Any]) -> PyTree:
+    rest = iter(new)
+    pairs = zip(leaves, flags, strict=True)
+    return jax.tree.unflatten(structure, [next(rest) if f else x for x, f in pairs])
+
+  return [x for x, flag in zip(leaves, flags, strict=True) if flag], filled
 
 
 @jax.tree_util.register_pytree_node_class

@@ -215,7 +215,7 @@ def test_a_damaged_dense_model_is_set_aside_and_trained_again(tmp_path, capsys):
   ("flags", "words"),
   [
     (["--sparsities=0.9,x"], "--sparsities is 0.9,x: give numbers"),
-    (["--copies=2.5"], "--copies is 2.5: give numbers"),
+    (["--copies=2.5"], "--copies is 2.5: give whole numbers"),
     (["--copies=3,3"], "give each number once"),
     (["--sparsities=0.9,1.0"], "--sparsities is 1"),
     (["--copies=0,2"], "--copies is 0"),

@@ -436,12 +436,12 @@ def test_resample_against_scipy(mode):
 def test_elastic_affine_map_moves_three_points():
   """Towards where each came from the map is affine, and moves corners by its shift."""
   rows, columns = np.indices((32, 32))
-  still = corruptions._affine_positions(KEY, rows, columns, 0.0)
+  still = filters.affine_positions(KEY, rows, columns, 0.0)
   np.testing.assert_allclose(still, (rows, columns), atol=1e-5)
   largest = 0
   for seed in range(20):
     key = jax.random.key(seed)
-    source = np.stack(corruptions._affine_positions(key, rows, columns, 2.56), -1)
+    source = np.stack(filters.affine_positions(key, rows, columns, 2.56), -1)
     source = np.c_[source.reshape(-1, 2), np.ones(32 * 32)]
     target = np.stack([rows, columns], -1).reshape(-1, 2)
     forward, *_ = np.linalg.lstsq(source, target)

@@ -26,7 +26,7 @@ from jaxsms.nn.lowerings import NHWC
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
-from .bench_statistics import Contender, alternate, scaled, seconds
+from .bench_statistics import Contender, alternate, calls_for, repeated, scaled, seconds
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01
@@ -170,27 +170,23 @@ def operation(way: Callable, layer: Layer, name: str, inside: bool) -> Callable:
   return jax.vmap(gradient(one)) if inside else gradient(jax.vmap(one))
 
 
-def contender(way: Callable, layer: Layer, name: str, inside: bool, arrays: Any):
+def contender(
+  way: Callable, layer: Layer, name: str, inside: bool, arrays: Any
+) -> Contender:
   """A round of it, compiled; several in one program, so that starting it costs little."""
   function = operation(way, layer, name, inside)
 
   @jax.jit
-  def repeated(images, kernels, outputs):
+  def several(images, kernels, outputs):
     return [function(images[i], kernels[i], outputs[i]) for i in range(REPEATS)]
 
-  compiled = repeated.lower(*arrays).compile()
+  compiled = several.lower(*arrays).compile()
 
   def once():
     jax.block_until_ready(compiled(*arrays))
 
   once()
-  calls = max(1, round(ROUND_SECONDS / max(seconds(once), 1e-6)))
-
-  def run():
-    for _ in range(calls):
-      once()
-
-  return Contender(run, calls * REPEATS, {})
+  return repeated(once, calls_for(ROUND_SECONDS, seconds(once)), REPEATS)
 
 
 def operands(layer: Layer, copies: int, dtype: Any) -> tuple[jax.Array, ...]:

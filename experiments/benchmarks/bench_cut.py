@@ -28,7 +28,7 @@ from ..run import hardware
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from . import bench_jax
-from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled
+from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled, shown
 from .usual_networks import read_training_flags, usual_network
 
 DENSE, CUT = "dense", "cut"
@@ -161,11 +161,6 @@ def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
   return "\n".join(
     [*lines, f"a step is {shown(ratio(found[DENSE], found[CUT]))} times as fast"]
   )
-
-
-def shown(quantity: Spread) -> str:
-  """A median with the least and the greatest."""
-  return f"{quantity.median:.3g} [{quantity.min:.3g}, {quantity.max:.3g}]"
 
 
 if __name__ == "__main__":

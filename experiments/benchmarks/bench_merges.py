@@ -60,10 +60,6 @@ def _spaced(name: str, least: float, most: float) -> Callable[[dict[str, Any]], 
   return fill
 
 
-def _numbers(words, name, values):
-  return numbers(words, name)
-
-
 def _families(words, name, values):
   return tuple(dict.fromkeys(words))
 
@@ -80,12 +76,12 @@ class Config(run_config.Config):
   )
   weight_decays: tuple[float, ...] = flag(
     "Of the copies that differ in it. Default: from --weight_decay to 100 times that.",
-    parse=_numbers,
+    parse=numbers,
     fill=_spaced("weight_decay", 1.0, 100.0),
   )
   learning_rates: tuple[float, ...] = flag(
     "Of the copies that differ in it. Default: from 0.03 of --learning_rate to all of it.",
-    parse=_numbers,
+    parse=numbers,
     fill=_spaced("learning_rate", 0.03, 1.0),
   )
   json: str | None = flag("File for all figures.", writable)

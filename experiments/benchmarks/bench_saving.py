@@ -32,7 +32,7 @@ from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.seed_state import SeedState, packed
 from . import bench_jax
-from .bench_statistics import Spread, calls_for, cores, scaled, seconds, spread
+from .bench_statistics import Spread, calls_for, cores, scaled, seconds, shown, spread
 from .usual_networks import read_training_flags, usual_network
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
@@ -181,18 +181,14 @@ def text(config: Config, cost: Cost) -> str:
       f"{config.model}, m = {config.ingredients}, {cost.megabytes:.3g} MB; jax "
       f"{versions['jax']} on {versions['devices']} x {versions['device']}, {n} cores; "
       f"medians of {config.rounds} pairs of rounds, in brackets the least and the greatest",
-      f"a round without a save: {_shown(cost.training)} s",
-      f"a save blocks training for {_shown(cost.blocked)} s",
-      f"a round with a save takes longer by {_shown(cost.held_up)} s",
-      f"a save takes {_shown(cost.cpu)} CPU seconds",
-      f"saved every {interval:g} s: {_shown(share)} % of the time, "
-      f"{_shown(work)} % of the cores",
+      f"a round without a save: {shown(cost.training)} s",
+      f"a save blocks training for {shown(cost.blocked)} s",
+      f"a round with a save takes longer by {shown(cost.held_up)} s",
+      f"a save takes {shown(cost.cpu)} CPU seconds",
+      f"saved every {interval:g} s: {shown(share)} % of the time, "
+      f"{shown(work)} % of the cores",
     ]
   )
-
-
-def _shown(quantity: Spread) -> str:
-  return f"{quantity.median:.3g} [{quantity.min:.3g}, {quantity.max:.3g}]"
 
 
 if __name__ == "__main__":

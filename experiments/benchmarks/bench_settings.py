@@ -43,7 +43,8 @@ def _like(name):
 def _whole_numbers(separator: str, example: str):
   """A `parse` for whole numbers from 1 on, as many as in the example if not by comma."""
 
-  def parse(text, name, values):
+  def parse(words, name, values):
+    text = ",".join(words)
     parts = [part.strip() for part in text.split(separator)]
     same_length = separator == "," or len(parts) == example.count(separator) + 1
     if not same_length or any(not p.isdecimal() or int(p) < 1 for p in parts):
@@ -55,8 +56,8 @@ def _whole_numbers(separator: str, example: str):
   return parse
 
 
-def _copies(text, name, values):
-  return tuple(sorted(set(_whole_numbers(",", "1,2,4,8")(text, name, values))))
+def _copies(words, name, values):
+  return tuple(sorted(set(_whole_numbers(",", "1,2,4,8")(words, name, values))))
 
 
 def writable(name: str, value: str) -> None:
@@ -83,7 +84,6 @@ class Config(device_flags.DeviceFlags):
     "Another image shape, as height x width x channels: 64x64x3.",
     fill=_like("image"),
     parse=_whole_numbers("x", "64x64x3"),
-    kind=str,
   )
   examples: int = flag(
     "Random images. Default: 1,077 (digits) or 50,000 (cifar10).",
@@ -99,13 +99,11 @@ class Config(device_flags.DeviceFlags):
     "Widths of the MLP's hidden layers; it has no dropout here.",
     default="256,256",
     parse=_whole_numbers(",", "256,256"),
-    kind=str,
   )
   copies: tuple[int, ...] = flag(
     "Numbers m of copies trained at once, each timed.",
     default="1,2,4,8",
     parse=_copies,
-    kind=str,
   )
   batch_size: int = flag(
     "Examples of one copy in a step.", at_least(1), fill=_like("batch_size")

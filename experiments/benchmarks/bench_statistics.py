@@ -93,3 +93,44 @@ def cores() -> int:
 def calls_for(wanted: float, measured: float) -> int:
   """How many calls of so many measured seconds fill the wanted seconds, at least 1."""
   return max(1, math.ceil(wanted / max(measured, 1e-9)))
+
+
+def repeated(call: Callable[[], Any], times: int, steps: float = 1.0) -> Contender:
+  """A call so many times in a row, of so many steps each."""
+
+  def run():
+    for _ in range(times):
+      call()
+
+  return Contender(run, times * steps, {})
+
+
+def milliseconds(
+  calls: Mapping[str, Callable[[], Any]], round_seconds: float, slow: float
+) -> dict[str, dict[str, float]]:
+  """Milliseconds of calls that take turns, after one each that compiles.
+
+  Args:
+    calls: by name.
+    round_seconds: about so long is a round of each.
+    slow: seconds of a call from which on three rounds are enough, and not five.
+
+  Returns:
+    By name, the median of the rounds, the least and the greatest.
+  """
+  contenders, longest = {}, 0.0
+  for name, call in calls.items():
+    call()
+    once = seconds(call)
+    contenders[name] = repeated(call, calls_for(round_seconds, once))
+    longest = max(longest, once)
+  spreads = alternate(contenders, 5 if longest < slow else 3)
+  return {
+    name: {k: v for k, v in scaled(spread, 1000)._asdict().items() if k != "rounds"}
+    for name, spread in spreads.items()
+  }
+
+
+def shown(quantity: Spread) -> str:
+  """The median, in brackets the least and the greatest."""
+  return f"{quantity.median:.3g} [{quantity.min:.3g}, {quantity.max:.3g}]"

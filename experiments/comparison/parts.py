@@ -251,17 +251,10 @@ def has_ood(cells: list[dict[str, Any]]) -> bool:
 def caption(results: dict[str, Any]) -> str:
   """What the table says, in a sentence or two."""
   flags = results["flags"]
-  dense = reporting.estimate([m["test_accuracy"] for m in results["dense"].values()])
-  spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
-  text = (
-    f"Test accuracy in percent of {flags['model']} on "
-    f"{reporting.dataset_title(flags['dataset'])} after {flags['phases']} phases, dense "
-    f"{100 * dense.mean:.2f}{spread}"
-  )
-  n = max(len(cell["seeds"]) for cell in results["cells"])
-  if n == 1:
-    return text + ", one seed."
-  return text + (
-    f", {n} seeds: mean ± standard deviation, and the paired difference between soup and "
-    "model with its 95 % interval."
+  setting = f"{flags['model']} on {reporting.dataset_title(flags['dataset'])}"
+  return reporting.caption_of(
+    f"{setting} after {flags['phases']} phases",
+    [model["test_accuracy"] for model in results["dense"].values()],
+    max(len(cell["seeds"]) for cell in results["cells"]),
+    "one seed",
   )

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ..methods.registry import having
+from .baseline_flags import refuse_baselines
 from .fields import at_least, define_flags, ensure, flag, one_of
 
 AVERAGES = ("none", "ema", "swa")
@@ -54,11 +55,8 @@ def check(config: Any) -> None:
     raise ValueError(
       f"--average={config.average} with --retrain_epochs=0: there are no steps to average"
     )
-  for name in config.baselines:
-    if name in having("averaged"):
-      raise ValueError(
-        f"--baselines has {name} with --retrain_epochs=0: there are no steps to average"
-      )
+  why = " with --retrain_epochs=0: there are no steps to average"
+  refuse_baselines(config, "averaged", why)
 
 
 def _check_needed(config):

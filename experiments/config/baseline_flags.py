@@ -69,6 +69,13 @@ class BaselineFlags:
 define_flags(BaselineFlags)
 
 
+def refuse_baselines(config: Any, trait: str, why: str) -> None:
+  """Refuses baselines with a trait of the registry; `why` follows on their name."""
+  for name in config.baselines:
+    if name in having(trait):
+      raise ValueError(f"--baselines has {name}{why}")
+
+
 def check(config: Any) -> None:
   """Raises ValueError where a baseline does not fit in its budget, or none has a flag.
 
@@ -87,16 +94,14 @@ def check(config: Any) -> None:
       raise ValueError(
         f"--distill_epochs is 0: {name} learns from its candidates for at least one epoch"
       )
-    if name in having("distilled") and config.ingredients == 1:
-      raise ValueError(
-        f"--baselines has {name} with --ingredients=1: it learns from the mean prediction "
-        "of several copies"
-      )
     if name in having("rewinds") and config.rewind_epochs >= config.budget_epochs:
       raise ValueError(
         f"--rewind_epochs is {config.rewind_epochs} of --budget_epochs "
         f"{config.budget_epochs}: rounds of {name} rewind to an earlier epoch"
       )
+  if config.ingredients == 1:
+    why = " with --ingredients=1: it learns from the mean prediction of several copies"
+    refuse_baselines(config, "distilled", why)
 
 
 def _check_distilled(config):

@@ -28,7 +28,6 @@ class Flag(NamedTuple):
     bounds: `lower_bound` and `upper_bound` that absl itself checks.
     fill: gives what None stands for, from the values of the fields before.
     parse: makes a value of what was given, the name and the values of the fields before.
-    kind: what absl makes of the text, where that is not the type of the field.
   """
 
   help: str
@@ -37,7 +36,6 @@ class Flag(NamedTuple):
   bounds: Mapping[str, float] = types.MappingProxyType({})
   fill: Callable[[dict[str, Any]], Any] | None = None
   parse: Callable[[Any, str, dict[str, Any]], Any] | None = None
-  kind: type | None = None
 
 
 def flag(help: str, *checks: Check, **options: Any) -> Any:
@@ -69,7 +67,7 @@ def define_flags(part: type, to: flags.FlagValues = flags.FLAGS) -> None:
     if field.name in to and field.name not in own:
       continue
     this = field.metadata["flag"]
-    kind = this.kind or field.type
+    kind = field.type
     if isinstance(kind, types.UnionType):  # this or None
       kind = typing.get_args(kind)[0]
     define[typing.get_origin(kind) or kind](
@@ -168,10 +166,18 @@ def whole_numbers(example: str) -> Callable[..., tuple[int, ...]]:
   return parse
 
 
-def numbers(words: list[str], name: str, kind: type = float) -> tuple[float, ...]:
-  """Words as numbers of a kind."""
+def numbers(
+  words: list[str],
+  name: str,
+  values: Mapping[str, Any] | None = None,
+  kind: type = float,
+  example: str = "1,2",
+) -> tuple[float, ...]:
+  """Words as numbers of a kind; what other flags hold does not matter."""
   try:
     return tuple(kind(word) for word in words)
   except ValueError as error:
     what = "whole numbers" if kind is int else "numbers"
-    raise ValueError(f"--{name} is {','.join(words)}: give {what}, such as 1,2") from error
+    raise ValueError(
+      f"--{name} is {','.join(words)}: give {what}, such as {example}"
+    ) from error

@@ -1,6 +1,7 @@
 """Flags of what is measured beside accuracy and loss."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from jaxsms.data import CORRUPTIONS
@@ -33,7 +34,7 @@ class MeasuringFlags:
     "Severities of --ood, 1 to 5.",
     _check_severities,
     default=["1", "2", "3", "4", "5"],
-    parse=lambda words, name, values: numbers(words, name, int),
+    parse=functools.partial(numbers, kind=int),
   )
   landscape: str = flag(
     "Phases in which the validation loss between the copies (on lines, and on the plane "

@@ -13,7 +13,7 @@ from jaxsms.sms import phase_sparsities
 from jaxsms.training import merging
 
 from ..methods.criteria import CRITERIA
-from ..methods.registry import having
+from .baseline_flags import refuse_baselines
 from .fields import (
   at_least,
   by_dataset,
@@ -73,7 +73,7 @@ class SoupFlags:
     "Sparsity after each phase, such as 0.5,0.9,0.9: phases at the same one retrain and "
     "merge without pruning. Instead of --phases and --goal_sparsity.",
     _check_sparsities,
-    parse=lambda words, name, values: numbers(words, name),
+    parse=numbers,
   )
   phases: int = flag(
     "Number of prune-retrain-merge cycles. Default: 5 for digits, else 3.",
@@ -120,7 +120,7 @@ class SoupFlags:
     "Values of --vary, one for each copy. Default: the seeds 0 to m - 1. Of --vary=subset "
     "the ratios of --subsets=imbalance alone.",
     parse=lambda words, name, values: numbers(
-      words, name, VARIABLES.get(values["vary"], float)
+      words, name, kind=VARIABLES.get(values["vary"], float)
     ),
   )
   criterion: str = flag(
@@ -262,12 +262,8 @@ def _check_values(config):
       f"--values is {given}: copies that are equal add nothing, give each another value"
     )
   if vary in ("epochs", "learning_rate"):
-    for name in config.baselines:
-      if name in having("one_schedule"):
-        raise ValueError(
-          f"--baselines has {name}, whose copies share one schedule: leave it out with "
-          f"--vary={vary}"
-        )
+    why = f", whose copies share one schedule: leave it out with --vary={vary}"
+    refuse_baselines(config, "one_schedule", why)
 
 
 def _check_ratios(config):
@@ -295,12 +291,12 @@ def _check_latency(config):
       "--budget=latency is measured by one process: leave out --processes, or give "
       "--budget=multiply_adds"
     )
-  for name in config.baselines:
-    if name in having("own_masks"):
-      raise ValueError(
-        f"--baselines has {name}, whose masks are its own and would each be measured anew: "
-        "leave it out with --budget=latency"
-      )
+  refuse_baselines(
+    config,
+    "own_masks",
+    ", whose masks are its own and would each be measured anew: leave it out with "
+    "--budget=latency",
+  )
 
 
 def _check_criterion(config):
@@ -318,12 +314,12 @@ def _check_criterion(config):
   if config.budget == "latency":
     _check_latency(config)
   if config.shrink:
-    for name in config.baselines:
-      if name in having("own_masks"):
-        raise ValueError(
-          f"--baselines has {name}, whose masks are its own: nothing can be cut for all "
-          "copies, leave it out with --shrink"
-        )
+    refuse_baselines(
+      config,
+      "own_masks",
+      ", whose masks are its own: nothing can be cut for all copies, leave it out with "
+      "--shrink",
+    )
   if config.scope != "global" and not CRITERIA[config.criterion].scope:
     with_scope = ", ".join(name for name, one in CRITERIA.items() if one.scope)
     raise ValueError(
@@ -341,9 +337,5 @@ def _check_criterion(config):
         "choose --goal_sparsity, --phases and --n_m_group that make it whole, such as "
         "0.75, 2 and 4"
       )
-  for name in config.baselines:
-    if name in having("ramp"):
-      raise ValueError(
-        f"--baselines has {name}, whose sparsity rises smoothly: leave it out with "
-        "--criterion=n_m"
-      )
+  why = ", whose sparsity rises smoothly: leave it out with --criterion=n_m"
+  refuse_baselines(config, "ramp", why)

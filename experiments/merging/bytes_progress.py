@@ -2,7 +2,6 @@
 
 import time
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
   BarColumn,
@@ -22,11 +21,10 @@ class BytesProgress:
 
   Args:
     total: bytes to read.
-    console: to show it on.
   """
 
-  def __init__(self, total: int, console: Console | None = None):
-    self._console = console or terminal(stderr=True)
+  def __init__(self, total: int):
+    self._console = terminal(stderr=True)
     self._plain = not self._console.is_terminal or self._console.is_dumb_terminal
     self._total, self._done = total, 0
     self._started = self._said = time.monotonic()

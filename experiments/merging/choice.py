@@ -11,6 +11,7 @@ from jaxsms.merges import MERGES
 from jaxsms.names import check_name
 from jaxsms.pruning import check_sparsity
 
+from ..config.fields import numbers
 from ..run import outputs
 from .checks import DTYPES
 from .output import TO_PYTORCH, read_size
@@ -186,10 +187,7 @@ def read_weights(words: list[str], m: int) -> np.ndarray:
     ValueError: they are no numbers, or too many or few, or do not sum to 1.
   """
   given = f"--weights is {','.join(words)}"
-  try:
-    weights = np.array([float(word) for word in words])
-  except ValueError as error:
-    raise ValueError(f"{given}: give numbers, such as 0.5,0.25,0.25") from error
+  weights = np.array(numbers(words, "weights", example="0.5,0.25,0.25"))
   if len(weights) != m:
     raise ValueError(f"{given} for {m} models: give one for each")
   if not (weights >= 0).all() or not abs(weights.sum() - 1) < 1e-3:

@@ -71,9 +71,12 @@ def as_model(arrays: Arrays) -> Model:
 
 def evaluate_models(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
   """Metrics of each model as it is."""
-  trees = [as_model(arrays) for arrays in models]
-  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-  return measure(task.engine, stacked).scores
+  return measure(task.engine, stacked_models(models)).scores
+
+
+def stacked_models(models: list[Arrays]) -> Model:
+  """Models by name as one, leaves [m, ...]."""
+  return jax.tree.map(lambda *x: np.stack(x), *map(as_model, models))
 
 
 class Others(NamedTuple):
@@ -162,10 +165,8 @@ def chosen_rule(
     not MERGES[choice.merge].in_memory or others.squared_gradients
   ):
     return RULES[choice.merge](parts_of(choice, models, weights, others)), weights
-  trees = [as_model(model.arrays) for model in models]
-  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
   run = named_merge(choice.merge, task.engine, key, None, choice.prior, weights)
-  merged = run(stacked)
+  merged = run(stacked_models([model.arrays for model in models]))
   if isinstance(merged, Weighted):
     merged, weights = merged.params, np.asarray(merged.weights, float)
   found = by_path(jax.device_get(merged)._asdict())

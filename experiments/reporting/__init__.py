@@ -20,8 +20,8 @@ from .statistics import (
 from .tables import (
   HEADER,
   caption,
+  caption_of,
   console_table,
-  markdown_table,
   notes,
   rows,
 )
@@ -34,6 +34,7 @@ __all__ = [
   "Results",
   "accuracy_figure",
   "caption",
+  "caption_of",
   "console_table",
   "dataset_title",
   "document",
@@ -41,7 +42,6 @@ __all__ = [
   "estimate",
   "files",
   "flag_text",
-  "markdown_table",
   "method_title",
   "notes",
   "rows",

@@ -60,7 +60,8 @@ def html(document: Document, drawn: Mapping[str, bytes]) -> str:
     document: what it says.
     drawn: its figures as SVG, by name.
   """
-  anchors = {part.title: _anchor(part.title) for part in document.sections}
+  titles = [part.title for part in document.sections]
+  anchors = {title: re.sub(r"\W+", "-", title.lower()).strip("-") for title in titles}
   links = "\n".join(f'<a href="#{a}">{escape(t)}</a>' for t, a in anchors.items())
   body = [
     f"<h1>{escape(document.title)}</h1>",
@@ -94,10 +95,6 @@ def html(document: Document, drawn: Mapping[str, bytes]) -> str:
     + "\n".join(body)
     + "\n</body>\n</html>\n"
   )
-
-
-def _anchor(title):
-  return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
 def _figure_html(picture, drawn):

@@ -76,16 +76,31 @@ def caption(results: Results) -> str:
     The text of a caption.
   """
   flags, seeds = results["flags"], results["seeds"]
-  dense = estimate([seed["dense"]["test_accuracy"] for seed in seeds])
-  spread = "" if math.isnan(dense.std) else f" ± {100 * dense.std:.2f}"
-  text = (
-    f"Test accuracy in percent of {flags['model']} on {dataset_title(flags['dataset'])}, "
-    f"m = {flags['ingredients']}, dense {100 * dense.mean:.2f}{spread}"
+  setting = f"{flags['model']} on {dataset_title(flags['dataset'])}"
+  return caption_of(
+    f"{setting}, m = {flags['ingredients']}",
+    [seed["dense"]["test_accuracy"] for seed in seeds],
+    len(seeds),
+    f"seed {seeds[0]['seed']}",
   )
-  if len(seeds) == 1:
-    return text + f", seed {seeds[0]['seed']}."
+
+
+def caption_of(setting: str, dense: list[float], seeds: int, one_seed: str) -> str:
+  """A caption of test accuracies.
+
+  Args:
+    setting: what they are of.
+    dense: accuracies of the dense models.
+    seeds: how many there are.
+    one_seed: said where there is one.
+  """
+  found = estimate(dense)
+  spread = "" if math.isnan(found.std) else f" ± {100 * found.std:.2f}"
+  text = f"Test accuracy in percent of {setting}, dense {100 * found.mean:.2f}{spread}"
+  if seeds == 1:
+    return f"{text}, {one_seed}."
   return text + (
-    f", {len(seeds)} seeds: mean ± standard deviation, and the paired difference between "
+    f", {seeds} seeds: mean ± standard deviation, and the paired difference between "
     "soup and model with its 95 % interval."
   )
 
@@ -148,20 +163,6 @@ def _copies(where: str, entry: Results) -> list[str]:
 
 def _of(failed: Results, name: str) -> str:
   return f"{100 * failed[f'{name}_validation_accuracy']:.2f}"
-
-
-def markdown_table(tables: list[list[list[str]]]) -> str:
-  """What `rows` gives, in Markdown.
-
-  Args:
-    tables: rows of cells, a list for each phase.
-
-  Returns:
-    The text of one table.
-  """
-  lines = [list(HEADER), ["---:", "---:", "---", "---:", "---:"]]
-  lines += [line for table in tables for line in table]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def console_table(

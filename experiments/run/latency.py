@@ -1,5 +1,6 @@
 """What the network of a run takes to be used: bytes, and time for one batch of images."""
 
+import functools
 import os
 import tempfile
 from typing import Any
@@ -14,18 +15,12 @@ from jaxsms.export import apply_bcoo, save_compact, to_bcoo
 from jaxsms.pruning import prunable_flags
 from jaxsms.trees import PyTree
 
-from ..benchmarks.bench_statistics import (
-  Contender,
-  alternate,
-  calls_for,
-  scaled,
-  seconds,
-)
+from ..benchmarks.bench_statistics import milliseconds
 from .latency_budget import BATCH
 from .run_directory import soup_folder
 from .task import Task
 
-ROUNDS, ROUND_SECONDS = 5, 0.02  # of each model
+ROUND_SECONDS = 0.02  # of each model
 
 
 def inference(task: Task, workdir: str | os.PathLike, seed: int) -> dict[str, Any] | None:
@@ -98,27 +93,12 @@ def measure_inference(
 
 def timed(calls: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
   """Milliseconds of each call, a function and its arguments, in alternating rounds."""
-  contenders, longest = {}, 0.0
-  for name, (function, *arguments) in calls.items():
 
-    def call(function=function, arguments=arguments):
-      jax.block_until_ready(function(*arguments))
+  def until_ready(function, *arguments):
+    jax.block_until_ready(function(*arguments))
 
-    call()  # compiles
-    once = seconds(call)
-    n = calls_for(ROUND_SECONDS, once)
-
-    def repeat(call=call, n=n):
-      for _ in range(n):
-        call()
-
-    contenders[name], longest = Contender(repeat, n, {}), max(longest, once)
-  spreads = alternate(contenders, ROUNDS if longest < 0.1 else 3)
-  milliseconds = {name: scaled(spread, 1000) for name, spread in spreads.items()}
-  return {
-    name: {"median": ms.median, "min": ms.min, "max": ms.max}
-    for name, ms in milliseconds.items()
-  }
+  waiting = {name: functools.partial(until_ready, *call) for name, call in calls.items()}
+  return milliseconds(waiting, ROUND_SECONDS, slow=0.1)
 
 
 def filled(params: PyTree, masks: PyTree) -> PyTree:

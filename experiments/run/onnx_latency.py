@@ -1,5 +1,6 @@
 """How fast ONNX files answer in ONNX Runtime, for the report of a run and the benchmark."""
 
+import functools
 import importlib.util
 import os
 import platform
@@ -12,13 +13,13 @@ from absl import logging
 from jaxsms.disk import storage
 from jaxsms.disk.onnx_files import start_session
 
-from ..benchmarks.bench_statistics import Contender, alternate, calls_for, scaled, seconds
+from ..benchmarks.bench_statistics import milliseconds
 from .results_check import LATENCY
 
 FOLDER = "onnx"  # in a run
 LATENCY_FILE = "latency.json"
 BATCHES = (1, 32)
-ROUNDS, ROUND_SECONDS = 5, 0.1  # of each file
+ROUND_SECONDS = 0.1  # of each file
 
 
 def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -76,27 +77,13 @@ def measured(files: Mapping[str, str], batches: Sequence[int] = BATCHES) -> dict
   sessions = {name: start_session(file) for name, file in files.items()}
   times: dict[str, dict[str, Any]] = {name: {} for name in files}
   for batch in batches:
-    contenders, longest = {}, 0.0
+    calls = {}
     for name, session in sessions.items():
       (given,) = session.get_inputs()
       x = np.random.default_rng(0).standard_normal((batch, *given.shape[1:]), np.float32)
-
-      def call(session=session, feed={given.name: x}):  # noqa: B006 - never changed
-        session.run(None, feed)
-
-      call()  # plans its memory
-      once = seconds(call)
-      n = calls_for(ROUND_SECONDS, once)
-      longest = max(longest, once)
-
-      def repeat(call=call, n=n):
-        for _ in range(n):
-          call()
-
-      contenders[name] = Contender(repeat, n, {})
-    for name, spread in alternate(contenders, ROUNDS if longest < 1 else 3).items():
-      ms = scaled(spread, 1000)
-      times[name][str(batch)] = {"median": ms.median, "min": ms.min, "max": ms.max}
+      calls[name] = functools.partial(session.run, None, {given.name: x})
+    for name, found in milliseconds(calls, ROUND_SECONDS, slow=1.0).items():
+      times[name][str(batch)] = found
   return {
     "runtime": f"ONNX Runtime {onnxruntime.__version__}",
     "device": platform.processor() or platform.machine(),

@@ -190,8 +190,8 @@ def begin(path: str | os.PathLike, run: dict[str, Any], flagfile: str) -> None:
     storage.write_bytes(path / FLAGS_FILE, flagfile.encode())
 
 
-def read_results(path: str | os.PathLike, holds: str = "seeds") -> dict[str, Any] | None:
-  """results.json; None where there is none that is whole and holds a list of that name.
+def read_results(path: str | os.PathLike) -> dict[str, Any] | None:
+  """results.json; None where there is none that is whole and holds seeds.
 
   Raises:
     ValueError: it is of another version.
@@ -200,7 +200,7 @@ def read_results(path: str | os.PathLike, holds: str = "seeds") -> dict[str, Any
     results = checked_results(path)
   except (storage.Damaged, OSError):
     return None
-  return results if results and holds in results else None
+  return results if results and "seeds" in results else None
 
 
 def checked_results(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -245,15 +245,6 @@ def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
 def soup_folder(path: str | os.PathLike, seed: int) -> storage.epath.Path:
   """Where the last soup of one seed lies."""
   return storage.as_path(path) / "soup" / f"seed_{seed}"
-
-
-def save_soup(path: str | os.PathLike, seed: int, model: dict[str, Any]) -> None:
-  """Saves the last soup of one seed: `params`, `batch_stats` and `masks`.
-
-  Raises:
-    OSError: it cannot be written.
-  """
-  save_model(soup_folder(path, seed), model)
 
 
 def save_model(path: storage.epath.Path, model: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from .channel_costs import ChannelCosts
 from .environment import environment
 from .flag_files import check_no_arguments
 from .progress import MEASURED, RunProgress
-from .run_directory import save_soup
+from .run_directory import save_model, soup_folder
 from .task import Task, load, with_data
 
 
@@ -137,7 +137,8 @@ class Listener:
           checkpointer.save(checkpointer.seed_state)
       case methods.Soup():
         checkpointer.check()
-        save_soup(checkpointer.workdir, checkpointer.seed_state.seed, event._asdict())
+        folder = soup_folder(checkpointer.workdir, checkpointer.seed_state.seed)
+        save_model(folder, event._asdict())
       case _:
         raise TypeError(f"nothing is known of an event that is a {type(event).__name__}")
 

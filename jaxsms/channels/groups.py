@@ -18,6 +18,7 @@ from jaxsms.trees import (
   path_names,
   path_string,
   shape_of,
+  split_leaves,
 )
 
 RULES = {
@@ -132,17 +133,13 @@ class Trace:
     zeros: Sequence[Sequence[np.ndarray | None]] | None = None,
     unused_stay: bool = True,
   ):
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    arrays = [i for i, (_, leaf) in enumerate(with_paths) if is_array(leaf)]
-    self.paths = [with_paths[i][0] for i in arrays]
-    self.leaves = [shape_of(with_paths[i][1]) for i in arrays]
-    others = [leaf for _, leaf in with_paths]
+    arrays, filled = split_leaves(params, lambda path, leaf: is_array(leaf))
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    self.paths = [path for path, leaf in with_paths if is_array(leaf)]
+    self.leaves = list(map(shape_of, arrays))
 
     def function(leaves, *inputs):
-      every = list(others)
-      for i, leaf in zip(arrays, leaves, strict=True):
-        every[i] = leaf
-      return apply(jax.tree.unflatten(structure, every), *inputs)
+      return apply(filled(leaves), *inputs)
 
     inputs = jax.tree.map(lambda x: shape_of(x) if is_array(x) else x, tuple(inputs))
     try:

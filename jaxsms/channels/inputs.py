@@ -5,34 +5,29 @@ from typing import Any
 
 import jax
 
-from jaxsms.trees import is_array
+from jaxsms.trees import is_array, split_leaves
 
 
 class Inputs:
   """Arguments of a call: arrays and floats move, all else is part of the function."""
 
   def __init__(self, args, kwargs):
-    self._flat, self._structure = jax.tree.flatten((args, kwargs))
-    self._moving = [
-      i for i, x in enumerate(self._flat) if is_array(x) or isinstance(x, float)
-    ]
-    self.arrays = [self._flat[i] for i in self._moving]
-    kinds = [
-      _kind(x) if i in self._moving else (type(x), x) for i, x in enumerate(self._flat)
-    ]
-    self.key = self._structure, tuple(kinds)
+    self.arrays, self._filled = split_leaves((args, kwargs), lambda path, x: _moves(x))
+    flat, structure = jax.tree.flatten((args, kwargs))
+    self.key = structure, tuple(_kind(x) if _moves(x) else (type(x), x) for x in flat)
 
   def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of params and of what moves alone."""
 
     def with_arrays(params, *arrays):
-      flat = list(self._flat)
-      for i, x in zip(self._moving, arrays, strict=True):
-        flat[i] = x
-      args, kwargs = jax.tree.unflatten(self._structure, flat)
+      args, kwargs = self._filled(arrays)
       return function(params, *args, **kwargs)
 
     return with_arrays
+
+
+def _moves(x):
+  return is_array(x) or isinstance(x, float)
 
 
 def _kind(x):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsms.channels.places import channel_leaves
 from jaxsms.devices.meshes import fetch
 from jaxsms.names import check_name
-from jaxsms.trees import Path, PyTree, is_parameter, path_names
+from jaxsms.trees import Path, PyTree, is_parameter, path_names, split_leaves
 
 Scores = list[np.ndarray]
 Score = Callable[[PyTree, Sequence], Scores]
@@ -123,26 +123,21 @@ def taylor_scores(
     >>> jaxsms.taylor_scores(loss, params, groups, jnp.ones((1, 1)))[0].tolist()
     [6.0, 20.0]
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-  trained = [i for i, (path, leaf) in enumerate(leaves) if is_parameter(path, leaf)]
+  trained, filled = split_leaves(params, is_parameter)
 
   def loss_of(chosen, batch):
-    new = dict(zip(trained, chosen, strict=True))
-    tree = [new.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
-    value = loss(jax.tree.unflatten(structure, tree), *batch)
+    value = loss(filled(chosen), *batch)
     if jnp.shape(value) != ():
       raise ValueError(
         f"loss gave {list(jnp.shape(value))}, not a scalar: take its mean over the batch"
       )
     return value
 
-  chosen = [jnp.asarray(leaves[i][1]) for i in trained]
+  chosen = list(map(jnp.asarray, trained))
   products = jax.jit(
     lambda x, batch: jax.tree.map(lambda w, g: (w * g).real, x, jax.grad(loss_of)(x, batch))
   )(chosen, batch)
-  by_number = dict(zip(trained, products, strict=True))
-  tree = [by_number.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
-  sums = _sums_over_places(jax.tree.unflatten(structure, tree), groups, _as_it_is)
+  sums = _sums_over_places(filled(products), groups, _as_it_is)
   return [np.abs(x) for x in sums]
 
 

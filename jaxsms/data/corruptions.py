@@ -241,7 +241,7 @@ def elastic_transform(key, image, constants):
   reach, sigma, shift = (min(image.shape[:2]) * c for c in constants)
   corner_key, step_key = jax.random.split(key)
   rows, columns = np.indices(image.shape[:2])
-  from_rows, from_columns = _affine_positions(corner_key, rows, columns, shift)
+  from_rows, from_columns = filters.affine_positions(corner_key, rows, columns, shift)
   image = filters.resample(image, from_rows, from_columns, "mirror")
   if not reach:
     return image
@@ -344,18 +344,3 @@ def _in_batches(key, images, name, severity, batch_size):
   return jax.lax.map(
     lambda pair: one(*pair), (_keys(key, images), images), batch_size=batch_size
   )
-
-
-def _affine_positions(key, rows, columns, shift):
-  """Where each pixel comes from when three points move by up to `shift` pixels."""
-  height, width = rows.shape
-  side = 2 * max(min(height, width) // 3, 1)
-  # A right angle: its corner, and the ends of its legs along rows and columns.
-  old = np.array([height // 2 - side / 2, width // 2 + side / 2])
-  legs = np.array([[0, 0], [0, -side], [side, 0]])
-  new = old + legs + jax.random.uniform(key, (3, 2), minval=-shift, maxval=shift)
-  (a, b), (c, d) = (new[2] - new[0]) / side, (new[0] - new[1]) / side
-  # Row and column steps became (a, b) and (c, d): solve for how many of each.
-  y, x = rows - new[0, 0], columns - new[0, 1]
-  determinant = a * d - b * c
-  return (d * y - c * x) / determinant + old[0], (a * x - b * y) / determinant + old[1]

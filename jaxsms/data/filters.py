@@ -252,3 +252,18 @@ def _doubling_matrix(size):
     neighbour = new // 2 + (1 if new % 2 else -1)
     matrix[new, np.clip(neighbour, 0, size - 1)] += 0.25
   return matrix
+
+
+def affine_positions(key, rows, columns, shift):
+  """Where each pixel comes from when three points move by up to `shift` pixels."""
+  height, width = rows.shape
+  side = 2 * max(min(height, width) // 3, 1)
+  # A right angle: its corner, and the ends of its legs along rows and columns.
+  old = np.array([height // 2 - side / 2, width // 2 + side / 2])
+  legs = np.array([[0, 0], [0, -side], [side, 0]])
+  new = old + legs + jax.random.uniform(key, (3, 2), minval=-shift, maxval=shift)
+  (a, b), (c, d) = (new[2] - new[0]) / side, (new[0] - new[1]) / side
+  # Row and column steps became (a, b) and (c, d): solve for how many of each.
+  y, x = rows - new[0, 0], columns - new[0, 1]
+  determinant = a * d - b * c
+  return (d * y - c * x) / determinant + old[0], (a * x - b * y) / determinant + old[1]

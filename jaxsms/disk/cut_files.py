@@ -17,7 +17,7 @@ from jaxsms.channels import Compact, compact_from
 from jaxsms.disk.by_name import by_path, nested
 from jaxsms.disk.npz import available_memory
 from jaxsms.disk.safetensors import (
-  check_dtypes,
+  arrays_of,
   digest_of,
   read_with_metadata,
   write_safetensors,
@@ -59,9 +59,7 @@ def save_cut(
     >>> jaxsms.export.load_cut(path, apply).params["a"].tolist()
     [[1.0]]
   """
-  named = by_path(network.params if params is None else params)
-  check_dtypes(named)
-  arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
+  arrays = arrays_of(network.params if params is None else params)
   layout = json.dumps(network.layout, separators=(",", ":"))
   digest = digest_of(arrays, layout)
   write_safetensors(path, arrays, {"format": FORMAT, "layout": layout, "sha256": digest})

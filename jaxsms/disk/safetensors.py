@@ -253,6 +253,13 @@ def make_header(
   return text, moved
 
 
+def arrays_of(tree: PyTree) -> dict[str, np.ndarray]:
+  """Leaves by path, of a tree that a file can take; ValueError where it cannot."""
+  named = by_path(tree)
+  check_dtypes(named)
+  return {name: np.asarray(leaf) for name, leaf in named.items()}
+
+
 def check_dtypes(arrays: Mapping[str, Any]) -> None:
   """Raises ValueError where a name or a dtype is none that the format has, or no value."""
   check_outside_jit("save", arrays, "call it outside of jit, on what the program gives")

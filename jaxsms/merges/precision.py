@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.merges.finite import check_some_finite, without_others
-from jaxsms.trees import PyTree, is_floating, is_parameter, number_of_models
+from jaxsms.trees import PyTree, is_floating, is_parameter, number_of_models, split_leaves
 
 SquaredGradients = PyTree | Callable[[PyTree], PyTree]
 
@@ -154,17 +154,12 @@ def diagonal_fisher(
   n = len(inputs)
   if not n:
     raise ValueError("there are no inputs: give some examples, such as training images")
-  leaves, structure = jax.tree.flatten(params)
-  chosen = [is_floating(leaf) for leaf in leaves]
+  trained, filled = split_leaves(params, lambda path, leaf: is_floating(leaf))
 
   def log_probability(trained, one, key):
-    filled = iter(trained)
-    full = [next(filled) if flag else x for x, flag in zip(leaves, chosen, strict=True)]
-    scores = logits(jax.tree.unflatten(structure, full), one[None])[0]
+    scores = logits(filled(trained), one[None])[0]
     label = jax.lax.stop_gradient(jax.random.categorical(key, scores))
     return jax.nn.log_softmax(scores.astype(jnp.float32))[label]
-
-  trained = [x for x, flag in zip(leaves, chosen, strict=True) if flag]
 
   def squared(now):
     gradient = jax.grad(log_probability)(trained, *now)
@@ -182,11 +177,9 @@ def diagonal_fisher(
   totals, _ = jax.lax.scan(lambda t, batch: (add(t, batch), None), totals, batches)
   if whole < n:
     totals = add(totals, jax.tree.map(lambda x: x[whole:], pairs))
-  means = iter(totals)
-  return jax.tree.unflatten(
-    structure,
-    [
-      next(means) / n if flag else jnp.zeros(np.shape(x), jnp.float32)
-      for x, flag in zip(leaves, chosen, strict=True)
-    ],
+  full = filled(total / n for total in totals)
+  return jax.tree.map(
+    lambda x, like: x if is_floating(like) else jnp.zeros(np.shape(x), jnp.float32),
+    full,
+    params,
   )

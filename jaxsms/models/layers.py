@@ -140,11 +140,6 @@ def caller(train: bool, remat: bool) -> Callable[[nn.Module, jax.Array], jax.Arr
   return nn.remat(call) if remat else call
 
 
-def flatten(images: jax.Array) -> jax.Array:
-  """[batch, ...] -> [batch, values]."""
-  return images.reshape(images.shape[0], -1)
-
-
 def hidden_widths(hidden: Sequence[int]) -> tuple[int, ...]:
   """Widths as a tuple (linen fields must be hashable); ValueError where one is below 1."""
   widths = tuple(int(w) for w in hidden)

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxsms.models.layers import Layers, flatten
+from jaxsms.models.layers import Layers
 
 
 class MLP(nn.Module):
@@ -28,7 +28,7 @@ class MLP(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[batch, height, width, channels] -> logits [batch, num_classes]."""
     layers = Layers(self.dtype)
-    x = flatten(images)
+    x = images.reshape(images.shape[0], -1)
     for width in self.hidden:
       x = nn.relu(layers.dense(width, x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)

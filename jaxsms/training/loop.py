@@ -91,7 +91,9 @@ def train_copies(
   programs, data = engine.programs, engine.splits.train
   m, steps = number_of_models(ingredients, "ingredients"), ingredients["steps"]
   length = chunk_length(engine.steps_per_epoch, engine.chunk_steps)
-  like = _one_mask(state.params) if callable(masks) else masks
+  like = masks  # in shapes: of one copy
+  if callable(masks):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], bool), state.params)
   state = begin_average(state, ingredients)
   running = None  # the host looks at a chunk once the next one is on the device
   with explain_out_of_memory(programs, data, like, key, state, length):
@@ -150,11 +152,6 @@ def changed(
     except StopIteration as end:
       return end.value
     yield change(event)
-
-
-def _one_mask(params: PyTree) -> PyTree:
-  """The shapes of masks that all copies share, from leaves [m, ...]."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], bool), params)
 
 
 def fetched(chunk: Chunk, steps: np.ndarray | jax.Array) -> Chunk:

@@ -101,7 +101,8 @@ def recalibrate(
   batches = recalibration_batches(data.size, programs.batch_size)
   one = seed_ingredients(1, steps=batches)
   total = jax.tree.map(jnp.zeros_like, like)
-  for chunk in training_batches(programs._replace(mesh_of=_no_mesh), data, key, one, 1, 0):
+  programs_alone = programs._replace(mesh_of=lambda copies: None)
+  for chunk in training_batches(programs_alone, data, key, one, 1, 0):
     total = programs.batch_statistics(
       key, np.int32(chunk.step), fetch(chunk.images)[0, 0], params, total
     )
@@ -124,7 +125,3 @@ def predict(
     logits.append(programs.predict(fetch(batch.images), params, batch_stats)[:, :valid])
     labels.append(fetch(batch.labels)[:valid])
   return jnp.concatenate(logits, axis=1), jnp.concatenate(labels)
-
-
-def _no_mesh(copies: int) -> None:
-  return None
