@@ -9,7 +9,7 @@ import scipy.ndimage
 import scipy.stats
 
 from jaxsms import data
-from jaxsms.data import corruptions, filters
+from jaxsms.data import filters
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
