@@ -1,7 +1,7 @@
 """Training on the host's side: chunk after chunk of the jitted program."""
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def train_copies(
         yield fetched(running, steps)
       running = chunk
       wanted = engine.wants_state()
-      if wanted or chunk.loss.is_ready():  # it is where a program is waited for
+      if wanted or cast(Any, chunk.loss).is_ready():  # it is where a program is waited for
         yield fetched(running, steps)
         running = None
       if wanted:
