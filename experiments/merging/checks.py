@@ -9,7 +9,6 @@ import numpy as np
 from jaxsms.disk.by_name import check_fit
 from jaxsms.disk.merging import DENSE, Found
 from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
-from jaxsms.names import check_name
 from jaxsms.trees import is_parameter
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -63,14 +62,9 @@ def check_others(first: Tensors, others: Sequence[Sequence[Tensors] | None]) -> 
 
 
 def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
-  """Shapes and dtypes of the result: those of the first model, or another dtype.
-
-  Raises:
-    ValueError: an unknown dtype.
-  """
+  """Shapes and dtypes of the result: those of the first model, or another dtype."""
   if dtype is None:
     return first.specs
-  check_name("dtype", dtype, DTYPES)
   return {
     name: Spec(spec.shape, jnp.dtype(dtype)) if spec.is_floating else spec
     for name, spec in first.specs.items()
