@@ -137,6 +137,7 @@ def test_averages_are_their_closed_forms(programs, dense, trajectory):
     assert not removed.any() and not np.signbit(removed).any()
 
 
+@pytest.mark.slow
 def test_a_stop_on_the_way_does_not_enter_the_average(programs, dense):
   """A search stops copies at its rungs, here at step 7 of an average of 4, 8 and 12."""
   chosen = with_averages([1, 0], STEPS, 1.0, 2, 4)
@@ -169,6 +170,7 @@ def test_averages_on_a_mesh_and_one_after_another(programs, dense):
     assert_close(elsewhere.average, together.average, 1e-4)
 
 
+@pytest.mark.slow
 def test_copies_at_once_equal_copies_alone(programs, dense):
   """Also where they take fewer steps."""
   options = OTHERS

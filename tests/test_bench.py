@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
   return json.loads(path.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_figures_agree_with_one_another(finished):
   results, _ = finished
   work, rows = results["work"], results["copies"]
@@ -217,6 +218,7 @@ def test_chunks_are_short_where_steps_are_long():
   assert bench_jax.most_chunk_steps(10**15, None, None) == 50
 
 
+@pytest.mark.slow
 def test_the_program_is_compiled_once_and_trains():
   module = models.create("mlp", 10, hidden=(4,), dropout=0.0)
   task = bench_jax.make_task(

@@ -9,6 +9,7 @@ from experiments.benchmarks import bench_convolution as bench
 from jaxsms.nn.lowerings import NHWC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["3x3/3/4", "3x3/2/4/2", "1x1/3/4", "1x1/2/4/2"])
 def test_all_ways_are_the_convolution(text, monkeypatch):
   monkeypatch.setattr(bench, "BATCH", 2)

@@ -18,6 +18,7 @@ def parse(*given):
   return read_training_flags(bench_cut.Config, values)
 
 
+@pytest.mark.slow
 def test_a_measurement_and_what_is_said_of_it():
   config = parse("--model=mlp", "--batch_size=4", "--rounds=2", "--mesh=none")
   contest = bench_cut.make_contest(config)

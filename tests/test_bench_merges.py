@@ -25,6 +25,7 @@ def parse(*given):
   return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "names",
   [

@@ -19,6 +19,7 @@ def parse(*given):
   return values
 
 
+@pytest.mark.slow
 def test_a_measurement(monkeypatch):
   monkeypatch.setattr(bench_saving, "ROUND_SECONDS", 0.01)
   values = parse("--ingredients=2", "--rounds=2", "--mesh=none")

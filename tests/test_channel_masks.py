@@ -645,6 +645,7 @@ def small():
   return Small().apply, variables, images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["weights", "multiply_adds"])
 def test_the_cut_network_costs_what_was_asked(budget, small):
   apply, variables, images = small

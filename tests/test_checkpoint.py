@@ -148,6 +148,7 @@ def test_any_manifest_is_read_or_refused(saved, content):
     assert damaged_or_right(path, saved[1])
 
 
+@pytest.mark.slow
 @hypothesis.given(st.dictionaries(NAMES, JSON | st.dictionaries(NAMES, JSON)))
 def test_any_manifest_with_its_digest_is_read_or_refused(saved, document):
   with copied(saved) as (path, _):

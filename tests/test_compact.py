@@ -74,6 +74,7 @@ def check(apply, params, inputs, seed=0, tolerance=1e-5):
   return small, outs, small_outs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_others(name):
   network = NETWORKS[name]()
@@ -110,6 +111,7 @@ def test_our_networks(name, side, options):
   check(module.apply, variables, (images,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "options"),
   [
@@ -158,6 +160,7 @@ def test_dropout_draws_from_the_same_distribution():
   np.testing.assert_allclose(std, small_std, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_other_batches_jit_and_copies():
   network = NETWORKS["decoder"]()
   small, masks = cut_at_random(network.apply, network.params, network.inputs)
@@ -181,6 +184,7 @@ def test_other_batches_jit_and_copies():
   assert_close(jax.vmap(small.shrink)(several[1]), cut[1])
 
 
+@pytest.mark.slow
 def test_our_convolution_in_place_of_plain_ones_and_one_image_at_a_time():
   """Plain convolutions run as ours; ours under a vmap over images are followed too."""
   module, variables, images = ours("resnet8", width=4)
@@ -207,6 +211,7 @@ def test_our_convolution_in_place_of_plain_ones_and_one_image_at_a_time():
     assert_close(small.shrink(gradient), cut)
 
 
+@pytest.mark.slow
 def test_copies_on_a_mesh():
   """Traced outside of shard_map, run inside: constants vary where parameters do."""
   module, variables, images = ours("resnet8", width=4)
@@ -229,6 +234,7 @@ def test_copies_on_a_mesh():
   assert_close(jax.jit(step)(copies, images), jax.jit(sharded)(copies, images))
 
 
+@pytest.mark.slow
 def test_a_loss_cut_trains_like_the_masked_network():
   network = NETWORKS["by_hand"]()
   small, masks = cut_at_random(network.apply, network.params, network.inputs)
@@ -425,6 +431,7 @@ ACTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4), st.integers(0, 99))
 def test_any_network(names, seed):

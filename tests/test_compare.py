@@ -58,6 +58,7 @@ def finished(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_its_report(finished, tmp_path):
   page = write_report([finished], tmp_path).read_text()
   drawn = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -77,6 +78,7 @@ def test_parts_share_what_does_not_depend_on_copies_or_sparsity():
   assert seeds == sorted(seeds), "a whole seed before the next"
 
 
+@pytest.mark.slow
 def test_a_cell_is_what_a_run_of_those_flags_gives(finished, tmp_path):
   alone = tmp_path / "alone"
   flags = (*SMALL, "--mesh=none", "--seed=1", "--baselines=imp,imp_mx,dense_soup")
@@ -124,6 +126,7 @@ def test_models_of_checkpoints_go_and_soups_stay(finished):
   assert soups == {f"sms-{goal}-m2-seed{s}" for goal in (0.5, 0.75) for s in (0, 1)}
 
 
+@pytest.mark.slow
 def test_more_of_everything_is_added_and_nothing_repeated(finished, capsys):
   before = {path: path.read_bytes() for path in finished.glob("parts/*/results.json")}
   flags = (*SMALL, "--mesh=none", "--sparsities=0.75", "--copies=2", "--baselines=bimp")
@@ -197,6 +200,7 @@ def test_a_method_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch)
   assert (tmp_path / "c" / "parts" / "imp-0.75-seed0" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_dense_model_is_set_aside_and_trained_again(tmp_path, capsys):
   flags = (*SMALL, "--mesh=none", f"--workdir={tmp_path}")
   assert compare_with(*flags, "--baselines=") == 0

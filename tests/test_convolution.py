@@ -106,6 +106,7 @@ def test_value_and_gradients_equal_pytorch(image, kernel, strides, padding, batc
 sizes = st.integers(5, 7)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_small_shape_equals_native(data):
@@ -570,6 +571,7 @@ def pure_state(state, params):
   return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_a_soup_of_networks_with_this_convolution(framework):
   """Equal to the one with XLA's own, in programs that have loops instead of groups."""

@@ -86,6 +86,7 @@ def test_shape_dtype_and_draws(name):
   assert drawn == (name not in deterministic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sample_of(data.CORRUPTIONS))
 def test_the_same_in_batches_and_mapped_over_keys(name):
   """Gray and no square where that applies."""
@@ -108,6 +109,7 @@ def test_an_image_depends_on_its_place_only():
     np.testing.assert_array_equal(got, want[:n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", sample_of(n for n in data.CORRUPTIONS if n not in UNORDERED)
 )
@@ -337,6 +339,7 @@ def test_fog_keeps_the_range_and_adds_the_same_to_all_channels():
   assert np.ptp(cloud, axis=(1, 2)).min() > 1.4
 
 
+@pytest.mark.slow
 def test_snow_brightens_and_falls_both_ways():
   for severity in (1, 3, 5):
     assert (corrupted_photos("snow", severity) >= photos()).all()

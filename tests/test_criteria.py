@@ -225,6 +225,7 @@ def test_wide_groups_with_ties_on_any_axis(n, m, axis):
   np.testing.assert_array_equal(np.moveaxis(mask, axis, -1).reshape(-1, m), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_lamp_is_the_same_in_a_program(masked, assert_trees_equal):
   # Outside of one NumPy sorts, inside of one XLA does.

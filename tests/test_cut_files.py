@@ -78,6 +78,7 @@ def test_pytorch_computes_the_cut_network(name, tmp_path):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_cut_network_is_read_again_and_starts_a_run(tmp_path):
   module, network, apply, images = made("resnet8")
   path = tmp_path / "cut.safetensors"
@@ -194,6 +195,7 @@ assert "jaxsms" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", "vit_tiny"])
 def test_a_stablehlo_file_runs_in_a_process_without_the_network(name, tmp_path):
   pytest.importorskip("flatbuffers")

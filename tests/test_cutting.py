@@ -76,6 +76,7 @@ def both():
   return soups(True), soups(False)
 
 
+@pytest.mark.slow
 def test_the_soup_is_that_of_masks_of_channels_without_cutting(both):
   (cut, _), (masked, _) = both
   assert_close(cut.model.params, masked.model.params, 2e-5)
@@ -102,6 +103,7 @@ def streamed(split):
   return training.StreamedData(source, np.arange(split.size), threads=0)
 
 
+@pytest.mark.slow
 def test_streamed_data_give_the_same_soup_cut_and_masked():
   splits = Splits(*map(streamed, SPLITS[:3]))
   (cut, cuts), (masked, _) = (soups(shrink, splits=splits) for shrink in (True, False))
@@ -111,6 +113,7 @@ def test_streamed_data_give_the_same_soup_cut_and_masked():
   assert cuts[1].shrink(cut.model).params["Dense_0"]["kernel"].shape[1] < 12
 
 
+@pytest.mark.slow
 def test_parameters_in_parts_give_the_same_soup(both):
   """Each copy's parameters over two devices; widths that are odd after a cut stay whole."""
   mesh = make_mesh(1, 2, devices=jax.devices()[:2])
@@ -127,6 +130,7 @@ def test_parameters_in_parts_give_the_same_soup(both):
     assert a["soup"] == pytest.approx(b["soup"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_kept_state_goes_on_in_the_shapes_of_its_phase(both):
   done, states = [], []
 

@@ -47,11 +47,13 @@ def compiled_step(mesh, small, examples, m, **options):
   ).compile()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_training_step_of_one_copy_on_each_device_has_no_collective(small, examples):
   text = compiled_step(make_mesh(8), small, examples, 8).as_text()
   assert not COLLECTIVE.search(text)
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_split_is_summed_over_its_devices(small, examples):
   parts = compiled_step(make_mesh(4, 2), small, examples, 4)
   assert {match[1] for match in COLLECTIVE.finditer(parts.as_text())} == {"reduce"}
@@ -104,6 +106,7 @@ def test_pruning_parameters_in_parts_gathers_no_weights():
   assert largest < 1000, text
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
   programs = make_programs(Small())
   state = start(*small, programs.optimizer(0.0, 0.0), 3)

@@ -73,6 +73,7 @@ def test_copies_on_any_mesh_equal_those_on_one_device(shape, alone, small, examp
   assert_close(train(make_programs(Small(), mesh=mesh), examples, small, *CHOSEN), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("mesh", [None, (2, 1)])
 def test_groups_of_copies_equal_all_at_once(at_once, mesh, alone, small, examples):
@@ -95,6 +96,7 @@ def phases_on(n, greedy):
   return model, records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "n, greedy", [(8, False), slow(2, False), slow(4, False), slow(8, True)]
 )
@@ -110,6 +112,7 @@ def test_phases_on_any_number_of_devices_equal(n, greedy):
 # Parts of a batch, and parameters in parts.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "micro_batches, mesh", [(4, (1, 2)), slow(2, (1, 2)), slow(4, None), slow(2, None)]
 )
@@ -124,6 +127,7 @@ def test_micro_batches_equal_the_batch_without_normalization(micro_batches, mesh
   assert_close(train(parts, make_data(23), dense, *chosen), whole)
 
 
+@pytest.mark.slow
 def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
   """By hand: the mean of the gradients of both halves, and their statistics in turn."""
   sgd = training.sgd(0.1)
@@ -153,6 +157,7 @@ def test_a_step_in_micro_batches_normalizes_each_by_itself(small, examples):
   assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_in_parts_equal_whole_ones_and_take_less_memory():
   mlp = models.create("mlp", 4, hidden=(512,), dropout=0.0)
   dense = Model(*training.init_variables(mlp, jax.random.key(0), (4, 4, 1)))
@@ -176,6 +181,7 @@ def test_parameters_in_parts_equal_whole_ones_and_take_less_memory():
   assert shapes == {(16, 128)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [2, 3])
 def test_no_device_ever_holds_a_model_that_is_in_parts(copies):
   """From the first value to the last: made in parts, and no copy that was placed stays."""
@@ -210,6 +216,7 @@ def test_no_device_ever_holds_a_model_that_is_in_parts(copies):
   assert_close(got, train(make_programs(mlp), make_data(23), whole, *chosen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(2, 1), (4, 1)])
 def test_a_state_that_is_placed_elsewhere_is_freed(mesh, small, examples):
   programs = make_programs(Small(), mesh=make_mesh(*mesh, devices=devices(mesh[0])))
@@ -252,6 +259,7 @@ def test_batches_that_do_not_split(small, examples, rejects):
 # Streamed data behind the same loop.
 
 
+@pytest.mark.slow
 def test_streamed_training_equals_the_same_batches_by_hand(small, examples):
   source = data.ArrayExamples(np.asarray(examples.images), np.asarray(examples.labels))
   streamed = training.StreamedData(source, np.arange(23), threads=0)
@@ -277,6 +285,7 @@ def test_streamed_training_equals_the_same_batches_by_hand(small, examples):
   assert_close((state.params, state.batch_stats), jax.tree.map(lambda x: x[1], tuple(got)))
 
 
+@pytest.mark.slow
 def test_streamed_phases_score_like_resident_ones(small, examples):
   def streamed(split):
     images, labels = np.asarray(split.images), np.asarray(split.labels)

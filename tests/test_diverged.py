@@ -73,6 +73,7 @@ def phases(programs, dense, rates, number=1, **options):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_diverged_copy_is_frozen_and_left_out_of_everything(programs, dense):
   together = phases(programs, dense, [0.1, 1e38, 0.1])
   record = together.records[0]
@@ -216,6 +217,7 @@ def merged(programs, candidates, merge=None, greedy=False, start=None):
   return merge_candidates(engine, jax.random.key(1), candidates, merging, start)
 
 
+@pytest.mark.slow
 def test_a_collapsed_copy_is_left_out_of_everything_but_its_own_figures(
   programs, trained, assert_trees_equal, caplog
 ):
@@ -242,6 +244,7 @@ def test_a_collapsed_copy_is_left_out_of_everything_but_its_own_figures(
   assert second == "Seed 7, phase 1: 1 of 4 copies collapsed and is left out (from 0: 2)."
 
 
+@pytest.mark.slow
 def test_averaging_that_fails_is_not_hidden_by_a_collapsed_copy(programs, trained):
   """The soup is held against the worst candidate: that one would make any soup good."""
 
@@ -325,6 +328,7 @@ def test_a_method_that_collapsed_is_named_wherever_it_is_compared():
   assert "With seed 5 all its copies collapsed: the soup is not to be trusted." in text
 
 
+@pytest.mark.slow
 def test_imp_reprune_leaves_a_diverged_run_out_for_good(dense, rejects, caplog):
   own = training.make_programs(
     models.create("mlp", 3, hidden=(6,), dropout=0.0),

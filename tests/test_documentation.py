@@ -98,6 +98,7 @@ def test_the_command_covers_all_modules_that_the_package_hands_out():
   assert {f"jaxsms.{name}" for name in jaxsms._ROOMS} <= set(MODULES)
 
 
+@pytest.mark.slow
 def test_pdoc_makes_the_reference_without_a_warning(tmp_path):
   pytest.importorskip("pdoc")
   command = f"{shlex.quote(sys.executable)} -m {COMMAND}"

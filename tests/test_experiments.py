@@ -223,6 +223,7 @@ def test_unwritable_workdir(tmp_path, capsys):
   assert all("--workdir" in line for line in errors)
 
 
+@pytest.mark.slow
 def test_arrays_from_a_file(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {}
@@ -244,6 +245,7 @@ def test_arrays_from_a_file(tmp_path):
   assert "imp" not in seed["phases"][0]
 
 
+@pytest.mark.slow
 def test_all_copies_diverging_ends_with_one_sentence(tmp_path, capsys):
   flags = ["--learning_rate=1e30", "--baselines=", f"--workdir={tmp_path / 'run'}"]
   assert run(*SMALL, *flags) != 0
@@ -251,6 +253,7 @@ def test_all_copies_diverging_ends_with_one_sentence(tmp_path, capsys):
   assert message.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path, capsys):
   flags = ["--epochs=1", "--batch_size=1077", "--learning_rate=1e39", "--retrain_epochs=0"]
   assert run(*SMALL, *flags, f"--workdir={tmp_path / 'run'}") == 1
@@ -259,6 +262,7 @@ def test_a_model_that_diverges_in_its_last_step_ends_with_one_sentence(tmp_path,
   assert "no seed finished" in message
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys, monkeypatch):
   run_seed = running.run_seed
 

@@ -273,6 +273,7 @@ def test_the_public_safetensors_package_reads_what_is_written(path):
   np.testing.assert_array_equal(mask, kernel)
 
 
+@pytest.mark.slow
 def test_dense_layers_as_sparse_matrices_give_the_same_products(mlp):
   module, images, params = mlp
   layers = to_bcoo(params)

@@ -49,6 +49,7 @@ def assert_same(a, b):
     np.testing.assert_array_equal(a[name], b[name], strict=True)
 
 
+@pytest.mark.slow
 def test_compact_and_safetensors_hold_the_soup(finished, tmp_path, capsys):
   workdir, soup, _ = finished
   params, out = {"params": soup["params"]}, tmp_path / "deep" / "compact.safetensors"
@@ -145,6 +146,7 @@ def test_an_int8_file_is_not_overwritten(finished, tmp_path, capsys):
   assert mine.read_text() == "mine" and not out.exists()
 
 
+@pytest.mark.slow
 def test_a_soup_of_checkpoints_scores_what_the_run_says(finished, tmp_path, capsys):
   workdir, found, _ = finished
   export.save_compact(tmp_path / "a.safetensors", {"params": found["params"]})
@@ -226,6 +228,7 @@ def logits_of(params):
   return x
 
 
+@pytest.mark.slow
 def test_a_run_that_shrank_is_exported_in_its_small_shapes(cut_run, tmp_path, capsys):
   workdir, params, widths = cut_run
   out = tmp_path / "cut.safetensors"

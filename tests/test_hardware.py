@@ -128,6 +128,7 @@ def test_measuring_keeps_the_fastest(monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_training(monkeypatch):
   rng = np.random.default_rng(0)
   images, labels = rng.integers(0, 256, (40, 4, 4, 1), np.uint8), np.arange(40) % 2

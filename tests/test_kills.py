@@ -75,6 +75,7 @@ def tear(workdir):
     file.write(b'{"seed": 0, "meth')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [SOME, pytest.param(KILLS, marks=pytest.mark.slow)])
 def test_killed_at_named_places_and_at_random_it_ends_as_if_undisturbed(
   named, tmp_path, launch

@@ -216,6 +216,7 @@ def training_images():
   return images.astype(np.float32).reshape(2, BATCH, 4, 4, 1)
 
 
+@pytest.mark.slow
 def test_the_ends_of_lines_are_the_candidates_evaluated_alone(measured):
   _, candidates, found = measured
   assert [line["between"] for line in found["lines"]] == [[0, 1], [0, 2], [1, 2]]
@@ -286,6 +287,7 @@ def test_a_mesh_changes_nothing(measured, dense):
   np.testing.assert_allclose(found["plane"]["loss"], expected["plane"]["loss"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_copies_that_diverged_are_left_out(programs, dense):
   four = phase(programs, dense, (0.1, 1e38, 0.1, 0.1)).records[0]["landscape"]
   assert four["plane"]["through"] == [0, 2, 3]

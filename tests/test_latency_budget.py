@@ -61,6 +61,7 @@ def test_a_goal_that_no_channels_reach(monkeypatch, rejects):
     clock().check(0.78)
 
 
+@pytest.mark.slow
 def test_phases_take_their_share_of_the_time(tmp_path, monkeypatch, quick_figures):
   monkeypatch.setattr(latency_budget, "seconds_per_call", size)
   status = run(

@@ -75,6 +75,7 @@ def test_mean_and_largest_of_single_metrics():
   assert found["geometry"]["mean_angle"] == pytest.approx(90)
 
 
+@pytest.mark.slow
 def test_every_model_and_the_ensemble_on_every_split():
   programs, data = make_programs(), make_data(11, 1)
   one = training.init_variables(Tiny(), jax.random.key(0), (4, 4, 1))

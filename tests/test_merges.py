@@ -199,6 +199,7 @@ def ties_by_hand(stacked, base, density, scale):
   return result
 
 
+@pytest.mark.slow
 @given(st.integers(0, 1000), st.sampled_from((0.05, 0.4, 1.0)), st.sampled_from((0.3, 1.0)))
 def test_ties_by_hand(seed, density, scale):
   stacked, base = models(seed)

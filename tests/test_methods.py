@@ -60,6 +60,7 @@ def test_what_is_shown_can_be_told_apart():
   assert len({look.title for look in shown.values()}) == len(shown)
 
 
+@pytest.mark.slow
 def test_every_baseline_is_measured_at_its_sparsity(everything):
   first, last = results(everything)["phases"]
   config = config_of(f"--flagfile={everything / 'flags.txt'}")
@@ -113,6 +114,7 @@ def test_records_hold_what_models_are_measured_by(everything):
     assert phase["pruning_instability"] == share
 
 
+@pytest.mark.slow
 def test_given_weights_ood_and_copies_of_other_lengths(everything, tmp_path):
   workdir, soup = tmp_path / "run", checkpoint.restore(everything / "soup" / "seed_0")
   path = tmp_path / "soup.safetensors"
@@ -144,6 +146,7 @@ def test_given_weights_ood_and_copies_of_other_lengths(everything, tmp_path):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("criterion", "sparsity"),
   [("random", 0.75), ("erk", 0.75), ("lamp", 0.75), ("n_m", 0.75), ("magnitude", 0.75)],
@@ -176,6 +179,7 @@ def test_a_criterion_from_outside_is_a_value_of_its_flag(monkeypatch, rejects):
     config_of(*SMALL, "--criterion=halves", "--scope=uniform")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet8", "vit_tiny"])
 def test_filters_and_groups_in_other_networks(model):
   options = {"depth": 1, "width": 24} if model == "vit_tiny" else {"width": 4}

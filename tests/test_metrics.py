@@ -180,6 +180,7 @@ def test_agreement(rejects):
     jaxsms.agreement(a, b[:2])
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 5]))
 def test_spread_of_models_equals_scipy(seed, m):
   rng = np.random.default_rng(seed)

@@ -40,6 +40,7 @@ def timed_run(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   monkeypatch.setattr(
     onnx_latency, "measured", lambda files: times_of(dense=4000, soup=1000)
@@ -60,6 +61,7 @@ def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   assert onnx_latency.run_latency(timed_run)["runtime"] == "ONNX Runtime 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "damage", [lambda x: x.pop("runtime"), lambda x: x["files"].pop("soup.onnx")]
 )

@@ -158,6 +158,7 @@ def test_wrong_labels_in_one_share_harm_its_copy_alone(programs, data, dense):
   assert np.mean(misled == data.labels) < 0.1
 
 
+@pytest.mark.slow
 def test_copies_together_are_what_each_is_alone(programs, data, dense, assert_trees_equal):
   parts = [np.arange(9), np.arange(5, 30), np.arange(20, 26)]
   chosen = on_shares(parts, 17, seeds=[4, 0, 2])
@@ -168,6 +169,7 @@ def test_copies_together_are_what_each_is_alone(programs, data, dense, assert_tr
     assert_trees_equal(one, alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
 def test_on_a_mesh_it_is_the_same(programs, data, dense, shape, assert_trees_equal):
   chosen = on_shares([np.arange(9), np.arange(5, 30), np.arange(20, 26)], 8)
@@ -177,6 +179,7 @@ def test_on_a_mesh_it_is_the_same(programs, data, dense, shape, assert_trees_equ
   assert_trees_equal(jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_phases_at_one_sparsity_keep_the_mask(programs, data, dense):
   chosen = on_shares([np.arange(12), np.arange(12, 30)], 7)
 

@@ -122,6 +122,7 @@ def test_all_layers_give_bfloat16_and_sum_in_float32(name):
   assert set(sums) <= {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 @every_network
 def test_variables_and_training_state_are_float32(name):
   fields = BFLOAT16 if name == "mlp" else BFLOAT16 | {"remat": True}
@@ -177,6 +178,7 @@ def random_images():
   return np.random.default_rng(1).standard_normal(IMAGES.shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some_convolutional("resnet8", "vit"))
 def test_remat_changes_neither_losses_nor_statistics_nor_gradients(
   name, assert_trees_equal

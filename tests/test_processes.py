@@ -53,6 +53,7 @@ def finish_all(processes, seconds=1800):
     return list(pool.map(functools.partial(finish, seconds=seconds), processes))
 
 
+@pytest.mark.slow
 def test_a_soup_on_a_mesh_over_two_processes_equals_that_of_one(tmp_path):
   """Whole and the same in both, from arrays of the host and from ones in parts."""
   script, port = ROOT / "tests" / "soup_of_processes.py", free_port()
@@ -135,6 +136,7 @@ def test_networks_shrink_in_two_processes_as_in_one(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_processes_cannot_share(tmp_path):
   for flags, words in (
     (("--mesh=none",), "several processes need a mesh"),

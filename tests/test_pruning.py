@@ -178,6 +178,7 @@ def test_random_masks_count_and_nest(seed, share, scope, old):
   assert not np.any(more & ~first)
 
 
+@pytest.mark.slow
 def test_random_masks_are_uniform():
   keys = jax.random.split(jax.random.key(0), 400)
   params = {"a": {"kernel": jnp.ones((4, 5))}, "b": {"kernel": jnp.ones((10, 2))}}

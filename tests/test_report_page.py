@@ -269,6 +269,7 @@ def test_methods_missing_from_some_seeds():
   assert "seeds" not in row["soup"]
 
 
+@pytest.mark.slow
 def test_a_run_under_way(tmp_path):
   seeds = [fake_runs.entry(seed, methods=("imp", "bimp")) for seed in range(2)]
   evaluations = fake_runs.evaluations_of(seeds[1])
@@ -307,6 +308,7 @@ def test_sections_without_data_are_left_out(tmp_path):
   assert "OOD" not in page.read_text()
 
 
+@pytest.mark.slow
 def test_several_runs_and_a_comparison_share_a_report(tmp_path, rejects):
   small = [fake_runs.entry(0, ood=False)]
   for name in ("a", "b"):
@@ -320,6 +322,7 @@ def test_several_runs_and_a_comparison_share_a_report(tmp_path, rejects):
   assert (tmp_path / "both" / "figures" / "accuracy-soups.svg").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison(tmp_path):
   fake_runs.write_comparison(tmp_path, (0.8, 0.9), (2, 3))
   page = write_report([tmp_path])
@@ -344,6 +347,7 @@ def test_commands_name_the_package_that_is_there(tmp_path, monkeypatch):
     assert origin.command.startswith(f"python -m jaxsms.experiments.{job} ")
 
 
+@pytest.mark.slow
 def test_all_versions_that_did_a_part_are_named(tmp_path):
   here, there = ({**fake_runs.ENVIRONMENT, "jax": jax} for jax in ("0.9.1", "0.10.2"))
   listed = [{"from": "the start", "environment": here}]

@@ -27,6 +27,7 @@ def small_run(path, goal, phases_done=2, lines=(), **flags):
   return fake_runs.write_run(path, seeds, lines, flags, finished=phases_done == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "other, joined",
   [({}, True), ({"seed": 3, "baselines": []}, True), ({"epochs": 7}, False),
@@ -40,6 +41,7 @@ def test_only_runs_alike_share_a_line(tmp_path, other, joined):
   assert ("accuracy-soups" in found) != joined
 
 
+@pytest.mark.slow
 def test_a_run_before_its_goal_is_not_drawn_at_it(tmp_path):
   paths = [small_run(tmp_path / name, goal) for name, goal in (("a", 0.7), ("b", 0.8))]
   paths.append(small_run(tmp_path / "c", 0.9, phases_done=1))
@@ -116,6 +118,7 @@ def test_landscapes_that_are_not_finite(tmp_path, plane):
   assert ("plane" in drawn(page)) == (plane is not None)
 
 
+@pytest.mark.slow
 def test_steps_are_not_compared_where_epochs_vary(tmp_path):
   for vary, said in (("epochs", 0), ("seed", 2)):
     entry = fake_runs.entry(0, methods=("imp", "imp_mx"))
@@ -125,6 +128,7 @@ def test_steps_are_not_compared_where_epochs_vary(tmp_path):
     assert "IMP 3x" in text.split("##")[0]
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_not_whole(tmp_path):
   path = fake_runs.write_comparison(tmp_path, (0.8,), (2,))
   text = written(write_report([path]))

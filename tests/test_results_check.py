@@ -61,6 +61,7 @@ def write_as_it_is(path, content):
   path.write_text(text)
 
 
+@pytest.mark.slow
 def test_what_a_run_writes_is_right(real):
   check_results("", document(real))
   lines = list(read_lines((real / "metrics.jsonl").read_bytes()))
@@ -244,6 +245,7 @@ def places(value, path=()):
   return found
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(st.data())
 def test_any_edits_are_read_or_refused_in_one_sentence(real, tmp_path_factory, data):

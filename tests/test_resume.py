@@ -123,6 +123,7 @@ def test_signals_save_and_end_with_their_status(number, tmp_path, monkeypatch, c
   assert found["work"]["parts"] == ["state"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_says_so(copy, undisturbed, capsys):
   assert again(copy) == 0
   lines = capsys.readouterr().err.splitlines()
@@ -176,6 +177,7 @@ def lose(folder):
   (folder / "manifest.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "damage", [flip, *(pytest.param(d, marks=pytest.mark.slow) for d in (truncate, lose))]
 )
@@ -254,6 +256,7 @@ def test_runs_of_other_versions_are_refused(
   assert "holds a run of another version" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["jaxsms", "jax"])
 def test_a_run_that_another_version_began_is_refused(
   package, copy, undisturbed, monkeypatch, capsys
@@ -282,6 +285,7 @@ def test_a_run_that_another_version_began_is_refused(
   assert len(results(undisturbed)["environments"]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_is_renamed_is_not_made_again(
   tmp_path, monkeypatch, capsys, undisturbed
 ):

@@ -153,6 +153,7 @@ def searching(engine, dense, ends=(EPOCH, STEPS), state=None, rungs=(), ranges=R
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_copies_at_once_are_what_each_is_alone(programs, dense):
   """Rung by rung, each copy trained and measured by itself, restarted by NumPy."""
   engine = engine_of(programs)
@@ -285,6 +286,7 @@ def test_the_better_half_is_merged_and_each_phase_draws_values_anew(programs, de
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_diverged_copy_begins_anew_and_is_never_merged(programs, dense, monkeypatch):
   first_values = search.first_values
 

@@ -62,6 +62,7 @@ def test_the_figure_draws_who_came_from_whom():
   assert any(np.allclose(line, ((1, 0.1), (2, 0.4))) for line in found)
 
 
+@pytest.mark.slow
 def test_the_report_has_a_section_on_it(tmp_path):
   entry = fake_runs.entry(0)
   flags = fake_runs.run_flags(vary="learning_rate")

@@ -46,6 +46,7 @@ def shrunk(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_shrinking_run_gives_the_soup_of_masks_of_channels(shrunk, tmp_path):
   masked = tmp_path / "masked"
   assert run(*FLAGS, f"--workdir={masked}") == 0
@@ -117,6 +118,7 @@ def test_the_report_shows_them(shrunk):
   assert "Test accuracy over the multiply-adds of one image's inference, cut." in text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
   shrunk, tmp_path, monkeypatch
 ):
@@ -155,6 +157,7 @@ def test_what_cannot_shrink_is_refused(tmp_path, capsys, flags, words):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_these_flags_goes_on(shrunk, tmp_path):
   config = config_of()
   assert not config.shrink

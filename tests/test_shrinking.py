@@ -186,6 +186,7 @@ def test_prunings_see_the_full_network(assert_trees_equal):
   assert_trees_equal(soup.expand(soup.params), plain.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_merge_evaluates_the_full_network(assert_trees_equal):
   merge = functools.partial(greedy_soup, evaluate=lambda params: -float(full_loss(params)))
   soup = run(merge=merge)
@@ -214,6 +215,7 @@ def test_programs_of_single_phases_are_not_kept():
   assert retraining._hashed_retrain_program.cache_info().misses == before
 
 
+@pytest.mark.slow
 def test_on_a_mesh(shrunk, assert_trees_equal):
   soup = run(mesh=make_mesh(2))
   assert_trees_equal(soup.params, shrunk[0].params, rtol=1e-4, atol=1e-5)

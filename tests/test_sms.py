@@ -224,6 +224,7 @@ def test_copies_together_equal_copies_alone(result, assert_trees_equal):
     params = shown.params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
 def test_a_mesh_changes_nothing_and_compiles_once(shape, result, assert_trees_equal):
   traces = []
@@ -494,6 +495,7 @@ def test_rejects_what_merge_gives(rejects):
       merge_phase(stacked, merge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, at_once", [(None, 1), (None, 2), (2, 1)])
 def test_copies_in_groups_equal_all_at_once(mesh, at_once):
   mesh = mesh and make_mesh(mesh)

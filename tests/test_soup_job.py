@@ -300,6 +300,7 @@ def test_batch_statistics_are_averaged_without_data(residual, tmp_path, capsys):
   assert f"models: {np.linalg.norm(flat[0] - flat[1]):.4g} to" in shown
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_estimated_anew(residual, tmp_path, capsys, quick_compilation):
   folder, trees, images = residual
   flags = [f"--dataset={folder / 'images.npz'}", "--model=resnet8", "--width=2"]

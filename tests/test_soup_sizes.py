@@ -583,6 +583,7 @@ def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path, monkeypatc
     np.testing.assert_allclose(read_safetensors(out)[name], array, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["learned", "learned_by_layer", "fisher", "slerp"])
 def test_merges_on_data_and_the_barrier_before(tmp_path, capsys, name):
   """Copies with their hidden units permuted compute the same and share no basin."""

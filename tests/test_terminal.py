@@ -110,6 +110,7 @@ def finished(hard_folder, quick_compilation):
   return out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_the_main_job_names_its_folder_and_writes_its_report_there(finished, hard_folder):
   out, err = finished
   workdir = hard_folder / "run"
@@ -134,6 +135,7 @@ def test_checkpoints_and_data_are_found_there(tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_found_there_again(finished, hard_folder, capsys):
   workdir = hard_folder / "run"
   assert main_job.run(*main_job.SMALL, "--phases=1", f"--workdir={workdir}") == 0
@@ -142,6 +144,7 @@ def test_a_finished_run_is_found_there_again(finished, hard_folder, capsys):
   assert str(workdir) in said.out
 
 
+@pytest.mark.slow
 def test_reports_of_it_name_the_page(finished, hard_folder, tmp_path, capsys):
   out = tmp_path / HARD
   workdir = str(hard_folder / "run")

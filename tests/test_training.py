@@ -228,6 +228,7 @@ def test_next_epoch_has_another_order(plain_programs, dense):
   assert np.abs(losses[:3] - losses[3:]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [pytest.param((2, 1), marks=pytest.mark.slow), (2, 2)])
 def test_training_on_a_mesh_equals_training_without(data, dense, programs, shape):
   lrs, chosen = np.full((3, 6), 0.1), ingredients([0, 1, 2], 6)
@@ -250,6 +251,7 @@ def test_a_kept_state_goes_on_as_if_there_had_been_no_break(programs, data, dens
   assert_close((state.params, state.batch_stats), whole, 0)
 
 
+@pytest.mark.slow
 def test_masks_of_each_copys_own(programs, data, dense):
   masks = [half_masks(dense.params), all_true(dense.params)]
   start = jax.tree.map(lambda x, m: jnp.where(m, x, 0), dense.params, masks[0])
@@ -286,6 +288,7 @@ def test_phases_on_a_mesh_equal_phases_without(data):
     assert a["soup"] == pytest.approx(b["soup"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_three_phases_compile_once(data, dense):
   programs = make_programs()
   splits = Splits(data, make_data(7, 1), make_data(9, 2))
