@@ -185,7 +185,7 @@ def test_task_arithmetic_by_hand():
 
 def ties_by_hand(stacked, base, density, scale):
   """Yadav et al.'s three steps, in loops, on flat vectors."""
-  task = stacked - base
+  task = (stacked - base).astype(float)
   task[:, (stacked == 0).all(0)] = 0
   n = task.shape[1]
   for row in task:
@@ -208,9 +208,7 @@ def test_ties_by_hand(seed, density, scale):
   def flat(tree, axis=()):
     return np.concatenate([np.reshape(x, (*axis, -1)) for x in jax.tree.leaves(tree)], -1)
 
-  expected = ties_by_hand(
-    flat(stacked, (M,)).astype(float), flat(base).astype(float), density, scale
-  )
+  expected = ties_by_hand(flat(stacked, (M,)), flat(base), density, scale)
   np.testing.assert_allclose(flat(soup), expected, rtol=1e-4, atol=1e-5)
 
 
