@@ -113,6 +113,17 @@ def test_onnx_runtime_answers_as_jax_does(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_file_holds_no_array_that_nothing_reads(tmp_path):
+  """ONNX Runtime warns of each in every session."""
+  onnx = pytest.importorskip("onnx")
+  image_shape, options = NETWORKS["mlp"]
+  saved("mlp", image_shape, tmp_path / "a.onnx", **options)
+  graph = onnx.load(tmp_path / "a.onnx").graph
+  read = {name for node in graph.node for name in node.input}
+  assert {x.name for x in graph.initializer} <= read
+
+
+@pytest.mark.slow
 def test_what_onnx_cannot_hold_is_named_with_its_layer(tmp_path, rejects):
   options = {"depth": 1, "width": 12}  # with our own convolution, which ONNX lacks
   with rejects("custom_vmap_call of ViT/patches cannot be written as ONNX"):

@@ -68,7 +68,7 @@ def save_onnx(
   with _quiet():
     try:
       model = to_onnx(
-        lambda *x: tuple(evaluate(program.jaxpr, program.consts, x, _RULES)),
+        lambda *x: tuple(evaluate(program.jaxpr, (), [*program.consts, *x], _RULES)),
         list(program.inputs),
         model_name="network",
         input_names=ins,
@@ -103,6 +103,19 @@ def _drop_zero_biases(graph):
   for node in graph.node:
     if node.op_type == "Gemm" and len(node.input) == 3 and node.input[2] in zeros:
       del node.input[2]
+  unused = zeros - set(_names_read(graph))
+  for x in [x for x in graph.initializer if x.name in unused]:
+    graph.initializer.remove(x)  # ONNX Runtime warns of it in each session
+
+
+def _names_read(graph):
+  """What the nodes of a graph read, also in graphs within them, and what it gives."""
+  yield from (x.name for x in graph.output)
+  for node in graph.node:
+    yield from node.input
+    for attribute in node.attribute:
+      for inner in (attribute.g, *attribute.graphs):
+        yield from _names_read(inner)
 
 
 def _pad(equation, ins):

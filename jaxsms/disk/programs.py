@@ -28,8 +28,8 @@ class Program(NamedTuple):
   """A network of inputs alone, traced for any batch size.
 
   Attributes:
-    jaxpr: of it.
-    consts: its constants, among them the parameters.
+    jaxpr: of it, with its constants as the first inputs.
+    consts: these, among them the parameters.
     inputs: shapes and dtypes, the first axis of each of any length.
     out_tree: structure of what it gives.
   """
@@ -41,7 +41,7 @@ class Program(NamedTuple):
 
   def __call__(self, *inputs: Any) -> list[Any]:
     """The outputs, flat; traceable."""
-    return jax.core.eval_jaxpr(self.jaxpr, self.consts, *inputs)
+    return jax.core.eval_jaxpr(self.jaxpr, (), *self.consts, *inputs)
 
 
 def traced(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> Program:
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _folded(closed):
-  """A jaxpr and its constants, without the operations that see constants alone."""
+  """A jaxpr whose first inputs are its constants, without what sees constants alone."""
   jaxpr = closed.jaxpr
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   left = []
@@ -132,9 +132,9 @@ def _folded(closed):
       left.append(equation)
   read = {v for e in left for v in e.invars if not isinstance(v, Literal)}
   read |= {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-  constvars = [v for v in known if v in read]
-  jaxpr = jaxpr.replace(constvars=constvars, eqns=left)
-  return jaxpr, [known[v] for v in constvars]
+  used = [v for v in known if v in read]
+  jaxpr = jaxpr.replace(constvars=[], invars=[*used, *jaxpr.invars], eqns=left)
+  return jaxpr, [known[v] for v in used]
 
 
 def _is_small(equation):
