@@ -47,9 +47,8 @@ def test_the_base_is_jax_and_its_libraries():
   }
 
 
-@pytest.mark.parametrize("name", ["first_soup", "your_own_model"])
-def test_the_notebooks_install_nothing_that_colab_has(name):
-  """Their first cell leaves jax and all others there as they are."""
+def extras_installed(name):
+  """What the first cell of a notebook installs where jaxsms is missing."""
   notebook = json.loads((ROOT / "experiments" / f"{name}.ipynb").read_text())
   cell = next(c for c in notebook["cells"] if c["cell_type"] == "code")
   text = "".join(cell["source"])
@@ -57,8 +56,14 @@ def test_the_notebooks_install_nothing_that_colab_has(name):
   (call,) = re.findall(r"subprocess\.run\((\[.*?\])", text)
   assert call == '[sys.executable, "-m", "pip", "install", "-q", wanted]'
   (extras,) = re.findall(r'wanted = f"jaxsms\[([\w,]+)\] @ \{REPOSITORY\}"', text)
+  return extras.split(",")
+
+
+@pytest.mark.parametrize("name", ["first_soup", "your_own_model"])
+def test_the_notebooks_install_nothing_that_colab_has(name):
+  """Their first cell leaves jax and all others there as they are."""
   missing = set()
-  for line in requirements(*extras.split(",")):
+  for line in requirements(*extras_installed(name)):
     wanted = Requirement(line)
     if wanted.marker and not wanted.marker.evaluate(COLAB_ENVIRONMENT):
       continue
@@ -69,6 +74,12 @@ def test_the_notebooks_install_nothing_that_colab_has(name):
   assert missing - {"pillow"} <= NOT_ON_COLAB
   python = Requirement(f"python{PROJECT['requires-python']}").specifier
   assert python.contains("3.13.0")
+
+
+def test_the_notebook_with_onnx_files_installs_what_writes_them():
+  extras = extras_installed("smaller_and_faster")
+  names = {Requirement(line).name for line in requirements(*extras)}
+  assert {"jax2onnx", "onnxruntime", "matplotlib", "scikit-learn"} <= names
 
 
 def test_extras_of_accelerators_ask_for_the_same_jax():
