@@ -23,12 +23,13 @@ class BaselineFlags:
     "What the soup is compared with. At the same sparsities: imp (one copy, the same "
     "epochs), imp_mx (one copy, m times the epochs), imp_ema, imp_mx_ema and soup_ema (of "
     "copies that end as averages, see --ema_decay), soup_distilled (the last soup trained "
-    "on its candidates' mean prediction), imp_reprune (m runs of imp, averaged and pruned "
-    "again), one_shot_soup (each sparsity pruned from the dense model in one go, copies of "
-    "all sparsities in one program), dense_soup (nothing pruned), swamp (rewinding, "
-    "averages over copies and time); at the goal alone, trained from scratch: gmp, dpf, "
-    "bimp, and gmp_soup, dpf_soup, bimp_soup of m copies. all for all of these, "
-    "--baselines= for none.",
+    "on its candidates' mean prediction), soup_classifier (the last soup, its last layer "
+    "trained on all data as if all classes were equal), imp_reprune (m runs of imp, "
+    "averaged and pruned again), one_shot_soup (each sparsity pruned from the dense model "
+    "in one go, copies of all sparsities in one program), dense_soup (nothing pruned), "
+    "swamp (rewinding, averages over copies and time); at the goal alone, trained from "
+    "scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies. all for all "
+    "of these, --baselines= for none.",
     lambda name, value: one_of("baseline", baselines())(name, value),
     default=["imp", "imp_mx"],
     parse=_unique,
@@ -102,6 +103,12 @@ def check(config: Any) -> None:
   if config.ingredients == 1:
     why = " with --ingredients=1: it learns from the mean prediction of several copies"
     refuse_baselines(config, "distilled", why)
+  if config.stream:
+    why = ", which counts the labels of images in memory, and these are streamed"
+    refuse_baselines(config, "labels", f"{why}: leave it out")
+  if not config.retrain_epochs:
+    why = " with --retrain_epochs=0: its classifier trains for at least one epoch"
+    refuse_baselines(config, "labels", why)
 
 
 def _check_distilled(config):

@@ -6,10 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jaxsms.training import Model
-from jaxsms.training.distilling import Distillation
+import numpy as np
 
+from jaxsms import Phase
+from jaxsms.training import Model
+from jaxsms.training.classifier import classifier_alone, log_prior
+from jaxsms.training.distilling import Distillation
+from jaxsms.training.engine import Plan
+from jaxsms.training.phases import PhaseRecipe, Start, training_phases
+
+from .criteria import classifier
 from .seeds import (
+  CLASSIFIER,
   SOUP,
   Events,
   Run,
@@ -17,6 +25,7 @@ from .seeds import (
   metrics_by_phase,
   prune_and_retrain,
   retraining_plan,
+  take_state,
 )
 
 
@@ -73,3 +82,41 @@ def soup_distilled(run: Run, dense: Model) -> Events:
     distillation=Distillation(retraining_plan(run, 1, steps), config.temperature),
   )
   return metrics_by_phase(records[-1:])
+
+
+def soup_classifier(run: Run, dense: Model) -> Events:
+  """The soup, the classifier of its last one trained on all data."""
+  name, config, seed_state = "soup_classifier", run.config, run.seed_state
+  if seed_state.method != name or len(seed_state.phases.get(name, ())) < config.phases:
+    m = config.ingredients
+    yield from prune_and_retrain(run, dense, name, m, run.retrain_steps)
+  records = seed_state.phases[name]
+  if len(records) == config.phases:
+    training = training_phases(
+      run.engine,
+      run.stream(CLASSIFIER),
+      Start(seed_state.model, seed_state.masks, take_state(run)),
+      classifier_plan(run),
+      {config.phases: records[-1]["sparsity"]},
+      PhaseRecipe(prune=lambda params, sparsity, masks: masks, shrink=run.task.shrink),
+    )
+    for event in training:
+      if isinstance(event, Phase):
+        seed_state.model, seed_state.masks = event.params, event.masks
+        seed_state.phases[name] = [*records, event.record]
+      yield event
+  return metrics_by_phase(seed_state.phases[name][-1:])
+
+
+def classifier_plan(run: Run) -> Plan:
+  """That of one copy whose classifier alone is trained, as if all classes were equal."""
+  task, params = run.task, run.task.shapes.params
+  labels = np.asarray(task.engine.splits.train.labels)
+  prior = log_prior(labels, task.module.num_classes)
+  plan = retraining_plan(run, 1, run.retrain_steps)
+
+  def of_classifier(record):
+    chosen, learning_rates = plan(record)
+    return classifier_alone(chosen, params, classifier(params), prior), learning_rates
+
+  return of_classifier

@@ -27,7 +27,7 @@ from .epochs import (
   longest,
   swamp_epochs,
 )
-from .in_phases import in_phases, soup_distilled, sparse_soup
+from .in_phases import in_phases, soup_classifier, soup_distilled, sparse_soup
 from .seeds import (
   RETRAIN,
   SCRATCH,
@@ -84,7 +84,8 @@ class Method(NamedTuple):
       `own_masks`: its masks are not those of one model between phases. `cycles`: it
       prunes in cycles within --budget_epochs, and the last one's model counts. `rewinds`:
       its rounds begin at an earlier epoch. `averaged`: its copies end as averages of
-      their steps. `distilled`: its last model learns from its candidates.
+      their steps. `distilled`: its last model learns from its candidates. `last_alone`: its
+      last model alone differs from the soup's. `labels`: it counts those of all classes.
   """
 
   title: str
@@ -249,7 +250,12 @@ METHODS: dict[str, Method] = {
   "soup_distilled": Method(
     "Distilled soup", "#0072B2", "P", soup_distilled,
     lambda c: by_copies((c.ingredients, c.phases * longest(c)), (1, c.distill_epochs)),
-    True, frozenset({"distilled"}),
+    True, frozenset({"distilled", "last_alone"}),
+  ),
+  "soup_classifier": Method(
+    "Soup, classifier", "#E69F00", "s", soup_classifier,
+    lambda c: by_copies((c.ingredients, c.phases * longest(c)), (1, c.retrain_epochs)),
+    True, frozenset({"last_alone", "labels"}),
   ),
   "imp_reprune": Method(
     "IMP-RePrune", "#009E73", "X", reprune, copies_epochs, False, frozenset({"own_masks"})

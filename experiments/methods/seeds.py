@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # methods know no flags: the flags know the methods
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.
-INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH, SHARES = 0, 1, 2, 3, 4, 5
+INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH, SHARES, CLASSIFIER = 0, 1, 2, 3, 4, 5, 6
 # What a method yields: chunks of training, states to be saved, and phases.
 Events = Generator[Any, None, Any]
 

@@ -134,7 +134,7 @@ def under_way(evaluations: Sequence[dict], phases: int) -> list[dict[str, Any]]:
       entry["dense"] = record
     elif method == SOUP:
       entry["phases"][number] = dict(record)
-    elif number == phases or method not in having("cycles") + having("distilled"):
+    elif number == phases or method not in having("cycles") + having("last_alone"):
       model = record["soup"]
       blank = {"phase": number, "sparsity": model["sparsity"]}
       entry["phases"].setdefault(number, blank)[method] = model

@@ -1,4 +1,4 @@
-"""Labels that a teacher of several models gives, and the loss with them."""
+"""Labels that are more than a class: a teacher's, or with a prior; the loss with them."""
 
 from typing import NamedTuple
 
@@ -22,6 +22,31 @@ class SoftLabels(NamedTuple):
   labels: jax.Array
   probabilities: jax.Array
   temperature: jax.Array
+
+
+class PriorLabels(NamedTuple):
+  """True labels, and how frequent each class is in what is trained on.
+
+  Attributes:
+    labels: int [batch], the true ones.
+    log_prior: float [batch, classes], the same for all examples.
+  """
+
+  labels: jax.Array
+  log_prior: jax.Array
+
+
+def prior_labels(labels: jax.Array, log_prior: jax.Array) -> PriorLabels:
+  """Labels with a prior, which a batch in parts can be cut from.
+
+  Args:
+    labels: int [batch].
+    log_prior: float [classes].
+
+  Returns:
+    One row of the prior for each example.
+  """
+  return PriorLabels(labels, jnp.broadcast_to(log_prior, (*labels.shape, *log_prior.shape)))
 
 
 def soft_labels(
@@ -54,18 +79,24 @@ def soft_labels(
   return SoftLabels(labels, jax.lax.stop_gradient(mean), temperature)
 
 
-def mean_loss(logits: jax.Array, labels: jax.Array | SoftLabels) -> jax.Array:
+def mean_loss(logits: jax.Array, labels: jax.Array | SoftLabels | PriorLabels) -> jax.Array:
   """Mean cross-entropy with labels; with soft ones at their temperature, times its square.
 
-  The square keeps the gradients of the size that they have at temperature 1.
+  The square keeps the gradients of the size that they have at temperature 1. A prior is
+  added to the logits: what the network gives without it suits classes of equal size.
 
   Args:
     logits: float32 [batch, classes].
-    labels: int [batch], or soft.
+    labels: int [batch], or soft, or with a prior.
 
   Returns:
     float32 [].
+
+  References:
+    Menon et al., 2021, https://arxiv.org/abs/2007.07314 (logit adjustment)
   """
+  if isinstance(labels, PriorLabels):
+    logits, labels = logits + labels.log_prior, labels.labels
   if not isinstance(labels, SoftLabels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
   cooled = logits / labels.temperature[:, None]

@@ -68,6 +68,10 @@ class Ingredients(TypedDict):
     examples: int [m, most], of copies that train on a share of the data each, its indices
       in the training split.
     size: int, how many of them count.
+    log_prior: float [m, classes], added to the logits in the loss of copies that train on
+      classes of unequal size, see `jaxsms.training.classifier.log_prior`. Where a teacher
+      gives the labels it has no effect.
+    frozen: bool [m] for each leaf of the parameters, those that stay as they are.
   """
 
   seed: np.ndarray | jax.Array
@@ -79,6 +83,8 @@ class Ingredients(TypedDict):
   average_steps: NotRequired[np.ndarray | jax.Array]
   examples: NotRequired[np.ndarray | jax.Array]
   size: NotRequired[np.ndarray | jax.Array]
+  log_prior: NotRequired[np.ndarray | jax.Array]
+  frozen: NotRequired[PyTree]
 
 
 def seed_ingredients(m: int, weight_decay: float = 0.0, steps: int = 0) -> Ingredients:

@@ -13,7 +13,13 @@ from jaxsms.devices.meshes import split_batch
 from jaxsms.pruning import apply_masks
 from jaxsms.training.averaging import add_to_average
 from jaxsms.training.own_share import share_batches
-from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
+from jaxsms.training.soft_labels import (
+  PriorLabels,
+  SoftLabels,
+  mean_loss,
+  prior_labels,
+  soft_labels,
+)
 from jaxsms.training.state import Data, Ingredients, Scalar, TrainState, sgd
 from jaxsms.transforms import masked
 from jaxsms.trees import PyTree
@@ -72,7 +78,7 @@ def train_step(
   state: TrainState,
   masks: PyTree,
   images: jax.Array,
-  labels: jax.Array | SoftLabels,
+  labels: jax.Array | SoftLabels | PriorLabels,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One step of one copy.
 
@@ -83,7 +89,7 @@ def train_step(
     state: of one copy.
     masks: of its parameters; removed entries stay 0.
     images: float [batch, height, width, channels].
-    labels: int [batch], or soft.
+    labels: int [batch], or soft, or with a prior.
 
   Returns:
     The next state, and the loss and accuracy on this batch before the step.
@@ -140,7 +146,7 @@ def _gradients(module, params, key, batch_stats, images, labels):
     return mean_loss(logits, labels), (logits, updated.get("batch_stats", {}))
 
   (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-  true = labels.labels if isinstance(labels, SoftLabels) else labels
+  true = labels.labels if isinstance(labels, SoftLabels | PriorLabels) else labels
   accuracy = jnp.mean(jnp.argmax(logits, -1) == true)
   return grads, batch_stats, {"loss": loss, "accuracy": accuracy}
 
@@ -221,6 +227,8 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
     images = recipe.prepare(augment_key, split_batch(images))
     if teacher:
       labels = soft_labels(recipe.module, teacher, images, labels)
+    elif "log_prior" in ingredient:
+      labels = prior_labels(labels, jnp.asarray(ingredient["log_prior"]))
     new, metrics = train_step(
       recipe,
       optimizer,
@@ -230,6 +238,9 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       images,
       labels,
     )
+    if "frozen" in ingredient:
+      params = jax.tree.map(jnp.where, ingredient["frozen"], state.params, new.params)
+      new = new._replace(params=params)
     return add_to_average(new, ingredient), metrics
 
   def rest(state, batch, learning_rate):
