@@ -196,6 +196,7 @@ def test_the_report_shows_head_and_tail():
 JOBS = {
   "random": ["--subset_fraction=0.4", "--mesh=2x1"],
   "balanced": ["--subsets=balanced"],
+  "oversampled": ["--subsets=oversampled", "--imbalance=20"],
   "imbalance": ["--subsets=imbalance", "--values=1,20", "--imbalance=20"],
   "dirichlet": ["--subsets=dirichlet", "--subset_alpha=0.3", "--merge=by_samples",
                 "--phase_sparsities=0.75,0.75", "--baselines=imp_reprune"],
@@ -217,7 +218,7 @@ def test_the_main_job_on_shares(tmp_path, subsets):
       head, tail = (phase["soup"][f"test_{part}_accuracy"] for part in ("head", "tail"))
       assert 0 <= tail < head <= 1
   report = (workdir / "report.md").read_text()
-  assert ("Tail" in report) == (subsets == "imbalance")
+  assert ("Tail" in report) == ("--imbalance=20" in flags)
   if subsets == "dirichlet":
     assert phase["weights"][0] != phase["weights"][1] and phase["sparsity"] == 0.75
 

@@ -13,6 +13,7 @@ from jaxsms.data import (
   head_middle_tail,
   imbalanced_shares,
   long_tail,
+  oversampled_shares,
   profile_counts,
   random_shares,
 )
@@ -63,6 +64,24 @@ def test_balanced_shares_have_as_many_of_each_class_as_the_smallest_has():
   # The other classes have enough for three shares of five.
   assert set.intersection(*members) == rare
   assert counts_of(balanced_shares(KEY, UNEVEN, 2, 0.4), UNEVEN) == [[2, 2, 2, 2]] * 2
+
+
+def test_oversampled_shares_repeat_examples_up_to_the_largest_class():
+  shares = oversampled_shares(KEY, UNEVEN, 3)
+  assert counts_of(shares, UNEVEN) == [[100, 100, 100, 100]] * 3
+  by_hand = {2: {1}, 0: {2}, 3: {5}, 1: {20}}  # 100 of 100, 50, 20 and 5 examples
+  odd = np.repeat([0, 1], [7, 3])  # three examples come twice or thrice
+  for i in range(3):
+    times = np.bincount(shares.of(i), minlength=len(UNEVEN))
+    assert {c: set(times[c == UNEVEN].tolist()) for c in by_hand} == by_hand
+  thrice = set()
+  for i in range(3):
+    times = np.bincount(oversampled_shares(KEY, odd, 3).of(i), minlength=10)
+    assert sorted(times[7:].tolist()) == [2, 2, 3]
+    thrice.add(int(np.argmax(times)))
+  assert len(thrice) > 1, "copies repeat others"
+  equal = oversampled_shares(KEY, np.arange(12) % 3, 2)
+  assert [sorted(equal.of(i).tolist()) for i in range(2)] == [list(range(12))] * 2
 
 
 def test_imbalanced_shares_follow_their_ratio():

@@ -8,7 +8,7 @@ from jaxsms.training.merging import BY_SAMPLES
 
 from .fields import above_zero, define_flags, flag, one_of
 
-SUBSETS = ("random", "balanced", "imbalance", "dirichlet", "groups")
+SUBSETS = ("random", "balanced", "oversampled", "imbalance", "dirichlet", "groups")
 WITH_FRACTION = ("random", "balanced", "imbalance")
 
 
@@ -37,9 +37,10 @@ class SubsetFlags:
 
   subsets: str | None = flag(
     "The shares of --vary=subset: random (of --subset_fraction, with as little overlap as "
-    "can be), balanced (all classes as the smallest one), imbalance (long-tailed, the "
-    "ratios in --values), dirichlet (all data, divided with skewed labels), groups (all "
-    "data, by train_groups of the .npz). Default: random.",
+    "can be), balanced (all classes as the smallest one), oversampled (all data, all "
+    "classes as often as the largest one), imbalance (long-tailed, the ratios in "
+    "--values), dirichlet (all data, divided with skewed labels), groups (all data, by "
+    "train_groups of the .npz). Default: random.",
     one_of("kind of subsets", SUBSETS),
     fill=_of_subsets,
   )

@@ -11,6 +11,7 @@ from jaxsms.data import (
   dirichlet_shares,
   group_shares,
   imbalanced_shares,
+  oversampled_shares,
   random_shares,
   train_validation_split,
 )
@@ -54,6 +55,8 @@ def draw_shares(
     shares = group_shares(groups, copies)
   elif config.subsets == "dirichlet":
     shares = dirichlet_shares(key, labels, copies, config.subset_alpha, batch_size)
+  elif config.subsets == "oversampled":
+    shares = oversampled_shares(key, labels, copies)
   elif config.subsets == "imbalance":
     shares = imbalanced_shares(key, labels, config.values[:copies], config.subset_fraction)
   else:

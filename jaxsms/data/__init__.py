@@ -37,6 +37,7 @@ from jaxsms.data.subsets import (
   dirichlet_shares,
   group_shares,
   imbalanced_shares,
+  oversampled_shares,
   random_shares,
 )
 from jaxsms.data.tfds_corrupted import corrupted_folders, corrupted_sets
@@ -74,6 +75,7 @@ __all__ = [
   "normalize",
   "open_streamed",
   "open_streamed_test",
+  "oversampled_shares",
   "profile_counts",
   "random_resized_crop",
   "random_shares",

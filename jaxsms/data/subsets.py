@@ -155,6 +155,39 @@ def imbalanced_shares(
   return shares
 
 
+def oversampled_shares(key: jax.Array, labels: npt.ArrayLike, copies: int) -> Shares:
+  """Shares of all data in which every class comes as often as the largest one.
+
+  The examples of smaller classes are repeated. Which of them come once more than the
+  others is drawn for each share.
+
+  Args:
+    key: typed key.
+    labels: int [n], of the training data.
+    copies: m.
+
+  Returns:
+    m shares of one size, the largest class's times the number of classes.
+
+  References:
+    Kang et al., 2020, https://arxiv.org/abs/1910.09217 (class-balanced sampling)
+
+  >>> labels = np.array([0, 0, 0, 1])
+  >>> shares = oversampled_shares(jax.random.key(0), labels, 2)
+  >>> [sorted(shares.of(i).tolist()) for i in range(2)]
+  [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 3, 3]]
+  """
+  labels, rng = np.asarray(labels), _generator(key)
+  of_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+  most = max(map(len, of_class))
+  return _padded(
+    [
+      np.concatenate([np.resize(rng.permutation(one), most) for one in of_class])
+      for _ in range(copies)
+    ]
+  )
+
+
 def dirichlet_shares(
   key: jax.Array, labels: npt.ArrayLike, copies: int, alpha: float, least: int = 1
 ) -> Shares:
