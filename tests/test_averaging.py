@@ -200,6 +200,7 @@ def test_an_average_of_a_copy_that_diverged_is_lost(programs, dense):
   assert lost and all(x.tolist() == [False, True] for x in lost)
 
 
+@pytest.mark.slow
 def test_candidates_are_averages(programs, dense):
   """And the soup is their mean, with batch statistics that are its own."""
   chosen = with_averages([1, 0, 2], STEPS, 0.7, 0, 1)

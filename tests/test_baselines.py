@@ -246,6 +246,7 @@ def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):
       assert record["candidates"][i] == pytest.approx(imp[i]["soup"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_shot_soups_are_those_of_a_phase_each(programs, dense):
   """All sparsities in one program give what each gives in a loop of its own."""
   rates = {0.4: 0.2, 0.7: 0.1}  # of its own for each sparsity

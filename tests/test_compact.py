@@ -287,6 +287,7 @@ def test_what_masks_of_single_weights_emptied():
   np.testing.assert_array_equal(np.delete(back["a"], gone, 1), small.params["a"])
 
 
+@pytest.mark.slow
 def test_magnitude_masks_and_nothing_to_cut():
   network = NETWORKS["by_hand"]()
   masks = magnitude_masks(network.params, 0.5, prunable=lambda path, leaf: leaf.ndim == 2)
@@ -488,6 +489,7 @@ def test_refuses(rejects):
     compact_from(apply, {"a": params["a"]}, small.layout)
 
 
+@pytest.mark.slow
 def test_shapes_alone():
   """Parameters that are shapes are cut to shapes, and nothing is computed."""
   module, variables, images = ours("resnet8", width=4)

@@ -178,6 +178,7 @@ def test_vmap_of_grad_and_grad_of_vmap_equal_one_at_a_time(axes, strides):
   assert_close(list(grad_vmap), summed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "outer, inner",
   [
@@ -477,6 +478,7 @@ def three_copies():
   return x, 0.3 * w, 0.3 * v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["forward", "vmap of grad", "grad of vmap"])
 @pytest.mark.parametrize("lowering", DEFAULTS)
 @pytest.mark.parametrize("placed_by", ["arguments", "in_shardings"])
@@ -504,6 +506,7 @@ def test_a_divided_batch_gives_the_same_values(lowering):
     assert_close(got, jax.jit(ways_to_differentiate("native")[way])(*arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", DEFAULTS)
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
 def test_no_default_gathers_under_map_ingredients(lowering, shape):

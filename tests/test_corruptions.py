@@ -72,6 +72,7 @@ def sample_of(names):
 # All of them
 
 
+@pytest.mark.slow
 @all_names
 def test_shape_dtype_and_draws(name):
   got = corrupted_photos(name, 3)
@@ -300,6 +301,7 @@ def test_glass_blur_moves_pixels():
 # Weather
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [1.75, 3.0])
 def test_plasma_against_loops(decay):
   """Diamond-square, point by point, on a map that closes on itself."""

@@ -69,6 +69,7 @@ def test_what_masks_removed_stays_removed(name, values, old):
   np.testing.assert_array_equal(masks, flat(prune(tree(other), share, masks=earlier(old))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_jit_and_vmap(name, assert_trees_equal):
   prune, share = ALL[name]

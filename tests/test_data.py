@@ -204,6 +204,7 @@ def test_shift_noise_shifts_by_one_pixel_and_never_mirrors(monkeypatch):
   assert abs(float(jnp.std(got - shifted)) - 1.0) < 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(data.AUGMENTATIONS))
 def test_copies_under_vmap_equal_one_at_a_time(name):
   keys = jax.random.split(jax.random.key(6), 3)

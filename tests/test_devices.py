@@ -66,7 +66,7 @@ CHOSEN = (ingredients([0, 1, 2], [7, 7, 4]), np.full((3, 7), 0.1))
 
 @pytest.mark.parametrize(
   "shape",
-  [(8, 1), (2, 2), *map(slow, [(1, 1), (2, 1), (4, 1), (1, 2), (2, 4)])],
+  [(2, 2), *map(slow, [(8, 1), (1, 1), (2, 1), (4, 1), (1, 2), (2, 4)])],
 )
 def test_copies_on_any_mesh_equal_those_on_one_device(shape, alone, small, examples):
   mesh = make_mesh(*shape, devices=devices(np.prod(shape)))

@@ -239,6 +239,7 @@ def test_masks_of_each_framework(model, assert_trees_equal):
   assert float(sparsity(pruned)) == pytest.approx(removed / sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "model",
   [

@@ -101,6 +101,7 @@ def test_what_is_removed_stays_removed():
     assert not np.any(leaf[1:] & ~leaf[:-1])
 
 
+@pytest.mark.slow
 def test_copies_under_vmap(assert_trees_equal):
   copies = [jax.tree.map(lambda x, i=i: x * (1 + i), PARAMS) for i in range(3)]
   alone = jax.jit(functools.partial(run, pruned(ADAM, CUBIC, 4)))
@@ -123,6 +124,7 @@ def test_in_a_chain_and_without_jit():
   assert_sparse(params, optax.tree_utils.tree_get(state, "masks"))
 
 
+@pytest.mark.slow
 def test_other_criteria_and_other_choices_of_weights():
   whole = functools.partial(filter_masks, scope="uniform")
   only_first = lambda path, leaf: path[0].key == "first" and leaf.ndim == 2  # noqa: E731

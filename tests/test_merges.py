@@ -60,6 +60,7 @@ def means(stacked, base):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGES)
 def test_every_merge_keeps_the_mask_and_leaves_out_what_is_not_finite(name):
   m = 2 if MERGES[name].two else M
@@ -116,6 +117,7 @@ def test_learned_weights_are_those_of_scipy():
     assert weight.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_by_layer_are_as_good_as_each_layers_own():
   stacked, _ = models()
   soup = learned_soup(stacked, distance, by="layer", steps=300)
@@ -231,6 +233,7 @@ def test_slerp_stays_on_the_sphere_and_straight_where_it_cannot():
   )
 
 
+@pytest.mark.slow
 def test_half_precision_counters_and_transformations():
   rng = np.random.default_rng(0)
   stacked = {

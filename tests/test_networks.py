@@ -138,6 +138,7 @@ def test_two_copies_take_a_training_step_and_are_recalibrated(name):
   assert metrics["loss"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_resnet50_starts_as_torchvisions():
   module = ResNet(10, blocks=(1,), bottleneck=True, conv_init=torchvision_init)
   assert models.create("resnet50", 10).conv_init is torchvision_init
@@ -155,6 +156,7 @@ def test_resnet50_starts_as_torchvisions():
       assert np.abs(leaf).max() <= 1 / np.sqrt(256)
 
 
+@pytest.mark.slow
 def test_attention_starts_as_pytorchs():
   module = models.create("vit_tiny", 10, depth=1, width=96)
   params = jax.jit(module.init)(KEY, jnp.zeros((1, 8, 8, 3)))["params"]
@@ -327,6 +329,7 @@ def test_max_pool_and_its_gradient_are_linens_after_a_relu():
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "module",
   [

@@ -165,6 +165,7 @@ def test_what_masks_removed_stays_removed(values, share, scope, old):
   np.testing.assert_array_equal(masks, reference(values, share, scope, old))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31 - 1), SPARSITIES, SCOPES, arrays(bool, 39))
 def test_random_masks_count_and_nest(seed, share, scope, old):
   params = tree(np.full(39, np.nan))  # values do not matter

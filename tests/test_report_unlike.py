@@ -105,6 +105,7 @@ def test_a_soups_own_run_under_way_has_no_dense_line(tmp_path, rejects):
     write_report([part(tmp_path / "new", "sms", [], lines[:2])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", [0.5, None])
 def test_landscapes_that_are_not_finite(tmp_path, plane):
   entry = fake_runs.entry(0)

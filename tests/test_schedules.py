@@ -91,6 +91,7 @@ def test_retraining_follows_the_definition(traced, name, steps):
     np.testing.assert_allclose(rates[steps:], end, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_scalar_steps_and_concrete_lengths(name):
   for steps in (1, 9, 30):
@@ -154,6 +155,7 @@ def test_a_traced_length_has_the_warmup_of_a_concrete_one(fraction):
   np.testing.assert_array_equal(peaks, np.max(LRS))
 
 
+@pytest.mark.slow
 def test_long_pretraining_is_resampled_exactly():
   # Products of step and pretraining length are far beyond 32 bits here.
   lrs = np.random.default_rng(0).random(450_000).astype(np.float32)
@@ -163,6 +165,7 @@ def test_long_pretraining_is_resampled_exactly():
   np.testing.assert_array_equal(rates, lrs[at * len(lrs) // steps])
 
 
+@pytest.mark.slow
 def test_largest_rate_may_lie_in_the_warmup_and_the_smallest_may_not():
   lrs = np.array([0.0, 0.9, 0.3, 0.2])
 

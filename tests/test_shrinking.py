@@ -174,6 +174,7 @@ def test_each_phase_compiles_once():
   assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_prunings_see_the_full_network(assert_trees_equal):
   def prune(params, sparsity, masks=None, groups=None):
     score = lambda params, groups: taylor_scores(full_loss, params, groups)  # noqa: E731

@@ -399,6 +399,7 @@ def test_keys_and_integers_in_the_tree():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision(dtype):
   # In float16 the sum of these squares is beyond its largest number.

@@ -218,6 +218,7 @@ def test_prediction_ensemble_of_half_precision_and_under_transformations():
   np.testing.assert_allclose(prediction_ensemble(certain), [[-500, 0]], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
 def test_gradient_in_the_weights(weights):
   rng = np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_leaves_without_a_name_count_by_rank(path, shape, expected):
   assert prunable(path, np.zeros(shape, np.float32)) == expected
 
 
+@pytest.mark.slow
 def test_a_list_of_pairs_a_dict_and_stax():
   rng = np.random.default_rng(0)
   sizes = (6, 8, 3)
@@ -140,6 +141,7 @@ def test_what_is_left_out_is_said_once(caplog):
 # Both choices, given once.
 
 
+@pytest.mark.slow
 def test_weights_goes_wherever_prunable_does():
   params = {"W": np.arange(1.0, 9).reshape(2, 4), "kernel": np.ones((4, 4))}
   own = Weights(lambda path, leaf: path[-1].key == "W", inputs=1, outputs=0)
