@@ -107,6 +107,28 @@ def own_training(data, dense, masks):
   return last, batch_stats
 
 
+def test_all_baselines_leave_it_out_where_data_are_streamed():
+  chosen = config_of("--baselines=all", "--stream", "--dataset=cifar10").baselines
+  assert set(config_of("--baselines=all").baselines) - set(chosen) == {"soup_classifier"}
+
+
+def test_what_is_frozen_does_not_round_in_an_average():
+  data, steps = make_data(12), 12
+  dense = Model(*training.init_variables(Tiny(), jax.random.key(0), (4, 4, 1)))
+  whole = jax.tree.map(lambda x: jnp.ones(x.shape, bool), dense.params)
+  chosen = classifier_alone(ingredients([0], steps), dense.params, "Dense_1", PRIOR)
+  chosen = training.averaged_ingredients(chosen, decay=0.99)
+  found = train_to_the_end(
+    make_programs(augmentation="none"), data, whole, KEY, dense, chosen,
+    np.full((1, steps), RATE, np.float32),
+  )  # fmt: skip
+  params = jax.tree.map(lambda x: x[0], found.params)
+  assert (params.pop("Dense_1")["kernel"] != dense.params["Dense_1"]["kernel"]).any()
+  for name, layer in params.items():
+    for leaf, value in layer.items():
+      np.testing.assert_array_equal(value, dense.params[name][leaf])
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_only_the_classifier_moves_and_as_by_hand(average):
   data = make_data(23)
@@ -165,9 +187,6 @@ def test_a_batch_in_parts_has_the_same_loss():
 def test_flags_that_cannot_be(flags, words, rejects):
   with rejects(words):
     config_of("--baselines=soup_classifier", *flags)
-
-
-LONG_TAIL = ("--imbalance=5", "--vary=subset", "--subsets=balanced", "--batch_size=16")
 
 
 @pytest.mark.slow

@@ -150,6 +150,24 @@ def test_few_and_many_channels(width, channels, features):
   assert_close(step(convolve), step(native))
 
 
+@pytest.mark.parametrize(
+  "channels, features, strides, side",
+  [(9, 13, (2, 2), 3), pytest.param(13, 15, (1, 1), 3, marks=pytest.mark.slow),
+   pytest.param(3, 17, (1, 1), 3, marks=pytest.mark.slow),
+   pytest.param(11, 9, (1, 2), 1, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_odd_numbers_of_channels(channels, features, strides, side):
+  x, w = normal(0, 2, 3, 6, 5, channels), normal(1, 2, side, side, channels, features)
+
+  def step(conv):
+    conv = functools.partial(conv, strides=strides, padding="SAME")
+    value = jax.jit(jax.vmap(conv))(x, w)
+    return value, jax.jit(jax.vmap(gradients(conv)))(x, w)
+
+  assert_close(step(convolve), step(native))
+  assert step(convolve)[0].shape[-1] == features
+
+
 AXES = [(0, 0), (0, None), (None, 0)]
 
 

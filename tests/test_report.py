@@ -109,11 +109,15 @@ def test_a_figure_over_multiply_adds_has_the_phases_that_have_some():
     seed["dense"]["multiply_adds"] = 1000
     for phase in seed["phases"][1:]:
       phase["soup"]["sparse_multiply_adds"] = 1000 >> phase["phase"]
+      phase["imp"]["sparse_multiply_adds"] = 500
   case = reporting.Case("run", results(2)["flags"], seeds)
   (axes,) = figures.over_multiply_adds(case, "test_accuracy").axes
   assert {label.get_text() for label in axes.get_xticklabels()} == {"25 %", "12.5 %"}
   (soup,) = (line for line in axes.lines if line.get_label() == "Sparse soup")
   assert len(soup.get_xdata()) == 2
+  # IMP takes half of the products in both phases: one step to the left of the first soup.
+  (imp,) = (line for line in axes.lines if line.get_label() == "IMP")
+  np.testing.assert_allclose(imp.get_xdata(), np.log10(2), atol=0.05)
 
 
 def test_uncertainty_is_the_mean_over_seeds_and_corruptions():

@@ -4,12 +4,16 @@ import itertools
 import shutil
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from main_job import assert_same_run, config_of, results, run
 from test_report_page import Page
 
+import jaxsms
 from experiments.config.run_config import NEWER
+from experiments.methods import criteria
 from experiments.run import checkpointing
 from jaxsms import checkpoint
 from jaxsms.disk import storage
@@ -155,6 +159,20 @@ def test_what_cannot_shrink_is_refused(tmp_path, capsys, flags, words):
   assert run(*flags, f"--workdir={tmp_path / 'run'}") == 2
   assert words in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_groups_keep_a_multiple_of_round_to(round_to):
+  def apply(params, x):
+    return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+  params = {"a": jax.random.normal(jax.random.key(0), (5, 20)), "b": jnp.ones((20, 3))}
+  groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 5)))
+  config = config_of("--criterion=channels", f"--round_to={round_to}")
+  prune = criteria.channels(config, jax.random.key(1), lambda: groups)
+  masks = prune(params, 0.3)
+  # 30 % of 20 channels are 6, and 14 stay; with blocks of 4 only 12 do.
+  assert int(masks["a"].any(0).sum()) == {1: 14, 4: 12}[round_to]
 
 
 @pytest.mark.slow

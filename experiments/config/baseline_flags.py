@@ -12,7 +12,10 @@ TEMPERATURE = 3.0
 
 def _unique(words, name, values):
   given = tuple(dict.fromkeys(word for word in words if word))
-  return baselines() if given == ("all",) else given
+  if given != ("all",):
+    return given
+  left_out = having("labels") if values["stream"] else ()
+  return tuple(name for name in baselines() if name not in left_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class BaselineFlags:
     "in one go, copies of all sparsities in one program), dense_soup (nothing pruned), "
     "swamp (rewinding, averages over copies and time); at the goal alone, trained from "
     "scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies. all for all "
-    "of these, --baselines= for none.",
+    "of these (with --stream, but soup_classifier), --baselines= for none.",
     lambda name, value: one_of("baseline", baselines())(name, value),
     default=["imp", "imp_mx"],
     parse=_unique,

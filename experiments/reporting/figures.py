@@ -1,7 +1,7 @@
 """Figures of how good models are: over sparsity, over phases, over numbers of copies."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,31 +56,38 @@ def over_sparsity(case: Case, metric: str) -> Any:
 
 
 def over_multiply_adds(case: Case, metric: str) -> Any:
-  """A metric of all methods over the multiply-adds that the soup of each phase takes."""
+  """A metric of all methods over the multiply-adds that each of them takes.
+
+  The ensemble is drawn where the soup is: each of its networks takes as many.
+  """
   kept = products_kept(case)
   rows = [row for row in summarize(case.seeds, metric) if row["phase"] in kept]
   shares = [kept[row["phase"]] for row in rows]
   labels = [f"{100 * share:.3g} %" for share in shares]
   what = "Multiply-adds of an inference, of those of the dense network"
-  return _over_phases(case, metric, rows, -np.log10(shares), labels, what)
+  own = {}
+  for name in looks():
+    of_method = kept | products_kept(case, name)
+    own[name] = -np.log10([of_method[row["phase"]] for row in rows])
+  return _over_phases(case, metric, rows, -np.log10(shares), labels, what, own)
 
 
-def products_kept(case: Case) -> dict[int, float]:
-  """By phase the share of the dense network's multiply-adds that soups take, over seeds."""
+def products_kept(case: Case, method: str = "soup") -> dict[int, float]:
+  """By phase the share of the dense network's multiply-adds that is left, over seeds."""
   shares: dict[int, list[float]] = {}
   for seed in case.seeds:
     dense = seed["dense"].get("multiply_adds")
     for phase in seed["phases"]:
-      left = phase.get("soup", {}).get("sparse_multiply_adds")
+      left = (phase.get(method) or {}).get("sparse_multiply_adds")
       if dense and left:
         shares.setdefault(phase["phase"], []).append(left / dense)
   return {phase: float(np.mean(values)) for phase, values in shares.items()}
 
 
-def _over_phases(case, metric, rows, positions, labels, what):
+def _over_phases(case, metric, rows, positions, labels, what, own=None):
   with canvas(case.setting, 4.2) as (figure, axes):
     dots = _dots(axes, case, metric, rows, positions)
-    drawn = method_lines(axes, positions, rows, case.m)
+    drawn = method_lines(axes, positions, rows, case.m, own)
     _dense_line(axes, rows)
     _limits(axes, drawn, dots, case.m)
     ticks(axes, positions, labels)
@@ -185,7 +192,11 @@ def ticks(axes: Any, positions: np.ndarray, labels: Sequence[str]) -> None:
 
 
 def method_lines(
-  axes: Any, positions: np.ndarray, rows: Sequence[Results], m: int | None
+  axes: Any,
+  positions: np.ndarray,
+  rows: Sequence[Results],
+  m: int | None,
+  own: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[float]]:
   """A line for each method, with the 95 % interval of its mean as a band.
 
@@ -194,6 +205,7 @@ def method_lines(
     positions: float [rows].
     rows: of `summarize`.
     m: number of copies; None where it is not one.
+    own: by method float [rows], its positions where they are its own.
 
   Returns:
     By method its means, in percent.
@@ -203,7 +215,7 @@ def method_lines(
   spread = 0.01 * (np.ptp(positions) or 1)
   for number, name in enumerate(names):
     shown = [i for i, row in enumerate(rows) if name in row]  # some at the goal alone
-    x = positions[shown] + (number - (len(names) - 1) / 2) * spread
+    x = (own or {}).get(name, positions)[shown] + (number - (len(names) - 1) / 2) * spread
     y = np.array([100 * rows[i][name]["mean"] for i in shown])
     _, ink, marker = looks()[name]
     soup = name == "soup"

@@ -160,14 +160,15 @@ def _loop_image(geometry, outputs, kernels):
 def _convolve(geometry, images, kernel):
   """A convolution whose channels fill a CPU's vector unit."""
   o = kernel.shape[3]
-  images, kernel = _fill(images, 3), _fill(_fill(kernel, 2), 3)
+  if geometry.kernel != (1, 1):  # that is a matrix product
+    images, kernel = _fill(images, 3), _fill(_fill(kernel, 2), 3)
   return _convolve_columns(geometry, images, kernel)[..., :o]
 
 
 def _fill(x, axis):
   """An odd number of channels costs up to twice as much as the next multiple of 4."""
   size = x.shape[axis]
-  return _pad(x, axis, (0, -size % 4)) if size % 2 and size > 8 else x
+  return _pad(x, axis, (0, -size % 4)) if size % 2 and 8 < size < 48 else x
 
 
 def _convolve_columns(geometry, images, kernel):

@@ -105,7 +105,8 @@ def train_copies(
         yield fetched(running, steps)
       running = chunk
       wanted = engine.wants_state()
-      if wanted or cast(Any, chunk.loss).is_ready():  # it is where a program is waited for
+      # It is ready where programs are waited for. Several processes must not differ here.
+      if wanted or (jax.process_count() == 1 and cast(Any, chunk.loss).is_ready()):
         yield fetched(running, steps)
         running = None
       if wanted:

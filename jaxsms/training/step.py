@@ -238,10 +238,13 @@ def _scan(recipe: Recipe, copy: Copy, take: Callable, batches: Any, exists: jax.
       images,
       labels,
     )
-    if "frozen" in ingredient:
-      params = jax.tree.map(jnp.where, ingredient["frozen"], state.params, new.params)
-      new = new._replace(params=params)
-    return add_to_average(new, ingredient), metrics
+    if "frozen" not in ingredient:
+      return add_to_average(new, ingredient), metrics
+    keep = functools.partial(jax.tree.map, jnp.where, ingredient["frozen"], state.params)
+    new = add_to_average(new._replace(params=keep(new.params)), ingredient)
+    if jax.tree.leaves(new.average):  # a mean of equal numbers would round
+      new = new._replace(average=keep(new.average))
+    return new, metrics
 
   def rest(state, batch, learning_rate):
     zero = jnp.zeros((), jnp.float32)
