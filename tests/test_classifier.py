@@ -5,9 +5,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
+from by_hand import own_batches, own_images, own_optimizer
 from engine import train as train_to_the_end
 from main_job import SMALL, assert_same_run, config_of, results, run
 from test_resume import stopped_with
@@ -26,7 +26,6 @@ from jaxsms import models, training
 from jaxsms.training import Model
 from jaxsms.training.classifier import classifier_alone, log_prior
 from jaxsms.training.soft_labels import mean_loss, prior_labels
-from jaxsms.training.step import ORDER
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
@@ -79,11 +78,8 @@ def test_the_loss_with_a_prior_by_hand():
 
 def own_training(data, dense, masks):
   """Steps of the last layer alone, written out with Flax and optax."""
-  n, per_epoch = len(data.labels), len(data.labels) // BATCH
-  images = (data.images / 255 - 0.5) / 0.25
-  optimizer = optax.chain(
-    optax.add_decayed_weights(DECAY), optax.trace(0.9, True), optax.scale(-RATE)
-  )
+  images = own_images(data.images)
+  optimizer = own_optimizer(RATE, DECAY)
 
   def loss(last, batch_stats, batch):
     logits, updated = Tiny().apply(
@@ -94,13 +90,10 @@ def own_training(data, dense, masks):
     picked = jnp.take_along_axis(log_q, data.labels[batch][:, None], -1)
     return -picked.mean(), updated["batch_stats"]
 
-  order_key = jax.random.fold_in(jax.random.fold_in(KEY, 4), ORDER)  # of copy's seed 4
+  key = jax.random.fold_in(KEY, 4)  # of copy's seed 4
   last, batch_stats = dense.params["Dense_1"], dense.batch_stats
   state = optimizer.init(last)
-  for step in range(STEPS):
-    epoch, at = divmod(step, per_epoch)
-    order = jax.random.permutation(jax.random.fold_in(order_key, epoch), n)
-    batch = order[at * BATCH : (at + 1) * BATCH]
+  for batch in own_batches(key, len(data.labels), BATCH, STEPS):
     grads, batch_stats = jax.grad(loss, has_aux=True)(last, batch_stats, batch)
     updates, state = optimizer.update(grads, state, last)
     last = jax.tree.map(lambda p, u, m: (p + u) * m, last, updates, masks["Dense_1"])

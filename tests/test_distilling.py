@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import scipy.special
+from by_hand import own_batches, own_images, own_optimizer
 from main_job import SMALL, assert_same_run, config_of, results, run
 from test_resume import stopped_with
 from test_training import (
@@ -24,7 +24,6 @@ from jaxsms.training.measurements import RECALIBRATION, recalibrated
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.soft_labels import SoftLabels, mean_loss, soft_labels
 from jaxsms.training.state import Teacher
-from jaxsms.training.step import ORDER
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
 
@@ -93,11 +92,8 @@ def test_the_loss_and_its_gradient_by_hand():
 
 def own_training(soup, masks, teachers, temperature):
   """What the engine does with one soup, written out with Flax and optax alone."""
-  n, per_epoch = len(DATA.labels), len(DATA.labels) // BATCH
-  images = (DATA.images / 255 - 0.5) / 0.25
-  optimizer = optax.chain(
-    optax.add_decayed_weights(DECAY), optax.trace(0.9, True), optax.scale(-RATE)
-  )
+  images = own_images(DATA.images)
+  optimizer = own_optimizer(RATE, DECAY)
 
   def mean_prediction(batch):
     logits = jnp.stack([
@@ -116,13 +112,9 @@ def own_training(soup, masks, teachers, temperature):
   key = jax.random.fold_in(jax.random.fold_in(KEY, 2), RECALIBRATION)
   key = jax.random.fold_in(jax.random.fold_in(key, STREAM), 0)
   (params, batch_stats), state = soup, optimizer.init(soup.params)
-  for step in range(LAST):
-    epoch, at = divmod(step, per_epoch)
-    order = jax.random.permutation(
-      jax.random.fold_in(jax.random.fold_in(key, ORDER), epoch), n
-    )[at * BATCH : (at + 1) * BATCH]
+  for batch in own_batches(key, len(DATA.labels), BATCH, LAST):
     grads, batch_stats = jax.grad(loss, has_aux=True)(
-      params, batch_stats, order, mean_prediction(order)
+      params, batch_stats, batch, mean_prediction(batch)
     )
     updates, state = optimizer.update(grads, state, params)
     params = jax.tree.map(lambda p, u, m: (p + u) * m, params, updates, masks)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from by_hand import own_batches, own_images, own_optimizer
 from engine import run_phases
 from sklearn.datasets import load_digits
 from test_training import BATCH, Tiny, ingredients, make_data, make_programs
@@ -28,11 +29,8 @@ def quick(quick_compilation):
 
 def own_retraining(data):
   """What the engine does with one copy, written out with Flax and optax alone."""
-  n, per_epoch = len(data.labels), len(data.labels) // BATCH
-  images = (data.images / 255 - 0.5) / 0.25
-  optimizer = optax.chain(
-    optax.add_decayed_weights(DECAY), optax.trace(0.9, True), optax.scale(-RATE)
-  )
+  images = own_images(data.images)
+  optimizer = own_optimizer(RATE, DECAY)
 
   def loss(params, batch_stats, batch):
     logits, updated = Tiny().apply(
@@ -46,12 +44,8 @@ def own_retraining(data):
     key = jax.random.fold_in(key, ingredient["seed"])
     (params, batch_stats), masks = model, masks.params
     state = optimizer.init(params)
-    for step in range(STEPS):
-      epoch, at = divmod(step, per_epoch)
-      order = jax.random.permutation(
-        jax.random.fold_in(jax.random.fold_in(key, training.step.ORDER), epoch), n
-      )[at * BATCH : (at + 1) * BATCH]
-      grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, order)
+    for batch in own_batches(key, len(data.labels), BATCH, STEPS):
+      grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, batch)
       updates, state = optimizer.update(grads, state, params)
       params = jax.tree.map(lambda p, u, m: (p + u) * m, params, updates, masks)
     return Model(params, batch_stats)

@@ -38,10 +38,10 @@ def channels_section(cases: Sequence[Case]) -> Section:
       figures.over_multiply_adds(case, "test_accuracy"),
       "Test accuracy over the multiply-adds of one image's inference, cut.",
       "Test accuracy over multiply-adds, a line for each method, down to "
-      f"{100 * min(products_kept(case).values()):.3g} % of the dense network's.",
+      f"{100 * min(kept.values()):.3g} % of the dense network's.",
     )
     for case in shown[:CASES_DRAWN]
-    if products_kept(case)
+    if (kept := products_kept(case))
   )
   section.blocks.extend(said for case in shown for said in _sentences(cases, case))
   return section
