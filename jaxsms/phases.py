@@ -25,6 +25,7 @@ from jaxsms.trees import (
   is_parameter,
   number_of_models,
   same_structure,
+  small_leaves_joined,
 )
 
 Prune = Callable[..., PyTree]
@@ -195,8 +196,7 @@ def _finite_models(stacked: Arrays) -> jax.Array:
   flags = [jnp.ones([number_of_models(stacked)], bool)]
   flags += [
     jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-    for x in jax.tree.leaves(stacked)
-    if is_floating(x)
+    for x in small_leaves_joined([x for x in jax.tree.leaves(stacked) if is_floating(x)])
   ]
   return jnp.stack(flags).all(axis=0)
 

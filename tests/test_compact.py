@@ -21,6 +21,7 @@ from flax import nnx
 from foreign_networks import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsms import (
@@ -285,6 +286,43 @@ def test_what_masks_of_single_weights_emptied():
   gone = [0, 2]
   np.testing.assert_array_equal(back["a"][:, gone], 0)
   np.testing.assert_array_equal(np.delete(back["a"], gone, 1), small.params["a"])
+
+
+@pytest.mark.parametrize(
+  "place",
+  [
+    np.asarray,
+    jnp.asarray,
+    lambda x: jax.device_put(x, jax.devices()[1]),
+    lambda x: jax.device_put(x, NamedSharding(make_mesh(8), P())),
+    lambda x: jax.device_put(x, NamedSharding(make_mesh(8), P(None, "ingredient"))),
+  ],
+  ids=["numpy", "free", "one device", "on all devices", "in parts"],
+)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, bool])
+def test_shrinking_and_expanding_wherever_the_arrays_lie(place, dtype):
+  masks = {"a": np.ones((8, 8), bool), "b": np.ones((8, 8), bool)}
+  masks["a"][:, [1, 4]], masks["b"][[1, 4]] = False, False
+  full = {name: np.arange(1, 65).reshape(8, 8).astype(dtype) for name in masks}
+  shapes = {name: jax.ShapeDtypeStruct((8, 8), jnp.float32) for name in masks}
+  network = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
+  small = compact(network, shapes, masks, np.ones((1, 8)))
+  left = {"a": np.delete(full["a"], [1, 4], 1), "b": np.delete(full["b"], [1, 4], 0)}
+  zeroed = {name: np.where(masks[name], full[name], 0).astype(dtype) for name in masks}
+  placed = jax.tree.map(place, full)
+  for shrink, expand in (
+    (small.shrink, small.expand),
+    (jax.jit(small.shrink), jax.jit(small.expand)),
+  ):
+    shrunk = shrink(placed)
+    back = expand(shrunk)
+    for name in masks:
+      np.testing.assert_array_equal(shrunk[name], left[name])
+      np.testing.assert_array_equal(back[name], zeroed[name])
+      assert shrunk[name].dtype == back[name].dtype == dtype
+      if isinstance(placed[name], jax.Array):
+        devices = placed[name].sharding.device_set
+        assert shrunk[name].sharding.device_set == back[name].sharding.device_set == devices
 
 
 @pytest.mark.slow

@@ -11,32 +11,39 @@ from jaxsms.trees import is_array, is_concrete
 
 
 def taken(x, masks):
+  """Of an array or its shape, what stays; on the host where that takes no program."""
   if all(mask is None for mask in masks):
     return x
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(left_shape(x.shape, masks), x.dtype)
-  if isinstance(x, np.ndarray):
-    return take(x, masks)
-  alone = is_concrete(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
-  if not alone:
-    return take(x, masks)
-  return _beside(x, take(np.asarray(x), masks))  # no program to compile
-
-
-def _beside(x, array):
-  """An array of the host on the device of x; free to move where x is."""
-  return jax.device_put(array, x.sharding) if x.committed else jnp.asarray(array)
+  if _on_host(x):
+    return _beside(x, take(np.asarray(x), masks))
+  return take(x, masks)
 
 
 def masked_leaf(x, mask):
   """What is left of a leaf, on the host where that takes no program."""
   if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
     return x
-  if isinstance(x, np.ndarray):
-    return np.where(mask, x, np.zeros((), x.dtype))
-  if isinstance(x, jax.Array) and is_concrete(x) and len(x.devices()) == 1:
+  if _on_host(x):
     return _beside(x, np.where(mask, x, np.zeros((), x.dtype)))
   return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _on_host(x):
+  """Whether the host may work on it: of NumPy, or whole on each of its devices."""
+  if isinstance(x, np.ndarray):
+    return True
+  if not (isinstance(x, jax.Array) and is_concrete(x)):
+    return False
+  return x.is_fully_addressable and x.is_fully_replicated
+
+
+def _beside(x, array):
+  """An array of the host where x lies, on its devices; free to move where x is."""
+  if isinstance(x, np.ndarray):
+    return array
+  return jax.device_put(array, x.sharding) if x.committed else jax.device_put(array)
 
 
 def left_shape(full: Sequence[int], masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
@@ -46,6 +53,18 @@ def left_shape(full: Sequence[int], masks: Sequence[np.ndarray | None]) -> tuple
 
 
 def expanded(x, masks):
+  """In the full shape, zeros where it was cut; on the host where that takes no program."""
+  if all(mask is None for mask in masks):
+    return x
+  if _on_host(x):
+    pairs = zip(x.shape, masks, strict=True)
+    full = np.zeros([n if mask is None else len(mask) for n, mask in pairs], x.dtype)
+    stays = [
+      np.arange(n) if mask is None else np.flatnonzero(mask)
+      for n, mask in zip(full.shape, masks, strict=True)
+    ]
+    full[np.ix_(*stays)] = np.asarray(x)
+    return _beside(x, full)
   for axis, mask in enumerate(masks):
     if mask is not None:
       zero = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)

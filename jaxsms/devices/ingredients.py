@@ -166,4 +166,9 @@ def _first(tree, count):
 
 def repeat_model(params: PyTree, m: int) -> PyTree:
   """m equal copies: leaves [...] -> [m, ...]."""
+  return wait_on_cpu(_repeat(params, m))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _repeat(params, m):
   return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (m, *x.shape)), params)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.devices.ingredients import repeat_model
 from jaxsms.sms import Record
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import (
@@ -130,4 +130,4 @@ def trained(state: TrainState) -> Model:
 
 def one_model(model: Model) -> Model:
   """Adds the leading axis of length 1."""
-  return jax.tree.map(lambda x: jnp.asarray(x)[None], model)
+  return repeat_model(model, 1)
