@@ -95,6 +95,7 @@ def test_one_copy_in_pytorch_takes_m_turns(finished):
       assert peer["speed_of_jaxsms"]["rounds"] == pytest.approx([a / b for a, b in steps])
 
 
+@pytest.mark.slow
 def test_what_is_printed(finished):
   text = " ".join(finished[1].split())
   for words in ("mlp (85,002 parameters", "m copies at once", "utilisation", "measured"):

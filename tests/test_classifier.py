@@ -150,6 +150,7 @@ def test_only_the_classifier_moves_and_as_by_hand(average):
   assert not kernel[~np.asarray(masks["Dense_1"]["kernel"])].any()
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_same_loss():
   data, steps = make_data(12), 3
   module = models.create("mlp", num_classes=3, hidden=(5,), dropout=0.0)

@@ -92,8 +92,8 @@ def ours(name, side=8, **options):
 
 OURS = [
   ("mlp", 8, {"hidden": (16, 12)}),
-  ("resnet8", 8, {"width": 4}),
-  ("vit_tiny", 8, {"depth": 1, "width": 12}),
+  pytest.param("resnet8", 8, {"width": 4}, marks=pytest.mark.slow),
+  pytest.param("vit_tiny", 8, {"depth": 1, "width": 12}, marks=pytest.mark.slow),
   pytest.param("resnet20", 8, {"width": 4}, marks=pytest.mark.slow),
   pytest.param("resnet56", 8, {"width": 4}, marks=pytest.mark.slow),
   pytest.param("resnet18", 8, {"width": 4}, marks=pytest.mark.slow),

@@ -165,6 +165,7 @@ def test_statistics_are_paired_t_intervals(finished):
   )
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
   flags = (*SMALL, "--mesh=none", "--baselines=imp", f"--workdir={tmp_path / 'c'}")
   real, seen = running.run_seed, []

@@ -514,6 +514,7 @@ def test_no_default_gathers_a_batch_that_is_divided(lowering, way, placed_by):
   assert found == (set() if way == "forward" else {"all-reduce"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", DEFAULTS)
 def test_a_divided_batch_gives_the_same_values(lowering):
   mesh, arrays = make_mesh(1, 4), three_copies()

@@ -132,6 +132,7 @@ def test_erk_worked_by_hand():
   assert [int(np.sum(m)) for m in jax.tree.leaves(masks)] == [6, 18]
 
 
+@pytest.mark.slow
 @given(st.floats(0, 0.999), st.integers(1, 8))
 def test_erk_counts_are_exact_over_phases(goal, phases):
   masks, size = None, sum(np.prod(s) for s in ERK_SHAPES)

@@ -87,6 +87,7 @@ def test_the_soup_is_that_of_masks_of_channels_without_cutting(both):
     assert a["soup"] == pytest.approx(b["soup"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_phase_trains_what_is_left(both):
   (found, cuts), _ = both
   shapes = [

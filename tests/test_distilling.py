@@ -121,6 +121,7 @@ def own_training(soup, masks, teachers, temperature):
   return params
 
 
+@pytest.mark.slow
 def test_the_last_soup_learns_from_its_candidates(engine, dense):
   plain = [e for e in phases(engine, Start(dense), {1: 0.4, 2: 0.6}, None)
            if isinstance(e, Phase)]  # fmt: skip

@@ -92,6 +92,7 @@ def test_a_diverged_copy_is_frozen_and_left_out_of_everything(programs, dense):
   assert healthy == [pytest.approx(alone[i], rel=1e-5) for i in (0, 2)]
 
 
+@pytest.mark.slow
 def test_greedy_merging_leaves_it_out_as_well(programs, dense):
   record = phases(programs, dense, [1e38, 0.1, 0.1], greedy=True).records[0]
   assert record["diverged"] == [0]
@@ -261,6 +262,7 @@ def test_averaging_that_fails_is_not_hidden_by_a_collapsed_copy(programs, traine
   assert failed["copies"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
   _, record = merged(
     programs, copies_of(trained, dict.fromkeys(range(4), negated)), start=1
@@ -275,6 +277,7 @@ def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
   assert record["collapsed"] == []
 
 
+@pytest.mark.slow
 def test_greedy_merging_leaves_a_collapsed_copy_out(programs, trained):
   copies = copies_of(trained, {1: negated})
   _, record = merged(programs, copies, start=0.95, greedy=True)

@@ -245,6 +245,7 @@ def test_a_run_that_shrank_is_exported_in_its_small_shapes(cut_run, tmp_path, ca
   assert_same(load_safetensors(whole, {"params": params}), {"params": params})
 
 
+@pytest.mark.slow
 def test_a_run_from_before_the_newest_flags_is_cut(cut_run, tmp_path, capsys):
   workdir = tmp_path / "old"
   shutil.copytree(cut_run[0], workdir)
@@ -258,6 +259,7 @@ def test_a_run_from_before_the_newest_flags_is_cut(cut_run, tmp_path, capsys):
   assert "load_cut" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_shrank_comes_with_a_module_for_pytorch(cut_run, tmp_path, capsys):
   torch = pytest.importorskip("torch")
   workdir, params, widths = cut_run
@@ -275,6 +277,7 @@ def test_a_run_that_shrank_comes_with_a_module_for_pytorch(cut_run, tmp_path, ca
   assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_as_a_program(cut_run, tmp_path, capsys):
   pytest.importorskip("flatbuffers")
   workdir, params, _ = cut_run
@@ -285,6 +288,7 @@ def test_a_run_is_exported_as_a_program(cut_run, tmp_path, capsys):
   np.testing.assert_allclose(found, logits_of(params), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_without_jax2onnx_says_what_to_install(cut_run, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "jax2onnx", None)
   monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))

@@ -237,6 +237,7 @@ def test_the_ends_of_lines_are_the_candidates_evaluated_alone(measured):
     assert line["barrier"] == pytest.approx(max(line["loss"] - chord), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_plane_and_where_the_models_are_on_it(measured):
   phases, candidates, found = measured
   plane = found["plane"]
@@ -300,6 +301,7 @@ def test_copies_that_diverged_are_left_out(programs, dense):
   assert "landscape" not in alone
 
 
+@pytest.mark.slow
 def test_equal_copies_one_copy_and_other_phases_have_no_plane(programs, dense):
   equal = phase(programs, dense, steps=0).records[0]["landscape"]
   assert equal["plane"] is None

@@ -35,7 +35,7 @@ def results(workdir):
 
 
 # One that goes from phase to phase, one of copies of their own masks, one from scratch.
-SAMPLE = ("imp", "imp_reprune", "gmp_soup")
+SAMPLE = ("imp", "gmp_soup")
 
 
 @pytest.fixture(

@@ -205,6 +205,7 @@ def test_phases_at_one_sparsity_keep_the_mask(programs, data, dense):
       np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_soups_by_samples_weight_those_that_are_left(programs, data, dense):
   candidates = train(programs, data, dense, on_shares([[0] * 4, [1] * 4, [2] * 4], 3))
   merging = merging_of("by_samples", samples=np.array([10, 30, 60]))

@@ -256,6 +256,7 @@ def phases(programs, dense, **options):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_better_half_is_merged_and_each_phase_draws_values_anew(programs, dense):
   kept = []
 

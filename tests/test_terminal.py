@@ -153,6 +153,7 @@ def test_reports_of_it_name_the_page(finished, hard_folder, tmp_path, capsys):
   assert list((out / "figures").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_soups_of_what_lies_there_name_the_file(finished, hard_folder, tmp_path, capsys):
   model, out = hard_folder / "run" / "soup" / "seed_0", tmp_path / f"{HARD}.npz"
   main_job.parse()
@@ -167,6 +168,7 @@ def test_soups_of_what_lies_there_name_the_file(finished, hard_folder, tmp_path,
     assert sum(np.sum(arrays[name] == 0) for name in arrays) > 0
 
 
+@pytest.mark.slow
 def test_results_name_the_folder_as_it_is(finished, hard_folder):
   results = json.loads((hard_folder / "run" / "results.json").read_text())
   assert results["flags"]["workdir"] == os.fspath(hard_folder / "run")

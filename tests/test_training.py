@@ -322,6 +322,7 @@ def test_three_phases_compile_once(data, dense):
   assert removed == round(0.9 * n)
 
 
+@pytest.mark.slow
 def test_one_copy_without_noise_is_imp_and_needs_no_second_evaluation(
   data, dense, programs
 ):

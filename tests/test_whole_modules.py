@@ -94,6 +94,7 @@ def test_masks_are_none_where_a_leaf_is_no_array(prune):
   assert list(layer_sparsities(pruned)) == ["mlp/layers/0/weight", "mlp/layers/1/weight"]
 
 
+@pytest.mark.slow
 def test_stacks_soups_and_distances():
   models = [network(seed) for seed in range(3)]
   stacked = stack(models)
@@ -155,6 +156,7 @@ def test_masked_takes_the_whole_module(given):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_loop_takes_the_whole_module():
   model = network()
   optimizer = masked(optax.adam(0.05))
