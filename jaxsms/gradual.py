@@ -36,34 +36,36 @@ def pruned(
   prune: Callable[..., PyTree] = magnitude_masks,
   prunable: Prunable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Any optax transformation, under masks that a schedule of sparsity makes anew.
+  """Any optax transformation, under masks that follow a schedule of sparsity.
 
-  For a training loop of one's own that goes from dense to sparse. At every step that is
-  a multiple of `every` the masks become
-  `prune(params, schedule(step), masks=masks)`; with each update the inner transformation
-  is kept inside them, as `masked` does it. See there for chains. The masks are in the
-  state: `optax.tree_utils.tree_get(state, "masks")`.
+  This is for a training loop of your own that goes from dense to sparse. At every step
+  that is a multiple of `every`, the masks become
+  `prune(params, schedule(step), masks=masks)`. In every step the inner transformation
+  is kept inside the masks, as by `masked`, whose docstring also explains chains. The
+  masks are in the state: `optax.tree_utils.tree_get(state, "masks")`.
 
-  Under `jax.vmap` over states, masks are worked out in every step and used only in those
-  steps: vmap computes both sides of a condition that differs between copies.
+  Under `jax.vmap` over states, new masks are computed in every step, because vmap
+  computes both sides of a condition that differs between copies. They are still used
+  only at multiples of `every`.
 
   Args:
     transformation: any optax transformation.
     schedule: sparsity in [0, 1) by step (from 0), such as
-      `optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=1000)`, the cubic one
-      of gradual magnitude pruning. It gets a traced step and gives float32, in which the
-      number of removed weights is rounded.
-    every: steps between new masks, at least 1. Between them the sparsity stays.
-    prune: `prune(params, sparsity, masks=masks)` giving new masks, traceable, also in the
-      sparsity.
-    prunable: which leaves to prune, handed on to `prune`; None means `jaxsms.prunable`.
+      `optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=1000)`, the cubic
+      schedule of gradual magnitude pruning. It gets a traced step and returns float32.
+      The number of weights to remove is rounded in this precision.
+    every: steps between new masks, at least 1. Between them the sparsity stays the
+      same.
+    prune: `prune(params, sparsity, masks=masks)` giving new masks. It is traced, and
+      the sparsity is a traced value.
+    prunable: which leaves to prune, passed on to `prune`; None means `jaxsms.prunable`.
 
   Returns:
     A transformation with a `PrunedState`; its `update` needs params.
 
   Raises:
-    ValueError: no transformation, no schedule, `every` below 1; later, `init` sees a first
-      sparsity out of range, or `update` has no params, or gets masks.
+    ValueError: no transformation, no schedule, or `every` below 1. Later: `init` finds
+      a first sparsity out of range, or `update` gets no params, or gets masks.
 
   References:
     Zhu and Gupta, 2017, https://arxiv.org/abs/1710.01878

@@ -47,13 +47,13 @@ def magnitude_masks(
       round(sparsity * n) of each leaf's n entries.
     prunable: which leaves to prune, called with key path and leaf; None means
       `jaxsms.prunable`.
-    masks: earlier masks. What they removed stays removed and counts, also where that is
-      more than asked.
+    masks: earlier masks. Entries that they removed stay removed and count towards
+      `sparsity`, even if they are more than it asks for.
 
   Returns:
     Tree of bool arrays with the structure and shapes of `params`: True where an entry
-    is kept, all True where a leaf is not prunable, None where a leaf is no array. What
-    the default choice leaves out is logged, once for each structure.
+    is kept, all True where a leaf is not prunable, None where a leaf is not an array.
+    Matrices that the default `prunable` leaves out are logged, once for each structure.
 
   Raises:
     ValueError: sparsity outside [0, 1), unknown scope, nothing prunable, values that
@@ -90,7 +90,7 @@ def random_masks(
   prunable: Prunable | None = None,
   masks: PyTree | None = None,
 ) -> PyTree:
-  """Removes weights at random: as `magnitude_masks`, with random scores.
+  """Removes weights at random: like `magnitude_masks`, but with random scores.
 
   Args:
     key: a typed key, `jax.random.key(...)`.
@@ -104,7 +104,7 @@ def random_masks(
     Tree of bool arrays with the structure of `params`, True where an entry is kept.
 
   Raises:
-    ValueError: as `magnitude_masks`, but for values that are not finite.
+    ValueError: as in `magnitude_masks`, except that values need not be finite.
 
   Example:
     >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(4)}
@@ -132,8 +132,8 @@ def masks_from_keys(
 
   Args:
     params: tree of parameters.
-    sort_key: gives an unsigned integer array of the shape of a prunable leaf, all of
-      one dtype. Smaller means removed earlier.
+    sort_key: returns an array of unsigned integers with the shape of the prunable leaf
+      that it gets. All arrays need the same dtype. Smaller keys are removed earlier.
     sparsity: share of the prunable entries to remove, in [0, 1).
     scope: "global" or "uniform", see `magnitude_masks`.
     prunable: which leaves to prune; None means `jaxsms.prunable`.
@@ -227,10 +227,10 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       shapes broadcast, so masks [...] serve stacked parameters [m, ...].
 
   Returns:
-    A tree as `params`. Gradients through it are 0 at removed entries.
+    A tree like `params`. Gradients through it are 0 at removed entries.
 
   Raises:
-    ValueError: other leaves or shapes than those of `params`, or masks not of bool.
+    ValueError: the masks have other leaves or shapes than `params`, or are not bool.
 
   Example:
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [2.0, 3.0]])}
@@ -270,7 +270,7 @@ def sparsity(params: PyTree, prunable: Prunable | None = None) -> jax.Array:
 
 
 def phase_sparsity(goal: float, phase: int, phases: int) -> float:
-  """The sparsity after one of several phases that each remove the same fraction.
+  """The sparsity after a phase, where each phase removes the same fraction.
 
   1 - (1 - goal)^(phase / phases): each phase removes 1 - (1 - goal)^(1 / phases) of
   what remained.
@@ -278,7 +278,7 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
   Args:
     goal: sparsity after the last phase, in [0, 1).
     phase: from 1 to `phases`.
-    phases: how many there are, at least 1.
+    phases: number of phases, at least 1.
 
   Returns:
     The sparsity, exactly `goal` after the last phase.

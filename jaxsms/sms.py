@@ -1,8 +1,8 @@
 """The loop of Sparse Model Soups: prune, retrain m copies, merge, phase after phase.
 
-`soup_phases` is the loop, for a caller's own training function, for the engine, and for
-what both are compared with. `sparse_model_soup` is the loop with `prune_phase`,
-`retrain_phase` and `merge_phase` in it.
+`soup_phases` is the loop itself. It takes the functions that prune, retrain and merge
+as arguments. `sparse_model_soup` runs it with `prune_phase`, `retrain_phase` and
+`merge_phase`.
 """
 
 import functools
@@ -32,15 +32,16 @@ class SparseSoup(NamedTuple):
     params: the soup of the last phase, exactly 0 where `masks` is False.
     masks: tree of bool arrays with the structure of `params`, True where kept.
     history: one dict per phase: `phase` (from 1), `sparsity` (share of zeros among the
-      prunable weights), `pruned_fraction` (of the weights that remained before it),
-      `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and `retrain`
-      (what the retraining reported, leaves [m, ...]; None where it reported nothing).
-    candidates: the m retrained copies of the last phase, leaves [m, ...]; None where they
+      prunable weights), `pruned_fraction` (of the weights that remained before the
+      phase), `norm_drop`, `relative_norm_drop`, `weights` (float [m], of the merge) and
+      `retrain` (what the retraining reported, leaves [m, ...]; None if it reported
+      nothing).
+    candidates: the m retrained copies of the last phase, leaves [m, ...]; None if they
       were not kept.
-    expand: where the network shrank, `expand(params)` gives the full shapes, zeros where
-      it was cut; masks too.
-    cut: where it shrank, `cut(function)` makes a function of full-size params one of the
-      cut ones.
+    expand: with `shrink`, `expand(tree)` returns params or masks in their full shapes,
+      with zeros where the network was cut; else None.
+    cut: with `shrink`, `cut(function)` turns a function of full-size params into one of
+      the cut params; else None.
   """
 
   params: PyTree
@@ -84,14 +85,14 @@ def soup_phases(
 ) -> Iterator[Any]:
   """The loop: params <- merge(retrain(prune(params))), once for each sparsity.
 
-  Everything whose phases follow one another runs through it. What differs is what is
-  handed in. It goes on after a break where it is given the soup and masks of a phase and
-  the sparsities of the phases after it.
+  All methods with consecutive phases run through this loop. They differ in the
+  functions that they pass. To resume after a phase, pass the soup and the masks of that
+  phase and the sparsities of the phases that are left.
 
   Args:
     key: typed key; phase t gets `fold_in(key, t)`.
     params: the model that the first phase prunes.
-    sparsities: by the number of the phase, in order, see `phase_sparsities`.
+    sparsities: sparsity by number of the phase, in order, see `phase_sparsities`.
     prune: `prune(params, masks, sparsity)` giving the pruned model, its masks and a record.
     retrain: `retrain(key, params, masks, record)`, a generator that yields what it has to
       report on the way and returns the candidates, leaves [m, ...], and a record. `record`
@@ -99,7 +100,8 @@ def soup_phases(
     merge: `merge(key, candidates, record)` giving a model and a record.
     masks: of a model that is sparse already; None means dense.
     finish: `finish(key, params, masks, candidates, record)`, a generator that yields what
-      it has to report on the way and returns a model, which the soup becomes, and a record.
+      it has to report on the way and returns a record and the model that replaces the
+      soup, as (model, record).
 
   Yields:
     What `retrain` and `finish` yield, and after each phase a `Phase`.
@@ -181,8 +183,8 @@ def sparse_model_soup(
   Args:
     key: typed key. In a phase all copies get the same key derived from it, so that they
       differ only in their ingredient: `fold_in(key, ingredient["seed"])`.
-    params: a trained model's tree; it may hold other leaves, such as batch statistics,
-      which are handed to `retrain` and averaged like parameters.
+    params: a trained model's tree. It may hold other leaves, such as batch statistics.
+      They are passed to `retrain` and averaged like parameters.
     retrain: the caller's own jittable training of one copy,
       `retrain(key, params, masks, ingredient)`, giving params or (params, report).
       It is compiled once for all phases; pass the same function object again to share
@@ -196,29 +198,32 @@ def sparse_model_soup(
       `functools.partial(greedy_soup, evaluate=...)` does.
     mesh: None for one device, else as `jaxsms.make_mesh` gives. In a job of several
       processes each calls this with the same arguments, and gets the whole result.
-    at_once: copies that one device trains at the same time; groups of so many follow one
-      another in the same program, in less memory. None means all.
-    on_phase: called after each phase, to evaluate, log or save.
+    at_once: copies that one device trains at the same time. Groups of this size follow
+      one another in the same program, which needs less memory. None means all copies.
+    on_phase: called with a `Phase` after each phase, to evaluate, log or save.
     masks: of a model that is sparse already; None means dense.
-    prunable: which leaves to prune and count, handed on to `prune`; None means
+    prunable: which leaves to prune and count, passed on to `prune`; None means
       `jaxsms.prunable`.
     regrow: allows `prune` to keep weights that were removed before.
-    keep_candidates: keeps the copies of the last phase; `on_phase` sees those of each.
-    shrink: (apply, *inputs), the network and what it is called with after its params, to
-      cut it after each pruning. `prune`, by default `channel_masks`, gets `groups=` and
-      full shapes, zeros where it was cut. `retrain(key, params, masks, ingredient, cut)`
-      gets the smaller trees; `cut(fn)` makes a function of them of any function of
-      full-size params. It is compiled in each phase.
+    keep_candidates: keeps the copies of the last phase. `on_phase` gets those of every
+      phase in any case.
+    shrink: (apply, *inputs), the network and the arguments after its params. If given,
+      the network is cut after each pruning. `prune`, by default `channel_masks`, gets
+      `groups=` and params in full shapes, with zeros where the network was cut.
+      `retrain(key, params, masks, ingredient, cut)` gets the smaller trees, and
+      `cut(fn)` turns a function of full-size params into one of the smaller params.
+      `retrain` is compiled in each phase.
 
   Returns:
-    The soup, its masks, a record of each phase, and the copies of the last where they are
-    kept; with `shrink` in the shapes that are left.
+    The soup, its masks, a record of each phase, and with `keep_candidates` the copies
+    of the last phase. With `shrink` their arrays have the cut shapes.
 
   Raises:
     ValueError: sparsity or phases out of range, a goal that removes every weight, no
-      ingredient, nothing prunable, values that are not finite, or a `retrain` that gives
-      another tree than it got. Raised before any training. Later: a `prune` that lets
-      weights grow back, or a `merge` that gives no model or indices of no candidates.
+      ingredient, nothing prunable, values that are not finite, or a `retrain` that
+      returns another tree structure than it got. These are raised before any training.
+      Raised later: a `prune` that lets weights grow back, or a `merge` that returns no
+      model, or indices that no candidate has.
     FloatingPointError: all copies of a phase diverged. Copies with values that are not
       finite are left out of the merge and have weight 0 in the record.
 

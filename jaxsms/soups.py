@@ -21,21 +21,22 @@ from jaxsms.trees import (
 def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None) -> PyTree:
   """Averages m models into one.
 
-  Sums run in float32 (float64 for float64 leaves). A model of weight 0 is left out, also
-  where it holds NaN; the gradient in its weight is that of its finite values. Leaves that
-  are not floating (counters, keys, functions) come from the first model.
+  Sums run in float32 (float64 for float64 leaves). A model with weight 0 is left out,
+  even if it holds NaN. The gradient with respect to its weight uses its finite values.
+  Leaves that are not floating-point (counters, keys, functions) come from the first
+  model.
 
   Args:
     stacked: tree whose leaves have shape [m, ...].
     weights: float [m], summing to 1; None means 1/m each.
 
   Returns:
-    A tree with leaves [...] of the same dtypes. Where all m models share a mask, so does
-    the soup.
+    A tree with leaves [...] of the same dtypes. If all m models share a mask, the soup
+    has this mask.
 
   Raises:
-    ValueError: leaves disagree on m, or `weights` has another length, does not sum to
-      1, or is not finite.
+    ValueError: leaves disagree on m, or `weights` does not have length m, does not sum
+      to 1, or is not finite.
 
   References:
     Wortsman et al., 2022, https://arxiv.org/abs/2203.05482
@@ -91,17 +92,17 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array) -> jax.Array:
 def greedy_soup(
   stacked: PyTree, evaluate: Callable[[PyTree], float]
 ) -> tuple[PyTree, list[int]]:
-  """Averages those models that help, tried from the best down.
+  """Averages the models that do not lower the score, tried from best to worst.
 
   The models are sorted by `evaluate`, best first, earlier ones first among equals. The
-  soup starts as the best one; each next model is taken where the average with it is at
+  soup starts as the best one. Each next model is taken if the average with it is at
   least as good as the soup so far.
 
   Args:
     stacked: tree whose leaves have shape [m, ...].
-    evaluate: gives a score of one model (leaves [...]), higher is better, such as its
-      validation accuracy. Not traced: it may run anything. A model that scores NaN is
-      never taken.
+    evaluate: returns the score of one model (leaves [...]), such as its validation
+      accuracy. Higher is better. It is not traced, so it may run any code. A model that
+      scores NaN is never taken.
 
   Returns:
     The soup, a tree with leaves [...], and the indices of the models in it, in the order
@@ -155,7 +156,7 @@ def prediction_ensemble(logits: jax.Array) -> jax.Array:
     logits: float [m, n, classes].
 
   Returns:
-    Log-probabilities, float32 [n, classes], to be used wherever logits are.
+    Log-probabilities, float32 [n, classes]. They can be used in place of logits.
 
   Raises:
     ValueError: logits do not have three axes.

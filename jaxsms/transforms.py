@@ -25,32 +25,34 @@ def masked(
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps removed entries exactly 0 under any optax transformation.
 
-  Gradients are masked before the inner transformation; after it, the update of a removed
-  entry is minus its parameter, and every leaf of the state that has a parameter's path
-  and shape (momentum, second moments) is 0 where that parameter is removed. So it holds
-  whatever the inner transformation does with removed entries: decay, sign, noise.
+  Gradients are masked before the inner transformation. After it, the update of a
+  removed entry is set to minus its parameter. Every leaf of the state that has a
+  parameter's path and shape (momentum, second moments) is set to 0 where that parameter
+  is removed. So removed entries stay 0 whatever the inner transformation does with
+  them, such as weight decay, sign updates or noise.
 
-  In a chain, `optax.chain(masked(inner, masks), after)`, what follows changes the update
-  again. If the parameters were pruned before, with `apply_masks`, the updates of removed
-  entries are 0, and scaling or decay keep them 0. Entries that are not yet 0 become 0 only
-  where `masked` is outermost: `masked(optax.chain(inner, after), masks)`. A transformation
-  that adds noise also has to be inside. A warning says so outside of `jax.jit`. Inside
-  of it there is none: check what the program gives with `assert_sparse`.
+  In a chain, `optax.chain(masked(inner, masks), after)`, the later transformations
+  change the update again. If the parameters were pruned before, with `apply_masks`, the
+  updates of removed entries are 0, and scaling or weight decay keep them 0. Entries
+  that are not yet 0 become 0 only if `masked` is outermost:
+  `masked(optax.chain(inner, after), masks)`. A transformation that adds noise also has
+  to be inside. Outside of `jax.jit` a warning is logged if removed entries are not 0.
+  Inside `jax.jit` there is no warning: check the result with `assert_sparse`.
 
   Args:
     transformation: any optax transformation.
-    masks: tree of bool arrays for the leaves of the parameters, True where kept.
-      Masks given here become constants of a jitted program; leave them out and pass
-      `masks=` with each `update` to make them an argument of it.
+    masks: tree of bool arrays for the leaves of the parameters, True where kept. Masks
+      passed here become constants of a jitted program. To make them an argument of the
+      program, leave them out here and pass `masks=` to each `update`.
 
   Returns:
-    A transformation whose `update(updates, state, params, *, masks=None, **extra)`
-    prefers the masks it is given over those given here. Leaves of the parameters that are
-    no arrays (functions, None) are left alone; their updates are None.
+    A transformation with `update(updates, state, params, *, masks=None, **extra)`.
+    Masks passed to `update` replace those passed here. Leaves of the parameters that
+    are not arrays (functions, None) are left alone; their updates are None.
 
   Raises:
-    ValueError: no optax transformation; later, `update` has no masks or no params, or
-      they do not fit together.
+    ValueError: `transformation` is no optax transformation. Later: `update` gets no
+      masks or no params, or they do not fit together.
 
   >>> params = {"kernel": jnp.array([[1.0, 0.0]])}
   >>> masks = {"kernel": params["kernel"] != 0}
@@ -105,8 +107,8 @@ def assert_sparse(params: PyTree, masks: PyTree) -> None:
     masks: tree of bool arrays for its leaves, True where kept.
 
   Raises:
-    AssertionError: entries that are not, with the leaves they are in.
-    ValueError: masks that do not fit, or traced values.
+    AssertionError: some removed entries are not 0; the message names their leaves.
+    ValueError: masks that do not fit the params, or traced values.
 
   >>> jaxsms.assert_sparse({"kernel": jnp.zeros(2)}, {"kernel": jnp.array([True, False])})
   """

@@ -25,12 +25,13 @@ class Compact:
 
   Attributes:
     params: the tree of the full network, with smaller arrays.
-    masks: its masks, cut alike: what stays may have single weights removed.
+    masks: its masks, cut in the same way. Single weights may be removed in what is
+      left.
     apply: the network's function on smaller params and any inputs. It works under `jit`,
-      `grad` and `vmap`, with other batch sizes, also symbolic ones of `jax.export`, and in
-      training. Random numbers inside, such as those of dropout, have the same distribution
-      and other values.
-    layout: what was cut, as lists and strings that JSON holds, for `compact_from`.
+      `grad` and `vmap`, in training, and with other batch sizes, also symbolic ones of
+      `jax.export`. Random numbers inside, such as those of dropout, have the same
+      distribution as in the full network, but other values.
+    layout: what was cut, as lists and strings that JSON can store, for `compact_from`.
   """
 
   def __init__(self, apply, paths, leaves, zeros, kept, params, convolution=None):
@@ -54,12 +55,13 @@ class Compact:
     """Turns a function of full-size params into one of the cut params.
 
     Args:
-      function: such as a loss or another way to call the network; called with params of
-        the full shapes first. It is traced once for the shapes of its arguments.
+      function: a function such as a loss, or another way to call the network. Its first
+        argument is params in the full shapes. It is traced once for each set of
+        argument shapes.
 
     Returns:
-      The function on smaller params. It raises ValueError where what `function` does with
-      the channels that were cut would change other values.
+      The function on smaller params. It raises ValueError if `function` uses the
+      channels that were cut in a way that changes other values.
     """
     traces: dict[Any, tuple[Trace, Cut]] = {}
 
@@ -127,24 +129,24 @@ class Compact:
     return gone
 
   def shrink(self, tree: PyTree) -> PyTree:
-    """Cuts another tree alike, such as masks or the state of an optimizer.
+    """Cuts another tree in the same way, such as masks or the state of an optimizer.
 
     Args:
       tree: tree with the structure of the network's params, in the full shapes.
 
     Returns:
-      The tree with what stays of its arrays.
+      The tree with its arrays cut.
     """
     return self._each(tree, lambda x, leaf, masks: taken(x, masks))
 
   def expand(self, tree: PyTree) -> PyTree:
-    """Gives a cut tree its full shapes back.
+    """Restores the full shapes of a cut tree.
 
     Args:
       tree: tree with the structure and shapes of `params`.
 
     Returns:
-      The tree in the full shapes, zeros where it was cut.
+      The tree in the full shapes, with zeros where it was cut.
     """
     return self._each(tree, lambda x, leaf, masks: expanded(x, masks))
 
@@ -166,21 +168,23 @@ def compact(
   *inputs: Any,
   convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
-  """Cuts out of a network the channels that its masks emptied.
+  """Cuts a network to the channels that its masks leave.
 
-  A channel is cut out where the masked network does not depend on it: where all weights
-  that read it are removed, or where it is always 0 because all weights that make it are
-  removed. This holds for masks of channels (`channel_masks`) and of single weights. At
-  least one position of every axis stays. `compact.apply(compact.params, x)` equals
-  `apply(apply_masks(params, masks), x)` to rounding.
+  A channel is cut if the masked network does not depend on it: either all weights that
+  read it are removed, or it is always 0 because all weights that compute it are
+  removed. The masks may be of channels (`channel_masks`) or of single weights. At least
+  one position of every axis stays. If `small` is the result,
+  `small.apply(small.params, x)` equals `apply(apply_masks(params, masks), x)` up to
+  rounding.
 
   Args:
     apply: the network, called with `params` and `inputs`.
-    params: tree of parameters, arrays or shapes. May hold other leaves.
-    masks: tree of bool arrays with the structure of `params`, True where kept; concrete.
+    params: tree of parameters, arrays or shapes. It may hold other leaves.
+    masks: tree of bool arrays with the structure of `params`, True where kept. They
+      must be concrete.
     *inputs: arrays, or their `jax.ShapeDtypeStruct`s, such as one batch.
-    convolution: what runs the plain convolutions of `apply`, such as
-      `jaxsms.convolution.conv_general_dilated`, which is fast for several copies; None
+    convolution: replaces the plain convolutions of `apply`. An example is
+      `jaxsms.convolution.conv_general_dilated`, which is fast for several copies. None
       leaves them as they are.
 
   Returns:
@@ -219,16 +223,16 @@ def compact_from(
   layout: Sequence[dict[str, Any]],
   convolution: Callable[..., jax.Array] | None = None,
 ) -> Compact:
-  """Rebuilds a cut network from what was saved of it.
+  """Rebuilds a cut network from its saved params and layout.
 
   Args:
-    apply: the network's function, of params of the full shapes.
-    params: tree of smaller arrays, the `params` of a `Compact` or trained from them.
-    layout: its `layout`.
+    apply: the network's function, of params in the full shapes.
+    params: tree of smaller arrays: the `params` of a `Compact`, or trained from them.
+    layout: the `layout` of that `Compact`.
     convolution: as in `compact`.
 
   Returns:
-    The network that they were saved from, but for `masks`, which is None.
+    The cut network. Its `masks` is None.
 
   Raises:
     ValueError: params and layout do not fit.
