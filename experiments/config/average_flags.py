@@ -16,24 +16,25 @@ class AverageFlags:
   """What a copy is at the end of a phase."""
 
   average: str = flag(
-    "What each copy is at the end of a phase: none (its last step), ema (an exponential "
-    "average over its steps) or swa (their plain mean). Batch statistics are estimated "
-    "anew. Baselines that are called _ema have ema in any case.",
+    "What each copy is at the end of a phase: none (its last step), ema (an "
+    "exponential moving average over its steps) or swa (the plain mean of its steps). "
+    "Batch statistics are estimated anew. Baselines with _ema in their name always use "
+    "ema.",
     one_of("average", AVERAGES),
     default="none",
   )
   ema_decay: float = flag(
-    "Decay of ema from one step that enters to the next, in (0, 1).",
+    "Decay of ema from one step that it includes to the next, in (0, 1).",
     ensure(lambda value: 0 < value < 1, "it must be in (0, 1), such as 0.99"),
     default=EMA_DECAY,
   )
   average_from: float | None = flag(
-    "Share of a phase's steps that the average leaves out, in [0, 1). Default: 0 for ema, "
-    "0.5 for swa.",
+    "Share of a phase's steps, from its start, that the average leaves out, in [0, 1). "
+    "Default: 0 for ema, 0.5 for swa.",
     ensure(lambda value: 0 <= value < 1, "it is a share of a phase's steps, in [0, 1)"),
   )
   average_every: int = flag(
-    "Steps from one that enters the average to the next; the last one always does.",
+    "The average includes every n-th step, and always the last one.",
     at_least(1),
     default=1,
   )

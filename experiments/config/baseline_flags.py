@@ -23,16 +23,18 @@ class BaselineFlags:
   """What the soup is compared with."""
 
   baselines: tuple[str, ...] = flag(
-    "What the soup is compared with. At the same sparsities: imp (one copy, the same "
-    "epochs), imp_mx (one copy, m times the epochs), imp_ema, imp_mx_ema and soup_ema (of "
-    "copies that end as averages, see --ema_decay), soup_distilled (the last soup trained "
-    "on its candidates' mean prediction), soup_classifier (the last soup, its last layer "
-    "trained on all data as if all classes were equal), imp_reprune (m runs of imp, "
-    "averaged and pruned again), one_shot_soup (each sparsity pruned from the dense model "
-    "in one go, copies of all sparsities in one program), dense_soup (nothing pruned), "
-    "swamp (rewinding, averages over copies and time); at the goal alone, trained from "
-    "scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, bimp_soup of m copies. all for all "
-    "of these (with --stream, but soup_classifier), --baselines= for none.",
+    "What the soup is compared with. At the sparsity of each phase: imp (one copy, the "
+    "same number of epochs), imp_mx (one copy, m times the epochs), imp_ema, "
+    "imp_mx_ema and soup_ema (imp, imp_mx and the soup with copies that end as "
+    "averages, see --ema_decay), soup_distilled (the last soup, trained on the mean "
+    "prediction of its candidates), soup_classifier (the last soup, with its last "
+    "layer trained on all data and the classes balanced in the loss), imp_reprune (m "
+    "runs of imp, averaged and pruned again), one_shot_soup (a soup for each sparsity, "
+    "pruned from the dense model at once; all copies in one program), dense_soup "
+    "(nothing pruned), swamp (rewinding, averages over copies and time). At the goal "
+    "sparsity only, trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, "
+    "bimp_soup of m copies. all means all of these (with --stream all but "
+    "soup_classifier); --baselines= means none.",
     lambda name, value: one_of("baseline", baselines())(name, value),
     default=["imp", "imp_mx"],
     parse=_unique,
@@ -55,16 +57,16 @@ class BaselineFlags:
     at_least(1),
   )
   rewind_epochs: int = flag(
-    "Epochs of training that swamp's rounds rewind to.", at_least(0), default=2
+    "The epoch of training that each round of swamp rewinds to.", at_least(0), default=2
   )
   distill_epochs: int = flag(
-    "Epochs of soup_distilled's last stretch, by --retrain_schedule. Default: "
-    "--retrain_epochs.",
+    "Epochs of soup_distilled's training after the last merge, with "
+    "--retrain_schedule. Default: --retrain_epochs.",
     from_zero,
     fill=lambda values: values["retrain_epochs"],
   )
   temperature: float = flag(
-    "Divides the logits of soup_distilled and of its candidates while it learns from them.",
+    "Divides the logits of soup_distilled and of its candidates during distillation.",
     above_zero,
     default=TEMPERATURE,
   )

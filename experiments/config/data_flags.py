@@ -52,15 +52,15 @@ class DataFlags:
     one_of("augmentation", AUGMENTATIONS),
   )
   imbalance: float | None = flag(
-    "Makes a long-tailed training set of the data, before validation images are held out "
-    "of it: class 0 keeps so many times the examples of the last class, those between "
-    "follow exponentially. Test images stay. Accuracy on head, middle and tail classes is "
-    "measured beside the rest.",
+    "Makes a long-tailed training set of the data, before validation images are held "
+    "out. Class 0 keeps this many times the examples of the last class; the classes "
+    "between them decay exponentially. Test images stay as they are. Accuracy on head, "
+    "middle and tail classes is measured, too.",
     lambda name, value: check_ratio(value, f"--{name}"),
   )
   stream: bool = flag(
-    "Decode training images while the device trains, with random resized crops: for data "
-    "that do not fit on it. Default: on for imagenet2012.",
+    "Decodes training images while the device trains, with random resized crops. For "
+    "data that do not fit on the device. Default: on for imagenet2012.",
     fill=lambda values: values["dataset"].startswith("imagenet2012"),
   )
   image_size: int = flag("Height and width of streamed images.", at_least(1), default=224)
@@ -81,12 +81,12 @@ class DataFlags:
     fill=_of_mlp(0.0, 0.2),
   )
   width: int | None = flag(
-    "Channels of the first stage of a residual network or VGG; of the ViT its width. "
-    "Default: the network's own.",
+    "Channels of the first stage of a residual network or VGG; for the ViT, the "
+    "embedding width. Default: the network's own.",
     at_least(1),
   )
   widening: int | None = flag(
-    "Factor of the widths of a wide residual network. Default: that in its name.",
+    "Widening factor of a wide residual network. Default: the factor in its name.",
     bounds={"lower_bound": 1},
   )
   stem: str | None = flag(
@@ -96,8 +96,9 @@ class DataFlags:
   )
   init: str | None = flag(
     "Trained weights to start from instead of training densely: a folder that a run or "
-    "jaxsms.checkpoint wrote, .safetensors, .npz, or a PyTorch file. Schedules read the "
-    "learning rates that --epochs and the like would have given."
+    "jaxsms.checkpoint wrote, .safetensors, .npz, or a PyTorch file. Retraining "
+    "schedules use the learning rates that dense training with --epochs etc. would "
+    "have had."
   )
 
   @property

@@ -30,7 +30,7 @@ class DenseFlags:
     "Epochs of dense training. Default: 30.", at_least(1), fill=lambda values: 30
   )
   batch_size: int = flag(
-    "Examples of one copy in a step. Default: 20 for digits, else 128.",
+    "Examples in a batch of one copy. Default: 20 for digits, else 128.",
     at_least(1),
     fill=by_dataset(20, 128),
   )
@@ -43,13 +43,13 @@ class DenseFlags:
     default=0.9,
   )
   weight_decay: float = flag(
-    "L2 coefficient, on all parameters. Nesterov momentum where it is above 0. Default: "
-    "1e-4 for digits, else 5e-4.",
+    "L2 coefficient, on all parameters. If it is above 0, the momentum is Nesterov's. "
+    "Default: 1e-4 for digits, else 5e-4.",
     from_zero,
     fill=by_dataset(1e-4, 5e-4),
   )
   pretrain_schedule: str = flag(
-    "Learning rate of dense training, from --learning_rate on: "
+    "Learning rate schedule of dense training, whose peak is --learning_rate: "
     f"{', '.join(PRETRAIN_SCHEDULES)}.",
     one_of("pretraining schedule", PRETRAIN_SCHEDULES),
     default="Linear",
@@ -58,18 +58,18 @@ class DenseFlags:
     "Linear warmup of dense training, in epochs.", from_zero, default=0.0
   )
   end_lr: float = flag(
-    "Learning rate at which Linear and Cosine dense training ends.", default=0.0
+    "Learning rate at the end of dense training, for Linear and Cosine.", default=0.0
   )
   decay: float | None = flag(
-    "What StepLR and MultiStepLR multiply the learning rate by, and ExponentialLR in every "
-    "step; in (0, 1].",
+    "Factor of the learning rate, in (0, 1]: at each decay of StepLR and MultiStepLR, "
+    "in every step of ExponentialLR.",
     ensure(lambda value: 0 < value <= 1, "the factor must be in (0, 1]"),
   )
   step_epochs: int | None = flag(
-    "Epochs from one --decay of StepLR to the next.", at_least(1)
+    "Epochs from one decay of StepLR to the next.", at_least(1)
   )
   milestones: tuple[int, ...] | None = flag(
-    "Epochs at which MultiStepLR decays, such as 60,80; warmup included.",
+    "Epochs at which MultiStepLR decays, such as 60,80. The warmup counts as epochs.",
     parse=whole_numbers("60,80"),
   )
 

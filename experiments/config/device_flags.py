@@ -19,8 +19,8 @@ class DeviceFlags:
   """Where a run computes."""
 
   mesh: str = flag(
-    "Devices along the copies and along the batch of one copy, such as 4x2; none for one "
-    "device; auto fits the number of copies.",
+    "Devices along the copies x devices along the batch of one copy, such as 4x2. none "
+    "means one device; auto chooses by the number of copies.",
     ensure(
       lambda value: value in MESHES or re.fullmatch(r"[1-9]\d*x[1-9]\d*", value),
       "give devices along copies x devices along the batch, such as 4x2, or auto, or none",
@@ -28,8 +28,8 @@ class DeviceFlags:
     default="auto",
   )
   cpu_devices: int | None = flag(
-    "Devices that a CPU is divided into, for copies, or parts of a batch, side by side. "
-    "Default: one for each core, at most 8; one for the mlp.",
+    "Devices that a CPU is divided into, to run copies or parts of a batch side by "
+    "side. Default: one for each core, at most 8; one for the mlp.",
     at_least(1),
     ensure(
       lambda value: value <= MOST_GIVEN,
@@ -37,13 +37,15 @@ class DeviceFlags:
     ),
   )
   ingredients_at_once: int | None = flag(
-    "Copies that one device trains at the same time; groups of so many follow one another. "
-    "Default: all; on a CPU 1, but for small networks without convolutions.",
+    "Copies that one device trains at the same time; groups of this size follow one "
+    "another. Default: all; on a CPU 1, except for small networks without "
+    "convolutions.",
     at_least(1),
   )
   precision: str = flag(
-    "Of activations: float32 or bfloat16 (parameters stay float32). auto: bfloat16 on TPUs "
-    "and on GPUs that have it (compute capability 8), else float32.",
+    "Precision of activations: float32 or bfloat16 (parameters stay float32). auto: "
+    "bfloat16 on TPUs and on GPUs that support it (compute capability 8), else "
+    "float32.",
     one_of("precision", PRECISIONS),
     default="auto",
   )
@@ -54,7 +56,7 @@ class DeviceFlags:
     default="auto",
   )
   remat: bool = flag(
-    "Works blocks of the network out again for the gradient: less memory, more time.",
+    "Recomputes blocks of the network in the backward pass: less memory, more time.",
     default=False,
   )
   micro_batches: int = flag(
@@ -68,8 +70,8 @@ class DeviceFlags:
     default=False,
   )
   coordinator: str | None = flag(
-    "host:port of the first process, in a run of several; 'auto' where the cluster tells "
-    "(Cloud TPU, Slurm, Open MPI, Kubernetes)."
+    "host:port of the first process, in a run of several processes; 'auto' where the "
+    "cluster provides it (Cloud TPU, Slurm, Open MPI, Kubernetes)."
   )
   processes: int | None = flag("How many processes there are, with --coordinator.")
   process: int | None = flag("Which of the --processes this one is, from 0.")

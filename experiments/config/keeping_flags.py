@@ -16,13 +16,14 @@ class KeepingFlags:
     "other run. Default: a new folder in runs/, named by date and time."
   )
   save_minutes: float = flag(
-    "Minutes of training between two checkpoints, in --workdir; 0 saves after every chunk. "
-    "Also saved after each phase, unless saving takes more than 2 % of the time since.",
+    "Minutes of training between two checkpoints in --workdir; 0 saves after every "
+    "chunk. A run also saves after each phase, unless saving takes more than 2 % of "
+    "the time since the last checkpoint.",
     ensure(lambda value: 0 <= value < math.inf, "give a number, 0 or above"),
     default=5.0,
   )
   keep_checkpoints: int = flag(
-    "How many checkpoints stay: where one is damaged, the next is used.",
+    "How many checkpoints are kept. If the newest is damaged, the one before is used.",
     at_least(1),
     default=2,
   )
@@ -32,8 +33,8 @@ class KeepingFlags:
     default=False,
   )
   allow_other_version: bool = flag(
-    "Goes on with a run that another version of jaxsms or jax began; results.json then "
-    "says which did what, in `environments`.",
+    "Resumes a run that another version of jaxsms or jax began. In results.json, "
+    "`environments` then says which version did what.",
     default=False,
   )
 

@@ -22,9 +22,9 @@ class MeasuringFlags:
   """What is measured."""
 
   ood: tuple[str, ...] = flag(
-    "Corruptions of the test images that every model is measured on: names, all, or none. "
-    "Prepared TFDS sets (cifar10_corrupted) come first, then our own on the device; "
-    "streamed data have the former alone.",
+    "Corruptions of the test images that every model is measured on: names, all, or "
+    "none. Prepared TFDS sets (cifar10_corrupted) are used first, then corruptions "
+    "made on the device. For streamed data only prepared sets are used.",
     default=[],
     parse=lambda words, name, values: tuple(
       dict.fromkeys(word for word in words if word and word != "none")
@@ -37,9 +37,8 @@ class MeasuringFlags:
     parse=functools.partial(numbers, kind=int),
   )
   landscape: str = flag(
-    "Phases in which the validation loss between the copies (on lines, and on the plane "
-    "through three) goes into results.json: last, all, or none. Not where data are "
-    "streamed.",
+    "Phases for which results.json gets the validation loss between the copies (on "
+    "lines, and on the plane through three): last, all, or none. Not with --stream.",
     one_of("landscape", LANDSCAPES),
     default="last",
   )

@@ -61,14 +61,14 @@ class Config(
   """What a run is told: the fields of all subjects, and its seeds."""
 
   seed: int = flag(
-    "The first seed; it decides everything random in a run.", from_zero, default=0
+    "The first seed; it determines all randomness of a run.", from_zero, default=0
   )
   seeds: int = flag(
     "How many seeds to run, one after another, from --seed on.", at_least(1), default=1
   )
   chunk_steps: int | None = flag(
-    "Most training steps between two looks of the progress bar. Default: 50 on a CPU, else "
-    "a whole epoch; 50 where data are streamed.",
+    "Largest number of training steps between two updates of the progress bar. "
+    "Default: 50 on a CPU or with --stream, else a whole epoch.",
     at_least(1),
   )
 

@@ -41,15 +41,16 @@ class SearchFlags:
   """The search."""
 
   ranges: tuple[str, ...] | None = flag(
-    "Instead of --values, for each variable of --vary the least and the greatest value, "
-    f"such as {EXAMPLE}: values are drawn uniformly in their logarithm, copies are judged "
-    "on validation data, and the better half is merged.",
+    "A search, instead of --values. Gives the least and the greatest value for each "
+    f"variable of --vary, such as {EXAMPLE}. Values are drawn uniformly in their "
+    "logarithm, copies are judged on validation data, and the better half is merged.",
     parse=parse_ranges,
   )
   rungs: int | None = flag(
-    "With --ranges, how often the copies of a phase are judged, the last time at its end: "
-    "before, the worse half starts again from the average of the better half, with values "
-    "near theirs. Default: 2, or 1 where a phase has one epoch.",
+    "With --ranges, how often the copies of a phase are judged, the last time at its "
+    "end. Each time but the last, the worse half starts again from the average of the "
+    "better half, with values near theirs. Default: 2, or 1 where a phase has one "
+    "epoch.",
     at_least(1),
     fill=lambda values: values["ranges"] and min(2, max(1, values["retrain_epochs"])),
   )

@@ -70,8 +70,9 @@ class SoupFlags:
     "m: how many copies are retrained and averaged in each phase.", at_least(1), default=5
   )
   phase_sparsities: tuple[float, ...] | None = flag(
-    "Sparsity after each phase, such as 0.5,0.9,0.9: phases at the same one retrain and "
-    "merge without pruning. Instead of --phases and --goal_sparsity.",
+    "Sparsity after each phase, such as 0.5,0.9,0.9, instead of --phases and "
+    "--goal_sparsity. A phase with the sparsity of the one before only retrains and "
+    "merges.",
     _check_sparsities,
     parse=numbers,
   )
@@ -91,43 +92,46 @@ class SoupFlags:
     fill=by_dataset(2, 5),
   )
   retrain_schedule: str = flag(
-    "Learning rate of each phase: FT (constant, the smallest of dense training), LRW (its "
-    "last steps again), SLR (all of it, compressed), CLR (cosine from its largest to its "
-    "smallest), LLR (linear from its largest to 0), ALLR (LLR, lower where pruning did "
-    "little harm).",
+    "Learning rate of each phase: FT (constant, the smallest of dense training), LRW "
+    "(the last steps of dense training again), SLR (the whole schedule of dense "
+    "training, compressed), CLR (cosine from the largest to the smallest of dense "
+    "training), LLR (linear from the largest to 0), ALLR (LLR, lower where pruning "
+    "changed little).",
     one_of("retraining schedule", RETRAIN_SCHEDULES),
     default="LLR",
   )
   merge: str = flag(
-    "How candidates become one model: uniform (their mean), greedy (from the best one on, "
-    "each that does not lower the validation accuracy of the average), learned or "
-    "learned_by_layer (weights learned on validation data), fisher or inverse_variance "
-    "(weights of each entry, from squared gradients), ties (what most agree on beyond the "
-    "pruned model), slerp (of two copies), by_samples (the mean weighted by the examples "
-    "that each copy of --vary=subset has).",
+    "How candidates become one model: uniform (their mean), greedy (from best to "
+    "worst, each that does not lower the validation accuracy of the average), learned "
+    "or learned_by_layer (weights learned on validation data), fisher or "
+    "inverse_variance (a weight for each entry, from squared gradients), ties (the "
+    "changes since pruning that most copies agree on), slerp (of two copies), "
+    "by_samples (the mean, weighted by the number of examples that each copy of "
+    "--vary=subset has).",
     one_of("merge", merging.NAMES),
     default="uniform",
   )
   vary: str = flag(
-    "What differs between the copies: seed (batch order, augmentation, dropout) or, with "
-    "the same seed, weight_decay, epochs (of each phase) or learning_rate (the first of "
-    "LLR); or subset: seed, and the share of the training data, see --subsets. With "
-    "--ranges also several: learning_rate, weight_decay, and seed beside them.",
+    "What differs between the copies: seed (batch order, augmentation, dropout); "
+    "weight_decay, epochs (of each phase) or learning_rate (the first of LLR), with "
+    "the same seed; or subset (the share of the training data, see --subsets, and the "
+    "seed). With --ranges also several of learning_rate, weight_decay and seed.",
     _known_variables,
     default="seed",
   )
   values: tuple[float, ...] | None = flag(
-    "Values of --vary, one for each copy. Default: the seeds 0 to m - 1. Of --vary=subset "
-    "the ratios of --subsets=imbalance alone.",
+    "Values of --vary, one for each copy. Default: the seeds 0 to m - 1. With "
+    "--vary=subset, only for the ratios of --subsets=imbalance.",
     parse=lambda words, name, values: numbers(
       words, name, kind=VARIABLES.get(values["vary"], float)
     ),
   )
   criterion: str = flag(
-    "Which weights go: magnitude or random (among those of --scope), erk or lamp "
-    "(magnitude, other shares for each layer), n_m (n of every m inputs stay), filters "
-    "(whole outputs of all layers but the classifier; the share counts filters), channels "
-    "(in all places that can only go together; the share counts what --budget says).",
+    "Which weights are removed: magnitude or random (compared as --scope says), erk or "
+    "lamp (magnitude, with a sparsity of its own for each layer), n_m (n of every m "
+    "inputs stay), filters (whole outputs of all layers but the classifier; the "
+    "sparsity counts filters), channels (whole channels, in all layers that have to "
+    "lose them together; the sparsity counts what --budget says).",
     one_of("criterion", CRITERIA),
     default="magnitude",
   )
@@ -137,21 +141,22 @@ class SoupFlags:
     default="global",
   )
   budget: str = flag(
-    "What --goal_sparsity is a share of where whole channels go: weights, channels, "
-    "multiply_adds, or latency (the time of an inference, measured on this machine: 0.5 "
-    "asks for half of it, to within 10 %).",
+    "With --criterion=channels, what --goal_sparsity is a share of: weights, channels, "
+    "multiply_adds, or latency (the time of an inference, measured on this machine; "
+    "0.5 asks for half of it, to within 10 %).",
     one_of("budget", BUDGETS),
     default="weights",
   )
   round_to: int = flag(
-    "Of --criterion=channels: a group that loses channels keeps a multiple of this. 4 or 8 "
-    "makes cut networks faster.",
+    "With --criterion=channels, a group that loses channels keeps a multiple of this "
+    "number. 4 or 8 makes cut networks faster.",
     at_least(1),
     default=1,
   )
   shrink: bool = flag(
-    "Cuts the network after each pruning: what the masks empty leaves its arrays, and the "
-    "copies retrain the smaller network. Made for --criterion=channels.",
+    "Cuts the network after each pruning: channels that the masks empty are removed "
+    "from its arrays, and the copies retrain the smaller network. Made for "
+    "--criterion=channels.",
     default=False,
   )
   n_m_group: int = flag(

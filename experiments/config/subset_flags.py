@@ -36,17 +36,19 @@ class SubsetFlags:
   """What share of the training data each copy has, with --vary=subset."""
 
   subsets: str | None = flag(
-    "The shares of --vary=subset: random (of --subset_fraction, with as little overlap as "
-    "can be), balanced (all classes as the smallest one), oversampled (all data, all "
-    "classes as often as the largest one), imbalance (long-tailed, the ratios in "
-    "--values), dirichlet (all data, divided with skewed labels), groups (all data, by "
-    "train_groups of the .npz). Default: random.",
+    "The shares of --vary=subset: random (of size --subset_fraction, with as little "
+    "overlap as possible), balanced (as many examples of each class as of the "
+    "smallest), oversampled (all data, each class repeated to the size of the "
+    "largest), imbalance (long-tailed, with the ratios in --values), dirichlet (all "
+    "data, divided with skewed labels), groups (all data, divided by train_groups of "
+    "the .npz). Default: random.",
     one_of("kind of subsets", SUBSETS),
     fill=_of_subsets,
   )
   subset_fraction: float | None = flag(
-    "Of the training data in a share of --subsets=random; of the largest shares that "
-    "balanced and imbalance can have. Default: 0.5 for random, else 1.",
+    "Size of a share: with --subsets=random a fraction of the training data, with "
+    "balanced and imbalance a fraction of the largest possible share. Default: 0.5 for "
+    "random, else 1.",
     _check_fraction,
     fill=_fraction,
   )
