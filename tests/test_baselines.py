@@ -214,6 +214,7 @@ def test_masks_made_anew_on_a_mesh(programs, dense):
   assert_close(*found, 1e-4)
 
 
+@pytest.mark.slow
 def test_imp_reprune_is_the_pruned_mean_of_runs_of_imp(programs, dense):
   own = make_programs(own_masks=True)
   seeds, steps, rates = [0, 1], 5, 0.2

@@ -95,6 +95,7 @@ def test_a_cell_is_what_a_run_of_those_flags_gives(finished, tmp_path):
   np.testing.assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_environments_of_all_parts_are_listed_once(finished):
   one, two = {"jax": "0.9.1"}, {"jax": "0.10.2"}
   dense, soup = Part("dense", 0), Part("sms", 0, 0.5, 2)
@@ -110,6 +111,7 @@ def test_environments_of_all_parts_are_listed_once(finished):
   assert [x["environment"] for x in results["environments"]] == [results["environment"]]
 
 
+@pytest.mark.slow
 def test_dense_training_is_done_once_a_seed(finished):
   epochs = [
     (json.loads(line)["seed"], path.parent.name)
@@ -120,6 +122,7 @@ def test_dense_training_is_done_once_a_seed(finished):
   assert sorted(epochs) == [(s, f"dense-seed{s}") for s in (0, 1) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_models_of_checkpoints_go_and_soups_stay(finished):
   assert not list(finished.glob("parts/*/checkpoints/*/arrays"))
   soups = {path.parent.parent.name for path in finished.glob("parts/*/soup/*")}
@@ -148,6 +151,7 @@ def test_more_of_everything_is_added_and_nothing_repeated(finished, capsys):
   assert "IMP 2x (2 seeds)" in said
 
 
+@pytest.mark.slow
 def test_statistics_are_paired_t_intervals(finished):
   cell = read(finished)["cells"][0]
   soup, other = (
@@ -250,6 +254,7 @@ def test_costs_of_channels_belong_to_the_first_seed_of_the_grid(tmp_path, monkey
   assert asked == [(3, 3), (4, 3)]
 
 
+@pytest.mark.slow
 def test_a_run_and_a_comparison_do_not_share_a_folder(finished, capsys):
   assert run(*SMALL, f"--workdir={finished}") == 2
   assert f"{finished} holds a comparison: choose another" in capsys.readouterr().err
@@ -258,6 +263,7 @@ def test_a_run_and_a_comparison_do_not_share_a_folder(finished, capsys):
   assert f"{part} holds a run of experiments.sms" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_the_comparison_costs_nothing(finished, capsys, monkeypatch):
   def never(*arguments):
     raise AssertionError("nothing is to be trained")
@@ -274,6 +280,7 @@ def test_a_damaged_file_of_the_comparison_costs_nothing(finished, capsys, monkey
   assert (finished / "run.json.damaged").exists()
 
 
+@pytest.mark.slow
 def test_what_another_process_finished_meanwhile_is_left_alone(finished, monkeypatch):
   part = Part("imp", 0, 0.75)
   folder = finished / "parts" / part.name

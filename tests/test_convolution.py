@@ -131,6 +131,7 @@ def test_any_small_shape_equals_native(data):
   assert_close(both(convolve), both(native))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 6, 7])
 @pytest.mark.parametrize("group", [1, 4])
 def test_batches_that_groups_of_images_do_not_divide(batch, group, monkeypatch):
@@ -360,6 +361,7 @@ def test_forward_mode_needs_the_native_convolution():
   jax.jvp(native, (x, w), (x, w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_shard_map_with_a_manual_ingredient_axis(check_vma, shared):

@@ -35,7 +35,9 @@ def count(module, *shape):
     ("resnet18", 10, (32, 32, 3), 555_422_720),
     ("vgg16", 10, (32, 32, 3), 313_201_664),
     ("wide_resnet28_10", 100, (32, 32, 3), 5_951_175_168),
-    ("wide_resnet22_10", 100, (32, 32, 3), 4_535_597_568),
+    pytest.param(
+      "wide_resnet22_10", 100, (32, 32, 3), 4_535_597_568, marks=pytest.mark.slow
+    ),
     ("wide_resnet22_10", 10, (32, 32, 3), 4_535_539_968),
     ("resnet50", 1000, (224, 224, 3), 4_089_184_256),
     # 64 patches; 65 tokens through 4 + 8 squares of 192, 12 times; one token to classes.

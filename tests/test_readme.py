@@ -108,6 +108,7 @@ def test_jaxpruners_global_scope_normalizes(quick_compilation):
     np.testing.assert_array_equal(masks[layer]["kernel"], x >= threshold)
 
 
+@pytest.mark.slow
 def test_networks_that_shrink():
   names = pages.run(CHAPTERS["shrinking"], {})
   small, params = names["small"], names["params"]

@@ -34,10 +34,10 @@ def replaced(function):
   [
     ((8, 8), (3, 3), (1, 1), "SAME"),
     ((8, 7), (3, 3), (2, 2), "SAME"),
-    ((8, 8), (1, 1), (2, 2), "VALID"),
-    ((8, 6), (5, 3), (1, 2), "VALID"),
+    pytest.param((8, 8), (1, 1), (2, 2), "VALID", marks=pytest.mark.slow),
+    pytest.param((8, 6), (5, 3), (1, 2), "VALID", marks=pytest.mark.slow),
     ((6, 6), (3, 2), (3, 2), ONE_PAD),
-    ((4, 4), (4, 4), (1, 1), "VALID"),
+    pytest.param((4, 4), (4, 4), (1, 1), "VALID", marks=pytest.mark.slow),
   ],
 )
 def test_value_and_gradients_stay(layout, image, kernel, strides, padding):

@@ -340,6 +340,7 @@ def train_scores(programs, splits, model):
   return measure(Engine(programs, splits), one_model(model)).scores[0]
 
 
+@pytest.mark.slow
 def test_equal_copies_are_their_own_ensemble(data, dense, programs):
   splits = Splits(data, make_data(7, 1), make_data(9, 2))
   _, _, records = run_phases(

@@ -316,7 +316,7 @@ AFTER = {
 }
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", AFTER)
 def test_pruned_parameters_stay_sparse_in_any_place_of_a_chain(name, jitted, caplog):
   inner, after = AFTER[name]

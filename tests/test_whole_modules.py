@@ -74,10 +74,10 @@ def assert_rest_equal(tree, model):
   "prune",
   [
     magnitude_masks,
-    erk_masks,
-    lamp_masks,
-    n_m_masks,
-    functools.partial(filter_masks, scope="uniform"),
+    pytest.param(erk_masks, marks=pytest.mark.slow),
+    pytest.param(lamp_masks, marks=pytest.mark.slow),
+    pytest.param(n_m_masks, marks=pytest.mark.slow),
+    pytest.param(functools.partial(filter_masks, scope="uniform"), marks=pytest.mark.slow),
     lambda model, share, masks=None: random_masks(KEY, model, share, masks=masks),
   ],
 )
