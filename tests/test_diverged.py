@@ -131,6 +131,20 @@ def test_a_loss_that_was_not_finite_once_ends_a_copy(dense):
   np.testing.assert_array_equal(finite_models(trained), [False, True, False])
 
 
+@pytest.mark.parametrize("name", ["large", "small", "half"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_value_in_a_leaf_of_any_size_makes_a_model_not_finite(name, value):
+  models = {
+    "large": np.ones((3, 7, 10_000), np.float32),
+    "small": np.ones((3, 2), np.float32),
+    "half": np.ones((3, 4, 5), jnp.bfloat16),
+    "count": np.arange(3),
+  }
+  assert finite_models(models).tolist() == [True, True, True]
+  models[name][1].flat[-1] = value
+  assert finite_models(models).tolist() == [True, False, True]
+
+
 TEN = np.repeat(np.arange(10), 12)  # of each class the same number: chance is 10 %
 
 

@@ -61,6 +61,17 @@ def test_soup_geometry_equals_numpy(geometry, seed, spread):
   assert_geometry(geometry(tree(models)), reference(models), atol=1e-4)
 
 
+def test_large_and_small_leaves_of_several_types_count_alike(geometry):
+  rng = np.random.default_rng(1)
+  large = rng.standard_normal((M, 7, 10_000)).astype(np.float32)
+  small = rng.standard_normal((M, 40)).astype(jnp.bfloat16)
+  other = rng.standard_normal((M, 3, 2)).astype(np.float32)
+  leaves = [large, small, other, np.arange(M)]
+  rows = [np.asarray(x, np.float64).reshape(M, -1) for x in leaves[:3]]
+  expected = reference(np.concatenate(rows, axis=1))
+  assert_geometry(geometry(dict(enumerate(leaves))), expected, atol=1e-3)
+
+
 def test_eager_and_vmap(geometry):
   models = np.random.default_rng(0).standard_normal((2, M, 9)).astype(np.float32)
   both = jax.vmap(soup_geometry)({"w": models})
