@@ -284,7 +284,8 @@ def small_leaves_joined(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
   For sums over all entries of each model: a program with fewer arrays compiles faster.
   """
-  joined, small = [], {}
+  joined: list[jax.Array] = []
+  small: dict[Any, list[jax.Array]] = {}
   for leaf in leaves:
     if leaf.size > _SMALL * len(leaf):
       joined.append(leaf)
