@@ -20,8 +20,8 @@ from typing import Any
 
 from absl import flags
 
+from jaxsms.checks import check_sparsity
 from jaxsms.disk import storage
-from jaxsms.pruning import check_sparsity
 
 from . import methods, reporting
 from .comparison import parts as comparison

@@ -13,7 +13,7 @@ from jaxsms.trees import is_concrete
 MOST_PHASES = 1_000_000
 
 
-def check_share(value: Any, what: str = "sparsity") -> None:
+def check_sparsity(value: Any, what: str = "sparsity") -> None:
   """Raises ValueError unless a sparsity is one number, in [0, 1) where it is concrete."""
   dtype = getattr(value, "dtype", None)
   if dtype is None and isinstance(value, (int, float)):

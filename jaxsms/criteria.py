@@ -4,14 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_sparsity
 from jaxsms.mask_trees import mask_leaves
-from jaxsms.pruning import (
-  check_sparsity,
-  magnitude_sort_key,
-  masks_of_groups,
-  removal_count,
-  scope_groups,
-)
+from jaxsms.pruning import magnitude_sort_key, masks_of_groups, removal_count, scope_groups
 from jaxsms.selection import keep_largest, magnitude_key
 from jaxsms.trees import Prunable, PyTree, check_finite, is_concrete
 from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxsms.checks import check_sparsity
 from jaxsms.devices.ingredients import repeat_model
 from jaxsms.devices.meshes import fetch
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.phases import Prune, finite_models
-from jaxsms.pruning import apply_masks, check_sparsity, magnitude_masks, prunable_flags
+from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.sms import Phase
 from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import Engine, Model, trained

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsms.checks import check_phases, check_share
+from jaxsms.checks import check_phases, check_sparsity
 from jaxsms.mask_trees import match_masks
 from jaxsms.pruning import magnitude_masks, with_all_kept
 from jaxsms.transforms import masked
@@ -94,7 +94,7 @@ def pruned(
   def init(params):
     first = schedule(cast(jax.Array, np.int32(0)))
     if is_concrete(first):
-      check_share(first, "the schedule's sparsity at step 0")
+      check_sparsity(first, "the schedule's sparsity at step 0")
     masks = with_all_kept(params, {})
     return PrunedState(jnp.zeros([], jnp.int32), masks, inner.init(params))
 

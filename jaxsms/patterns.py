@@ -7,15 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_sparsity
 from jaxsms.criteria import over_largest
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.names import check_name
-from jaxsms.pruning import (
-  SCOPES,
-  check_sparsity,
-  removal_count,
-  with_all_kept,
-)
+from jaxsms.pruning import SCOPES, removal_count, with_all_kept
 from jaxsms.selection import keep_largest, magnitude_key
 from jaxsms.trees import (
   Path,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms import counts
-from jaxsms.checks import check_phases, check_share
+from jaxsms.checks import check_phases, check_sparsity
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.names import check_name
 from jaxsms.selection import (
@@ -297,11 +297,6 @@ def phase_sparsity(goal: float, phase: int, phases: int) -> float:
   if not 1 <= phase <= phases:
     raise ValueError(f"phase is {phase}: phases count from 1 to {phases}")
   return goal if phase == phases else 1 - (1 - goal) ** (phase / phases)
-
-
-def check_sparsity(value: float | jax.Array, what: str = "sparsity") -> None:
-  """Raises ValueError unless a sparsity is one number, in [0, 1) where it is concrete."""
-  check_share(value, what)
 
 
 def removal_count(sparsity: float | jax.Array, size: int) -> int | jax.Array:

@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxsms.channels.budgets import check_reachable
-from jaxsms.checks import check_call, check_goal, check_outside_jit, check_phases
+from jaxsms.checks import (
+  check_call,
+  check_goal,
+  check_outside_jit,
+  check_phases,
+  check_sparsity,
+)
 from jaxsms.devices.meshes import gather
 from jaxsms.phases import Merge, Prune, entries, merge_phase, prune_phase
-from jaxsms.pruning import check_sparsity, magnitude_masks, phase_sparsity, prunable_flags
+from jaxsms.pruning import magnitude_masks, phase_sparsity, prunable_flags
 from jaxsms.retraining import Retrain, retrain_phase
 from jaxsms.shrinking import Shrinking
 from jaxsms.soups import uniform_soup
@@ -263,10 +269,10 @@ def sparse_model_soup(
   prune_once = alone if network is None else network.pruning(alone)
 
   def retrain_all(key, params, masks, record):
-    varied = ingredients(record["phase"]) if callable(ingredients) else ingredients
+    of_copies = ingredients(record["phase"]) if callable(ingredients) else ingredients
     one = retrain if network is None else network.retrain(retrain)
     candidates, report = retrain_phase(
-      key, params, masks, varied, one, mesh, at_once, keep=network is None
+      key, params, masks, of_copies, one, mesh, at_once, keep=network is None
     )
     return candidates, {"retrain": report}
     yield  # a generator, as the loop asks for; one program has nothing to report

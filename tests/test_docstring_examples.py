@@ -33,17 +33,7 @@ PREPARED = "reads a data set that TFDS prepared"
 TRAINS = "trains a network: compiling takes longer than an example may"
 FORMAT = "writes or reads a format that takes packages or compiling of its own"
 GIVEN = "is not made by hand: the function that gives it has an example"
-OTHERS = "needs packages that come with no extra of ours but its own"
 WITHOUT = {
-  **dict.fromkeys(
-    (
-      "jaxsms.export.load_stablehlo",
-      "jaxsms.export.save_stablehlo",
-      "jaxsms.export.save_onnx",
-      "jaxsms.export.quantize_onnx",
-    ),
-    OTHERS,
-  ),
   "jaxsms.ChannelGroups": GIVEN,
   "jaxsms.Compact": GIVEN,
   "jaxsms.data.Stream": GIVEN,

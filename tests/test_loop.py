@@ -176,7 +176,7 @@ def soup_of_digits():
   def retrain(key, params, masks, ingredient):
     return train(jax.random.fold_in(key, ingredient["seed"]), params, masks, 120, 0.05)
 
-  gains, worst = [], []
+  gains, worst, shares = [], [], []
   make = jax.jit(lambda key, params, masks: train(key, params, masks, 1200, 0.0))
   for seed in range(3):
     key = jax.random.key(seed)
@@ -195,11 +195,17 @@ def soup_of_digits():
     candidates = [accuracy(c) for c in jaxsms.unstack(kept[0].candidates)]
     gains.append(accuracy(soup.params) - np.mean(candidates))
     worst.append(accuracy(soup.params) - min(candidates))
-  return gains, worst
+    removed = [np.asarray(~mask) for mask in jax.tree.leaves(soup.masks)]
+    shares.append(sum(mask.sum() for mask in removed) / sum(m.size for m in removed))
+    for model in (soup.params, *jaxsms.unstack(kept[0].candidates)):
+      for leaf, mask in zip(jax.tree.leaves(model), removed, strict=True):
+        assert not np.asarray(leaf)[mask].any()
+  return gains, worst, shares
 
 
 def test_a_soup_is_better_than_its_candidates(soup_of_digits):
-  """A broken merge or mask loses tens of points; chance alone gives about none."""
-  gains, worst = soup_of_digits
+  """Of models that are sparse: where nothing is pruned they are better anyway."""
+  gains, worst, shares = soup_of_digits
+  np.testing.assert_allclose(shares, 0.8, atol=1e-3)
   assert np.mean(gains) > 0.008
   assert min(worst) > 0

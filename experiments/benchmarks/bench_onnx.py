@@ -27,7 +27,7 @@ from ..config.fields import (
   whole_numbers,
 )
 from ..run.flag_files import check_no_arguments, refusals
-from ..run.onnx_latency import measured
+from ..run.onnx_latency import times_of
 
 NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of images
 
@@ -76,7 +76,7 @@ def read_config(given: flags.FlagValues) -> Config:
 
 
 def measure(config: Config) -> dict[str, Any]:
-  """Times of the ONNX files "dense" and "cut", see `onnx_latency.measured`.
+  """Times of the ONNX files "dense" and "cut", see `onnx_latency.times_of`.
 
   Raises:
     ValueError: the images, or the width, do not fit the network.
@@ -101,7 +101,7 @@ def measure(config: Config) -> dict[str, Any]:
     files = {name: os.path.join(folder, f"{name}.onnx") for name in ("dense", "cut")}
     export.save_onnx(files["dense"], module.apply, params, images)
     export.save_onnx(files["cut"], small.apply, small.params, images)
-    return measured(files, config.batches)
+    return times_of(files, config.batches)
 
 
 def text(found: dict[str, Any]) -> str:

@@ -77,8 +77,8 @@ def check(config: Any) -> None:
         f"--rungs={config.rungs} is of a search: give --ranges, or leave it out"
       )
     return
-  varied = [name for name in config.vary.split(",") if name != "seed"]
-  if sorted(config.searched) != sorted(varied):
+  variables = [name for name in config.vary.split(",") if name != "seed"]
+  if sorted(config.searched) != sorted(variables):
     raise ValueError(
       f"--ranges has {', '.join(config.searched)} for --vary={config.vary}: give a range "
       "for each variable but seed, and for no other"

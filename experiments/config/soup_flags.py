@@ -5,9 +5,10 @@ import math
 from typing import Any
 
 from jaxsms.channels.budgets import BUDGETS
+from jaxsms.checks import check_sparsity
 from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
-from jaxsms.pruning import SCOPES, check_sparsity
+from jaxsms.pruning import SCOPES
 from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import merging

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
+from jaxsms.checks import check_sparsity
 from jaxsms.disk import storage
 from jaxsms.merges import MERGES
 from jaxsms.names import check_name
-from jaxsms.pruning import check_sparsity
 
 from ..config.fields import numbers
 from ..run import outputs

@@ -57,10 +57,10 @@ def document(
     prefix = f"{origin.title}. " if len(origins) > 1 else ""
     warnings += [prefix + sentence for sentence in origin.warnings]
   for case in cases:
-    *told, how = sentences(case)
-    text = " ".join(told if several and told else [*told, how])
+    *result, how = sentences(case)
+    text = " ".join(result if several and result else [*result, how])
     summary.append(f"{case.title}: {text}" if several else text)
-    shared += [how] if several and told and how not in shared else []
+    shared += [how] if several and result and how not in shared else []
     prefix = f"{case.title}. " if several else ""
     warnings += [f"{prefix}Not finished: {case.unfinished}."] if case.unfinished else []
     warnings += [prefix + note for note in notes(case.seeds)]

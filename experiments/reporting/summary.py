@@ -70,14 +70,14 @@ def _without_soup(case):
   known = summarize(case.seeds)
   if not known:
     return "No phase is finished yet" + (f"; {has}." if has else ".")
-  told = [
+  accuracies = [
     f"{method_title(name, case.m)} has {100 * known[-1][name]['mean']:.2f} % test accuracy"
     for name in looks()
     if name in known[-1]
   ]
   return (
     f"There is no soup in it. At {100 * known[-1]['sparsity']:.2f} % sparsity "
-    + "; ".join([*told, has] if has else told)
+    + "; ".join([*accuracies, has] if has else accuracies)
     + "."
   )
 

@@ -29,7 +29,7 @@ def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
     path: of the run; `experiments.export RUN --format=onnx` writes its files.
 
   Returns:
-    See `measured`, with the `digest` of each file; None where there are no files, or they
+    See `times_of`, with the `digest` of each file; None where there are no files, or they
     cannot be timed here.
   """
   folder = storage.as_path(path) / FOLDER
@@ -51,7 +51,7 @@ def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
   if not files or not importlib.util.find_spec("onnxruntime"):
     return None
   try:
-    found = measured(files)
+    found = times_of(files)
     for name, digest in digests.items():
       found["files"][name]["digest"] = digest
     storage.write_json(folder / LATENCY_FILE, found)
@@ -61,7 +61,7 @@ def run_latency(path: str | os.PathLike) -> dict[str, Any] | None:
   return found
 
 
-def measured(files: Mapping[str, str], batches: Sequence[int] = BATCHES) -> dict[str, Any]:
+def times_of(files: Mapping[str, str], batches: Sequence[int] = BATCHES) -> dict[str, Any]:
   """Times ONNX files of one input, in alternating rounds.
 
   Args:

@@ -55,12 +55,12 @@ def _runner(config, dataset):
   model = engine.init(task.module, jax.random.key(0), task.image_shape)
   masks = jax.tree.map(lambda x: np.ones(x.shape, bool), model.params)
   state = engine.start(model, m)
-  varied = seed_ingredients(m, config.weight_decay, steps)
+  ingredients = seed_ingredients(m, config.weight_decay, steps)
   rates = np.zeros([m, steps], np.float32)
   while True:
     for _, chunk in train_chunks(
-      engine.programs, engine.splits.train, masks, jax.random.key(0), state, varied, rates,
-      min(STEPS, per_epoch),
+      engine.programs, engine.splits.train, masks, jax.random.key(0), state, ingredients,
+      rates, min(STEPS, per_epoch),
     ):  # fmt: skip
       jax.block_until_ready(chunk.loss)
       yield

@@ -15,8 +15,9 @@ from jaxsms.channels.places import (
   masks_with,
 )
 from jaxsms.channels.scores import Score
+from jaxsms.checks import check_sparsity
 from jaxsms.names import check_name
-from jaxsms.pruning import check_sparsity, prunable_flags
+from jaxsms.pruning import prunable_flags
 from jaxsms.trees import Prunable, PyTree, is_concrete, path_string
 
 BUDGETS = ("weights", "channels", "multiply_adds", "latency")

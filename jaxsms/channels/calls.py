@@ -95,15 +95,15 @@ def _one_of(walk, values):
   return Value(axes, known.pop() if len(known) == 1 else None, layer=layer)
 
 
-def _until_settled(walk: Walk, carry: Sequence[Value], step: Callable) -> list[Value]:
+def _fixed_point(walk: Walk, carry: Sequence[Value], step: Callable) -> list[Value]:
   """Values that hold before every round of a loop: ties and values that only get worse."""
   carry = [v._replace(summed=None) for v in carry]
   while True:
     after = step(carry)
     merged = [_one_of(walk, pair) for pair in zip(carry, after, strict=True)]
-    settled = all(_same(walk, old, new) for old, new in zip(carry, merged, strict=True))
+    unchanged = all(_same(walk, old, new) for old, new in zip(carry, merged, strict=True))
     carry = merged
-    if settled:
+    if unchanged:
       return carry
 
 
@@ -132,7 +132,7 @@ def scan(walk: Walk, equation: Any, ins: list[Value]) -> Any:
     record[:] = [walk.run(*opened(p["jaxpr"]), [*consts, *carry, *xs])]
     return record[0].outs[: p["num_carry"]]
 
-  carry = _until_settled(walk, carry, step)
+  carry = _fixed_point(walk, carry, step)
   runs = walk.labels.fixed("a scan runs along it")
   ys = [v._replace(axes=(runs, *v.axes)) for v in record[0].outs[p["num_carry"] :]]
   return [*carry, *ys], (record[0],)
@@ -150,7 +150,7 @@ def while_(walk: Walk, equation: Any, ins: list[Value]) -> Any:
     records[:] = [test, walk.run(*opened(p["body_jaxpr"]), [*of_body, *carry])]
     return records[1].outs
 
-  return _until_settled(walk, carry, step), tuple(records)
+  return _fixed_point(walk, carry, step), tuple(records)
 
 
 RULES = {**dict.fromkeys(CALLS, call), "cond": cond, "scan": scan, "while": while_}

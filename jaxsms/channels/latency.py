@@ -11,7 +11,7 @@ import numpy as np
 from jaxsms.channels import compact
 from jaxsms.channels.order import Kept, removal_order
 from jaxsms.channels.places import masks_of_channels, masks_with
-from jaxsms.pruning import check_sparsity
+from jaxsms.checks import check_sparsity
 from jaxsms.trees import PyTree
 
 Measure = Callable[[Kept], float]
