@@ -41,6 +41,10 @@ def test_readmes_own_code(quick_compilation):
   assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * N) / N)
   accuracy = jaxsms.accuracy(names["logits"], names["labels"][1500:])
   assert accuracy > 0.85
+  sizes = [x.shape for x in jax.tree.leaves(names["small"].params) if x.ndim == 2]
+  assert sizes == [(64, 32), (32, 10)]
+  cut = names["small"].apply(names["small"].params, names["images"] / 16)
+  np.testing.assert_allclose(cut, names["masked"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
