@@ -13,7 +13,7 @@ from experiments import export as binary
 from experiments.report import write_report
 from experiments.run import onnx_latency
 from jaxsms import channel_groups, channel_masks, compact, export, models
-from jaxsms.disk import storage
+from jaxsms.disk import onnx_files, storage
 
 MS = {"median": 4.0, "min": 3.5, "max": 4.5}
 
@@ -43,7 +43,7 @@ def timed_run(tmp_path):
 @pytest.mark.slow
 def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   monkeypatch.setattr(
-    onnx_latency, "measured", lambda files: times_of(dense=4000, soup=1000)
+    onnx_latency, "times_of", lambda files: times_of(dense=4000, soup=1000)
   )
   monkeypatch.setattr(onnx_latency.importlib.util, "find_spec", lambda name: True)
   page = write_report([timed_run]).read_text()
@@ -52,12 +52,12 @@ def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   row = next(line for line in rows if "| soup | 1.0 |" in line)
   assert "1 [0.9, 1.2]" in row and "4.00" in row
   # Measured once: a second report reads what the first one wrote.
-  monkeypatch.setattr(onnx_latency, "measured", None)
+  monkeypatch.setattr(onnx_latency, "times_of", None)
   assert "ONNX Runtime 1" in write_report([timed_run]).read_text()
   # Other files of the same size are measured.
   (timed_run / "onnx" / "soup.onnx").write_bytes(b"1" * 1000)
   other = times_of(dense=4000, soup=1000) | {"runtime": "ONNX Runtime 2"}
-  monkeypatch.setattr(onnx_latency, "measured", lambda files: other)
+  monkeypatch.setattr(onnx_latency, "times_of", lambda files: other)
   assert onnx_latency.run_latency(timed_run)["runtime"] == "ONNX Runtime 2"
 
 
@@ -110,6 +110,22 @@ def test_onnx_runtime_answers_as_jax_does(name, tmp_path):
   for n in (1, 4):  # the batch is free
     (found,) = session.run(None, {"images": images[:n]})
     np.testing.assert_allclose(found, expected[:n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch, rejects):
+  class Off:
+    def __init__(self, session):
+      self.session = session
+
+    def run(self, names, inputs):
+      return [answer + (len(answer) > 1) for answer in self.session.run(names, inputs)]
+
+  start = onnx_files.start_session
+  monkeypatch.setattr(onnx_files, "start_session", lambda data: Off(start(data)))
+  with rejects("the network differs from JAX by 1 for a batch of 3"):
+    saved("mlp", NETWORKS["mlp"][0], tmp_path / "a.onnx", **NETWORKS["mlp"][1])
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
