@@ -33,6 +33,7 @@ from .merging.checks import (
   check_masks,
   check_models,
   check_others,
+  have_same_arrays,
   result_specs,
   statistics,
 )
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
       given = choice.base and [choice.base], choice.squared_gradients
       others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
       if FLAGS["dataset"].present:
-        soup = soup_with_data(choice, models, others, console)
+        soup = soup_with_data(choice, models, others, command, console)
       else:
         soup = soup_on_disk(choice, models, others, command)
   except OSError as error:
@@ -97,9 +98,13 @@ def main(argv: list[str]) -> None:
 
 
 def soup_with_data(
-  choice: Choice, models: list[Tensors], others: Others, console: Console
+  choice: Choice, models: list[Tensors], others: Others, command: str, console: Console
 ) -> Soup:
   """Merges models of a network in memory, with data, and writes the soup.
+
+  It takes layout, dtypes, metadata and other files of the first model, as without data.
+  Where that has other names than ours, such as PyTorch's, they would not describe the
+  soup, which has our names: it is then written as one of this library.
 
   Raises:
     ValueError: models do not fit the network, or do not share a mask.
@@ -112,10 +117,13 @@ def soup_with_data(
     *(None if x is None else [as_ours(one, task) for one in x] for x in others)
   )
   goal = goal_of(choice, ours) if choice.masks == "prune" else None
+  first = models[0] if have_same_arrays(models[0], ours[0]) else ours[0]
+  specs = result_specs(first, choice.dtype)
   say_barrier(console, ours, task)
-  soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal)
-  with writing(output_of(choice, soup, soup.specs)) as (writer, _):
+  soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal, specs)
+  with writing(output_of(choice, first, specs)) as (writer, folder):
     copy(soup, writer)
+    write_beside(folder, choice, models, first, weights, command)
   return Soup(weights, found, scores)
 
 
@@ -147,13 +155,35 @@ def soup_on_disk(
       found = merge(job, writer, thresholds)
       if choice.masks is None:
         check_masks(models, taken, found)
-      if folder is not None:
-        paths = [model.path for model in models]
-        words = f"Of {m} models: {MERGES[choice.merge].title}."
-        write_card(folder, paths, weights, words, command)
-        if models[0].folder is not None:
-          copy_others(models[0].folder, folder, choice.dtype)
+      write_beside(folder, choice, models, models[0], weights, command)
   return Soup(weights, found, None)
+
+
+def write_beside(
+  folder: str | None,
+  choice: Choice,
+  models: list[Tensors],
+  first: Tensors,
+  weights: np.ndarray,
+  command: str,
+) -> None:
+  """Writes the card, and copies configuration and tokenizer, beside the soup's weights.
+
+  Args:
+    folder: in Hugging Face's layout; None writes nothing.
+    choice: flags.
+    models: as they were opened.
+    first: the model whose other files are copied.
+    weights: float [m].
+    command: that makes the soup.
+  """
+  if folder is None:
+    return
+  paths = [model.path for model in models]
+  words = f"Of {len(models)} models: {MERGES[choice.merge].title}."
+  write_card(folder, paths, weights, words, command)
+  if first.folder is not None:
+    copy_others(first.folder, folder, choice.dtype)
 
 
 def goal_of(choice: Choice, models: list[Tensors]) -> float:

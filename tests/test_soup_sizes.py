@@ -128,6 +128,67 @@ def test_shards_in_and_out(family, tmp_path, capsys):
   assert_close(read_safetensors(tmp_path / "one.safetensors"), mean(models))
 
 
+def layers(seed, dtype=np.float32):
+  """An MLP for digits under our names."""
+  rng = np.random.default_rng(seed)
+  return {
+    f"params/Dense_{i}/{name}": rng.standard_normal(shape).astype(dtype)
+    for i, (rows, columns) in enumerate([(64, 8), (8, 10)])
+    for name, shape in (("kernel", (rows, columns)), ("bias", (columns,)))
+  }
+
+
+DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_with_data_the_layout_that_came_in_stays(tmp_path):
+  models = [layers(i, jnp.bfloat16) for i in range(2)]
+  paths = [write_shards(tmp_path / f"h{i}", m) for i, m in enumerate(models)]
+  out, plain = tmp_path / "out", tmp_path / "plain"
+  assert run(*paths, *DIGITS, "--shard_size=1KB", f"--out={out}") == 0
+  assert run(*paths, "--shard_size=1KB", f"--out={plain}") == 0
+  assert sorted(os.listdir(out)) == sorted(os.listdir(plain))
+  assert (out / "config.json").read_text() == (paths[0] / "config.json").read_text()
+  index = json.loads((out / INDEX).read_text())
+  assert len(set(index["weight_map"].values())) > 1
+  found = read_all(out)
+  for name, array in models[0].items():
+    total = array.astype(np.float32) + models[1][name].astype(np.float32)
+    expected = (total / 2).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(found[name], expected, strict=True)
+  for path in paths:
+    assert f"| `{path}` | 0.5 |" in (out / "README.md").read_text()
+  safe_open = pytest.importorskip("safetensors").safe_open
+  files = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "soup")]
+  for file, model in zip(files[:2], models, strict=True):
+    write_safetensors(file, model, {"origin": file.name})
+  assert run(*files[:2], *DIGITS, f"--out={files[2]}") == 0
+  with safe_open(files[2], framework="np") as file:
+    assert file.metadata() == {"origin": "a.safetensors"}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_with_data_what_describes_foreign_names_is_left_behind(tmp_path):
+  """PyTorch's names become ours: no configuration, and no metadata, but a card."""
+  models = [layers(i) for i in range(2)]
+  order = {"kernel": "weight", "bias": "bias"}
+  paths = []
+  for i, model in enumerate(models):
+    state = {}
+    for name, array in model.items():
+      kind = order[name.split("/")[-1]]
+      state[f"fc{1 + ('Dense_1' in name)}.{kind}"] = array.T
+    paths.append(write_shards(tmp_path / f"h{i}", state))
+  assert run(*paths, *DIGITS, f"--out={tmp_path / 'own'}") == 0
+  assert_close(by_path({"params": checkpoint.restore(tmp_path / "own")["params"]}),
+               mean(models))  # fmt: skip
+  out = tmp_path / "shards"
+  assert run(*paths, *DIGITS, "--shard_size=1GB", f"--out={out}") == 0
+  assert sorted(os.listdir(out)) == ["README.md", "model.safetensors"]
+  assert_close(read_all(out), mean(models))
+
+
 def test_a_folder_of_pytorchs_files_becomes_one_of_safetensors(tmp_path):
   torch = pytest.importorskip("torch")
   models = [network(i) for i in range(2)]

@@ -61,6 +61,12 @@ def check_others(first: Tensors, others: Sequence[Sequence[Tensors] | None]) -> 
     )
 
 
+def have_same_arrays(one: Tensors, other: Tensors) -> bool:
+  """Whether names and shapes agree."""
+  shapes = [{name: x.shape for name, x in model.specs.items()} for model in (one, other)]
+  return shapes[0] == shapes[1]
+
+
 def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
   """Shapes and dtypes of the result: those of the first model, or another dtype."""
   if dtype is None:

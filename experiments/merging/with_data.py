@@ -14,7 +14,7 @@ from jaxsms.disk.merging import Found, Job, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
 from jaxsms.disk.passes import Combine, as_float, weighted
 from jaxsms.disk.rules import RULES, Parts
-from jaxsms.disk.tensors import InMemory, Tensors, prunable_names
+from jaxsms.disk.tensors import InMemory, Spec, Tensors, prunable_names
 from jaxsms.export import nested
 from jaxsms.merges import MERGES
 from jaxsms.phases import Weighted
@@ -28,7 +28,7 @@ from jaxsms.trees import model_at
 from ..config import run_config
 from ..run import hardware
 from ..run.task import Task, load, make_task, with_data
-from .checks import check_masks, result_specs
+from .checks import check_masks
 from .choice import Choice
 
 FLAGS = flags.FLAGS
@@ -112,7 +112,12 @@ def parts_of(
 
 
 def soup_in_memory(
-  choice: Choice, models: list[InMemory], others: Others, task: Task, goal: float | None
+  choice: Choice,
+  models: list[InMemory],
+  others: Others,
+  task: Task,
+  goal: float | None,
+  specs: dict[str, Spec],
 ) -> tuple[InMemory, Found, np.ndarray, list[dict[str, float]]]:
   """Merges models of the network, and estimates batch statistics anew.
 
@@ -122,6 +127,7 @@ def soup_in_memory(
     others: what is merged with them.
     task: the network on its data.
     goal: sparsity to prune to; None prunes nothing.
+    specs: shapes and dtypes of the soup.
 
   Returns:
     The soup, what was found on the way, the weights, and metrics of all models and the
@@ -133,7 +139,6 @@ def soup_in_memory(
   key = jax.random.key(FLAGS.seed)
   arrays = [model.arrays for model in models]
   combine, weights = chosen_rule(choice, models, others, task, key, goal)
-  specs = result_specs(models[0], choice.dtype)
   taken = np.flatnonzero(weights).tolist()
   job = Job(models, combine, specs, taken)
   thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
@@ -141,9 +146,11 @@ def soup_in_memory(
   found = merge(job, memory, thresholds)
   if choice.masks is None:
     check_masks(models, taken, found)
-  one = one_model(as_model(memory.arrays))
-  anew = recalibrated(task.engine, key, one)
+  # The network's programs take its own dtypes; the values are those of the soup's.
+  values = {n: x.astype(models[0].specs[n].dtype) for n, x in memory.arrays.items()}
+  anew = recalibrated(task.engine, key, one_model(as_model(values)))
   soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
+  soup = {name: np.asarray(x, specs[name].dtype) for name, x in soup.items()}
   return InMemory("the soup", soup), found, weights, evaluate_models(task, [*arrays, soup])
 
 
