@@ -465,6 +465,33 @@ def test_what_is_damaged_is_said_in_a_sentence(family, tmp_path, capsys, kind):
   assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_what_would_lie_in_an_input_is_refused(family, tmp_path, capsys, monkeypatch):
+  _, paths = family
+  (tmp_path / "link").symlink_to(paths[1])
+  save_safetensors(tmp_path / "a.safetensors", network(3))
+  before = sorted(tmp_path.rglob("*"))
+  for models, out in [
+    (paths, f"{paths[0]}/model.safetensors"),
+    (paths, f"{paths[2]}/deep/sub"),
+    (paths, f"{tmp_path}/link/sub"),
+    ([paths[0] / INDEX, *paths[1:]], f"{paths[0]}/sub"),
+    ([paths[1], tmp_path / "link"], f"{paths[1]}/sub"),
+    ([tmp_path / "link", paths[0]], f"{paths[1]}/sub"),
+    ([*paths[:2], "--merge=ties", f"--base={paths[2]}"], f"{paths[2]}/sub"),
+  ]:
+    assert run(*models, f"--out={out}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --out {out} lies in {tmp_path}")
+    assert message.count("\n") == 1
+  assert sorted(tmp_path.rglob("*")) == before
+  monkeypatch.chdir(paths[0])
+  assert run(".", *paths[1:], "--out=sub") == 2
+  # Beside a file that is read, or beside a folder whose name begins alike, is no trouble.
+  files = [tmp_path / "a.safetensors"] * 2
+  assert run(*files, f"--out={tmp_path / 'soup.safetensors'}") == 0
+  assert run(*paths, f"--out={tmp_path / 'm0_soup'}") == 0
+
+
 def test_five_names_that_differ_are_told(family, tmp_path, capsys):
   models, paths = family
   other = {f"{name}.other": x for name, x in models[1].items()}

@@ -1,6 +1,8 @@
 """The flags of experiments.soup, and what they mean."""
 
 import math
+import os
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +10,7 @@ from absl import flags
 
 from jaxsms.checks import check_sparsity
 from jaxsms.disk import storage
+from jaxsms.disk.shards import INDEX_ENDINGS
 from jaxsms.merges import MERGES
 from jaxsms.names import check_name
 
@@ -94,7 +97,8 @@ def read_choice(paths: list[str]) -> Choice:
   """The parsed flags, checked as far as they can be before anything is read.
 
   Raises:
-    ValueError: too few models, a path that does not exist, or a flag that does not fit.
+    ValueError: too few models, a path that does not exist, --out in a folder that is read,
+      or a flag that does not fit.
   """
   if len(paths) < 2:
     raise ValueError(
@@ -105,6 +109,9 @@ def read_choice(paths: list[str]) -> Choice:
     if not storage.as_path(path).exists():
       raise ValueError(f"there is no {path}: give folders or files of checkpoints")
   out = outputs.check_out(("", ".safetensors", ".npz", *TO_PYTORCH), "soup.safetensors")
+  check_outside(
+    out, [*paths, *filter(None, [FLAGS.base]), *(FLAGS.squared_gradients or ())]
+  )
   if FLAGS.masks is not None:
     check_name("choice of --masks", FLAGS.masks, ("prune", "keep"))
   if FLAGS.sparsity is not None:
@@ -134,6 +141,24 @@ def read_choice(paths: list[str]) -> Choice:
     dtype=FLAGS.dtype,
     shard_size=size,
   )
+
+
+def check_outside(out: str, inputs: list[str]) -> None:
+  """Raises ValueError where the result would lie in a folder that is read."""
+  for given in inputs:
+    path = _resolved(given)
+    folder = path.parent if path.name.endswith(INDEX_ENDINGS) else path
+    if folder in _resolved(out).parents:
+      raise ValueError(
+        f"--out {FLAGS.out} lies in {given}, which is read and stays as it is: choose a "
+        "place outside it"
+      )
+
+
+def _resolved(path):
+  """An absolute path without links, or an address."""
+  path = storage.as_path(path)
+  return path if storage.is_remote(path) else pathlib.Path(os.path.realpath(path))
 
 
 def check_merge(m: int) -> str:
