@@ -187,9 +187,11 @@ def write_beside(
 
 
 def goal_of(choice: Choice, models: list[Tensors]) -> float:
-  """What --masks=prune prunes to."""
+  """What --masks=prune prunes to; a model of weight 0 has no say."""
   if choice.sparsity is not None:
     return choice.sparsity
+  if choice.weights is not None:
+    models = [models[i] for i in np.flatnonzero(choice.weights)]
   return largest_sparsity(models, prunable_names(models[0].specs))
 
 

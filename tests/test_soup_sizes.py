@@ -546,6 +546,55 @@ def test_what_the_system_does_not_take_is_said(
   assert after == before  # nothing is left, and the inputs are as they were
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_model_of_weight_0_may_hold_anything(tmp_path, capsys, bad):
+  models = [network(i, sparse=0.5) for i in range(3)]
+  models[0][WEIGHTS[1]][0, 0] = bad
+  models[0][WEIGHTS[2]][:] = 0
+  models[0]["model.norm.weight"][1] = bad
+  paths = [write_shards(tmp_path / f"m{i}", m) for i, m in enumerate(models)]
+  squares = [network(20 + i) for i in range(3)]
+  squares = [{n: x**2 if x.dtype.kind == "f" else x for n, x in s.items()} for s in squares]
+  others = [write_shards(tmp_path / f"q{i}", s) for i, s in enumerate(squares)]
+  of_two = mean(models[1:])
+  out = tmp_path / "mean"
+  assert run(*paths, "--weights=0,0.5,0.5", f"--out={out}") == 0
+  assert_close(read_all(out), of_two)
+  shown = capsys.readouterr().out
+  flat = [
+    np.concatenate([m[n].ravel() for n in sorted(m) if m[n].ndim]) for m in models[1:]
+  ]
+  apart = f"{np.linalg.norm(flat[0] - flat[1]):.4g}"
+  assert f"between two models: {apart} to {apart}, angle" in shown
+  assert shown.count("not finite") == 1 and "nan" not in shown and "inf" not in shown
+  # Its zeros do not say how sparse the soup is to be, nor does it vote on what is kept.
+  out = tmp_path / "pruned"
+  assert run(*paths, "--weights=0,0.5,0.5", "--masks=prune", f"--out={out}") == 0
+  found = read_all(out)
+  assert_close(found, of_two)
+  shown = capsys.readouterr().out
+  assert "nan" not in shown and "inf" not in shown
+  zeros = max(sum(np.sum(m[n] == 0) for n in WEIGHTS) for m in models[1:])
+  assert sum(np.sum(found[n] == 0) for n in WEIGHTS) == zeros
+  for flags in (
+    ["--merge=fisher", f"--squared_gradients={','.join(map(str, others))}"],
+    ["--merge=task_arithmetic", f"--base={paths[1]}"],
+  ):
+    out = tmp_path / flags[0]
+    assert run(*paths, *flags, "--weights=0,0,1", f"--out={out}") == 0
+    expected = {n: x for n, x in models[2].items() if x.dtype.kind != "i"}
+    assert_close(read_all(out), expected)
+  out = tmp_path / "slerp"
+  capsys.readouterr()
+  assert run(*paths[:2], "--merge=slerp", "--weights=0,1", f"--out={out}") == 0
+  assert_close(read_all(out), mean([models[1]]))
+  assert "L2 distance" not in capsys.readouterr().out
+  # One that counts is refused as before.
+  assert run(*paths, "--weights=0.2,0.4,0.4", f"--out={tmp_path / 'no'}") == 2
+  message = capsys.readouterr().err
+  assert f"{paths[0]} has NaN or infinite values in " in message
+
+
 def test_how_often_the_inputs_are_read(family, tmp_path, monkeypatch):
   models, paths = family
   counted = {}

@@ -96,7 +96,7 @@ def check_masks(models: Sequence[Tensors], taken: Sequence[int], found: Found) -
       f"{models[i].path} and {models[taken[0]].path} do not share a mask ({number:,} of "
       f"{found.weights:,} weights are 0 in one of them alone, most in {most}) and the "
       f"average of all would be {found.shared / found.weights:.2%} sparse: give "
-      f"--masks=prune to prune it to {found.sparsities.max():.2%}, or --masks=keep"
+      f"--masks=prune to prune it to {found.sparsities[taken].max():.2%}, or --masks=keep"
     )
 
 

@@ -28,7 +28,8 @@ flags.DEFINE_string(
 flags.DEFINE_float(
   "sparsity",
   None,
-  "That --masks=prune prunes to, in [0, 1). Default: the largest of the models.",
+  "That --masks=prune prunes to, in [0, 1). Default: the largest of the models in the "
+  "average.",
 )
 flags.DEFINE_list("weights", None, "Of the models in the average; they sum to 1.")
 flags.DEFINE_boolean(

@@ -38,20 +38,27 @@ def show(
   names = [*paths, "Soup"]
   shares = [*(f"{w:.3f}" for w in weights), ""]
   sparsities = [*found.sparsities, found.of_result / max(found.weights, 1)]
-  distances = [*(f"{x:.4g}" for x in found.to_result), ""]
-  for i, row in enumerate(zip(names, shares, sparsities, distances, strict=True)):
+  finite = np.isfinite(found.to_result)
+  distances = np.where(finite, [f"{x:.4g}" for x in found.to_result], "not finite")
+  for i, row in enumerate(zip(names, shares, sparsities, [*distances, ""], strict=True)):
     name, share, sparsity, distance = row
     cells = [name, share, f"{sparsity:.2%}", distance]
     if scores:
       cells += [f"{100 * scores[i][metric]:.2f}" for metric in ACCURACIES]
     table.add_row(*cells)
   console.print(table)
-  apart = found.distances[np.triu_indices(len(paths), 1)]
-  degrees = angles(found)
-  lines = [
-    f"L2 distance between two models: {apart.min():.4g} to {apart.max():.4g}, angle "
-    f"{degrees.min():.3g} to {degrees.max():.3g} degrees.",
-    dense_note(paths, found),
-  ]
-  for line in filter(None, lines):
+  for line in filter(None, [distance_note(found), dense_note(paths, found)]):
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def distance_note(found: Found) -> str | None:
+  """What is said of the distances between models; None where no two are finite."""
+  apart = found.distances[np.triu_indices(len(found.norms), 1)]
+  finite = np.isfinite(apart)
+  if not finite.any():
+    return None
+  apart, degrees = apart[finite], angles(found)[finite]
+  return (
+    f"L2 distance between two models: {apart.min():.4g} to {apart.max():.4g}, angle "
+    f"{degrees.min():.3g} to {degrees.max():.3g} degrees."
+  )

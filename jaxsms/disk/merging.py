@@ -56,6 +56,8 @@ class Found(NamedTuple):
     norms: float [m], of the parameters.
     distances: float [m, m], between the parameters.
     to_result: float [m], between those and the result's.
+
+  Norms and distances of a model that is not taken and not finite are NaN.
   """
 
   weights: int
@@ -149,9 +151,9 @@ def _combined(job, block):
 
 
 def _check_finite(job, block, models, values):
-  """Raises ValueError where values of the models, or then of the result, are not finite."""
-  for model, x in zip(job.models, models, strict=True):
-    check_finite(model, block, x)
+  """Raises ValueError where those taken, or then the result, are not finite."""
+  for i in job.taken:
+    check_finite(job.models[i], block, models[i])
   if not np.isfinite(as_float(values, "result")).all():
     name = job.specs[block.name].dtype.name
     raise ValueError(
@@ -170,7 +172,7 @@ def _gram(models, result):
   for i, row in enumerate(rows):  # quicker than one product of such a wide matrix
     for j in range(i + 1):
       gram[i, j] = gram[j, i] = np.dot(row, rows[j])
-  return gram
+  return np.where(np.isfinite(gram), gram, np.nan)  # sums of both infinities would warn
 
 
 def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Found:
@@ -202,7 +204,8 @@ def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Fou
       tied = thresholds.ties(block, values) if thresholds else ()
       if len(tied):
         was = as_float(values[tied]).astype(np.float64)
-        moved += [np.sum(x[tied] ** 2 - (x[tied] - was) ** 2) for x in part.models]
+        with np.errstate(over="ignore", invalid="ignore"):  # see `Found`
+          moved += [np.sum(x[tied] ** 2 - (x[tied] - was) ** 2) for x in part.models]
         values = values.copy()
         values[tied] = 0
       of_result += values.size - np.count_nonzero(values)

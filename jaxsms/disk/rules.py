@@ -158,6 +158,8 @@ def _kept(parts, values):
 def slerp(parts: Parts) -> Combine:
   """See `jaxsms.merges.slerp`, from the first model to the second."""
   specs, t = parts.models[0].specs, float(parts.weights[1])
+  if t in (0, 1):
+    return weighted(parts.weights)  # the other may be anything
   names = [name for name in sorted(specs) if _is_trained(parts, name)]
   products = {name: np.zeros(3) for name in names}
 
