@@ -94,6 +94,12 @@ def main(argv: list[str]) -> None:
         "with --dataset and --model."
       )
     print_line(console, note)
+  if soup.scores is None:
+    print_line(
+      console,
+      "No barrier was measured: whether the models share a basin is only seen on data, "
+      "with --dataset and --model.",
+    )
   print_line(console, f"Soup: {choice.out}")
 
 

@@ -89,6 +89,7 @@ def test_uniform_soup_of_every_format_is_numpys_mean(folder, tmp_path, capsys):
   to_soup = np.linalg.norm(flat[0] - np.mean(flat, axis=0))
   assert f"{to_soup:.4g}" in shown
   assert "Batch statistics" not in shown
+  assert shown.count("No barrier was measured: ") == 3  # runs
 
 
 def test_soups_in_an_object_store_and_in_the_home_folder(folder, tmp_path, monkeypatch):
@@ -192,11 +193,12 @@ def test_greedy_soup_is_that_of_numpy(folder, tmp_path, capsys, pictures):
   paths = [tmp_path / "one.pth", folder / "two.safetensors", folder / "three.safetensors"]
   out = tmp_path / "soup.safetensors"
   assert run(*paths, "--greedy", *DIGITS, f"--out={out}") == 0
+  shown = capsys.readouterr().out
+  assert "No barrier" not in shown
   taken = greedy(trees, lambda arrays: accuracy(arrays, validation))
   assert 0 < len(taken) < 3  # so that it can go wrong
   expected = mean(*(trees[i] for i in taken))
   assert_close(read_safetensors(out), expected)
-  shown = capsys.readouterr().out
   for arrays in (*map(mean, trees), expected):
     for split in (validation, test):
       assert f"{100 * accuracy(arrays, split):.2f} " in shown
@@ -265,6 +267,45 @@ def test_copies_without_a_common_basin_are_told_before_they_are_merged(
   assert said and list(said.groups()[:2]) == list(map(str, paths))
   assert float(said[3]) == pytest.approx(barrier, rel=1e-3)
   assert float(said[4]) == pytest.approx(100 * lost, abs=0.01)
+
+
+def test_the_barrier_is_measured_between_all_pairs_of_a_few_models(
+  tmp_path, capsys, pictures, monkeypatch
+):
+  """The first lies between the two others, which are further apart than from it."""
+  validation, _ = pictures
+  one, two = fitted(validation)
+  middle = {name: (one[name] + two[name]) / 2 for name in one}
+  models_ = [middle, one, two]
+  for i, arrays in enumerate(models_):
+    save_safetensors(tmp_path / f"{i}.safetensors", arrays)
+  paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+  positions = np.linspace(0, 1, 5)
+  barriers = {}
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    a, b = models_[i], models_[j]
+    losses = [
+      loss({n: (1 - t) * a[n] + t * b[n] for n in a}, validation) for t in positions
+    ]
+    straight = np.linspace(losses[0], losses[-1], 5)
+    barriers[i, j] = max(np.array(losses) - straight)
+  of_first, largest = max((0, 1), (0, 2), key=barriers.get), barriers[1, 2]
+  assert largest > barriers[of_first] + 0.1  # so that it can go wrong
+
+  def stop(*arguments):
+    raise ValueError("nothing is merged yet")
+
+  monkeypatch.setattr(soup, "soup_in_memory", stop)
+  out = f"--out={tmp_path / 'out.safetensors'}"
+  assert run(*paths, *DIGITS, out) == 2
+  said = capsys.readouterr().out
+  assert f"from {paths[1]} to {paths[2]}: " in said
+  assert float(re.search(r": ([\d.]+)\. ", said)[1]) == pytest.approx(largest, rel=1e-3)
+  assert said.endswith(" All 3 pairs were measured.\n")
+  assert run(*paths, *[paths[0]] * 3, *DIGITS, out) == 2
+  said = capsys.readouterr().out
+  assert f"from {paths[0]} to {paths[of_first[1]]}: " in said
+  assert said.endswith(" Only pairs with the first model were measured.\n")
 
 
 @pytest.fixture(scope="module")
