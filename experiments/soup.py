@@ -11,6 +11,7 @@ network are those of experiments.sms, so that --flagfile=RUN/flags.txt gives the
 import contextlib
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -148,7 +149,9 @@ def soup_on_disk(
   m = len(models)
   weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
   specs = result_specs(models[0], choice.dtype)
-  passes = 1 + passes_of(choice.merge) + (2 if choice.masks == "prune" else 0)
+  passes = 1 + passes_of(choice.merge)
+  if choice.masks == "prune":
+    passes += 2 if choice.sparsity is not None else 3
   size = sum(spec.nbytes for model in models for spec in model.specs.values())
   with BytesProgress(passes * size) as progress:
     parts = parts_of(choice, models, weights, others, progress.add)
@@ -156,7 +159,8 @@ def soup_on_disk(
     job = Job(models, RULES[choice.merge](parts), specs, taken, progress.add)
     thresholds = None
     if choice.masks == "prune":
-      thresholds = find_thresholds(job, goal_of(choice, models), FLAGS.scope)
+      goal = goal_of(choice, models, progress.add)
+      thresholds = find_thresholds(job, goal, FLAGS.scope)
     with writing(output_of(choice, models[0], specs)) as (writer, folder):
       found = merge(job, writer, thresholds)
       if choice.masks is None:
@@ -192,13 +196,17 @@ def write_beside(
     copy_others(first.folder, folder, choice.dtype)
 
 
-def goal_of(choice: Choice, models: list[Tensors]) -> float:
+def goal_of(
+  choice: Choice,
+  models: Sequence[Tensors],
+  on_bytes: Callable[[int], None] = lambda count: None,
+) -> float:
   """What --masks=prune prunes to; a model of weight 0 has no say."""
   if choice.sparsity is not None:
     return choice.sparsity
   if choice.weights is not None:
     models = [models[i] for i in np.flatnonzero(choice.weights)]
-  return largest_sparsity(models, prunable_names(models[0].specs))
+  return largest_sparsity(models, prunable_names(models[0].specs), on_bytes)
 
 
 def output_of(choice: Choice, first: Tensors, specs: dict[str, Spec]) -> Output:

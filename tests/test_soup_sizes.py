@@ -16,6 +16,7 @@ import pytest
 from soup_runs import run
 
 import jaxsms
+from experiments import soup
 from experiments.merging import output as soup_output
 from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import passes, tensors, writing
@@ -616,6 +617,36 @@ def test_how_often_the_inputs_are_read(family, tmp_path, monkeypatch):
       once = size - 1 + steps[path]
       assert once <= counted[path] <= once + (most - 1) * size
     assert sum(n for path, n in counted.items() if path not in steps) == size  # the check
+
+
+def test_all_that_is_read_is_reported(family, tmp_path, monkeypatch):
+  """Also what is read to find the sparsest model; the weights are float32."""
+  models, paths = family
+  reported = {}
+
+  class Progress(contextlib.nullcontext):
+    def __init__(self, total):
+      reported.update(total=total, bytes=0)
+      super().__init__(self)
+
+    def add(self, count):
+      reported["bytes"] += count
+
+  monkeypatch.setattr(soup, "BytesProgress", Progress)
+  size = sum(x.nbytes for model in models for x in model.values())
+  weights = 4 * sum(model[n].size for model in models for n in WEIGHTS)
+  bytes_of = {}
+  for name, flags, most in (
+    ("all", [], 1),
+    ("given", ["--masks=prune", "--sparsity=0.5"], 3),
+    ("largest", ["--masks=prune"], 4),
+  ):
+    assert run(*paths, *flags, f"--out={tmp_path / name}") == 0
+    assert reported["total"] == most * size
+    bytes_of[name] = reported["bytes"]
+  assert bytes_of["all"] == size
+  assert bytes_of["given"] == size + 2 * weights  # two passes for the thresholds
+  assert bytes_of["largest"] == size + 3 * weights
 
 
 def test_the_card_and_what_lies_beside_the_weights(family, tmp_path, monkeypatch):

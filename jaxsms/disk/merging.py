@@ -232,15 +232,30 @@ def copy(model: Tensors, writer: Writer) -> None:
     writer.write(block, model.read(*block))
 
 
-def largest_sparsity(models: Sequence[Tensors], names: Sequence[str]) -> float:
-  """The share of zeros of the sparsest model, among arrays of these names."""
+def largest_sparsity(
+  models: Sequence[Tensors],
+  names: Sequence[str],
+  on_bytes: Callable[[int], None] = lambda count: None,
+) -> float:
+  """The share of zeros of the sparsest model, among arrays of these names.
 
-  def zeros(model):
-    blocks = blocks_of(model.specs, names)
-    return sum(x.size - np.count_nonzero(x) for x in (model.read(*b) for b in blocks))
+  Args:
+    models: of one network.
+    names: of the arrays.
+    on_bytes: see `Job`.
+  """
 
-  total = sum(models[0].specs[name].size for name in names)
-  return max(in_order(zeros, models)) / total
+  def count(work):
+    i, block = work
+    values = models[i].read(*block)
+    return i, values.size - np.count_nonzero(values), values.nbytes
+
+  specs, zeros = models[0].specs, np.zeros(len(models), np.int64)
+  items = ((i, block) for i in range(len(models)) for block in blocks_of(specs, names))
+  for i, found, size in in_order(count, items):
+    zeros[i] += found
+    on_bytes(size)
+  return float(zeros.max()) / sum(specs[name].size for name in names)
 
 
 def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
