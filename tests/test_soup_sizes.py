@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -494,13 +495,30 @@ def test_what_would_lie_in_an_input_is_refused(family, tmp_path, capsys, monkeyp
 
 
 def test_five_names_that_differ_are_told(family, tmp_path, capsys):
+  """Five in all, of every kind that there is."""
   models, paths = family
   other = {f"{name}.other": x for name, x in models[1].items()}
   write_shards(tmp_path / "other", other | {WEIGHTS[0]: np.zeros((2, 2), np.float32)})
   assert run(paths[0], tmp_path / "other", f"--out={tmp_path / 'out'}") == 2
   message = capsys.readouterr().err
-  assert f"{WEIGHTS[0]} is (2, 2) and should be (8, 24)" in message
-  assert message.count(".other,") == 4 and "and 1 more" in message
+  assert f"; {WEIGHTS[0]} is (2, 2) and should be (8, 24))" in message
+  # Of 6 arrays one is there with another shape, so that 5 are missing, and 6 left over.
+  words = re.search(r"\(missing: (.*) and 3 more; left over: (.*) and 4 more; ", message)
+  missing, left_over = (part.split(", ") for part in words.groups())
+  assert len(set(missing)) == 2 and set(missing) < set(models[0])
+  assert len(set(left_over)) == 2 and set(left_over) < set(other)
+
+
+def test_what_is_no_model_names_the_layouts_that_are_read(tmp_path, capsys):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "notes").mkdir()
+  (tmp_path / "notes" / "notes.txt").write_text("")
+  for name in ("empty", "notes"):
+    assert run(tmp_path / name, tmp_path / name, f"--out={tmp_path / 'out'}") == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {tmp_path / name} cannot be read (it ")
+    for layout in ("Hugging Face's layout", "jaxsms.checkpoint.save", "orbax"):
+      assert layout in message
 
 
 def test_a_full_disk_leaves_nothing_and_is_said(family, tmp_path, capsys, monkeypatch):

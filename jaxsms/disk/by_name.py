@@ -1,5 +1,6 @@
 """Trees of arrays under names, and whether two sets of them agree."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,9 +46,9 @@ def check_fit(
     for name, array in expected.items()
     if name in found and tuple(found[name].shape) != tuple(array.shape)
   ]
-  parts = [_few("missing: ", missing), _few("left over: ", left_over), _few("", differing)]
-  if any(parts):
-    raise ValueError(f"{problem} ({'; '.join(filter(None, parts))}): {advice}")
+  kinds = {"missing: ": missing, "left over: ": left_over, "": differing}
+  if any(kinds.values()):
+    raise ValueError(f"{problem} ({'; '.join(_few(kinds))}): {advice}")
 
 
 def nested(arrays: Mapping[str, Any]) -> Any:
@@ -82,7 +83,14 @@ def nested(arrays: Mapping[str, Any]) -> Any:
   return tree
 
 
-def _few(label: str, items: list[str]) -> str:
-  """The first five, and how many more there are."""
-  more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-  return f"{label}{', '.join(items[:5])}{more}" if items else ""
+def _few(kinds: dict[str, list[str]]) -> list[str]:
+  """Five in all, taken from each kind in turn, and how many more there are of each."""
+  turns = sorted((i, label) for label, items in kinds.items() for i in range(len(items)))
+  taken = collections.Counter(label for _, label in turns[:5])
+  few = []
+  for label, items in kinds.items():
+    count = taken[label]
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    if items:
+      few.append(f"{label}{', '.join(items[:count])}{more}")
+  return few

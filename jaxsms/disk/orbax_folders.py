@@ -22,6 +22,9 @@ _ITEMS = ("default", "params", "model", "state")  # of a step, the first that is
 _STEP = re.compile(r"^(?:\w*_)?(\d+)$")
 _HELD = 4  # pieces in memory, so that several threads may read on
 _PIECE = 2**24  # entries that are read at once where chunks are smaller
+_ADVICE = (
+  "give a folder in Hugging Face's layout, or one of jaxsms.checkpoint.save or of orbax"
+)
 
 
 class Chunks(Tensors):
@@ -128,8 +131,7 @@ def open_checkpoint(local: str, path: str | os.PathLike) -> Tensors:
     digests = {name: leaf["sha256"] for name, leaf in leaves.items()}
   elif checkpoint.holds_nothing(local):
     raise ValueError(
-      f"{path} cannot be read (it holds no whole checkpoint): give a folder that "
-      "jaxsms.checkpoint.save wrote, such as RUN/soup/seed_0"
+      f"{path} cannot be read (it is empty, or a save was interrupted): {_ADVICE}"
     )
   else:
     folder, digests = _arrays_of(local, path), {}
@@ -164,10 +166,7 @@ def _arrays_of(folder, path):
   known = [name for name in _ITEMS if name in items]
   if not known and len(items) != 1:
     holds = f"several items, {', '.join(items[:5])}" if items else "no checkpoint"
-    raise ValueError(
-      f"{path} cannot be read (it holds {holds}): give a folder of Hugging Face's layout, "
-      "or one that jaxsms.checkpoint.save or orbax wrote"
-    )
+    raise ValueError(f"{path} cannot be read (it holds {holds}): {_ADVICE}")
   return os.path.join(folder, (known or items)[0])
 
 
