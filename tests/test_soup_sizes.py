@@ -19,6 +19,7 @@ from soup_runs import run
 import jaxsms
 from experiments import soup
 from experiments.merging import output as soup_output
+from experiments.merging.checks import have_same_arrays
 from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import passes, tensors, writing
 from jaxsms.disk.by_name import by_path
@@ -168,6 +169,20 @@ def test_with_data_the_layout_that_came_in_stays(tmp_path):
   assert run(*files[:2], *DIGITS, f"--out={files[2]}") == 0
   with safe_open(files[2], framework="np") as file:
     assert file.metadata() == {"origin": "a.safetensors"}
+
+
+def test_a_first_model_of_integers_does_not_say_what_the_soup_is():
+  arrays = layers(0)
+  ours = tensors.InMemory("ours", arrays)
+  bias = "params/Dense_0/bias"
+  for change, same in (
+    ({}, True),
+    ({bias: arrays[bias].astype(np.float16)}, True),
+    ({bias: arrays[bias].astype(np.int32)}, False),
+    ({bias: arrays[bias][None]}, False),
+    ({"params/more": arrays[bias]}, False),
+  ):
+    assert have_same_arrays(tensors.InMemory("first", arrays | change), ours) == same
 
 
 @pytest.mark.usefixtures("quick_compilation")

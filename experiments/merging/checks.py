@@ -62,9 +62,12 @@ def check_others(first: Tensors, others: Sequence[Sequence[Tensors] | None]) -> 
 
 
 def have_same_arrays(one: Tensors, other: Tensors) -> bool:
-  """Whether names and shapes agree."""
-  shapes = [{name: x.shape for name, x in model.specs.items()} for model in (one, other)]
-  return shapes[0] == shapes[1]
+  """Whether names and shapes agree, and which arrays are floating."""
+  first, second = (
+    {name: (x.shape, x.is_floating) for name, x in model.specs.items()}
+    for model in (one, other)
+  )
+  return first == second
 
 
 def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
