@@ -16,6 +16,7 @@ import main_job
 import numpy as np
 import pages
 import pytest
+import soup_runs
 from absl import flags
 from pages import ALL, CHAPTERS, PAGES, README, ROOT, blocks, snippets
 
@@ -23,6 +24,8 @@ import jaxsms
 from experiments.methods import METHODS
 from experiments.methods.criteria import CRITERIA
 from jaxsms import prunable
+from jaxsms.disk.by_name import by_path
+from jaxsms.disk.safetensors import read_safetensors
 
 
 def share_removed(params):
@@ -63,7 +66,8 @@ def test_one_line_prunes_in_a_loop_that_was_there(names):
 
 
 @pytest.mark.slow
-def test_all_other_snippets_of_own_code(names, tmp_path):
+def test_all_other_snippets_of_own_code(names, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # one of them writes models
   pages.run(OWN_CODE, names, slice(FIRST, None))
   assert share_removed(names["soup"].params) == pytest.approx(round(0.9 * N) / N)
   assert names["accuracy"](names["soup"].params) > 0.85
@@ -75,6 +79,20 @@ def test_all_other_snippets_of_own_code(names, tmp_path):
   assert share_removed(weighted) == share_removed(mean)
   leaves = zip(jax.tree.leaves(weighted), jax.tree.leaves(mean), strict=True)
   assert any(np.any(a != b) for a, b in leaves)
+
+  # The models on disk and their squared gradients, merged by the command that is shown.
+  (command,) = (c for c in SOUPS if "model_0" in c)
+  assert soup_runs.run(*shlex.split(modules(command).group(2))) == 0
+  squares = [jaxsms.checkpoint.restore(f"squares_{i}") for i in range(3)]
+  models = [by_path(model) for model in names["models"][:3]]
+  for name, soup in read_safetensors(tmp_path / "fisher.safetensors").items():
+    weights = np.stack([by_path(square)[name] for square in squares]).astype(np.float64)
+    assert weights.max() > 0 and weights.min() >= 0, name
+    values = np.stack([model[name] for model in models])
+    total = weights.sum(0)
+    average = (weights * values).sum(0) / np.where(total > 0, total, 1)
+    expected = np.where(total > 0, average, values.mean(0))
+    np.testing.assert_allclose(soup, expected, rtol=1e-4, atol=1e-6)
 
   # The baseline of one's own, with its name and title where the chapter says.
   flags = ("--epochs=3", "--retrain_epochs=1", "--phases=2", "--ingredients=2")
@@ -141,7 +159,6 @@ NOT_RUN = {
   ".venv/bin/pip install -e '.[test]'": "downloads; .ci/run runs it",
   ".venv/bin/pytest": "this is inside of it; .ci/run runs it",
   ".venv/bin/python -m pdoc": "tests/test_documentation.py runs it",
-  "python -m experiments.soup": "needs models on disk: tests/test_soup_job.py",
   "python -m experiments.report": "needs finished runs: tests/test_report_page.py",
   "python -m experiments.export": "needs a finished run: tests/test_export_job.py",
 }
@@ -159,6 +176,7 @@ def modules(command):
 
 
 RUNNABLE = [c for c in commands() if not any(c.startswith(known) for known in NOT_RUN)]
+SOUPS = [c for c in RUNNABLE if c.startswith("python -m experiments.soup ")]
 SMALL = {
   "experiments.sms": (
     "--epochs=4 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=16 --cpu_devices=1"
@@ -236,7 +254,7 @@ def run(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", RUNNABLE)
+@pytest.mark.parametrize("command", [c for c in RUNNABLE if c not in SOUPS])
 def test_command(command, data, tmp_path):
   name, flags = modules(command).groups()
   small = SMALL[name]
@@ -269,6 +287,44 @@ def test_command(command, data, tmp_path):
     assert output or process is not processes[0]
   if name != "experiments.bench":
     assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SOUPS)
+def test_soup_of_models_on_disk(command, tmp_path, monkeypatch, quick_compilation):
+  """With sparse networks for digits that lie where the command says."""
+  from test_soup_job import make
+  from test_soup_sizes import read_all, write_shards
+
+  monkeypatch.chdir(tmp_path)
+  for i, name in enumerate(("A", "B", "C", "BASE")):
+    write_shards(tmp_path / name, by_path(make(i)))
+  for i in range(3):
+    jaxsms.checkpoint.save(f"model_{i}", make(i))
+    jaxsms.checkpoint.save(f"squares_{i}", jax.tree.map(np.square, make(9 + i)))
+  (tmp_path / "RUN").mkdir()
+  flags = ("--dataset=digits", "--hidden=8", "--batch_size=64")
+  (tmp_path / "RUN" / "flags.txt").write_text("\n".join(flags))
+  words = shlex.split(modules(command).group(2))
+  assert soup_runs.run(*words) == 0
+  (out,) = (word.removeprefix("--out=") for word in words if word.startswith("--out="))
+  found, first = read_all(out), by_path(make(0))
+  assert found.keys() == first.keys()
+  kernels = [name for name in first if name.endswith("kernel")]
+  if "--masks=prune" in words:
+    zeros, total = (
+      sum(f(found[n]) for n in kernels) for f in (lambda x: (x == 0).sum(), np.size)
+    )
+    assert zeros == round(0.9 * total)
+  else:
+    for name in kernels:
+      np.testing.assert_array_equal(found[name] == 0, first[name] == 0)
+  for name, array in found.items():
+    assert array.dtype == ("bfloat16" if "--dtype=bfloat16" in words else np.float32), name
+  if out == "FOLDER":
+    card = (tmp_path / "FOLDER" / "README.md").read_text()
+    assert "| `A` | 0.333333 |" in card
+    assert (tmp_path / "FOLDER" / "tokenizer.json").exists()
 
 
 @pytest.fixture(scope="module")
