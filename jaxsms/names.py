@@ -1,4 +1,4 @@
-"""The error for a name that nobody knows, with the closest known ones."""
+"""Words of messages: names that nobody knows, and counts of things."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,3 +13,14 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
   close = [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower, n=3)]
   hint = f"did you mean {' or '.join(close)}? " if close else ""
   raise ValueError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")
+
+
+def counted(number: int, noun: str) -> str:
+  """A number of things, such as 1 example or 3 examples.
+
+  >>> counted(1, "example"), counted(0, "copy")
+  ('1 example', '0 copies')
+  """
+  if number == 1:
+    return f"1 {noun}"
+  return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"

@@ -372,7 +372,11 @@ RATES = "--ranges=learning_rate:0.01:0.3"
   ("flags", "words"),
   [
     (["--vary=decay"], "known are seed, weight_decay"),
-    (["--vary=epochs"], "needs --values"),
+    (["--vary=epochs"], "needs --values, one for each of 5 copies"),
+    (["--vary=epochs", "--ingredients=1"], "needs copies that differ"),
+    (["--vary=learning_rate"], "5 copies, or --ranges, such as learning_rate:0.01:0.3"),
+    (["--vary=weight_decay"], "5 copies, or --ranges, such as weight_decay:1e-5:1e-2"),
+    (["--vary=epochs", "--values=1"], "--values gives 1 value for --ingredients=5"),
     (["--vary=epochs", "--values=1,2"], "2 values for --ingredients=5"),
     (["--vary=epochs", "--values=0,1", "--ingredients=2"], "above 0"),
     (["--vary=epochs", "--values=1.5,1", "--ingredients=2"], "whole numbers"),

@@ -182,8 +182,10 @@ def test_what_cannot_be_divided_is_refused(rejects):
       long_tail(UNEVEN, ratio)
   with rejects("leaves no example of class 2 in the order of the profile"):
     long_tail(UNEVEN, 1000)
-  with rejects("has none of class"):
+  with rejects("the share of copy 0, 4 examples, has none of class"):
     random_shares(KEY, UNEVEN, 2, 0.02)
+  with rejects("the share of copy 0, 1 example, has none of class"):
+    random_shares(KEY, UNEVEN, 2, 0.001)
   with rejects("has none of class 0"):
     balanced_shares(KEY, UNEVEN, 2, 0.1)
   with rejects("gave each of 5 clients 40 of the 175 examples"):
@@ -192,4 +194,8 @@ def test_what_cannot_be_divided_is_refused(rejects):
     group_shares(np.array([0, 1, 2]), 4)
   with rejects("the share of copy 1 has 3 examples for batches of 4"):
     check_sizes(Shares(np.zeros([2, 5], int), np.array([5, 3])), 4)
+  with rejects("the share of copy 1 has 1 example for batches of 4"):
+    check_sizes(Shares(np.zeros([2, 5], int), np.array([5, 1])), 4)
+  with rejects("the training data have 1 group for 4 copies: give a copy for each group"):
+    group_shares(np.zeros(3, int), 4)
   assert class_counts(UNEVEN, 6).tolist() == [50, 5, 100, 20, 0, 0]

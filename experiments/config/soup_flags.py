@@ -8,6 +8,7 @@ from jaxsms.channels.budgets import BUDGETS
 from jaxsms.checks import check_sparsity
 from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
+from jaxsms.names import counted
 from jaxsms.pruning import SCOPES
 from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
@@ -24,7 +25,7 @@ from .fields import (
   numbers,
   one_of,
 )
-from .search_flags import SEARCHED
+from .search_flags import EXAMPLE, SEARCHED
 
 # What may differ between the copies, and the type of its values.
 VARIABLES = {
@@ -48,7 +49,7 @@ def _goal(values):
 
 
 def _check_sparsities(name, value):
-  given = f"--{name} is {','.join(f'{one:g}' for one in value)}"
+  given = f"--{name} is {','.join(f'{one:g}' for one in value) or 'empty'}"
   if not value or any(not 0 <= one < 1 for one in value):
     raise ValueError(f"{given}: give a sparsity in [0, 1) for each phase, such as 0.5,0.9")
   if list(value) != sorted(value):
@@ -193,8 +194,9 @@ def _check_phases(config):
     return
   if (len(given), given[-1]) != (config.phases, config.goal_sparsity):
     raise ValueError(
-      f"--phase_sparsities has {len(given)} phases to {given[-1]:g}, and --phases is "
-      f"{config.phases}, --goal_sparsity {config.goal_sparsity:g}: leave these two out"
+      f"--phase_sparsities has {counted(len(given), 'phase')} to {given[-1]:g}, and "
+      f"--phases is {config.phases}, --goal_sparsity {config.goal_sparsity:g}: leave "
+      "these two out"
     )
 
 
@@ -240,20 +242,22 @@ def _check_values(config):
       f"--vary={vary} needs --ranges, such as learning_rate:0.01:0.3 for each variable but "
       "seed"
     )
-  if values is None:
-    if vary != "seed":
-      raise ValueError(
-        f"--vary={vary} needs --values, one for each of {config.ingredients} copies"
-      )
-    return
   if vary != "seed" and config.ingredients == 1:
     raise ValueError(
       f"--vary={vary} needs copies that differ, and --ingredients is 1: give 2 or more"
     )
+  if values is None:
+    if vary != "seed":
+      examples = [one for one in EXAMPLE.split(",") if one.startswith(f"{vary}:")]
+      raise ValueError(
+        f"--vary={vary} needs --values, one for each of {config.ingredients} copies"
+        + "".join(f", or --ranges, such as {one}" for one in examples)
+      )
+    return
   if len(values) != config.ingredients:
     raise ValueError(
-      f"--values gives {len(values)} values for --ingredients={config.ingredients}: give "
-      "one for each copy"
+      f"--values gives {counted(len(values), 'value')} for "
+      f"--ingredients={config.ingredients}: give one for each copy"
     )
   given = ",".join(f"{value:g}" for value in values)
   above = {"epochs": 0, "learning_rate": 0}.get(vary, -1e-9)

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsms.data.splits import integer
+from jaxsms.names import counted
 
 HEAD, MIDDLE, TAIL = "head", "middle", "tail"
 
@@ -45,8 +46,8 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
   if counts.min() < 1:
     raise ValueError(
       f"an imbalance of {ratio:g} leaves no example of class {int(np.argmin(counts))} in "
-      f"the order of the profile, whose classes have {available.max()} examples at most: "
-      "give less"
+      "the order of the profile, whose classes have "
+      f"{counted(available.max(), 'example')} at most: give less"
     )
   return counts
 

@@ -6,6 +6,8 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from jaxsms.names import counted
+
 
 def train_validation_split(
   n: int, fraction: float = 0.1, seed: int = 42
@@ -39,8 +41,8 @@ def train_validation_split(
   if not 0 < held_out < n:
     side = "validation" if held_out == 0 else "training"
     raise ValueError(
-      f"fraction {fraction} of {n} examples leaves none for {side}: give more examples "
-      "or another fraction"
+      f"fraction {fraction} of {counted(n, 'example')} leaves none for {side}: give "
+      "more examples or another fraction"
     )
   order = np.random.default_rng(seed).permutation(n)
   return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsms.data.long_tail import check_ratio, class_counts, profile_counts
+from jaxsms.names import counted
 
 DRAWS = 1000  # of Dirichlet shares, until every one has enough examples
 
@@ -261,8 +262,9 @@ def group_shares(groups: npt.ArrayLike, copies: int) -> Shares:
   names = np.unique(groups)
   if len(names) != copies:
     raise ValueError(
-      f"the training data have {len(names)} groups for {copies} copies: give a copy for "
-      "each group, and each group at least one example"
+      f"the training data have {counted(len(names), 'group')} for "
+      f"{counted(copies, 'copy')}: give a copy for each group, and each group "
+      "at least one example"
     )
   return _padded([np.flatnonzero(groups == name) for name in names])
 
@@ -272,8 +274,8 @@ def check_sizes(shares: Shares, batch_size: int) -> None:
   smallest = int(np.argmin(shares.sizes))
   if shares.sizes[smallest] < batch_size:
     raise ValueError(
-      f"the share of copy {smallest} has {shares.sizes[smallest]} examples for batches of "
-      f"{batch_size}: give larger shares or a smaller batch"
+      f"the share of copy {smallest} has {counted(shares.sizes[smallest], 'example')} for "
+      f"batches of {batch_size}: give larger shares or a smaller batch"
     )
 
 
@@ -307,6 +309,6 @@ def _check_classes(labels, shares):
     absent = np.setdiff1d(classes, labels[shares.of(i)])
     if len(absent):
       raise ValueError(
-        f"the share of copy {i}, {shares.sizes[i]} examples, has none of class "
-        f"{absent[0]}: give larger shares"
+        f"the share of copy {i}, {counted(shares.sizes[i], 'example')}, has none of "
+        f"class {absent[0]}: give larger shares"
       )
