@@ -84,10 +84,10 @@ def test_phases_at_given_sparsities():
     (["--phase_sparsities=0.9,0.5"], "no phase may have less"),
     (["--phase_sparsities=0.5,1"], "give a sparsity in [0, 1) for each phase"),
     (["--phase_sparsities="], "--phase_sparsities is empty: give a sparsity"),
-    (["--phase_sparsities=0.5", "--phases=3"], "has 1 phase to 0.5, and --phases is 3"),
+    (["--phase_sparsities=0.5", "--phases=3"], "has 1 phase to 0.5: leave --phases=3"),
     (["--phase_sparsities=a"], "give numbers"),
-    (["--phase_sparsities=0.5,0.9", "--phases=3"], "leave these two out"),
-    (["--phase_sparsities=0.5,0.9", "--goal_sparsity=0.8"], "leave these two out"),
+    (["--phase_sparsities=0.5,0.9", "--phases=3"], "2 phases to 0.9: leave --phases=3 and"),
+    (["--phase_sparsities=0.5,0.9", "--goal_sparsity=0.8"], "and --goal_sparsity=0.8 out"),
     (["--criterion=n_m", "--phase_sparsities=0.5,0.6"], "would remove 2.4 of 4 weights"),
   ],
 )

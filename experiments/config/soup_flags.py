@@ -194,9 +194,8 @@ def _check_phases(config):
     return
   if (len(given), given[-1]) != (config.phases, config.goal_sparsity):
     raise ValueError(
-      f"--phase_sparsities has {counted(len(given), 'phase')} to {given[-1]:g}, and "
-      f"--phases is {config.phases}, --goal_sparsity {config.goal_sparsity:g}: leave "
-      "these two out"
+      f"--phase_sparsities has {counted(len(given), 'phase')} to {given[-1]:g}: leave "
+      f"--phases={config.phases} and --goal_sparsity={config.goal_sparsity:g} out"
     )
 
 
