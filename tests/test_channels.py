@@ -176,6 +176,15 @@ def test_leaves_that_are_not_used():
   assert dict(groups.left_alone)["c, axis 0"] == "the function does not use it"
 
 
+def recurrence(h):
+  """Sums over the first axis, by slices, some of which have length 0."""
+
+  def step(left, right):
+    return left[0] * right[0], left[1] * right[0] + right[1]
+
+  return jax.lax.associative_scan(step, (jnp.ones(h.shape), h), axis=0)[1]
+
+
 def test_what_passes():
   """Zeros keep a sum, a norm and a product what they were."""
   params = ones(a=(3, 5), b=(5,), c=(5, 2))
@@ -194,6 +203,8 @@ def test_what_passes():
     lambda p, h: jnp.cumsum(h, 0) @ p["c"],
     lambda p, h: jnp.einsum("bi,io->ob", h, p["c"]),
     lambda p, h: (jax.random.uniform(KEY, h.shape) < 0.5) * h @ p["c"],
+    lambda p, h: jnp.concatenate([h[:, :0], h], -1) @ p["c"],
+    lambda p, h: recurrence(h) @ p["c"],
   ]
   for number, way in enumerate(ways):
     found = channel_groups(

@@ -467,7 +467,17 @@ ACTS = {
   "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2))), "slice": lambda x: x[:, 1::2],
   "shuffle": lambda x: x.reshape(-1, 2, x.shape[-1] // 2).swapaxes(1, 2).reshape(x.shape),
   "residual": lambda x: x + jnp.flip(x, -1), "sum": lambda x: x * x.sum(-1, keepdims=True),
+  "nothing": lambda x: jnp.concatenate([x[:, :0], x], -1),
+  "scan": lambda x: jax.lax.associative_scan(
+    lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (jnp.ones(x.shape), x), axis=0
+  )[1],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nothing", "scan"])
+def test_axes_of_length_0(name):
+  params = {"a": numbers(3, 6), "c": numbers(6, 2)}
+  check(lambda p, x: ACTS[name](x @ p["a"]) @ p["c"], params, (numbers(4, 3),))
 
 
 @pytest.mark.slow

@@ -101,6 +101,8 @@ class Labels:
     """The axis in representatives, none of which stands for several; Fixed if all stay."""
     if isinstance(axis, Fixed):
       return axis
+    if not axis.labels.shape[-1]:
+      return self.fixed("an axis of length 0 is not cut")
     labels, values = self.find(axis.labels), axis.values
     while self._composite[labels].any():
       labels, values = self._expanded(labels, values)
