@@ -146,13 +146,21 @@ def test_a_run_that_was_stopped_goes_on_in_the_shapes_of_its_phase(
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
-    (["--shrink", "--baselines=swamp"], "whose masks are its own"),
-    (["--shrink", "--baselines=imp_reprune"], "whose masks are its own"),
+    (["--criterion=channels", "--shrink", "--baselines=swamp"], "whose masks are its own"),
+    (
+      ["--criterion=channels", "--shrink", "--baselines=imp_reprune"],
+      "whose masks are its own",
+    ),
+    (["--shrink"], "and --criterion=magnitude leaves a part of each: give"),
+    (["--criterion=filters", "--shrink"], "and --criterion=filters leaves a part"),
     (["--budget=channels"], "belongs to --criterion=channels"),
     (["--round_to=4"], "--round_to=4 belongs to --criterion=channels"),
     (["--criterion=channels", "--round_to=0"], "at least 1"),
     (["--criterion=channels", "--budget=weight"], "did you mean weights"),
-    (["--criterion=channels", "--goal_sparsity=0.9999"], "weights"),
+    (
+      ["--criterion=channels", "--goal_sparsity=0.9999"],
+      "sparsity 0.9999 of the weights would empty a group of channels",
+    ),
   ],
 )
 def test_what_cannot_shrink_is_refused(tmp_path, capsys, flags, words):

@@ -157,7 +157,7 @@ class SoupFlags:
   )
   shrink: bool = flag(
     "Cuts the network after each pruning: channels that the masks empty are removed "
-    "from its arrays, and the copies retrain the smaller network. Made for "
+    "from its arrays, and the copies retrain the smaller network. Needs "
     "--criterion=channels.",
     default=False,
   )
@@ -323,6 +323,11 @@ def _check_criterion(config):
   if config.budget == "latency":
     _check_latency(config)
   if config.shrink:
+    if not CRITERIA[config.criterion].whole_channels:
+      raise ValueError(
+        f"--shrink cuts whole channels, and --criterion={config.criterion} leaves a part "
+        "of each: give --criterion=channels, or leave out --shrink"
+      )
     refuse_baselines(
       config,
       "own_masks",

@@ -39,10 +39,12 @@ class Criterion(NamedTuple):
     prune: `prune(config, key, groups)` giving a function
       `prune(params, sparsity, masks=masks)`; the key is for what is random.
     scope: whether it takes --scope.
+    whole_channels: whether --shrink can cut what it removes, biases and all.
   """
 
   prune: Callable[[Config, jax.Array, Groups], Prune]
   scope: bool = False
+  whole_channels: bool = False
 
 
 def pruning(config: Config, key: jax.Array, groups: Groups = None) -> Prune:
@@ -125,5 +127,5 @@ CRITERIA: dict[str, Criterion] = {
   "lamp": Criterion(lambda config, key, groups: lamp_masks),
   "n_m": Criterion(n_m),
   "filters": Criterion(filters, scope=True),
-  "channels": Criterion(channels, scope=True),
+  "channels": Criterion(channels, scope=True, whole_channels=True),
 }
