@@ -297,7 +297,7 @@ def test_equals_brute_force(budget, share, seed, round_to, earlier):
     masks=old,
   )
   if expected is None:
-    with pytest.raises(ValueError, match="would empty a group"):
+    with pytest.raises(ValueError, match=f"would empty a group|with round_to={round_to}"):
       run()
   else:
     assert_masks(run(), expected)
@@ -316,7 +316,8 @@ def test_budget_is_reached_to_within_one_channel(share, budget, scope, round_to,
   try:
     masks = channel_masks(params, share, **options)
   except ValueError as error:
-    assert "would empty a group" in str(error)
+    reason = f"with round_to={round_to}" if round_to > 1 else "would empty a group"
+    assert reason in str(error) or "would empty a group" in str(error)
     return
   kept = kept_channels(params, GROUPS, masks)
   reached = share_removed(leaves_by_path(masks), budget, kept)
@@ -379,7 +380,7 @@ def test_multiples_for_hardware():
   params = hidden(rng.standard_normal(7))
   masks = channel_masks(params, 0.0, groups=groups_of(params), round_to=8)
   assert np.all(masks["a"]["kernel"])
-  with pytest.raises(ValueError, match="no channel may go"):
+  with pytest.raises(ValueError, match="cannot be reached with round_to=8"):
     channel_masks(params, 0.1, groups=groups_of(params), round_to=8)
 
 
@@ -574,6 +575,26 @@ def test_the_clock_of_a_cut_network():
   measure = network_latency(apply, params, groups, x, repeats=2, clock=lambda: next(ticks))
   assert measure([np.arange(8) < 3]) == 3.0
   assert next(ticks) == 12  # twice before and after a call
+
+
+def test_a_budget_that_round_to_keeps_from_being_reached_says_so(rejects):
+  """Of 5 and 4 channels 4 and 4 stay: 1 of 9 goes. One at a time, 7 of 9 can."""
+  params = {"a": jnp.ones((3, 5)), "c": jnp.ones((5, 4)), "d": jnp.ones((4, 2))}
+  groups = channel_groups(
+    lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["c"]) @ p["d"], params, jnp.ones((1, 3))
+  )
+  run = functools.partial(channel_masks, params, groups=groups, budget="channels")
+  with rejects("with round_to=4, as a group that loses channels keeps at least so many"):
+    run(0.5, round_to=4)
+  with rejects(
+    "0.1111 can go, and most of what is left is in a, so give a smaller round_to"
+  ):
+    run(0.5, round_to=4)
+  with rejects("cannot be reached with round_to=8"):
+    run(0.5, round_to=8)
+  with rejects("would empty a group of channels: at most"):
+    run(0.9, round_to=4)
+  assert not np.all(run(0.5)["a"])
 
 
 def test_rejects(rejects):

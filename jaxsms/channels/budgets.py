@@ -100,7 +100,11 @@ def channel_masks(
   units = len(order.ends) - 1
   goal = (sparsity - 1e-9) * cost.total  # shares are rounded numbers
   if cost.removed(order.without(units)) < goal or (sparsity and not cost.total):
-    raise ValueError(_unreachable(groups, order, cost, sparsity, budget))
+    text = _unreachable(groups, order, cost, sparsity, budget)
+    options |= {"budget": budget, "round_to": 1}
+    if round_to > 1 and _is_reachable(params, sparsity, **options):
+      text = _blocks_too_large(groups, order, cost, sparsity, budget, round_to)
+    raise ValueError(text)
   low, high = 0, units  # the fewest that are enough
   while low < high:
     middle = (low + high) // 2
@@ -198,15 +202,41 @@ def _cost_of_entries(params, groups, budget, prunable) -> list[float]:
   return [counts.get(path_string(path), 0) / max(np.size(x), 1) for path, x in leaves]
 
 
-def _unreachable(groups, order: RemovalOrder, cost: Cost, sparsity, budget) -> str:
+def _is_reachable(params, sparsity, **options) -> bool:
+  try:
+    channel_masks(params, sparsity, **options)
+  except ValueError:
+    return False
+  return True
+
+
+def _blocks_too_large(groups, order, cost, sparsity, budget, round_to) -> str:
+  most, layer = _most(groups, order, cost)
+  return (
+    f"sparsity {sparsity:g} of the {budget.replace('_', '-')} cannot be reached with "
+    f"round_to={round_to}, as a group that loses channels keeps at least so many: at most "
+    f"{most:.4g} can go, and most of what is left is in {layer}, so give a smaller "
+    "round_to or a lower sparsity"
+  )
+
+
+def _most(groups, order: RemovalOrder, cost: Cost) -> tuple[float, str]:
+  """The greatest share that can go, and the layer with most of what is left then."""
   kept = order.without(len(order.ends) - 1)
   most = cost.removed(kept) / cost.total if cost.total else 0.0
+  largest = cost.largest(kept)
+  if not largest and kept:
+    largest = groups[int(np.argmax([k.sum() for k in kept]))].places[0][0]
+  return most, largest
+
+
+def _unreachable(groups, order: RemovalOrder, cost: Cost, sparsity, budget) -> str:
   if len(order.ends) == 1:
     return (
       f"sparsity is {sparsity:g}, but no channel may go: groups are empty, or each has "
       "its last channels, or a layer that prunable leaves out"
     )
-  layer = cost.largest(kept) or groups[int(np.argmax([k.sum() for k in kept]))].places[0][0]
+  most, layer = _most(groups, order, cost)
   return (
     f"sparsity {sparsity:g} of the {budget.replace('_', '-')} would empty a group of "
     f"channels: at most {most:.4g} can go, and most of what is left is in {layer}, so "
