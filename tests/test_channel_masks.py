@@ -198,7 +198,7 @@ def groups_of(params):
 @given(st.lists(st.lists(st.booleans(), min_size=10, max_size=10), min_size=4, max_size=4))
 def test_masks_of_channels_by_hand_and_back(drawn):
   params = network()
-  kept = [np.array(k[:size]) for k, size in zip(drawn, SIZES, strict=True)]
+  kept = [np.array([*k[: size - 1], True]) for k, size in zip(drawn, SIZES, strict=True)]
   masks = masks_of_channels(params, GROUPS, kept)
   assert jax.tree.structure(masks) == jax.tree.structure(params)
   assert_masks(masks, brute_masks(params, kept))
@@ -644,6 +644,12 @@ def test_rejects(rejects):
     channel_masks(small, 0.5, groups=GROUPS)
   with rejects("give one bool [size] for each group"):
     masks_of_channels(params, GROUPS, [np.ones(3, bool)])
+  kept = [np.ones(size, bool) for size in SIZES]
+  first = GROUPS[0].places[0][0]
+  with rejects(f"kept has int64 for the channels of {first}: give bool [size]"):
+    masks_of_channels(params, GROUPS, [np.arange(SIZES[0]), *kept[1:]])
+  with rejects(f"kept leaves none of the {SIZES[0]} channels of {first}: keep at least"):
+    masks_of_channels(params, GROUPS, [~kept[0], *kept[1:]])
   with rejects("share is 1"):
     sensitivity(lambda p: 0.0, params, GROUPS, share=1.0)
 

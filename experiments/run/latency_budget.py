@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsms import ChannelGroups, masks_of_channels
+from jaxsms import ChannelGroups
 from jaxsms.channels.latency import seconds_per_call
 from jaxsms.channels.order import removal_order
+from jaxsms.channels.places import masks_with
 from jaxsms.training import Model
 from jaxsms.training.cutting import cut_network
 
@@ -67,7 +68,7 @@ class NetworkClock:
     return self.known[name]
 
   def _seconds(self, kept):
-    masks = masks_of_channels(self._shapes.params, self._groups(), kept)
+    masks = masks_with(self._shapes.params, self._groups(), kept)
     network = cut_network(self._module, self._shapes, masks, self._image_shape)
     left = network.shrink(self._shapes._asdict())
     # Time does not depend on the numbers; these stay finite.

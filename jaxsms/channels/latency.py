@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsms.channels import compact
 from jaxsms.channels.order import Kept, removal_order
-from jaxsms.channels.places import masks_of_channels, masks_with
+from jaxsms.channels.places import masks_with
 from jaxsms.checks import check_sparsity
 from jaxsms.trees import PyTree
 
@@ -105,7 +105,7 @@ def network_latency(
   """
 
   def measure(kept):
-    masks = masks_of_channels(params, groups, kept)
+    masks = masks_with(params, groups, kept)
     network = compact(apply, params, masks, *inputs)
     return seconds_per_call(network.apply, network.params, *inputs, **timing)
 

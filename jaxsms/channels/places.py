@@ -49,7 +49,8 @@ def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTre
     Tree of bool arrays with the structure of `params`, True where an entry is kept.
 
   Raises:
-    ValueError: groups of other params, or `kept` does not fit the groups.
+    ValueError: groups of other params, `kept` does not fit the groups or is not bool, or
+      a group would lose all channels.
 
   Example:
     >>> params = {"a": jnp.ones((1, 3)), "b": jnp.ones((3, 1))}
@@ -59,6 +60,12 @@ def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTre
     >>> masks["a"].tolist(), masks["b"].tolist()
     ([[True, False, True]], [[True], [False], [True]])
   """
+  for group, own in zip(groups, _check_kept(groups, kept), strict=True):
+    if group.size and not own.any():
+      raise ValueError(
+        f"kept leaves none of the {group.size} channels of {group.places[0][0]}: keep at "
+        "least one of each group"
+      )
   return masks_with(params, groups, kept)
 
 
@@ -212,4 +219,11 @@ def _check_kept(groups: Sequence, kept: Sequence) -> list[np.ndarray]:
       f"kept has shapes {shapes[:4]} for groups of {[s for (s,) in sizes[:4]]} channels: "
       "give one bool [size] for each group"
     )
-  return [np.asarray(fetch(k), bool) for k in kept]
+  found = [np.asarray(fetch(k)) for k in kept]
+  for group, own in zip(groups, found, strict=True):
+    if own.dtype != bool and own.size:
+      raise ValueError(
+        f"kept has {own.dtype} for the channels of {group.places[0][0]}: give bool [size], "
+        "False where a channel goes"
+      )
+  return [own.astype(bool) for own in found]
