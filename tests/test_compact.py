@@ -525,6 +525,11 @@ def test_refuses(rejects):
     small.apply(params, x)
   with rejects("does not have the leaves"):
     small.apply({"a": params["a"]}, x)
+  with rejects("a/w has shape [3, 4] and the cut network [3, 3]: pass its params"):
+    small.expand(params)
+  with rejects("tree has no leaf of the cut network, such as a/w: pass a tree like"):
+    small.expand({})
+  assert small.expand({"a": small.params["a"], "step": 3})["step"] == 3
   with rejects("cannot have the channels of a/w cut"):
     small.cut(lambda p, x: x @ p["a"]["w"])(small.params, x)
   with rejects("different tree structures"):

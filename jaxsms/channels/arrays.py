@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.trees import is_array, is_concrete
+from jaxsms.trees import is_array, is_concrete, path_string
 
 
 def taken(x, masks):
@@ -50,6 +50,16 @@ def left_shape(full: Sequence[int], masks: Sequence[np.ndarray | None]) -> tuple
   """The shape of what is left of an array, each axis by its mask."""
   pairs = zip(full, masks, strict=True)
   return tuple(n if mask is None else int(mask.sum()) for n, mask in pairs)
+
+
+def check_left_shape(path, x, leaf, masks) -> None:
+  """Raises ValueError unless an array has the shape that is left of a leaf."""
+  shape = left_shape(leaf.shape, masks)
+  if x.shape != shape:
+    raise ValueError(
+      f"{path_string(path)} has shape {list(x.shape)} and the cut network {list(shape)}: "
+      "pass its params, not the full ones"
+    )
 
 
 def expanded(x, masks):

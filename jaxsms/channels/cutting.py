@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.channels.arrays import expanded, left_shape, masked_leaf, taken
+from jaxsms.channels.arrays import check_left_shape, expanded, masked_leaf, taken
 from jaxsms.channels.evaluate import Cut, evaluate
 from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
@@ -98,12 +98,7 @@ class Compact:
         "params does not have the leaves of the cut network: pass a tree like its params"
       )
     for (path, x), leaf, masks in zip(flat, self._leaves, self._kept, strict=True):
-      shape = left_shape(leaf.shape, masks)
-      if x.shape != shape:
-        raise ValueError(
-          f"{path_string(path)} has shape {list(x.shape)} and the cut network "
-          f"{list(shape)}: pass its params, not the full ones"
-        )
+      check_left_shape(path, x, leaf, masks)
 
   def _gone(self, trace: Trace) -> np.ndarray:
     """Which labels of another trace go, so that these positions of the leaves do."""
@@ -137,18 +132,35 @@ class Compact:
     Returns:
       The tree with its arrays cut.
     """
-    return self._each(tree, lambda x, leaf, masks: taken(x, masks))
+    return self._each(tree, lambda path, x, leaf, masks: taken(x, masks))
 
   def expand(self, tree: PyTree) -> PyTree:
     """Restores the full shapes of a cut tree.
 
     Args:
-      tree: tree with the structure and shapes of `params`.
+      tree: tree with the structure and shapes of `params`, or a part of it.
 
     Returns:
       The tree in the full shapes, with zeros where it was cut.
+
+    Raises:
+      ValueError: a cut array has another shape than in `params`, or none of them is there.
     """
-    return self._each(tree, lambda x, leaf, masks: expanded(x, masks))
+    found = []
+
+    def one(path, x, leaf, masks):
+      if any(mask is not None for mask in masks):
+        check_left_shape(path, x, leaf, masks)
+      found.append(path)
+      return expanded(x, masks)
+
+    full = self._each(tree, one)
+    if self._paths and not found:
+      raise ValueError(
+        f"tree has no leaf of the cut network, such as {self._paths[0]}: pass a tree like "
+        "its params"
+      )
+    return full
 
   def _each(self, tree, function):
     rows = zip(self._leaves, self._kept, strict=True)
@@ -156,7 +168,7 @@ class Compact:
 
     def one(path, x):
       place = places.get(path_string(path))
-      return x if place is None or not is_array(x) else function(x, *place)
+      return x if place is None or not is_array(x) else function(path, x, *place)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
