@@ -15,6 +15,21 @@ from jaxsms.soups import uniform_soup
 from jaxsms.trees import PyTree
 
 
+def check_takes_cut(retrain: Callable[..., Any]) -> None:
+  """Raises ValueError where the caller's training cannot be called with `cut`."""
+  try:
+    signature = inspect.signature(retrain)
+  except (TypeError, ValueError):  # of a function that does not say
+    return
+  try:
+    signature.bind(*["key", "params", "masks", "ingredient", "cut"])
+  except TypeError:
+    raise ValueError(
+      f"retrain takes {signature}: with shrink it is called as "
+      "retrain(key, params, masks, ingredient, cut), so give it a fifth argument cut"
+    ) from None
+
+
 class Shrinking:
   """A network that is pruned in its full shapes, and trained in those that are left.
 

@@ -23,7 +23,7 @@ from jaxsms.devices.meshes import gather
 from jaxsms.phases import Merge, Prune, entries, merge_phase, prune_phase
 from jaxsms.pruning import magnitude_masks, phase_sparsity, prunable_flags
 from jaxsms.retraining import Retrain, retrain_phase
-from jaxsms.shrinking import Shrinking
+from jaxsms.shrinking import Shrinking, check_takes_cut
 from jaxsms.soups import uniform_soup
 from jaxsms.trees import Arrays, Prunable, PyTree, check_finite
 
@@ -262,6 +262,8 @@ def sparse_model_soup(
   check_finite(params)
   flags = prunable_flags(params, prunable)
   check_goal(goal_sparsity, entries(flags, params))
+  if shrink is not None:
+    check_takes_cut(retrain)
   network = None if shrink is None else Shrinking(shrink, params, prune)
   prune = prune if network is None else network.prune
   check_reachable(prune, params, goal_sparsity, masks, prunable)

@@ -237,6 +237,11 @@ def test_rejects(rejects):
       KEY, PARAMS, train, ingredients=INGREDIENTS, goal_sparsity=0.5, phases=1,
       shrink=network,
     )  # fmt: skip
+  with rejects("retrain takes (key, params, masks, ingredient): with shrink it is called"):
+    sparse_model_soup(
+      KEY, PARAMS, lambda key, params, masks, ingredient: params, ingredients=INGREDIENTS,
+      goal_sparsity=0.5, phases=1, shrink=(network, IMAGES[:1]),
+    )  # fmt: skip
   calls = []
 
   def never(*args):

@@ -29,6 +29,19 @@ def size(model):
   return model["kernel"].sum()
 
 
+def dense(params, x):
+  return jnp.tanh(x @ params["kernel"] + params["bias"]).sum(-1)
+
+
+def traced_masks(share):
+  return jax.tree.map(lambda x: x > share, PARAMS)
+
+
+def removed(share, **options):
+  groups = jaxsms.channel_groups(dense, PARAMS, jnp.ones((1, 3)))
+  return jaxsms.channel_masks(PARAMS, share, groups=groups, **options)
+
+
 # Each of a traced share in [0, 1); what the message has to say.
 REFUSED = {
   "soup of traced params": (
@@ -72,6 +85,15 @@ REFUSED = {
   "assert_sparse": (
     lambda x: jaxsms.assert_sparse({"kernel": x[None]}, {"kernel": np.ones(1, bool)}),
     "call it outside of jit",
+  ),
+  "compact": (
+    lambda x: jaxsms.compact(dense, PARAMS, traced_masks(x), jnp.ones((1, 3))).params,
+    "masks are traced: call compact outside of jit",
+  ),
+  "channel_masks": (lambda x: removed(0.5 * x), "sparsity is traced"),
+  "channel_masks of traced masks": (
+    lambda x: removed(0.5, masks=traced_masks(x)),
+    "masks are traced: channels are chosen before the program runs",
   ),
   "erk_masks": (lambda x: jaxsms.erk_masks(PARAMS, x), "sparsity is traced"),
   "n_m_masks": (lambda x: jaxsms.n_m_masks(PARAMS, x), "sparsity is traced"),

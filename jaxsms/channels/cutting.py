@@ -203,8 +203,8 @@ def compact(
     The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
 
   Raises:
-    ValueError: `apply` cannot be traced with these arguments, or masks and params do not
-      fit.
+    ValueError: `apply` cannot be traced with these arguments, masks are traced, or masks
+      and params do not fit.
 
   Example:
     >>> params = {"w": jnp.ones((4, 8)), "out": jnp.ones((8, 2))}
@@ -217,6 +217,8 @@ def compact(
     >>> small.apply(small.params, jnp.ones((5, 4))).shape
     (5, 2)
   """
+  if not is_concrete(masks):
+    raise ValueError("masks are traced: call compact outside of jit, with masks of values")
   masks = _matched(params, masks)
   zeros = _zeros(params, masks)
   trace = Trace(apply, params, inputs, zeros)

@@ -118,6 +118,8 @@ def masks_on_host(params: PyTree, masks: PyTree | None) -> list[np.ndarray | Non
   structure: Any = jax.tree.structure(params)
   if masks is None:
     return [None] * len(leaves)
+  if not is_concrete(masks):
+    raise ValueError("masks are traced: channels are chosen before the program runs")
   masks = structure.flatten_up_to(match_masks(params, masks))
   return [
     np.broadcast_to(np.asarray(fetch(mask), bool), leaf.shape)
