@@ -91,6 +91,37 @@ def test_a_cut_network_is_read_again_and_starts_a_run(tmp_path):
   np.testing.assert_allclose(jax.jit(apply)(full, images), expected, rtol=1e-4, atol=1e-4)
 
 
+LOAD_CUT = """
+import sys, jax, numpy as np
+from jaxsms import export, models
+module = models.create(
+  "resnet8", 5, width=4, convolution=jax.lax.conv_general_dilated
+)
+network = export.load_cut(sys.argv[1], lambda v, x: module.apply(v, x, train=False))
+images = np.load(sys.argv[2])
+np.save(sys.argv[3], jax.jit(network.apply)(network.params, images))
+full = network.expand(network.params)
+print(sum(x.size for x in jax.tree.leaves(network.params)), end=" ")
+print(sum(x.size for x in jax.tree.leaves(full)))
+"""
+
+
+@pytest.mark.slow
+def test_a_cut_network_loads_in_a_new_process(tmp_path):
+  _, network, apply, images = made("resnet8")
+  export.save_cut(tmp_path / "cut.safetensors", network)
+  np.save(tmp_path / "images.npy", images)
+  paths = [str(tmp_path / n) for n in ("cut.safetensors", "images.npy", "out.npy")]
+  command = [sys.executable, "-c", LOAD_CUT, *paths]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  cut, full = map(int, done.stdout.split())
+  assert cut == sum(x.size for x in jax.tree.leaves(network.params)) < full
+  # Against the full network with zeros, which this process computes.
+  expected = jax.jit(apply)(network.expand(network.params), images)
+  np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_no_cut_network_is_refused(tmp_path, rejects):
   _, network, apply, _ = made("mlp")
   path = tmp_path / "a.safetensors"
