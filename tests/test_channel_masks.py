@@ -652,6 +652,12 @@ def test_rejects(rejects):
     masks_of_channels(params, GROUPS, [~kept[0], *kept[1:]])
   with rejects("share is 1"):
     sensitivity(lambda p: 0.0, params, GROUPS, share=1.0)
+  with rejects("evaluate gives nan of the whole model: give a measure that is finite"):
+    sensitivity(lambda p: jnp.nan, params, GROUPS)
+  values = iter([1.0, 0.5, np.inf])
+  second = GROUPS[1].places[0][0]
+  with rejects(f"evaluate gives inf of the model without 2 channels of {second}: give"):
+    sensitivity(lambda p: next(values), params, GROUPS)
 
 
 class Small(nn.Module):

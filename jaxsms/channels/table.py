@@ -66,7 +66,7 @@ def sensitivity(
 
   Raises:
     ValueError: share outside (0, 1), groups of other params, an unknown score, or values
-      that are not finite.
+      that are not finite, in `params` or of `evaluate`.
 
   Example:
     >>> import jax.numpy as jnp, jaxsms
@@ -92,7 +92,7 @@ def sensitivity(
     products = Cost(params, groups, "multiply_adds", may_go)
   entries = [EntryCount(place) for place in channel_leaves(params, groups)]
   owner = np.repeat(np.arange(len(groups)), [group.size for group in groups])
-  dense = float(evaluate(params))
+  dense = _measured(evaluate, params, "the whole model")
   for number, group in enumerate(groups):
     weakest = order.channels[owner[order.channels] == number]
     gone = weakest[: max(round(share * group.size), 1)]
@@ -102,7 +102,8 @@ def sensitivity(
     loss = 0.0
     if len(gone):
       pruned = apply_masks(params, masks_of_channels(params, groups, kept))
-      loss = dense - float(evaluate(pruned))
+      what = f"the model without {len(gone)} channels of {group.places[0][0]}"
+      loss = dense - _measured(evaluate, pruned, what)
     table.append(
       GroupSensitivity(
         name=group.places[0][0],
@@ -118,3 +119,12 @@ def sensitivity(
       )
     )
   return table
+
+
+def _measured(evaluate, params, what: str) -> float:
+  value = float(evaluate(params))
+  if not np.isfinite(value):
+    raise ValueError(
+      f"evaluate gives {value} of {what}: give a measure that is finite, such as accuracy"
+    )
+  return value
