@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from jaxsms.disk import storage
 from jaxsms.disk.safetensors import write_safetensors
 
 from ..config.fields import at_least, define_flags, ensure, flag, one_of, read_fields
@@ -82,8 +83,8 @@ def write_model(folder: str, seed: int, config: Config) -> None:
     arrays = {n: rng.standard_normal(shape, np.float32).astype(dtype) for n in names}
     write_safetensors(os.path.join(folder, file), arrays)
     files |= dict.fromkeys(names, file)
-  with open(os.path.join(folder, "model.safetensors.index.json"), "w") as index:
-    json.dump({"weight_map": files}, index)
+  index = storage.as_path(folder) / "model.safetensors.index.json"
+  storage.write_bytes(index, json.dumps({"weight_map": files}).encode())
 
 
 def measure(config: Config) -> dict[str, tuple[Spread, Spread, Spread]]:
