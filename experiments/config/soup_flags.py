@@ -16,6 +16,7 @@ from jaxsms.training import merging
 
 from ..methods.criteria import CRITERIA
 from .baseline_flags import refuse_baselines
+from .criterion_checks import check_criterion
 from .fields import (
   at_least,
   by_dataset,
@@ -183,7 +184,7 @@ def check(config: Any) -> None:
   """
   _check_phases(config)
   _check_values(config)
-  _check_criterion(config)
+  check_criterion(config)
   _check_merge(config)
 
 
@@ -291,65 +292,3 @@ def _check_ratios(config):
     )
   for ratio in values:
     check_ratio(ratio, "--values: a ratio of imbalance")
-
-
-def _check_latency(config):
-  """--budget=latency, with the processes and --baselines."""
-  if config.processes not in (None, 1):
-    raise ValueError(
-      "--budget=latency is measured by one process: leave out --processes, or give "
-      "--budget=multiply_adds"
-    )
-  refuse_baselines(
-    config,
-    "own_masks",
-    ", whose masks are its own and would each be measured anew: leave it out with "
-    "--budget=latency",
-  )
-
-
-def _check_criterion(config):
-  """--criterion, with the flags that belong to one, and the sparsities."""
-  if config.budget != "weights" and config.criterion != "channels":
-    raise ValueError(
-      f"--budget={config.budget} belongs to --criterion=channels: leave it out with "
-      f"--criterion={config.criterion}"
-    )
-  if config.round_to > 1 and config.criterion != "channels":
-    raise ValueError(
-      f"--round_to={config.round_to} belongs to --criterion=channels: leave it out with "
-      f"--criterion={config.criterion}"
-    )
-  if config.budget == "latency":
-    _check_latency(config)
-  if config.shrink:
-    if not CRITERIA[config.criterion].whole_channels:
-      raise ValueError(
-        f"--shrink cuts whole channels, and --criterion={config.criterion} leaves a part "
-        "of each: give --criterion=channels, or leave out --shrink"
-      )
-    refuse_baselines(
-      config,
-      "own_masks",
-      ", whose masks are its own: nothing can be cut for all copies, leave it out with "
-      "--shrink",
-    )
-  if config.scope != "global" and not CRITERIA[config.criterion].scope:
-    with_scope = ", ".join(name for name, one in CRITERIA.items() if one.scope)
-    raise ValueError(
-      f"--scope={config.scope} belongs to {with_scope}: "
-      f"--criterion={config.criterion} shares the sparsity out itself, leave it out"
-    )
-  if config.criterion != "n_m":
-    return
-  m = config.n_m_group
-  for phase, sparsity in config.sparsity_of_phases().items():
-    removed = m * sparsity
-    if abs(removed - round(removed)) > 1e-6:
-      raise ValueError(
-        f"--criterion=n_m would remove {removed:.3g} of {m} weights in phase {phase}: "
-        "choose --goal_sparsity, --phases and --n_m_group that make it whole, such as "
-        "0.75, 2 and 4"
-      )
-  why = ", whose sparsity rises smoothly: leave it out with --criterion=n_m"
-  refuse_baselines(config, "ramp", why)
