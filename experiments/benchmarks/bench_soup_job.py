@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from jaxsms.disk import storage
-from jaxsms.disk.safetensors import write_safetensors
+from jaxsms.disk.passes import Block
+from jaxsms.disk.shards import INDEX
+from jaxsms.disk.tensors import Spec
+from jaxsms.disk.writing import ToSafetensors, split_shards
 
 from ..config.fields import at_least, define_flags, ensure, flag, one_of, read_fields
 from ..run.flag_files import check_no_arguments, refusals
@@ -75,16 +77,17 @@ def main(argv: list[str]) -> None:
 
 def write_model(folder: str, seed: int, config: Config) -> None:
   """Normal numbers in Hugging Face's layout."""
-  rng, files, dtype = np.random.default_rng(seed), {}, jnp.dtype(config.dtype)
+  rng, dtype = np.random.default_rng(seed), jnp.dtype(config.dtype)
   shape = (config.megabytes * 10**6 // (4 * COLUMNS * SHARDS * TENSORS), COLUMNS)
-  for shard in range(SHARDS):
-    names = [f"layers.{shard * TENSORS + i}.weight" for i in range(TENSORS)]
-    file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-    arrays = {n: rng.standard_normal(shape, np.float32).astype(dtype) for n in names}
-    write_safetensors(os.path.join(folder, file), arrays)
-    files |= dict.fromkeys(names, file)
-  index = storage.as_path(folder) / "model.safetensors.index.json"
-  storage.write_bytes(index, json.dumps({"weight_map": files}).encode())
+  names = [f"layers.{i}.weight" for i in range(SHARDS * TENSORS)]
+  specs = {name: Spec(shape, dtype) for name in names}
+  os.makedirs(folder)
+  files = split_shards(specs, TENSORS * specs[names[0]].nbytes)
+  with ToSafetensors(folder, files, {}, INDEX) as writer:
+    for name, spec in specs.items():
+      values = rng.standard_normal(spec.size, np.float32).astype(dtype)
+      writer.write(Block(name, 0, spec.size), values)
+    writer.finish()
 
 
 def measure(config: Config) -> dict[str, tuple[Spread, Spread, Spread]]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from jaxsms.names import counted
+
 from ..methods.registry import looks
 from . import figures
 from .cases import Case, Origin
@@ -141,7 +143,7 @@ def table(
       if name not in row:
         continue
       n = row[name].get("seeds")
-      of = "" if n is None else " (1 seed)" if n == 1 else f" ({n} seeds)"
+      of = "" if n is None else f" ({counted(n, 'seed')})"
       line = ["", "", method_title(name, case.m) + of, accuracy(row[name]), gain(row[name])]
       if has_ood:
         entry = ood[row["phase"]].get(name)

@@ -60,7 +60,8 @@ def masks_of_channels(params: PyTree, groups: Sequence, kept: Sequence) -> PyTre
     >>> masks["a"].tolist(), masks["b"].tolist()
     ([[True, False, True]], [[True], [False], [True]])
   """
-  for group, own in zip(groups, _check_kept(groups, kept), strict=True):
+  kept = _check_kept(groups, kept)  # on the host from here on
+  for group, own in zip(groups, kept, strict=True):
     if group.size and not own.any():
       raise ValueError(
         f"kept leaves none of the {group.size} channels of {group.places[0][0]}: keep at "
