@@ -133,3 +133,33 @@ def test_saves_go_on_beside_the_caller(tmp_path, monkeypatch):
   go_on.set()
   series.wait()
   assert_holds(Series(tmp_path).newest(), 1)
+
+
+@pytest.mark.parametrize("moment", ["before it is made", "before orbax"])
+def test_a_folder_that_is_renamed_during_a_save_is_not_made_again(
+  tmp_path, monkeypatch, moment
+):
+  """Its parent neither, which may be the directory of a run; what lies beside it stays."""
+  old, new = tmp_path / "place" / "old", tmp_path / "new"
+  old.mkdir(parents=True)
+  series = filled(old / "series", 1)
+  save = checkpoint.save
+
+  def rename(*arguments):
+    if not new.exists():
+      old.rename(new)
+
+  def renamed_first(*arguments):
+    rename()
+    save(*arguments)
+
+  if moment == "before orbax":
+    monkeypatch.setattr(checkpoint, "fault_point", rename)
+  else:
+    monkeypatch.setattr(checkpoint, "save", renamed_first)
+  series.save({"x": np.full(9, 2)}, {"i": 2})
+  with pytest.raises(OSError, match=r"renamed or removed|cannot be written"):
+    series.wait()
+  assert names(tmp_path) == ["new", "place"]
+  assert names(tmp_path / "place") == []
+  assert_holds(Series(new / "series").newest(), 1)

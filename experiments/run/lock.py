@@ -105,13 +105,7 @@ class Lock:
 
   def _identity(self):
     """What tells a folder on a disk from another one of its name; None for a store."""
-    if storage.is_remote(self._path):
-      return None
-    try:
-      found = os.stat(self._path)
-    except OSError:
-      return (0, 0)
-    return found.st_dev, found.st_ino
+    return None if storage.is_remote(self._path) else storage.identity(self._path)
 
   def _watch(self, holder):
     """Waits for the next sign of life of who may be there."""

@@ -117,7 +117,8 @@ class Series:
     if not storage.is_remote(self._path):  # alone: a run's folder that is gone stays gone
       self._path.mkdir(exist_ok=True)
     last = max((int(folder.name) for folder in self._folders()), default=0)
-    checkpoint.save(self._folder(last + 1), arrays, meta)
+    with storage.in_its_place(self._path):
+      checkpoint.save(self._folder(last + 1), arrays, meta)
     for folder in self._folders()[: -self._keep]:
       checkpoint.remove(folder)
     if arrays:

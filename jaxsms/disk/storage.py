@@ -1,6 +1,7 @@
 """Files that are whole or not there, on disks and, through etils, on object stores."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -112,6 +113,44 @@ def sync_tree(path: Path) -> None:
     for name in files:
       sync(os.path.join(folder, name))
     sync(folder)
+
+
+def identity(path: Path) -> tuple[int, int]:
+  """What tells a folder on a disk from another one of its name; (0, 0) where none is."""
+  try:
+    found = os.stat(path)
+  except OSError:
+    return 0, 0
+  return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def in_its_place(folder: epath.Path) -> Iterator[None]:
+  """A folder that must not be made anew when it is renamed while it is written to.
+
+  Orbax makes missing parents. What it made at the old place is removed.
+
+  Args:
+    folder: exists, on a disk, or in an object store, where nothing is renamed at once.
+
+  Raises:
+    FileNotFoundError: it was renamed or removed.
+  """
+  if is_remote(folder):
+    yield
+    return
+  places = {place: identity(place) for place in (folder, *folder.parents)}
+  try:
+    yield
+  finally:
+    anew = [p for p, known in places.items() if identity(p) not in ((0, 0), known)]
+    if folder in anew:
+      shutil.rmtree(folder, ignore_errors=True)
+    for place in anew[1:]:
+      with contextlib.suppress(OSError):
+        os.rmdir(place)
+  if identity(folder) != places[folder]:
+    raise FileNotFoundError(errno.ENOENT, "it was renamed or removed", str(folder))
 
 
 @contextlib.contextmanager
