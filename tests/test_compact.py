@@ -31,6 +31,7 @@ from jaxsms import (
   convolution,
   magnitude_masks,
   make_mesh,
+  map_ingredients,
   models,
 )
 from jaxsms.compat import enable_x64
@@ -233,6 +234,26 @@ def test_copies_on_a_mesh():
     axis_names={"ingredient"},
   )  # fmt: skip
   assert_close(jax.jit(step)(copies, images), jax.jit(sharded)(copies, images))
+
+
+def test_on_one_mesh_after_another():
+  """Copies lie on other meshes than their soup: each has a trace of its own."""
+  params = {"w": jnp.ones((3, 8)), "scale": jnp.ones(8), "out": jnp.ones((8, 2))}
+  masks = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
+  masks["w"][:, 3:] = masks["scale"][3:] = masks["out"][3:] = False
+
+  def apply(params, x):
+    x = x @ params["w"] * jax.lax.rsqrt(jnp.square(params["scale"]) + np.float32(1e-5))
+    return jax.nn.relu(x) @ params["out"]
+
+  x = jnp.arange(6.0).reshape(2, 3)
+  small = compact(apply, params, masks, x)
+  copies = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), small.params)
+  for mesh in (make_mesh(2, 1), make_mesh(1, 2)):
+    mapped = map_ingredients(small.apply, (0, None), mesh=mesh)
+    # Three channels of sum 3 and 12; w, scale, out twice as large: twice the output.
+    once = np.array([[3.0, 3.0], [12.0, 12.0]]) * 3
+    np.testing.assert_allclose(mapped(copies, x), [once, 2 * once], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Compact:
     Args:
       function: a function such as a loss, or another way to call the network. Its first
         argument is params in the full shapes. It is traced once for each set of
-        argument shapes.
+        argument shapes and each mesh.
 
     Returns:
       The function on smaller params. It raises ValueError if `function` uses the
@@ -68,7 +68,8 @@ class Compact:
     def smaller(params, *args, **kwargs):
       leaves, full = self._leaves_and_full(params)
       inputs = Inputs(args, kwargs)
-      key = jax.tree.structure(params), inputs.key
+      # A trace belongs to the mesh that it is made under, such as that of a shard_map.
+      key = jax.tree.structure(params), inputs.key, jax.sharding.get_abstract_mesh()
       if key not in traces:
         # In training mode a function does not use the batch statistics that are cut.
         trace = Trace(
