@@ -144,7 +144,10 @@ def test_batches_that_groups_of_images_do_not_divide(batch, group, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [7, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("channels, features", [(3, 16), (8, 8), (16, 24)])
+@pytest.mark.parametrize(
+  "channels, features",
+  [(3, 16), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((8, 8), (16, 24)))],
+)
 def test_few_and_many_channels(width, channels, features):
   x, w = normal(0, 2, 3, 5, width, channels), normal(1, 2, 3, 3, channels, features)
   step = lambda conv: jax.jit(jax.vmap(gradients(conv)))(x, w)  # noqa: E731
@@ -172,7 +175,7 @@ def test_odd_numbers_of_channels(channels, features, strides, side):
 AXES = [(0, 0), (0, None), (None, 0)]
 
 
-@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("axes", [*AXES[:2], pytest.param(AXES[2], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strides", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_vmap_of_grad_and_grad_of_vmap_equal_one_at_a_time(axes, strides):
   conv = functools.partial(convolve, strides=strides, padding=ONE_PAD)

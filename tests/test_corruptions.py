@@ -122,6 +122,7 @@ def test_distance_grows_with_severity(name):
   assert 0 < distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(STILL))
 def test_even_image_stays(name):
   np.testing.assert_array_equal(corrupted_photos(name, 3)[4], photos()[4])

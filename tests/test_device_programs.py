@@ -143,7 +143,9 @@ def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
 # The program lowers for platforms that are not there.
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+  "platform", ["cpu", pytest.param("cuda", marks=pytest.mark.slow), "tpu"]
+)
 def test_the_training_step_lowers_for_every_platform(platform, small, examples):
   programs = make_programs(Small())
   state = start(*small, programs.optimizer(0.0, 0.0), 3)

@@ -31,14 +31,18 @@ def count(module, *shape):
   ("name", "classes", "image", "expected"),
   [
     ("mlp", 10, (28, 28, 1), 406_528),
-    ("resnet56", 10, (32, 32, 3), 125_485_696),
+    pytest.param("resnet56", 10, (32, 32, 3), 125_485_696, marks=pytest.mark.slow),
     ("resnet18", 10, (32, 32, 3), 555_422_720),
-    ("vgg16", 10, (32, 32, 3), 313_201_664),
-    ("wide_resnet28_10", 100, (32, 32, 3), 5_951_175_168),
+    pytest.param("vgg16", 10, (32, 32, 3), 313_201_664, marks=pytest.mark.slow),
+    pytest.param(
+      "wide_resnet28_10", 100, (32, 32, 3), 5_951_175_168, marks=pytest.mark.slow
+    ),
     pytest.param(
       "wide_resnet22_10", 100, (32, 32, 3), 4_535_597_568, marks=pytest.mark.slow
     ),
-    ("wide_resnet22_10", 10, (32, 32, 3), 4_535_539_968),
+    pytest.param(
+      "wide_resnet22_10", 10, (32, 32, 3), 4_535_539_968, marks=pytest.mark.slow
+    ),
     ("resnet50", 1000, (224, 224, 3), 4_089_184_256),
     # 64 patches; 65 tokens through 4 + 8 squares of 192, 12 times; one token to classes.
     ("vit_tiny", 10, (32, 32, 3), 64 * 48 * 192 + 12 * 65 * 12 * 192**2 + 1920),

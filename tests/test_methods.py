@@ -34,19 +34,11 @@ def results(workdir):
   return json.loads((workdir / "results.json").read_text())["seeds"][0]
 
 
-# One that goes from phase to phase, one of copies of their own masks, one from scratch.
-SAMPLE = ("imp", "gmp_soup")
-
-
-@pytest.fixture(
-  scope="module",
-  params=[SAMPLE, pytest.param(methods.baselines(), marks=pytest.mark.slow)],
-  ids=["sample", "all"],
-)
-def everything(request, tmp_path_factory):
-  """Baselines of every kind, in two phases."""
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+  """All baselines, in two phases."""
   workdir = tmp_path_factory.mktemp("runs") / "all"
-  flags = [f"--baselines={','.join(request.param)}", "--budget_epochs=4"]
+  flags = [f"--baselines={','.join(methods.baselines())}", "--budget_epochs=4"]
   flags += ["--mask_steps=5", "--rewind_epochs=1", f"--workdir={workdir}"]
   assert run(*FAST, "--phases=2", *flags) == 0
   return workdir
@@ -75,6 +67,7 @@ def test_every_baseline_is_measured_at_its_sparsity(everything):
         assert 0 <= phase[name]["test_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_training_is_as_long_as_planned(everything):
   lines = [json.loads(x) for x in (everything / "metrics.jsonl").read_text().splitlines()]
   lines = [line for line in lines if "epoch" in line]
@@ -90,6 +83,7 @@ def test_training_is_as_long_as_planned(everything):
   assert steps == methods.planned_steps(config, 1077 // 64, methods.names_of(config))
 
 
+@pytest.mark.slow
 def test_records_hold_what_models_are_measured_by(everything):
   seed = results(everything)
   assert seed["dense"]["sparsity"] == 0
@@ -449,6 +443,7 @@ def test_bad_flags_end_with_one_sentence(flags, words, tmp_path, capsys):
   assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused(everything, tmp_path, rejects):
   mlp = models.create("mlp", 10, hidden=(17,))
   with rejects("is (64, 16) and should be (64, 17)"):

@@ -51,9 +51,15 @@ def random_images(*shape):
   [
     ("resnet18", 10, 32, 11_173_962, 11_164_352),
     ("vgg16", 10, 32, 14_728_266, 14_715_584),
-    ("wide_resnet28_10", 100, 32, 36_546_980, 36_518_832),
-    ("wide_resnet22_10", 100, 32, 26_863_460, 26_842_032),
-    ("wide_resnet22_10", 10, 32, 26_805_770, 26_784_432),
+    pytest.param(
+      "wide_resnet28_10", 100, 32, 36_546_980, 36_518_832, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      "wide_resnet22_10", 100, 32, 26_863_460, 26_842_032, marks=pytest.mark.slow
+    ),
+    pytest.param(
+      "wide_resnet22_10", 10, 32, 26_805_770, 26_784_432, marks=pytest.mark.slow
+    ),
     ("resnet50", 1000, 224, 25_557_032, 25_502_912),
     # Weights: patches 48 * 192, 12 blocks of 4 + 8 squares of 192, classes 192 * 10. The
     # others: biases 192 and 10, token and positions 66 * 192, the last norm 2 * 192, and in

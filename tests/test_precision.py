@@ -42,11 +42,11 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 every_convolutional = pytest.mark.parametrize("name", CONVOLUTIONAL)
 
 
-def some_convolutional(*quick):
+def some(networks, *quick):
   """All of them: the others are slow."""
   return [
     name if name in quick else pytest.param(name, marks=pytest.mark.slow)
-    for name in CONVOLUTIONAL
+    for name in networks
   ]
 
 
@@ -88,7 +88,7 @@ def split(name):
   return shapes(name)["params"], shapes(name).get("batch_stats", {})
 
 
-@every_network
+@pytest.mark.parametrize("name", some(NETWORKS, "mlp", "resnet8", "vit"))
 def test_all_products_of_a_training_step_are_of_bfloat16(name):
   gradient = jax.grad(functools.partial(loss, NETWORKS[name](**BFLOAT16)), has_aux=True)
   products = "conv_general_dilated", "dot_general"
@@ -179,7 +179,7 @@ def random_images():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_convolutional("resnet8", "vit"))
+@pytest.mark.parametrize("name", some(CONVOLUTIONAL, "resnet8", "vit"))
 def test_remat_changes_neither_losses_nor_statistics_nor_gradients(
   name, assert_trees_equal
 ):

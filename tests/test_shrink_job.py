@@ -77,6 +77,7 @@ def test_a_shrinking_run_gives_the_soup_of_masks_of_channels(shrunk, tmp_path):
     assert (kernel != 0).any(0).sum() == widths[i]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_phases_cost(shrunk):
   found = results(shrunk)
   costs, (seed,) = found["costs"], found["seeds"]
@@ -97,6 +98,7 @@ def test_a_run_says_what_its_phases_cost(shrunk):
   assert [g["multiply_adds"] for g in groups] == [16 * (64 + 12), 12 * (16 + 10)]
 
 
+@pytest.mark.slow
 def test_lines_between_cut_candidates_end_where_they_are(shrunk):
   (seed,) = results(shrunk)["seeds"]
   phase = seed["phases"][-1]
@@ -108,6 +110,7 @@ def test_lines_between_cut_candidates_end_where_they_are(shrunk):
   assert [line["accuracy"][0], line["accuracy"][-1]] == pytest.approx(ends)
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(shrunk):
   page = Page(shrunk / "report.html")
   (seed,) = results(shrunk)["seeds"]

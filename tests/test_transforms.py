@@ -94,11 +94,19 @@ def removed_entries(tree, masks):
 
 
 WITH_CONSTRUCTION = ("momentum", "nesterov", "adamw", "lion", "multi_transform")
+QUICK = ("momentum", "adamw", "muon", "multi_transform", "nested_masked", "schedule_free")
 
 
 @pytest.mark.parametrize(
   ("name", "with_update"),
-  [(name, True) for name in OPTIMIZERS] + [(name, False) for name in WITH_CONSTRUCTION],
+  [
+    pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow)
+    for name in OPTIMIZERS
+  ]
+  + [
+    pytest.param(name, False, marks=() if name == "momentum" else pytest.mark.slow)
+    for name in WITH_CONSTRUCTION
+  ],
 )
 def test_removed_entries_stay_exactly_zero(name, with_update):
   optimizer = masked(OPTIMIZERS[name], None if with_update else MASKS)
