@@ -1,15 +1,17 @@
-"""Times a training step of m copies, of a dense network and of the same with channels cut.
+"""Times a training step of m copies: dense, with channels cut, and built at that size.
 
 python -m experiments.benchmarks.bench_cut --model=resnet18
 python -m experiments.benchmarks.bench_cut --model=vgg16 --ingredients=2 --batch_size=32
 
-The same share of every group of channels goes. Rounds of both alternate.
+The same share of every group of channels goes. Rounds of all alternate. A network is built
+at the size of the cut one where its `width` gives the same shapes.
 """
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 
 from jaxsms import channel_masks, models
@@ -31,7 +33,7 @@ from . import bench_jax
 from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled, shown
 from .usual_networks import read_training_flags, usual_network
 
-DENSE, CUT = "dense", "cut"
+DENSE, CUT, BUILT = "dense", "cut", "built at that size"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,21 +52,19 @@ class Config(device_flags.DeviceFlags):
     ensure(lambda value: 0 < value < 1, "give a share between 0 and 1"),
     default=0.5,
   )
-  rounds: int = flag("Rounds of both.", at_least(1), default=5)
+  rounds: int = flag("Rounds of each.", at_least(1), default=5)
   steps: int = flag("Training steps in a round.", at_least(1), default=2)
 
 
 class Contest(NamedTuple):
-  """Both networks in training.
+  """The networks in training.
 
   Attributes:
-    dense: the whole one.
-    cut: the other.
+    trainings: by name.
     steps: of a round.
   """
 
-  dense: bench_jax.Training
-  cut: bench_jax.Training
+  trainings: dict[str, bench_jax.Training]
   steps: int
 
 
@@ -113,23 +113,47 @@ def make_contest(config: Config) -> Contest:
     multiply_adds=sum(cut_multiply_adds(network, model, image_shape).values()),
     **left,
   )
-  return Contest(
-    *(bench_jax.Training(task, m, config.steps) for task in (dense, smaller)), config.steps
-  )
+  tasks = {DENSE: dense, CUT: smaller}
+  built = narrower(module, 1 - config.share)
+  if built is not None:
+    task = bench_jax.make_task(
+      built,
+      image_shape,
+      examples=config.batch_size * config.steps,
+      at_once=lambda size: at_once,
+      **work,
+    )
+    if shapes(task.params) == shapes(smaller.params):
+      tasks[BUILT] = task
+  trainings = {
+    name: bench_jax.Training(task, m, config.steps) for name, task in tasks.items()
+  }
+  return Contest(trainings, config.steps)
+
+
+def narrower(module: Any, share: float) -> Any:
+  """The network with a share of its width; None where it has none."""
+  width = getattr(module, "width", None)
+  return None if width is None else module.clone(width=max(round(width * share), 1))
+
+
+def shapes(params: Any) -> Any:
+  """Of all arrays."""
+  return jax.tree.map(jnp.shape, params)
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Spread]:
-  """Seconds of a training step of all copies, of both networks.
+  """Seconds of a training step of all copies, of each network.
 
   Args:
     contest: of them.
     rounds: at least 1.
 
   Returns:
-    By name, dense and cut.
+    By name.
   """
   contenders = {}
-  for name, training in ((DENSE, contest.dense), (CUT, contest.cut)):
+  for name, training in contest.trainings.items():
     training.run(1)  # compiles
     training.run(1)
     contenders[name] = Contender(lambda t=training: t.run(1), contest.steps, {})
@@ -142,7 +166,7 @@ def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
   Args:
     config: the flags.
     contest: that was timed.
-    found: seconds of a step of both.
+    found: seconds of a step of each.
   """
   versions = environment()
   lines = [
@@ -151,16 +175,19 @@ def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
     f"{versions['devices']} x {versions['device']}, {cores()} cores; medians of "
     f"{config.rounds} rounds, in brackets the least and the greatest"
   ]
-  for name, training in ((DENSE, contest.dense), (CUT, contest.cut)):
+  for name, training in contest.trainings.items():
     lines.append(
       f"{name}: {shown(scaled(found[name], 1000))} ms a step, compiled in "
       f"{training.train.trace_seconds + training.train.compile_seconds:.1f} s, "
       f"{parameter_count(training.task.params):,} parameters, "
       f"{training.task.multiply_adds:,} multiply-adds"
     )
-  return "\n".join(
-    [*lines, f"a step is {shown(ratio(found[DENSE], found[CUT]))} times as fast"]
-  )
+  lines.append(f"a step is {shown(ratio(found[DENSE], found[CUT]))} times as fast")
+  if BUILT in found:
+    lines.append(
+      f"one {BUILT} takes {shown(ratio(found[BUILT], found[CUT]))} of the cut one's time"
+    )
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":
