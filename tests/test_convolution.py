@@ -71,6 +71,9 @@ CASES = [
   ((5, 4), (2, 2), (3, 3), ((2, 2), (0, 3)), 2),
   ((3, 3), (5, 5), (1, 1), ((2, 2), (2, 2)), 2),
   ((1, 1), (3, 3), (2, 2), ONE_PAD, 2),
+  ((2, 2), (3, 3), (1, 1), ONE_PAD, 3),
+  ((2, 5), (3, 3), (2, 2), "SAME", 2),
+  ((1, 4), (2, 3), (1, 2), ((0, 1), (2, 0)), 2),
 ]
 
 
@@ -101,6 +104,33 @@ def test_value_and_gradients_equal_pytorch(image, kernel, strides, padding, batc
   )
   wanted = [np.asarray(a.numpy(), np.float32) for a in wanted]
   assert_close(ours(x, w), wanted)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_images_with_fewer_pixels_than_the_kernel(axes):
+  """One matrix product: a loop over pixels, outputs and taps in NumPy gives the same."""
+  m, strides = 2, (1, 2)
+  x, w = normal(0, m, 3, 2, 3, 2), normal(1, m, 3, 3, 2, 4)
+  x, w = (a if axis == 0 else a[0] for a, axis in zip((x, w), axes, strict=True))
+
+  def step(x, w):
+    y, pull = jax.vjp(lambda x, w: convolve(x, w, strides, ONE_PAD), x, w)
+    return y, *pull(jnp.ones_like(y))
+
+  y, gx, gw = jax.jit(jax.vmap(step, axes))(x, w)
+  x, w = (
+    np.broadcast_to(a, (m, *a.shape[axis is not None :]))
+    for a, axis in zip((x, w), axes, strict=True)
+  )
+  wanted = [np.zeros(a.shape) for a in (y, gx, gw)]
+  for i, j, a, b in np.ndindex(2, 2, 3, 3):  # of outputs, then taps
+    row, column = i + a - 1, 2 * j + b - 1
+    if 0 <= row < 2 and 0 <= column < 3:
+      wanted[0][:, :, i, j] += np.einsum("mnc,mco->mno", x[:, :, row, column], w[:, a, b])
+      wanted[1][:, :, row, column] += w[:, a, b].sum(-1)[:, None]
+      wanted[2][:, a, b] += x[:, :, row, column].sum(1)[..., None]
+  for got, want in zip((y, gx, gw), wanted, strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 sizes = st.integers(5, 7)

@@ -4,7 +4,7 @@ Operands have a leading axis of copies, m long or, where the copies share the op
 Each way has a forward, an image gradient and a kernel gradient:
 
 - "loop": one copy and a few images at a time, in the one layout that a CPU runs well in
-  loops too;
+  loops too; images with fewer pixels than the kernel as `jaxsms.nn.small_images`;
 - "grouped": XLA's convolution under vmap and its transposes, grouped convolutions. XLA
   would gather the whole batch for one on every device where it divides the program among
   several (https://github.com/openxla/xla/issues/47945): there it is as "unrolled";
@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxsms.devices.partitioning import unless_partitioned
+from jaxsms.nn import small_images
 
 T = TypeVar("T")
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -131,12 +132,15 @@ def _transpose(forward, shape, outputs, other):
 
 
 def _loop_forward(geometry, images, kernels):
+  if small_images.is_small(geometry):
+    return small_images.forward(geometry, images, kernels)
   return _loop_map(functools.partial(_convolve, geometry), images, kernels)
 
 
 def _loop_image(geometry, outputs, kernels):
   """One convolution of stride 1 gives a block of s x s pixels for each place."""
-  (height, width), (sh, sw), c = geometry.image, geometry.strides, kernels.shape[3]
+  given, c = outputs, kernels.shape[3]
+  (height, width), (sh, sw) = geometry.image, geometry.strides
   (rows, columns), pads, (tall, broad) = zip(*map(geometry.shifts, (0, 1)), strict=True)
   # The convolution pads without a copy, but a CPU's must not be told to cut.
   for axis in (0, 1):
@@ -148,6 +152,8 @@ def _loop_image(geometry, outputs, kernels):
   taps = taps.reshape(*taps.shape[:4], -1)
   image, kernel = pair(outputs.shape[2:4]), pair(taps.shape[1:3])
   stride_one = Geometry((1, 1), pads, image, kernel, geometry.precision)
+  if small_images.is_small(geometry) or small_images.is_small(stride_one):
+    return small_images.image_gradient(geometry, given, kernels)
 
   def one(outputs, taps):
     blocks = _convolve(stride_one, outputs, taps)
@@ -214,6 +220,8 @@ def _loop_kernel(geometry, images, outputs):
 
   Blocks of s x s pixels, s the stride, are its batch: its stride is then 1.
   """
+  if small_images.is_small(geometry):
+    return small_images.kernel_gradient(geometry, images, outputs)
   (sh, sw), (n, height, width, c) = geometry.strides, images.shape[1:]
   m, o, group = max(len(images), len(outputs)), outputs.shape[4], _groups(images.shape[1])
   (rows, columns), pads, taps = zip(*map(geometry.shifts, (0, 1)), strict=True)
