@@ -14,7 +14,7 @@ import jax
 from absl import flags, logging
 
 from jaxsms import models
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 from jaxsms.disk.storage import plain
 
 from .benchmarks import bench_jax, bench_settings, bench_tables
@@ -53,7 +53,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
       task = make_task(config)
       results = measure(config, task, kinds, [note] if note else [])
   if config.json:
-    with whole_file(config.json) as file:
+    with output_file(config.json) as file:
       file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
   bench_tables.show(terminal(), results)
 

@@ -33,6 +33,7 @@ from .report import write_report
 from .run import checkpointing, run_directory, running, tuning
 from .run.environment import check_version, environment
 from .run.flag_files import refusals, run_with_flags
+from .run.hardware import in_flags
 from .run.lock import Busy
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
   try:
     failed = work_through(shared)
   except (ValueError, MemoryError, OSError) as error:
-    stopped, status = f"error: {error}", 1
+    stopped, status = f"error: {in_flags(error)}", 1
   except Stopped as error:
     stopped, status = str(error), error.status
   except KeyboardInterrupt:

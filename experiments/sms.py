@@ -41,6 +41,7 @@ from .report import write_report
 from .run import checkpointing, run_directory, running, tuning
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
+from .run.hardware import in_flags
 from .run.latency import inference
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
@@ -120,7 +121,7 @@ def early_end(task: Task, checkpointer: checkpointing.Checkpointer) -> Iterator[
     yield
     return
   except (FloatingPointError, MemoryError, OSError) as error:
-    why, status = f"error: {checkpointer.moved() or error}", 1
+    why, status = f"error: {checkpointer.moved() or in_flags(error)}", 1
   except Stopped as error:
     why, status = str(error), error.status
   except KeyboardInterrupt:

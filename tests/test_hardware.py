@@ -81,6 +81,13 @@ def test_rules_of_a_cpu():
   assert hardware.bfloat16("bfloat16")
 
 
+def test_the_library_names_arguments_and_the_jobs_their_flags():
+  error = MemoryError("about 2 of them fit at once: give at_once=2")
+  expected = "about 2 of them fit at once: give --ingredients_at_once=2"
+  assert hardware.in_flags(error) == expected
+  assert hardware.in_flags(OSError(28, "full")) == "[Errno 28] full"
+
+
 @pytest.mark.parametrize(
   "platform, capability, wanted",
   [("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "9.0", True), ("tpu", None, True)],

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxsms.disk.safetensors import (
-  load_safetensors,
   read_safetensors,
   save_safetensors,
   write_safetensors,
@@ -209,7 +208,7 @@ def test_what_is_written_is_read(path, data):
     np.testing.assert_array_equal(again[name], array)
 
 
-def test_a_tree_is_saved_and_loaded(path, assert_trees_equal):
+def test_the_leaves_of_a_tree_lie_under_their_paths(path):
   tree = {
     "params": {"a": [jnp.ones((2, 3)), jnp.zeros(0, jnp.bfloat16)]},
     "batch_stats": {},
@@ -217,27 +216,21 @@ def test_a_tree_is_saved_and_loaded(path, assert_trees_equal):
     "count": jnp.int32(3),
   }
   save_safetensors(path, tree)
-  assert "params/a/0" in read_safetensors(path)
-  for template in (tree, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))):
-    assert_trees_equal(load_safetensors(path, template), tree)
-  float16 = {**tree, "params": {"a": [np.ones((2, 3), np.float16), np.zeros(0, "f4")]}}
-  assert_trees_equal(load_safetensors(path, float16), float16)
+  found = read_safetensors(path)
+  expected = {
+    "params/a/0": np.ones((2, 3), np.float32),
+    "params/a/1": np.zeros(0, jnp.bfloat16),
+    "masks/a": np.array([True, False]),
+    "count": np.int32(3),
+  }
+  assert found.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], np.asarray(array), strict=True)
 
 
-def test_a_tree_that_does_not_fit_is_refused(path, rejects):
-  save_safetensors(path, {"a": jnp.ones(2), "b": {str(i): jnp.ones(1) for i in range(6)}})
-  template = {"a": jnp.ones(2)}
-  with rejects("(left over: b/0, b/1, b/2, b/3, b/4 and 1 more)"):
-    load_safetensors(path, template)
-  save_safetensors(path, template)
-  with rejects("(missing: b, c; a is (2,) and should be (3,))"):
-    load_safetensors(path, {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(2)})
-  with rejects("leaf a is float"):
-    load_safetensors(path, {"a": 1.0})
-  with rejects("a is float32 in"):
-    load_safetensors(path, {"a": jnp.ones(2, int)})
+def test_where_there_is_no_file_it_is_said(path, rejects):
   with rejects("there is no file"):
-    load_safetensors(path.parent / "missing", template)
+    read_safetensors(path.parent / "missing")
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_the_older_file(path, rejects):

@@ -20,7 +20,8 @@ from absl import app, flags
 from jax import lax
 
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.disk.storage import plain, whole_file
+from jaxsms.disk.files import output_file
+from jaxsms.disk.storage import plain
 from jaxsms.nn.lowerings import NHWC
 
 from ..run.environment import environment
@@ -270,7 +271,7 @@ def main(argv: list[str]) -> None:
     console.print(f"The time was over after {len(rows)} of {planned} rows.")
   if given.json:
     figures = plain({"environment": environment(), "rows": rows})
-    with whole_file(given.json) as file:
+    with output_file(given.json) as file:
       file.write(json.dumps(figures, indent=1).encode())
 
 

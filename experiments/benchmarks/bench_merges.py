@@ -19,7 +19,7 @@ from absl import flags, logging
 from jaxsms import Phase, sparsity, stack
 from jaxsms.data import Dataset
 from jaxsms.devices.ingredients import take_ingredients
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 from jaxsms.disk.storage import plain
 from jaxsms.merges import MERGES
 from jaxsms.phases import Merge, merge_phase
@@ -106,7 +106,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     results["seeds"].append(measure_seed(config, task, seed))
     print_line(errors, f"seed {seed} took {time.monotonic() - started:.0f} s")
     if config.json:
-      with whole_file(config.json) as file:
+      with output_file(config.json) as file:
         file.write(json.dumps(plain(results), indent=1).encode())
   print("\n".join(tables(results)))
 

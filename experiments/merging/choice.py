@@ -10,6 +10,7 @@ from absl import flags
 
 from jaxsms.checks import check_sparsity
 from jaxsms.disk import storage
+from jaxsms.disk.rules import RULES
 from jaxsms.disk.shards import INDEX_ENDINGS
 from jaxsms.merges import MERGES
 from jaxsms.names import check_name
@@ -176,7 +177,7 @@ def check_merge(m: int) -> str:
     raise ValueError(f"{flag} chooses the weights itself: leave --weights out")
   if MERGES[name].two and m != 2:
     raise ValueError(f"{flag} goes from one model to another, and {m} are given: give two")
-  if not FLAGS["dataset"].present and {"evaluate", "loss"} & set(needs):
+  if not FLAGS["dataset"].present and name not in RULES:
     raise ValueError(f"{flag} needs the images to evaluate on: give --dataset")
   if ("base" in needs) != bool(FLAGS.base):
     problem = "needs the model that all were trained from: give"

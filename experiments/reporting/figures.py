@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 
 from ..methods.registry import looks
 from .cases import Case
@@ -38,7 +38,7 @@ def accuracy_figure(results: Results, path: str | os.PathLike) -> None:
   """
   case = Case("", results["flags"], results["seeds"])
   figure = over_sparsity(case, "test_accuracy")
-  with whole_file(path) as file:
+  with output_file(path) as file:
     file.write(file_of(figure, os.path.splitext(path)[1].removeprefix(".")))
 
 

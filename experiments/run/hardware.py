@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,11 @@ from ..config.device_flags import check_process_count
 
 MOST_CPU_DEVICES = 8
 CACHED_PARAMETERS = 100_000  # with their momentum and gradients, 1.2 MB
+
+
+def in_flags(error: Exception) -> str:
+  """What an error says, where it runs out of memory with the flag for the argument."""
+  return re.sub(r"\bat_once=", "--ingredients_at_once=", str(error))
 
 
 def start(config: Any, copies: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from absl import flags
 
 from jaxsms.disk import storage
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 
 flags.DEFINE_string("out", None, "What to write; it must not exist yet.")
 FLAGS = flags.FLAGS
@@ -55,5 +55,5 @@ def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
       "let --out end in .safetensors"
     ) from error
   state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-  with whole_file(path) as file:
+  with output_file(path) as file:
     torch.save(state, file)

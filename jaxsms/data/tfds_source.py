@@ -12,7 +12,7 @@ import shlex
 import numpy as np
 from absl import logging
 
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 from jaxsms.disk.npz import read_npz
 from jaxsms.names import check_name
 
@@ -318,7 +318,7 @@ def _modified(file):
 def _write_cache(path, images, labels):
   """Writes all or nothing; where that fails, the next run decodes again."""
   try:
-    with whole_file(path) as file:
+    with output_file(path) as file:
       np.savez(file, images=images, labels=labels)
   except OSError as error:
     logging.warning("decoded images are not cached: %s", error)

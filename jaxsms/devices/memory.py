@@ -47,7 +47,7 @@ def explain_out_of_memory(
       needed = bytes_of_copies(programs, like, masks, key, state, chunk_steps)
       fit = copies_that_fit(limit, m, *needed)
       advice = (
-        f"about {fit} of them fit at once: give at_once={fit} (--ingredients_at_once={fit})"
+        f"about {fit} of them fit at once: give at_once={fit}"
         if fit
         else "not even one of them fits: take a smaller batch, micro-batches, remat, or a "
         "mesh that splits the parameters"

@@ -11,8 +11,8 @@ from jaxsms.disk import storage
 
 
 @contextlib.contextmanager
-def whole_file(path: storage.Path) -> Iterator[IO[bytes]]:
-  """A new file to write to; it gets its name when all of it is on the disk for certain.
+def output_file(path: storage.Path) -> Iterator[IO[bytes]]:
+  """A `storage.whole_file` in a folder that need not be there yet.
 
   Args:
     path: the file, on a disk or (gs://...) an object store; its folder is made where it is

@@ -157,7 +157,7 @@ def _check_finite(job, block, models, values):
   if not np.isfinite(as_float(values, "result")).all():
     name = job.specs[block.name].dtype.name
     raise ValueError(
-      f"{block.name} of the soup is not finite in {name}: give a wider --dtype"
+      f"{block.name} of the soup is not finite in {name}: choose a wider dtype"
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.compat import jaxprs_in_params
-from jaxsms.disk.files import on_disk, whole_file
+from jaxsms.disk.files import on_disk, output_file
 from jaxsms.disk.programs import Program, evaluate, traced
 from jaxsms.disk.storage import first_sentence
 from jaxsms.trees import PyTree, is_concrete
@@ -81,7 +81,7 @@ def save_onnx(
     model.metadata_props.add(key=name, value=text)
   data = model.SerializeToString()
   _check(data, program, ins, jax.jit(lambda *x: jax.tree.leaves(apply(params, *x))))
-  with whole_file(path) as file:
+  with output_file(path) as file:
     file.write(data)
 
 
@@ -307,5 +307,5 @@ def quantize_onnx(
         f"{os.fspath(path)} cannot be quantized ({type(error).__name__}: "
         f"{first_sentence(error)}): use the file as it is"
       ) from error
-    with open(made, "rb") as reader, whole_file(out) as file:
+    with open(made, "rb") as reader, output_file(out) as file:
       file.write(reader.read())

@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 from jaxsms.channels.calls import WITH_DERIVATIVES, inner_function
 from jaxsms.channels.evaluate import alone, layer_scope
 from jaxsms.disk import storage
-from jaxsms.disk.files import whole_file
+from jaxsms.disk.files import output_file
 from jaxsms.disk.storage import first_sentence
 from jaxsms.names import check_name
 from jaxsms.trees import PyTree, is_concrete
@@ -192,7 +192,7 @@ def save_stablehlo(
       f"({type(error).__name__}: {first_sentence(error)}): give others in platforms, or "
       "another network"
     ) from error
-  with whole_file(path) as file:
+  with output_file(path) as file:
     file.write(exported.serialize())
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxsms.checks import check_outside_jit
 from jaxsms.disk import storage
-from jaxsms.disk.by_name import by_path, check_fit
-from jaxsms.disk.files import on_disk, whole_file
+from jaxsms.disk.by_name import by_path
+from jaxsms.disk.files import on_disk, output_file
 from jaxsms.disk.storage import first_sentence
 from jaxsms.trees import PyTree
 
@@ -209,7 +209,7 @@ def write_safetensors(
   """
   check_dtypes(arrays)
   text, places = make_header(arrays, metadata or {})
-  with whole_file(path) as file:
+  with output_file(path) as file:
     file.write(text)
     for name in places:
       file.write(as_bytes(np.asarray(arrays[name])).data)
@@ -292,37 +292,3 @@ def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:
     ValueError: a leaf is no such array, or two have the same name.
   """
   write_safetensors(path, by_path(tree))
-
-
-def load_safetensors(path: str | os.PathLike, template: PyTree) -> PyTree:
-  """Reads a tree that `save_safetensors` wrote.
-
-  Args:
-    path: the file.
-    template: a tree of arrays or `jax.ShapeDtypeStruct`, whose structure and dtypes the
-      result takes.
-
-  Returns:
-    The tree, of NumPy arrays.
-
-  Raises:
-    ValueError: the file is damaged, its names or shapes are not those of the template, or
-      a dtype is of another kind (floating dtypes may differ).
-  """
-  found = read_safetensors(path)
-  expected = by_path(template)
-  check_fit(
-    f"{os.fspath(path)} does not fit the template",
-    expected,
-    found,
-    "give a file that save_safetensors wrote of such a tree",
-  )
-  for name, leaf in expected.items():
-    floating = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, found[name]))
-    if leaf.dtype != found[name].dtype and not floating:
-      raise ValueError(
-        f"{name} is {found[name].dtype} in {os.fspath(path)} and {leaf.dtype} in the "
-        "template: only floating dtypes may differ"
-      )
-  arrays = [np.array(found[name], leaf.dtype) for name, leaf in expected.items()]
-  return jax.tree.unflatten(jax.tree.structure(template), arrays)

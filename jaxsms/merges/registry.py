@@ -50,14 +50,12 @@ class Entry(NamedTuple):
   Attributes:
     title: what it does, for people.
     needs: fields of `Means` without which it cannot be.
-    by_part: whether it can be worked out part by part, for models larger than memory.
     bind: gives the function of models [m, ...].
     two: whether it is of two models.
   """
 
   title: str
   needs: tuple[str, ...]
-  by_part: bool
   bind: Callable[[Means], Callable[[PyTree], Any]]
   two: bool = False
 
@@ -83,47 +81,40 @@ def _fisher(means):
 
 
 MERGES = {
-  "uniform": Entry("the mean", (), True, lambda means: uniform_soup),
+  "uniform": Entry("the mean", (), lambda means: uniform_soup),
   "weighted": Entry(
     "the mean with weights that are given",
     ("weights",),
-    True,
     lambda means: functools.partial(uniform_soup, weights=means.weights),
   ),
   "greedy": Entry(
     "from the best one on, each that does not lower the validation accuracy of the average",
     ("evaluate",),
-    False,
     lambda means: functools.partial(greedy_soup, evaluate=cast(Any, means.evaluate)),
   ),
   "learned": Entry(
     "the mean with a weight for each model, learned on validation data",
     ("loss",),
-    False,
     _learned("model"),
   ),
   "learned_by_layer": Entry(
     "the mean with a weight for each model and layer, learned on validation data",
     ("loss",),
-    False,
     _learned("layer"),
   ),
   "fisher": Entry(
     "each entry weighted by its squared gradient",
     ("squared_gradients",),
-    True,
     _fisher,
   ),
   "inverse_variance": Entry(
     "each entry weighted by its squared gradient and the prior",
     ("squared_gradients",),
-    True,
     lambda means: functools.partial(_fisher(means), prior=means.prior),
   ),
   "task_arithmetic": Entry(
     "the base model and the mean difference from it, scaled",
     ("base",),
-    True,
     lambda means: functools.partial(
       task_arithmetic, base=means.base, weights=means.weights, scale=means.scale
     ),
@@ -131,7 +122,6 @@ MERGES = {
   "ties": Entry(
     "the base model and the largest differences from it on whose sign most agree",
     ("base",),
-    True,
     lambda means: functools.partial(
       ties, base=means.base, density=means.density, scale=means.scale
     ),
@@ -139,7 +129,6 @@ MERGES = {
   "slerp": Entry(
     "a point on the arc between two models",
     (),
-    True,
     lambda means: functools.partial(slerp, t=means.t),
     two=True,
   ),
