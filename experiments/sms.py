@@ -7,7 +7,7 @@ The flags by subject; below each in full, by name. Without any, a small network 
 on handwritten digits, in about a minute.
 
 The run       workdir, seed, seeds; save_minutes, keep_checkpoints, chunk_steps,
-              tensorboard, allow_other_version
+              save_candidates, tensorboard, allow_other_version
 The data      dataset, data_dir, cache_dir, augmentation, imbalance; stream, image_size
 The network   model, init; hidden, dropout, width, widening, stem
 Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epochs, end_lr,

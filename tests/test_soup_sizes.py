@@ -27,7 +27,6 @@ from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES
 from jaxsms.disk.safetensors import read_safetensors, save_safetensors, write_safetensors
 from jaxsms.models import create
-from jaxsms.training import candidates as merged_candidates
 
 INDEX = "model.safetensors.index.json"
 
@@ -754,33 +753,36 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_whole(
   assert seen and not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.slow
-def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path, monkeypatch):
-  kept = []
-  merge_phase = merged_candidates.merge_phase
-
-  def keep(candidates, merge):
-    kept.append(jax.device_get(candidates))
-    return merge_phase(candidates, merge)
-
-  monkeypatch.setattr(merged_candidates, "merge_phase", keep)
-  flags = [*main_job.SMALL, "--ingredients=5", f"--workdir={tmp_path / 'run'}"]
-  assert main_job.run(*flags) == 0
-  trees = [jax.tree.map(lambda x, i=i: x[i], kept[-1].params) for i in range(5)]
-  paths = [tmp_path / name for name in ("a.safetensors", "b.npz", "c", "d", "e")]
-  save_safetensors(paths[0], {"params": trees[0]})
-  np.savez(paths[1], **by_path({"params": trees[1]}))
-  checkpoint.save(paths[2], {"params": trees[2]})
-  write_shards(paths[3], by_path({"params": trees[3]}))
-  with ocp.CheckpointManager(paths[4]) as manager:
-    manager.save(1, args=ocp.args.StandardSave({"params": trees[4]}))
-  own = checkpoint.restore(tmp_path / "run" / "soup" / "seed_0")
-  assert run(*paths, f"--out={tmp_path / 'soup'}") == 0
-  found = checkpoint.restore(tmp_path / "soup")
+def assert_same_soup(own, found):
   for name in ("params", "masks"):
-    for x, y in zip(*map(jax.tree.leaves, (own[name], found[name])), strict=True):
-      np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
-  flags = f"--flagfile={tmp_path / 'run' / 'flags.txt'}"
+    expected, got = by_path(own[name]), by_path(found[name])
+    assert got.keys() == expected.keys()
+    for leaf, array in expected.items():
+      np.testing.assert_allclose(got[leaf], array, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_soup_of_a_run_is_that_of_its_copies_by_the_job(tmp_path):
+  workdir = tmp_path / "run"
+  flags = [*main_job.SMALL, "--ingredients=5", "--save_candidates"]
+  assert main_job.run(*flags, f"--workdir={workdir}") == 0
+  own = checkpoint.restore(workdir / "soup" / "seed_0")
+  kept = [workdir / "candidates" / "seed_0" / str(i) for i in range(5)]
+  assert sorted(kept[0].parent.iterdir()) == kept
+  assert run(*kept, f"--out={tmp_path / 'soup'}") == 0
+  assert_same_soup(own, checkpoint.restore(tmp_path / "soup"))
+  # In every layout that there is, and measured on the run's data.
+  trees = [{"params": checkpoint.restore(path)["params"]} for path in kept]
+  paths = [tmp_path / name for name in ("a.safetensors", "b.npz", "c", "d", "e")]
+  save_safetensors(paths[0], trees[0])
+  np.savez(paths[1], **by_path(trees[1]))
+  checkpoint.save(paths[2], trees[2])
+  write_shards(paths[3], by_path(trees[3]))
+  with ocp.CheckpointManager(paths[4]) as manager:
+    manager.save(1, args=ocp.args.StandardSave(trees[4]))
+  assert run(*paths, f"--out={tmp_path / 'mixed'}") == 0
+  assert_same_soup(own, checkpoint.restore(tmp_path / "mixed"))
+  flags = f"--flagfile={workdir / 'flags.txt'}"
   out = tmp_path / "with.safetensors"
   assert run(*paths, flags, f"--out={out}") == 0
   for name, array in by_path({"params": own["params"]}).items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from ..run.tensorboard import check_available
 from .fields import at_least, define_flags, ensure, flag
@@ -27,6 +28,11 @@ class KeepingFlags:
     at_least(1),
     default=2,
   )
+  save_candidates: bool = flag(
+    "Also saves the copies of the sparse soup's last phase, as they were merged, to "
+    "--workdir/candidates/seed_S, one folder each, for experiments.soup.",
+    default=False,
+  )
   tensorboard: bool = flag(
     "Also writes event files for TensorBoard, in --workdir/tensorboard: loss, accuracy and "
     "learning rate of every copy by epoch, metrics of candidates and soup by phase.",
@@ -42,7 +48,11 @@ class KeepingFlags:
 define_flags(KeepingFlags)
 
 
-def check(config: KeepingFlags) -> None:
-  """Raises ValueError where TensorBoard's files cannot be written."""
+def check(config: Any) -> None:
+  """Raises ValueError where TensorBoard's files cannot be written, or copies are cut."""
+  if config.save_candidates and config.shrink:
+    raise ValueError(
+      "--save_candidates saves copies in full shapes, and --shrink cuts them: leave one out"
+    )
   if config.tensorboard:
     check_available(config.workdir)

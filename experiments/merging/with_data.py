@@ -12,7 +12,7 @@ from jaxsms import pretrained
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.merging import Found, Job, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
-from jaxsms.disk.passes import Combine, as_float, weighted
+from jaxsms.disk.passes import Combine, weighted, width
 from jaxsms.disk.rules import RULES, Parts
 from jaxsms.disk.tensors import InMemory, Spec, Tensors, prunable_names
 from jaxsms.export import nested
@@ -179,7 +179,8 @@ def chosen_rule(
   found = by_path(jax.device_get(merged)._asdict())
 
   def combine(block, values):
-    return as_float(found[block.name].reshape(-1)[block.start : block.stop])
+    values = found[block.name].reshape(-1)[block.start : block.stop]
+    return values.astype(width(values.dtype), copy=False)
 
   return combine, weights
 

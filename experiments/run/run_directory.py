@@ -247,6 +247,11 @@ def soup_folder(path: str | os.PathLike, seed: int) -> storage.epath.Path:
   return storage.as_path(path) / "soup" / f"seed_{seed}"
 
 
+def candidate_folder(path: str | os.PathLike, seed: int, number: int) -> storage.epath.Path:
+  """Where one copy of the last phase of one seed lies."""
+  return storage.as_path(path) / "candidates" / f"seed_{seed}" / str(number)
+
+
 def save_model(path: storage.epath.Path, model: dict[str, Any]) -> None:
   """Saves a model; one that lies there already, from before a break, is replaced.
 

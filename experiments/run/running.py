@@ -15,6 +15,7 @@ from jaxsms import Phase
 from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.disk import storage
 from jaxsms.training import Chunk, Engine, TrainState
+from jaxsms.trees import model_at, number_of_models
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
@@ -23,7 +24,7 @@ from .channel_costs import ChannelCosts
 from .environment import environment
 from .flag_files import check_no_arguments
 from .progress import MEASURED, RunProgress
-from .run_directory import save_model, soup_folder
+from .run_directory import candidate_folder, save_model, soup_folder
 from .task import Task, load, with_data
 
 
@@ -133,6 +134,9 @@ class Listener:
         line = {"seed": checkpointer.seed_state.seed, "method": method}
         line["phase"] = event.record.get("phase", 0)
         checkpointer.append_metrics({**line, "evaluation": event.record})
+        last = method == methods.SOUP and line["phase"] == checkpointer.config.phases
+        if last and checkpointer.config.save_candidates:
+          self._save_candidates(event)
         if resumes:
           checkpointer.save(checkpointer.seed_state)
       case methods.Soup():
@@ -141,6 +145,14 @@ class Listener:
         save_model(folder, event._asdict())
       case _:
         raise TypeError(f"nothing is known of an event that is a {type(event).__name__}")
+
+  def _save_candidates(self, phase):
+    """Writes the copies of a phase, each with the masks that they share."""
+    workdir, seed = self.checkpointer.workdir, self.checkpointer.seed_state.seed
+    self.checkpointer.check()
+    for i in range(number_of_models(phase.candidates)):
+      model = model_at(phase.candidates, i)._asdict()
+      save_model(candidate_folder(workdir, seed, i), model | {"masks": phase.masks})
 
   def _chunk(self, method, chunk):
     """Shows a chunk; where it completes an epoch, the epoch's means are written down."""

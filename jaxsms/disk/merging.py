@@ -2,18 +2,18 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsms.disk.passes import (
   Block,
   Combine,
-  as_float,
   blocks_of,
   check_finite,
   in_order,
-  read_float,
+  looks_finite,
+  read_stacked,
   scratch,
 )
 from jaxsms.disk.rules import bytes_of
@@ -86,21 +86,23 @@ class Part(NamedTuple):
   Attributes:
     block: which one.
     values: of the result, in its dtype.
-    models: those of the models, in float32 or float64; () where they do not matter.
     zeros: int [m], entries that are 0 in each model; None where nothing can be pruned.
     differing: int [m], entries that are 0 in it or in the first taken alone.
     shared: entries that are 0 in all that are taken.
     gram: float [m + 1, m + 1], products of the models' differences from the result, and
       of the result; None where nothing is trained.
+    tied: int [k], the entries of the result that are equal to its threshold.
+    before: float64 [m, k], what the models have there.
   """
 
   block: Block
   values: np.ndarray
-  models: Sequence[np.ndarray] = ()
   zeros: np.ndarray | None = None
   differing: np.ndarray | None = None
   shared: int = 0
   gram: np.ndarray | None = None
+  tied: np.ndarray | None = None
+  before: np.ndarray | None = None
 
 
 def merge_block(
@@ -120,56 +122,59 @@ def merge_block(
   spec = job.specs[block.name]
   if not spec.is_floating:
     return Part(block, job.models[job.taken[0]].read(*block))
-  models, values = _combined(job, block)
+  rows, values = _combined(job, block)
+  found: dict[str, Any] = {}
   if thresholds is not None:
-    values = thresholds.below(block, values)
-  gram = None
+    values, tied = thresholds.below(block, values), thresholds.equal(block, values)
+    found |= {"tied": tied, "before": rows[:-1, tied].astype(np.float64)}
+  if block.name in weights:
+    found |= _zeros(rows[:-1], job.taken)
   if is_parameter(key_path(block.name), spec):
-    gram = _gram(models, as_float(values, "result"))
-  # Sums of squares that are finite are of finite values: most blocks need no other look.
-  if gram is None or not np.isfinite(gram).all():
-    _check_finite(job, block, models, values)
-  if block.name not in weights:
-    return Part(block, values, gram=gram)
-  zero = [x == 0 for x in models]
-  zeros = np.array([np.count_nonzero(z) for z in zero])
-  differing, shared = np.zeros_like(zeros), 0
-  if zeros.any():
-    differing = np.array([np.count_nonzero(z != zero[job.taken[0]]) for z in zero])
-    shared = int(np.count_nonzero(np.all([zero[i] for i in job.taken], axis=0)))
-  # The models' values are this thread's, to be overwritten.
-  held = [x.copy() for x in models] if thresholds else ()
-  return Part(block, values, held, zeros, differing, shared, gram)
+    rows[-1] = values
+    gram = found["gram"] = _gram(rows)
+    if not np.isfinite(gram).all():  # sums of squares that are finite are of finite values
+      _check_finite(job, block, *_combined(job, block))
+  else:
+    _check_finite(job, block, rows, values)
+  return Part(block, values, **found)
 
 
 def _combined(job, block):
-  """Values of the models, and of the result in its dtype; they may be anything."""
-  models = [read_float(model, block, i) for i, model in enumerate(job.models)]
+  """Values of the models [m + 1, n], and of the result in its dtype; maybe not finite."""
+  rows = read_stacked(job.models, block)
   with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` tells
-    values = job.combine(block, models)
-    return models, values.astype(job.specs[block.name].dtype, copy=False)
+    return rows, job.combine(block, rows[:-1]).astype(job.specs[block.name].dtype)
 
 
-def _check_finite(job, block, models, values):
-  """Raises ValueError where those taken, or then the result, are not finite."""
+def _check_finite(job, block, rows, values):
+  """Raises ValueError where models that are taken, or then the result, are not finite."""
   for i in job.taken:
-    check_finite(job.models[i], block, models[i])
-  if not np.isfinite(as_float(values, "result")).all():
+    check_finite(job.models[i], block, rows[i])
+  if not np.isfinite(values).all():
     name = job.specs[block.name].dtype.name
     raise ValueError(
       f"{block.name} of the soup is not finite in {name}: choose a wider dtype"
     )
 
 
+def _zeros(models, taken):
+  """Counts of entries [m, n] that are 0, see `Part`."""
+  zero = scratch("zero", models.size, np.dtype(bool)).reshape(models.shape)
+  np.equal(models, 0, out=zero)
+  zeros = np.array([np.count_nonzero(z) for z in zero])
+  if not zeros.any():
+    return {"zeros": zeros, "differing": np.zeros_like(zeros)}
+  differing = [np.count_nonzero(z != zero[taken[0]]) for z in zero]
+  shared = int(np.count_nonzero(zero[taken].all(axis=0)))
+  return {"zeros": zeros, "differing": np.array(differing), "shared": shared}
+
+
 @np.errstate(over="ignore", invalid="ignore")
-def _gram(models, result):
-  """Products of the models' differences from the result, and of the result."""
-  rows = [scratch(("difference", i), result.size, x.dtype) for i, x in enumerate(models)]
-  for x, row in zip(models, rows, strict=True):
-    np.subtract(x, result, out=row)
-  rows.append(result)
+def _gram(rows):
+  """Products of the models' differences from the last row, and of that; overwrites them."""
+  rows[:-1] -= rows[-1]
   gram = np.zeros([len(rows), len(rows)])
-  for i, row in enumerate(rows):  # quicker than one product of such a wide matrix
+  for i, row in enumerate(rows):  # products with a matrix take threads of their own
     for j in range(i + 1):
       gram[i, j] = gram[j, i] = np.dot(row, rows[j])
   return np.where(np.isfinite(gram), gram, np.nan)  # sums of both infinities would warn
@@ -201,13 +206,12 @@ def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Fou
       for i in np.flatnonzero(part.differing):
         counts = differing[i]
         counts[block.name] = counts.get(block.name, 0) + int(part.differing[i])
-      tied = thresholds.ties(block, values) if thresholds else ()
-      if len(tied):
-        was = as_float(values[tied]).astype(np.float64)
+      if thresholds is not None and part.tied is not None:
+        goes = thresholds.ties(block, part.tied)
+        before, was = part.before[:, : len(goes)], values[goes].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # see `Found`
-          moved += [np.sum(x[tied] ** 2 - (x[tied] - was) ** 2) for x in part.models]
-        values = values.copy()
-        values[tied] = 0
+          moved += np.sum(before**2 - (before - was) ** 2, axis=1)
+        values[goes] = 0
       of_result += values.size - np.count_nonzero(values)
     if part.gram is not None:
       gram += part.gram
@@ -277,12 +281,13 @@ def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
     for group in chosen
   ]
 
-  def work(block):
-    models, found = _combined(job, block)
-    _check_finite(job, block, models, found)
-    return block, found
+  def values(function):
+    def work(block):
+      rows, found = _combined(job, block)
+      if not looks_finite(found.astype(rows.dtype, copy=False)):
+        _check_finite(job, block, rows, found)
+      return block, function(block, found)
 
-  def values():
     for block, found in in_order(work, blocks_of(job.specs, names)):
       job.on_bytes(bytes_of(job.models, block))
       yield block, found

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.disk.tensors import Spec, Tensors
@@ -29,8 +28,9 @@ class Block(NamedTuple):
   stop: int
 
 
-# Gives, of the entries of all models in a block, those of the result; in float32 or 64.
-Combine = Callable[[Block, list[np.ndarray]], np.ndarray]
+# Gives, of the entries of all models in a block, those of the result, in float32 or 64.
+# They may lie in an array of the thread, and in none of the models'.
+Combine = Callable[[Block, Sequence[np.ndarray]], np.ndarray]
 
 
 class _Scratch(threading.local):
@@ -78,41 +78,50 @@ def in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[A
         future.cancel()
 
 
-def as_float(values: np.ndarray, what: Any = None) -> np.ndarray:
-  """Floating values in float32, those of float64 as they are.
+def width(*dtypes: np.dtype) -> np.dtype:
+  """What arrays of floating dtypes are worked with: float32, or float64 if one is that."""
+  return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
-  Args:
-    values: [n].
-    what: of this thread's arrays, that to use; None takes a new one.
+
+def read_float(model: Tensors, block: Block, out: np.ndarray) -> None:
+  """Reads a block of floating values into an array of float32 or float64, [n]."""
+  dtype = model.specs[block.name].dtype
+  into = out if dtype == out.dtype else scratch("read", out.size, dtype)
+  values = model.read(*block, into=into)
+  if values is not out:
+    out[...] = values
+
+
+def read_stacked(models: Sequence[Tensors], block: Block) -> np.ndarray:
+  """A block of all models, and a row for their average, in this thread's array [m + 1, n].
+
+  Returns:
+    Its last row holds anything.
   """
-  if values.dtype in (np.float32, np.float64):
-    return values
-  if what is None:
-    wide = np.empty(values.shape, np.float32)
-  else:
-    wide = scratch((what, "wide"), values.size, np.dtype(np.float32))
-  if values.dtype == jnp.bfloat16:  # its bits are the first of a float32
-    np.left_shift(values.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
-  else:
-    wide[...] = values
-  return wide
-
-
-def read_float(model: Tensors, block: Block, what: Any) -> np.ndarray:
-  """A block of floating values as `as_float` gives them, in this thread's array."""
-  into = scratch((what, "read"), block.stop - block.start, model.specs[block.name].dtype)
-  return as_float(model.read(*block, into=into), what)
+  dtype = width(*(model.specs[block.name].dtype for model in models))
+  count, rows = block.stop - block.start, len(models) + 1
+  stacked = scratch("stacked", rows * count, dtype).reshape(rows, count)
+  for model, row in zip(models, stacked, strict=False):
+    read_float(model, block, row)
+  return stacked
 
 
 def read_finite(model: Tensors, block: Block, what: Any) -> np.ndarray:
-  """The same, looked at.
+  """A block of floating values in float32 or float64, in this thread's array for `what`.
 
   Raises:
     ValueError: some are not finite.
   """
-  values = read_float(model, block, what)
+  dtype = width(model.specs[block.name].dtype)
+  values = scratch((what, "finite"), block.stop - block.start, dtype)
+  read_float(model, block, values)
   check_finite(model, block, values)
   return values
+
+
+def looks_finite(values: np.ndarray) -> bool:
+  """Whether the sum of the squares is finite: then they all are, and mostly it is."""
+  return bool(np.isfinite(np.dot(values, values)))
 
 
 def check_finite(model: Tensors, block: Block, values: np.ndarray) -> None:
@@ -129,9 +138,9 @@ def weighted(weights: Sequence[float] | np.ndarray) -> Combine:
   taken = [(i, np.float64(w)) for i, w in enumerate(weights) if w]
 
   def combine(block, values):
-    dtype = np.result_type(*(values[i] for i, _ in taken))
+    dtype = width(*(values[i].dtype for i, _ in taken))
     (first, weight), *others = taken
-    total = np.empty(values[first].shape, dtype)
+    total = scratch("total", values[first].size, dtype)
     np.multiply(values[first], weight.astype(dtype), out=total, dtype=dtype)
     term = scratch("term", total.size, dtype)
     for i, weight in others:

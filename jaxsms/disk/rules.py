@@ -1,7 +1,7 @@
 """Merges of models on disk by part: one function of blocks for each name."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from jaxsms.disk.passes import (
   read_finite,
   weighted,
 )
-from jaxsms.disk.selection import Thresholds, smallest
+from jaxsms.disk.selection import Function, Thresholds, smallest
 from jaxsms.disk.tensors import Tensors, key_path
 from jaxsms.merges.precision import precision_average
 from jaxsms.merges.sphere import arc_weights
@@ -129,15 +129,16 @@ def _task_thresholds(parts: Parts) -> Thresholds:
   groups = [([f"{i}:{name}" for name in names], goal) for i in range(len(taken))]
   wide = any(specs[name].dtype == np.float64 for name in names)
 
-  def work(block):
-    models = [read_finite(model, block, i) for i, model in enumerate(parts.models)]
-    return block, _differences(parts, block, models)[1]
+  def values(function: Function) -> Iterator[tuple[Block, Any]]:
+    def work(block):
+      models = [read_finite(model, block, i) for i, model in enumerate(parts.models)]
+      differences = _differences(parts, block, models)[1]
+      blocks = [block._replace(name=f"{i}:{block.name}") for i in range(len(taken))]
+      return block, list(zip(blocks, map(function, blocks, differences), strict=True))
 
-  def values() -> Iterator[tuple[Block, np.ndarray]]:
-    for block, differences in in_order(work, blocks_of(specs, names)):
+    for block, found in in_order(work, blocks_of(specs, names)):
       parts.on_bytes(bytes_of([*parts.models, base], block))
-      for i, x in enumerate(differences):
-        yield block._replace(name=f"{i}:{block.name}"), x
+      yield from found
 
   return smallest(values, groups, wide)
 

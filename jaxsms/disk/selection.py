@@ -1,13 +1,17 @@
 """Exact thresholds over arrays that are larger than memory, in two or three passes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxsms.disk.passes import Block, as_float
+from jaxsms.disk.passes import Block, scratch
 
-Values = Callable[[], Iterator[tuple[Block, np.ndarray]]]
+Function = Callable[[Block, np.ndarray], Any]
+# Goes through all blocks and gives what a function finds in each; in several threads.
+Values = Callable[[Function], Iterator[tuple[Block, Any]]]
 
 
 @dataclasses.dataclass
@@ -26,8 +30,8 @@ class Threshold:
 class Thresholds:
   """What is pruned in each array.
 
-  `below` may be called for any block at any time, `ties` for all blocks in the order of
-  positions: entries of equal magnitude go by position.
+  `below` and `equal` may be called for any block at any time, `ties` for all blocks in the
+  order of positions: entries of equal magnitude go by position.
   """
 
   def __init__(self, by_name: dict[str, Threshold], wide: bool):
@@ -41,14 +45,21 @@ class Thresholds:
       return values
     return np.where(_keys(values, self._wide) < threshold.key, values.dtype.type(0), values)
 
-  def ties(self, block: Block, values: np.ndarray) -> np.ndarray:
-    """Which of the values [n] go as well, int [k]."""
+  def equal(self, block: Block, values: np.ndarray) -> np.ndarray:
+    """Which of the values [n] are equal to the threshold, int [k]; none where that is 0."""
     threshold = self._by_name.get(block.name)
-    if threshold is None or not threshold.left:
+    if threshold is None or not threshold.key:
       return np.zeros([0], int)
-    tied = np.flatnonzero(_keys(values, self._wide) == threshold.key)[: threshold.left]
-    threshold.left -= len(tied)
-    return tied
+    return np.flatnonzero(_keys(values, self._wide) == threshold.key)
+
+  def ties(self, block: Block, equal: np.ndarray) -> np.ndarray:
+    """Which of those that `equal` gave go as well: the first of them."""
+    threshold = self._by_name.get(block.name)
+    if threshold is None:
+      return equal[:0]
+    goes = equal[: threshold.left]
+    threshold.left -= len(goes)
+    return goes
 
 
 def smallest(
@@ -74,15 +85,10 @@ def smallest(
   shift = sum(digits)
   for bits in digits:
     above, shift = shift, shift - bits
+    counted = functools.partial(_counted, found, group_of, wide, above, shift)
     counts = [np.zeros(2**bits, np.int64) for _ in groups]
-    for block, array in values():
-      if (group := group_of.get(block.name)) is None:
-        continue
-      keys = _keys(array, wide)
-      if above < sum(digits):
-        keys = keys[keys >> above == found[group].key >> above]
-      digit = (keys >> shift) & (2**bits - 1)
-      counts[group] += np.bincount(digit.view(f"i{digit.itemsize}"), minlength=2**bits)
+    for block, count in values(counted):
+      counts[group_of[block.name]][: len(count)] += count
     for threshold, count in zip(found, counts, strict=True):
       # The largest digit with no more entries below it than are to go.
       before = np.concatenate([[0], np.cumsum(count)])[:-1]
@@ -93,8 +99,28 @@ def smallest(
   return Thresholds(by_name, wide)
 
 
+def _counted(found, group_of, wide, above, shift, block, values):
+  """How many magnitudes of a block have each digit, of those with the known digits.
+
+  Args:
+    found: what is known of the threshold of each group.
+    group_of: number of the group of each array.
+    wide: see `smallest`.
+    above: bits below the known digits.
+    shift: bits below the digit that is looked for.
+    block: which one.
+    values: of it.
+  """
+  keys = _keys(values, wide)
+  if above < 8 * keys.itemsize:
+    keys = keys[keys >> above == found[group_of[block.name]].key >> above]
+  digit = (keys >> shift) & (2 ** (above - shift) - 1)
+  return np.bincount(digit.view(f"i{digit.itemsize}"))
+
+
 def _keys(values, wide):
-  """The bits of the magnitudes: floats from 0 up are ordered as their bits are."""
-  kind = np.float64 if wide else np.float32
-  magnitudes = np.abs(as_float(values)).astype(kind, copy=False)
+  """The bits of the magnitudes, in this thread's array: floats are ordered as they are."""
+  magnitudes = scratch("keys", values.size, np.dtype(np.float64 if wide else np.float32))
+  magnitudes[...] = values
+  np.abs(magnitudes, out=magnitudes)
   return magnitudes.view(f"u{magnitudes.itemsize}")
