@@ -73,7 +73,7 @@ DUPLICATE = b'{"a":%b,"a":%b}' % ((json.dumps(entry("U8", [1], 0, 1)).encode(),)
   [
     (b"", "it has 0 bytes"),
     (b"1234567", "it has 7 bytes"),
-    (file_of({}, length=3), "its header would have 3 bytes"),
+    (file_of({}, length=3), "its header would have 3 bytes, and the file has 10"),
     (b"\xff" * 20, "its header would have 18446744073709551615 bytes"),
     (file_of(b"[]"), "no JSON object"),
     (file_of(b" {}"), "no JSON object"),

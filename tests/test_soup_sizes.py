@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -526,6 +527,22 @@ def test_five_names_that_differ_are_told(family, tmp_path, capsys):
   assert len(set(left_over)) == 2 and set(left_over) < set(other)
 
 
+def test_an_index_that_is_none_and_an_out_in_a_file_are_said(family, tmp_path, capsys):
+  _, paths = family
+  (tmp_path / "file").write_text("mine")
+  before = sorted(tmp_path.rglob("*"))
+  assert run(*paths, f"--out={tmp_path / 'file' / 'deep' / 'out'}") == 2
+  message = capsys.readouterr().err
+  assert f"lies in {tmp_path / 'file'}, which is no folder: choose another" in message
+  for text in ("[]", '"text"', '{"weight_map": ["a.safetensors"]}'):
+    (paths[1] / INDEX).write_text(text)
+    assert run(*paths, f"--out={tmp_path / 'out'}") == 2
+    message = capsys.readouterr().err
+    assert "it is no JSON object with a weight_map of files by tensor" in message
+    assert message.count("\n") == 1
+  assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_what_is_no_model_names_the_layouts_that_are_read(tmp_path, capsys):
   (tmp_path / "empty").mkdir()
   (tmp_path / "notes").mkdir()
@@ -553,6 +570,24 @@ def test_a_full_disk_leaves_nothing_and_is_said(family, tmp_path, capsys, monkey
   monkeypatch.setattr(soup_output.shutil, "disk_usage", lambda path: usage)
   assert run(*paths, f"--out={tmp_path / 'out'}") == 1
   assert "bytes, and" in capsys.readouterr().err
+
+
+def test_what_does_not_reach_the_disk_is_said(family, tmp_path, capsys, monkeypatch):
+  """Files are synced in a thread while others are written."""
+  _, paths = family
+  before = sorted(os.listdir(tmp_path))
+  threads = set()
+
+  def broken(handle):
+    threads.add(threading.current_thread())
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(writing, "_SYNCED_AT_ONCE", 100)
+  monkeypatch.setattr(writing.os, "fsync", broken)
+  assert run(*paths, f"--out={tmp_path / 'out'}") == 1
+  assert "--out cannot be written (Input/output error)" in capsys.readouterr().err
+  assert sorted(os.listdir(tmp_path)) == before
+  assert threads - {threading.main_thread()}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
     An absolute path, or an address in an object store.
 
   Raises:
-    ValueError: it is missing, exists, or ends otherwise.
+    ValueError: it is missing, exists, ends otherwise, or lies in a file.
   """
   out = FLAGS.out
   if not out:
@@ -38,6 +38,9 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
   path = storage.as_path(out)
   if path.exists():
     raise ValueError(f"--out {out} exists already: choose another name, or remove it")
+  above = next((parent for parent in path.parents if parent.exists()), path.parent)
+  if not storage.is_remote(path) and not above.is_dir():
+    raise ValueError(f"--out {out} lies in {above}, which is no folder: choose another")
   return str(path)
 
 

@@ -121,7 +121,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Place], dict[str, st
       raise ValueError(f"it has {size} bytes, too few for a header")
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, _MAX_HEADER):
-      raise ValueError(f"its header would have {length} bytes")
+      raise ValueError(f"its header would have {length} bytes, and the file has {size}")
     text = file.read(length).decode()
   if not text.startswith("{"):
     raise ValueError("its header is no JSON object")

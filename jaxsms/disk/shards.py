@@ -140,6 +140,8 @@ def _weight_map(index, path):
   try:
     with open(index, encoding="utf-8") as file:
       document = json.load(file, object_pairs_hook=unique)
+    if not isinstance(document, dict) or not isinstance(document["weight_map"], dict):
+      raise ValueError("it is no JSON object with a weight_map of files by tensor")
     weight_map = document["weight_map"]
     files = list(weight_map.values())
     if not files or not all(isinstance(f, str) for f in files):

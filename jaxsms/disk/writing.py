@@ -8,6 +8,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from jaxsms.disk.passes import Block, blocks_of, in_order, scratch
 from jaxsms.disk.safetensors import as_bytes, check_dtypes, make_header
 from jaxsms.disk.shards import SINGLE
 from jaxsms.disk.tensors import Range, Spec, Tensors
+
+_SYNCED_AT_ONCE = 2**26  # bytes
 
 
 class Writer(Protocol):
@@ -32,7 +35,8 @@ class Writer(Protocol):
 class ToSafetensors:
   """Writes one safetensors file, or several with an index.
 
-  Files get their first bytes last: one that is not whole does not look so.
+  Files get their first bytes last: one that is not whole does not look so. What is written
+  goes to the disk meanwhile, in a thread, so that little is left to wait for.
 
   Args:
     folder: where they go; it exists.
@@ -62,9 +66,12 @@ class ToSafetensors:
   def __enter__(self):
     for file in self._headers:
       self._handles[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    self._syncing, self._unsynced = ThreadPoolExecutor(1), 0
+    self._synced: Future | None = None
     return self
 
   def __exit__(self, *exception):
+    self._syncing.shutdown()
     for handle in self._handles.values():
       os.close(handle)
 
@@ -72,8 +79,19 @@ class ToSafetensors:
     file, begin = self._ranges[block.name]
     at = begin + block.start * values.itemsize
     _write_all(self._handles[file], as_bytes(values), at)
+    self._unsynced += values.nbytes
+    if self._unsynced > _SYNCED_AT_ONCE and (self._synced is None or self._synced.done()):
+      self._raise_from_sync()
+      self._synced = self._syncing.submit(os.fsync, self._handles[file])
+      self._unsynced = 0
+
+  def _raise_from_sync(self):
+    """Raises what the last sync in the thread has raised; waits for it."""
+    if self._synced is not None:
+      self._synced.result()
 
   def finish(self) -> None:
+    self._raise_from_sync()
     for file, handle in self._handles.items():
       os.fsync(handle)
       _write_all(handle, self._headers[file], 0)
