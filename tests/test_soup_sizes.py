@@ -22,9 +22,10 @@ from experiments import soup
 from experiments.merging import output as soup_output
 from experiments.merging.checks import have_same_arrays
 from jaxsms import checkpoint, magnitude_masks, merges
-from jaxsms.disk import passes, tensors, writing
+from jaxsms.disk import merging, passes, tensors, writing
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.opening import open_tensors
+from jaxsms.disk.other_writers import ToMemory
 from jaxsms.disk.rules import RULES
 from jaxsms.disk.safetensors import read_safetensors, save_safetensors, write_safetensors
 from jaxsms.models import create
@@ -285,6 +286,40 @@ def test_pruning_is_that_of_the_library(tmp_path, dtype, scope):
     for name in WEIGHTS:
       expected = np.where(masks[name], average[name], 0)
       np.testing.assert_array_equal(np.asarray(found[name], np.float32), expected)
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.0, 0.37, 0.9])
+def test_what_is_found_on_the_way_is_numpys(sparsity):
+  models = [
+    {n: np.round(x * 4) / 4 if x.dtype.kind == "f" else x for n, x in network(i).items()}
+    for i in range(3)
+  ]  # ties everywhere
+  models[1][WEIGHTS[0]][:3] = 0
+  opened = [tensors.InMemory(f"{i}", model) for i, model in enumerate(models)]
+  weights = np.array([0.5, 0.0, 0.5])  # exact in float32
+  specs = opened[0].specs
+  job = merging.Job(opened, passes.weighted(weights), specs, [0, 2])
+  memory = ToMemory(specs)
+  thresholds = None
+  if sparsity is not None:
+    thresholds = merging.find_thresholds(job, sparsity, "global")
+  found = merging.merge(job, memory, thresholds)
+  result = memory.arrays
+  trained = [n for n in models[0] if n != "model.steps"]
+  flat = [np.concatenate([m[n].ravel() for n in trained], dtype=float) for m in models]
+  of_soup = np.concatenate([result[n].ravel() for n in trained], dtype=float)
+  apart = [[np.linalg.norm(a - b) for b in flat] for a in flat]
+  np.testing.assert_allclose(found.norms, [np.linalg.norm(a) for a in flat], rtol=1e-5)
+  np.testing.assert_allclose(found.distances, apart, rtol=1e-4, atol=1e-2)
+  to_soup = [np.linalg.norm(a - of_soup) for a in flat]
+  np.testing.assert_allclose(found.to_result, to_soup, rtol=1e-5)
+  zero = [np.concatenate([m[n].ravel() == 0 for n in WEIGHTS]) for m in models]
+  assert found.zeros.tolist() == [z.sum() for z in zero]
+  assert found.shared == (zero[0] & zero[2]).sum()
+  assert [sum(d.values()) for d in found.differing] == [(z ^ zero[0]).sum() for z in zero]
+  assert found.of_result == sum((result[n] == 0).sum() for n in WEIGHTS)
+  if sparsity:
+    assert found.of_result >= round(sparsity * found.weights)
 
 
 def test_sparse_models_keep_their_mask_and_few_zeros_count_as_none(tmp_path, capsys):

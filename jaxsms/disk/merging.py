@@ -130,8 +130,7 @@ def merge_block(
   if block.name in weights:
     found |= _zeros(rows[:-1], job.taken)
   if is_parameter(key_path(block.name), spec):
-    rows[-1] = values
-    gram = found["gram"] = _gram(rows)
+    gram = found["gram"] = _gram(rows, values)
     if not np.isfinite(gram).all():  # sums of squares that are finite are of finite values
       _check_finite(job, block, *_combined(job, block))
   else:
@@ -170,8 +169,9 @@ def _zeros(models, taken):
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _gram(rows):
-  """Products of the models' differences from the last row, and of that; overwrites them."""
+def _gram(rows, result):
+  """Products of the models' differences from the result, and of it; overwrites them all."""
+  rows[-1] = result
   rows[:-1] -= rows[-1]
   gram = np.zeros([len(rows), len(rows)])
   for i, row in enumerate(rows):  # products with a matrix take threads of their own
