@@ -113,9 +113,11 @@ def _counted(found, group_of, wide, above, shift, block, values):
   """
   keys = _keys(values, wide)
   if above < 8 * keys.itemsize:
-    keys = keys[keys >> above == found[group_of[block.name]].key >> above]
-  digit = (keys >> shift) & (2 ** (above - shift) - 1)
-  return np.bincount(digit.view(f"i{digit.itemsize}"))
+    known = np.right_shift(keys, above, out=scratch("known", keys.size, keys.dtype))
+    keys = keys[known == found[group_of[block.name]].key >> above]
+  keys >>= shift
+  keys &= 2 ** (above - shift) - 1
+  return np.bincount(keys.view(f"i{keys.itemsize}"))
 
 
 def _keys(values, wide):
