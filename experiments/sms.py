@@ -14,7 +14,8 @@ Dense model   epochs, batch_size, learning_rate, pretrain_schedule, warmup_epoch
               decay, step_epochs, milestones, momentum, weight_decay
 The soup      ingredients, phases, goal_sparsity, phase_sparsities, retrain_epochs,
               retrain_schedule, merge; vary, values, ranges, rungs; average, ema_decay,
-              average_from, average_every; subsets, subset_fraction, subset_alpha
+              average_from, average_every; subsets, subset_fraction, subset_alpha,
+              retained, logit_adjustment
 Pruning       criterion, scope, budget, round_to, shrink, n_m_group
 Comparison    baselines; budget_epochs, fixed_after, mask_steps, rewind_epochs;
               distill_epochs, temperature

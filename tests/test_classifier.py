@@ -24,7 +24,7 @@ from test_training import (
 from experiments.methods.criteria import classifier
 from jaxsms import models, training
 from jaxsms.training import Model
-from jaxsms.training.classifier import classifier_alone, log_prior
+from jaxsms.training.classifier import classifier_alone, log_prior, logit_adjusted
 from jaxsms.training.soft_labels import mean_loss, prior_labels
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_figures")
@@ -57,6 +57,52 @@ def test_a_layer_that_is_not_there_is_refused(rejects):
 def test_the_prior_is_each_class_s_share():
   found = log_prior([2, 0, 0, 2, 0, 0, 0, 2], 4)
   np.testing.assert_allclose(np.exp(found), [5 / 8, 1 / 8, 3 / 8, 1 / 8], rtol=1e-6)
+
+
+def test_the_prior_of_a_copy_is_that_of_its_own_share():
+  labels = np.array([2, 0, 0, 1, 0, 1, 0, 2])
+  whole = logit_adjusted(ingredients([0, 1], 3), jnp.asarray(labels), 3)["log_prior"]
+  np.testing.assert_allclose(np.exp(whole), [[4 / 8, 2 / 8, 2 / 8]] * 2, rtol=1e-6)
+  shares = {
+    "examples": np.array([[0, 3, 1, 0, 3], [1, 2, 4, 6, 3]]), "size": np.array([3, 5]),
+  }  # fmt: skip
+  found = logit_adjusted(ingredients([0, 1], 3) | shares, labels, 3)
+  # Class 2 is absent from the second share and counts as one example.
+  wanted = [[1 / 3, 1 / 3, 1 / 3], [4 / 5, 1 / 5, 1 / 5]]
+  np.testing.assert_allclose(np.exp(found["log_prior"]), wanted, rtol=1e-6)
+  assert found["log_prior"].dtype == np.float32 and found["examples"] is shares["examples"]
+
+
+def test_copies_with_priors_of_their_own_train_as_by_hand():
+  data, priors = make_data(23), np.stack([PRIOR, PRIOR[::-1]])
+  dense = Model(*training.init_variables(Tiny(), jax.random.key(0), (4, 4, 1)))
+  masks = half_masks(dense.params)
+  dense = dense._replace(params=jax.tree.map(jnp.multiply, dense.params, masks))
+  chosen = {**ingredients([4, 5], STEPS, DECAY), "log_prior": priors}
+  found = train_to_the_end(
+    make_programs(augmentation="none"), data, masks, KEY, dense, chosen,
+    np.full((2, STEPS), RATE, np.float32), chunk_steps=3,
+  )  # fmt: skip
+  images, optimizer = own_images(data.images), own_optimizer(RATE, DECAY)
+  for copy, (seed, prior) in enumerate(zip((4, 5), priors, strict=True)):
+
+    def loss(params, batch_stats, batch, prior=prior):
+      logits, updated = Tiny().apply(
+        {"params": params, "batch_stats": batch_stats},
+        images[batch], train=True, mutable=["batch_stats"],
+      )  # fmt: skip
+      odds = jnp.exp(logits) * jnp.exp(prior)  # softmax weighted by the classes' shares
+      picked = jnp.take_along_axis(odds, data.labels[batch][:, None], -1)[:, 0]
+      return -jnp.log(picked / odds.sum(-1)).mean(), updated["batch_stats"]
+
+    params, batch_stats = dense
+    state = optimizer.init(params)
+    key = jax.random.fold_in(KEY, seed)
+    for batch in own_batches(key, len(data.labels), BATCH, STEPS):
+      grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, batch)
+      updates, state = optimizer.update(grads, state, params)
+      params = jax.tree.map(lambda p, u, m: (p + u) * m, params, updates, masks)
+    assert_close(jax.tree.map(lambda x, i=copy: x[i], found.params), params, 2e-5)
 
 
 def test_the_loss_with_a_prior_by_hand():

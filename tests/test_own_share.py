@@ -16,7 +16,12 @@ from jaxsms.training import Model
 from jaxsms.training.candidates import merge_candidates
 from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import predict
-from jaxsms.training.merging import Merging, by_samples, merging_of
+from jaxsms.training.merging import (
+  Merging,
+  by_samples,
+  merging_of,
+  weights_by_ratios,
+)
 from jaxsms.training.own_share import share_batches
 from jaxsms.training.phases import Start, training_phases
 from jaxsms.training.programs import METRICS
@@ -237,9 +242,28 @@ def test_a_copy_that_knows_its_own_class_alone_stays_in_a_soup_by_samples(
   np.testing.assert_allclose(record["weights"], [4 / 34, 30 / 34])
 
 
+def test_weights_by_ratios_are_those_of_the_interpolation_one_by_one():
+  rng = np.random.default_rng(0)
+  copies = rng.normal(size=(6, 5)).astype(np.float32)
+  ratios, retained = np.array([8, 1, 2, 1, 4, 2]), 0.3
+  at = {ratio: copies[ratios == ratio].mean(0) for ratio in (1, 2, 4, 8)}
+  average = at[1]
+  for ratio in (2, 4, 8):
+    average = (1 - retained) * at[ratio] + retained * average
+  weights = weights_by_ratios(ratios, retained)
+  merged = merging_of("by_ratios", samples=weights).among([*range(6)], None, None, None)(
+    {"w": copies}
+  )
+  np.testing.assert_allclose(merged.params["w"], average, atol=1e-6)
+  np.testing.assert_allclose(merged.weights, weights)
+  np.testing.assert_allclose(weights_by_ratios([3, 3], 0.3), [0.5, 0.5])
+
+
 def test_by_samples_needs_samples(rejects):
   with rejects("merge by_samples needs the training examples of each copy"):
     merging_of("by_samples")
+  with rejects("merge by_ratios needs the weight of each copy"):
+    merging_of("by_ratios")
   assert Merging(lambda *_: by_samples).among([0], None, None, None) is by_samples
 
 

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from main_job import SMALL, assert_same_run, config_of, results, run
 
+from experiments import methods
+from experiments.methods import seeds
 from experiments.reporting.cases import Case
 from experiments.reporting.class_sections import classes_section, classes_table
 from experiments.run import checkpointing
 from experiments.run.shares import draw_shares, shares_key, training_groups
-from experiments.run.task import load, long_tailed, metrics_of
+from experiments.run.task import load, long_tailed, make_task, metrics_of, with_data
 from jaxsms import data
 
 SUBSET = "--vary=subset"
+RATIOS = (SUBSET, "--subsets=imbalance", "--values=4,1", "--ingredients=2")
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +92,44 @@ def test_phases_at_given_sparsities():
     (["--phase_sparsities=0.5,0.9", "--phases=3"], "2 phases to 0.9: leave --phases=3 and"),
     (["--phase_sparsities=0.5,0.9", "--goal_sparsity=0.8"], "and --goal_sparsity=0.8 out"),
     (["--criterion=n_m", "--phase_sparsities=0.5,0.6"], "would remove 2.4 of 4 weights"),
+    (["--merge=by_ratios"], "give it with --vary=subset --subsets=imbalance"),
+    ([SUBSET, "--merge=by_ratios"], "give it with --vary=subset --subsets=imbalance"),
+    ([*RATIOS, "--merge=by_ratios", "--retained=1"], "a share of the average, in (0, 1)"),
+    ([*RATIOS, "--retained=0.5"], "--retained=0.5 is of --merge=by_ratios: leave it out"),
+    (
+      ["--logit_adjustment", "--dataset=imagenet2012"],
+      "--logit_adjustment counts the labels of images in memory",
+    ),
+    (["--logit_adjustment", "--retrain_epochs=0"], "is of the loss of retraining"),
   ],
 )
 def test_flags_that_do_not_fit_are_refused(rejects, flags, words):
   with rejects(words):
     config_of(*flags)
+
+
+def test_the_copies_of_a_run_have_the_priors_of_their_shares():
+  config = config_of(*RATIOS, "--imbalance=20", "--logit_adjustment", "--merge=by_ratios")
+  dataset = load(config)
+  task = make_task(with_data(config, dataset), dataset)
+  run = methods.Run(config, task, jax.random.key(3))
+  labels = np.asarray(task.engine.splits.train.labels)
+  found, shares = seeds.varied_ingredients(run, 2, 7), run.shares(2)
+  for copy in range(2):
+    counts = np.bincount(labels[shares.of(copy)], minlength=10)
+    shared = np.maximum(counts, 1) / counts.sum()
+    np.testing.assert_allclose(np.exp(found["log_prior"][copy]), shared, rtol=1e-5)
+  assert np.ptp(found["log_prior"][1]) == 0 < np.ptp(found["log_prior"][0])
+  alone = seeds.varied_ingredients(run, 1, 7)["log_prior"]
+  np.testing.assert_allclose(
+    np.exp(alone), [np.bincount(labels, minlength=10) / len(labels)], rtol=1e-5
+  )
+  assert "log_prior" not in seeds.varied_ingredients(
+    run._replace(config=config_of(*RATIOS)), 2, 7
+  )
+  # The balanced copy first, then 0.7 of the one with ratio 4.
+  np.testing.assert_allclose(seeds.samples_of(run, 2), [0.7, 0.3])
+  np.testing.assert_array_equal(seeds.samples_of(run, 1), [1])
 
 
 @pytest.mark.parametrize(
@@ -202,6 +238,8 @@ JOBS = {
   "imbalance": ["--subsets=imbalance", "--values=1,20", "--imbalance=20"],
   "dirichlet": ["--subsets=dirichlet", "--subset_alpha=0.3", "--merge=by_samples",
                 "--phase_sparsities=0.75,0.75", "--baselines=imp_reprune"],
+  "adjusted": ["--subsets=imbalance", "--values=1,20", "--imbalance=20",
+               "--merge=by_ratios", "--logit_adjustment", "--baselines=imp,soup_distilled"],
 }  # fmt: skip
 
 
@@ -221,6 +259,8 @@ def test_the_main_job_on_shares(tmp_path, subsets):
       assert 0 <= tail < head <= 1
   report = (workdir / "report.md").read_text()
   assert ("Tail" in report) == ("--imbalance=20" in flags)
+  if subsets == "adjusted":
+    np.testing.assert_allclose(phase["weights"], [0.3, 0.7])
   if subsets == "dirichlet":
     assert phase["weights"][0] != phase["weights"][1] and phase["sparsity"] == 0.75
 

@@ -41,7 +41,8 @@ for subject in (
 NEWER = (
   "budget", "round_to", "shrink", "imbalance", "phase_sparsities", "subsets",
   "subset_fraction", "subset_alpha", "average", "ema_decay", "average_from",
-  "average_every", "distill_epochs", "temperature", "ranges", "rungs",
+  "average_every", "distill_epochs", "temperature", "ranges", "rungs", "retained",
+  "logit_adjustment",
 )  # fmt: skip
 
 

@@ -110,7 +110,8 @@ class SoupFlags:
     "inverse_variance (a weight for each entry, from squared gradients), ties (the "
     "changes since pruning that most copies agree on), slerp (of two copies), "
     "by_samples (the mean, weighted by the number of examples that each copy of "
-    "--vary=subset has).",
+    "--vary=subset has), by_ratios (the mean, weighted towards the larger ratios of "
+    "--subsets=imbalance, see --retained).",
     one_of("merge", merging.NAMES),
     default="uniform",
   )
@@ -202,7 +203,7 @@ def _check_phases(config):
 
 def _check_merge(config):
   """--merge, with --ingredients and --stream."""
-  if config.merge == merging.BY_SAMPLES:
+  if config.merge in merging.GIVEN:
     return  # see subset_flags
   entry = MERGES[config.merge]
   if entry.two and config.ingredients != 2:

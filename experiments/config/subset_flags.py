@@ -1,14 +1,17 @@
-"""Flags of copies that train on a share of the data each."""
+"""Flags of copies that train on a share of the data each, and of unequal classes."""
 
 import dataclasses
 from typing import Any
 
 from jaxsms.data.subsets import check_fraction
-from jaxsms.training.merging import BY_SAMPLES
+from jaxsms.training.merging import BY_RATIOS, BY_SAMPLES
 
-from .fields import above_zero, define_flags, flag, one_of
+from .fields import above_zero, define_flags, ensure, flag, one_of
 
 SUBSETS = ("random", "balanced", "oversampled", "imbalance", "dirichlet", "groups")
+RETAINED = (
+  0.3  # of the two values of the paper, the one for CIFAR-100 in its authors' scripts
+)
 WITH_FRACTION = ("random", "balanced", "imbalance")
 
 
@@ -24,6 +27,10 @@ def _alpha(values):
   return 0.5 if values["subsets"] == "dirichlet" else None
 
 
+def _retained(values):
+  return RETAINED if values["merge"] == BY_RATIOS else None
+
+
 def _check_fraction(name, value):
   try:
     check_fraction(value)
@@ -33,7 +40,7 @@ def _check_fraction(name, value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SubsetFlags:
-  """What share of the training data each copy has, with --vary=subset."""
+  """What share of the training data each copy has, and how its classes count."""
 
   subsets: str | None = flag(
     "The shares of --vary=subset: random (of size --subset_fraction, with as little "
@@ -57,6 +64,19 @@ class SubsetFlags:
     "Default: 0.5.",
     above_zero,
     fill=_alpha,
+  )
+  retained: float | None = flag(
+    "With --merge=by_ratios, the share of the average so far that stays when the copy of "
+    "the next larger ratio is added, in (0, 1). Default: 0.3.",
+    ensure(lambda value: 0 < value < 1, "it is a share of the average, in (0, 1)"),
+    fill=_retained,
+  )
+  logit_adjustment: bool = flag(
+    "Adds the logarithm of each class's share of the training data to the logits in the "
+    "loss of all retraining, so that rare classes count as much as frequent ones. With "
+    "--vary=subset the shares of the classes are those of each copy's own data. Dense "
+    "training, distillation and measuring do without it.",
+    default=False,
   )
 
 
@@ -88,6 +108,26 @@ def check(config: Any) -> None:
     raise ValueError(
       "--merge=by_samples weights copies by their shares of the data: give it with "
       "--vary=subset"
+    )
+  if config.merge == BY_RATIOS and subsets != "imbalance":
+    raise ValueError(
+      "--merge=by_ratios weights copies by the imbalance of their shares: give it with "
+      "--vary=subset --subsets=imbalance"
+    )
+  if config.retained is not None and config.merge != BY_RATIOS:
+    raise ValueError(
+      f"--retained={config.retained:g} is of --merge=by_ratios: leave it out with "
+      f"--merge={config.merge}"
+    )
+  if config.logit_adjustment and config.stream:
+    raise ValueError(
+      "--logit_adjustment counts the labels of images in memory, and these are streamed: "
+      "leave it out"
+    )
+  if config.logit_adjustment and not config.retrain_epochs:
+    raise ValueError(
+      "--logit_adjustment is of the loss of retraining, and --retrain_epochs is 0: leave "
+      "it out"
     )
   if varies and config.stream:
     raise ValueError(

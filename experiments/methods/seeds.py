@@ -22,11 +22,18 @@ from jaxsms.training import (
   retrain_learning_rates,
   train_copies,
 )
+from jaxsms.training.classifier import logit_adjusted
 from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan, Record, one_model
 from jaxsms.training.failures import COPY_FAULTS
 from jaxsms.training.measurements import measure
-from jaxsms.training.merging import BY_SAMPLES, Merging, merging_of
+from jaxsms.training.merging import (
+  BY_RATIOS,
+  GIVEN,
+  Merging,
+  merging_of,
+  weights_by_ratios,
+)
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.search import Rung
 from jaxsms.training.state import seed_ingredients
@@ -135,9 +142,12 @@ def varied_ingredients(
   """
   config, shares = run.config, run.shares(m)
   chosen = seed_ingredients(m, config.weight_decay, steps)
+  if shares is not None:
+    chosen |= {"examples": shares.indices, "size": shares.sizes}
+  if config.logit_adjustment:
+    labels = run.engine.splits.train.labels
+    chosen = logit_adjusted(chosen, labels, run.task.module.num_classes)
   if config.vary == "subset":
-    if shares is not None:
-      chosen |= {"examples": shares.indices, "size": shares.sizes}
     return chosen
   if "seed" not in config.vary.split(","):
     chosen["seed"][:] = 0
@@ -296,9 +306,12 @@ def prune_and_retrain(
 
 
 def samples_of(run: Run, m: int) -> np.ndarray | None:
-  """Training examples of each copy for --merge=by_samples; one copy has all."""
-  if run.config.merge != BY_SAMPLES:
+  """What --merge=by_samples and by_ratios weight copies by; one copy has all."""
+  config = run.config
+  if config.merge not in GIVEN:
     return None
+  if config.merge == BY_RATIOS and m > 1:
+    return weights_by_ratios(config.values[:m], config.retained)
   shares = run.shares(m)
   return np.ones(m) if shares is None else shares.sizes
 

@@ -1,4 +1,4 @@
-"""Training of the classifier alone: the last layer, as if all classes were equal."""
+"""Classes of unequal size: a prior in the loss, and training of the last layer alone."""
 
 from collections.abc import Mapping
 
@@ -28,6 +28,39 @@ def log_prior(labels: npt.ArrayLike, classes: int) -> np.ndarray:
   """
   counts = np.maximum(class_counts(labels, classes), 1)
   return np.log(counts / np.size(labels)).astype(np.float32)
+
+
+def logit_adjusted(chosen: Ingredients, labels: npt.ArrayLike, classes: int) -> Ingredients:
+  """Ingredients of copies with the prior of what each trains on in its loss.
+
+  The loss is the cross-entropy of logits plus the logarithm of each class's share. Where
+  copies have shares of the data, the prior is that of each copy's own share.
+
+  Args:
+    chosen: of m copies.
+    labels: int [n], of the training split.
+    classes: how many there are.
+
+  Returns:
+    The same with `log_prior`.
+
+  References:
+    Menon et al., 2021, https://arxiv.org/abs/2007.07314 (logit adjustment)
+    Aminbeidokhti et al., 2025, https://arxiv.org/abs/2511.10683 (for copies on subsets)
+
+  Example:
+    >>> chosen = {"steps": np.array([8, 8]), "size": np.array([2, 4]),
+    ...           "examples": np.array([[0, 3, 0, 3], [0, 1, 2, 3]])}
+    >>> adjusted = jaxsms.training.classifier.logit_adjusted(chosen, [0, 0, 0, 1], 2)
+    >>> np.exp(adjusted["log_prior"]).round(2).tolist()
+    [[0.5, 0.5], [0.75, 0.25]]
+  """
+  labels, m = np.asarray(labels), number_of_models(chosen, "ingredients")
+  if "examples" not in chosen:
+    return {**chosen, "log_prior": np.tile(log_prior(labels, classes), (m, 1))}
+  shares = zip(np.asarray(chosen["examples"]), np.asarray(chosen["size"]), strict=True)
+  priors = [log_prior(labels[examples[:size]], classes) for examples, size in shares]
+  return {**chosen, "log_prior": np.stack(priors)}
 
 
 def classifier_alone(

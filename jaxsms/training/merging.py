@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 
 import jax
 import numpy as np
+import numpy.typing as npt
 import optax
 
 from jaxsms.merges import MERGES, Means, bind, diagonal_fisher
@@ -23,12 +24,12 @@ from jaxsms.trees import PyTree
 LEARNING_IMAGES = 1000  # of the validation data, for learned weights
 FISHER_IMAGES = 500  # of the training data
 _GRADIENTS = 8  # of single images that are held at once
-BY_SAMPLES = "by_samples"
-# Task arithmetic of candidates and the pruned model that they come from is their mean. Of
-# given weights are those by samples.
+BY_SAMPLES, BY_RATIOS = "by_samples", "by_ratios"
+GIVEN = (BY_SAMPLES, BY_RATIOS)  # merges by weights that are known before training
+# Task arithmetic of candidates and the pruned model that they come from is their mean.
 NAMES = (
   *(name for name in MERGES if name not in ("weighted", "task_arithmetic")),
-  BY_SAMPLES,
+  *GIVEN,
 )
 
 
@@ -41,8 +42,8 @@ class Merging(NamedTuple):
       that the candidates were trained from, None where there is none.
     selects: whether it leaves candidates out, so that those taken are worth a record.
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
-    samples: number [m], the training examples of each copy, where the soup weights copies
-      by them instead.
+    samples: number [m], the training examples of each copy or another weight of it, where
+      the soup weights copies by them instead.
     may_collapse: whether copies that predict badly are left out. Those that know few
       classes do so, and are well.
     choose: `choose(scores, copies)` giving those of the copies that are merged, from the
@@ -85,6 +86,33 @@ def by_samples(samples: np.ndarray) -> Merge:
   return lambda models: Weighted(mean(models), weights)
 
 
+def weights_by_ratios(ratios: npt.ArrayLike, retained: float) -> np.ndarray:
+  """Weights of copies that trained on shares of different imbalance.
+
+  They are those of an interpolation that begins with the most balanced copies and goes on
+  with rising ratios: each time `retained` of the average so far stays, and the rest is the
+  next copy. Copies of one ratio count as their mean.
+
+  Args:
+    ratios: float [m], of the largest class to the smallest in each copy's share.
+    retained: in (0, 1).
+
+  Returns:
+    float64 [m], summing to 1.
+
+  References:
+    Aminbeidokhti et al., 2025, https://arxiv.org/abs/2511.10683 (LT-Soups, stage 1; their
+    code begins the interpolation with the pretrained model)
+
+  >>> weights_by_ratios([4, 1, 2], 0.5).tolist()
+  [0.5, 0.25, 0.25]
+  """
+  levels, level, copies = np.unique(ratios, return_inverse=True, return_counts=True)
+  weights = (1 - retained) * retained ** np.arange(len(levels) - 1.0, -1.0, -1.0)
+  weights[0] /= 1 - retained
+  return (weights / copies)[level]
+
+
 def merging_of(
   name: str, prior: float = 1e-4, samples: np.ndarray | None = None
 ) -> Merging:
@@ -93,20 +121,23 @@ def merging_of(
   Args:
     name: one of `NAMES`.
     prior: the L2 coefficient of training, for inverse variances.
-    samples: number [m], the training examples of each copy, for "by_samples".
+    samples: number [m], the training examples of each copy for "by_samples", or weights
+      such as `weights_by_ratios` for "by_ratios".
 
   Raises:
-    ValueError: an unknown name, or "by_samples" without them.
+    ValueError: an unknown name, or one of these two without them.
   """
   check_name("merge", name, NAMES)
-  if name == BY_SAMPLES:
+  if name in GIVEN:
     if samples is None:
+      what = "training examples" if name == BY_SAMPLES else "weight"
       raise ValueError(
-        "merge by_samples needs the training examples of each copy: give samples, one "
-        "number for each"
+        f"merge {name} needs the {what} of each copy: give samples, one number for each"
       )
     merge = by_samples(samples)
-    return Merging(lambda engine, key, base: merge, samples=samples, may_collapse=False)
+    return Merging(
+      lambda engine, key, base: merge, samples=samples, may_collapse=name != BY_SAMPLES
+    )
   if name == "uniform":
     return Merging(lambda engine, key, base: uniform_soup)
   if name == "greedy":
