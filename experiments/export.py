@@ -3,7 +3,9 @@
 python -m experiments.export RUN --out=soup.safetensors
 python -m experiments.export RUN --format=torch --out=soup.pth
 python -m experiments.export RUN --format=onnx
-Without --seed it takes the first seed that the run has a soup of.
+python -m experiments.export RUN --phase=2 --out=one_shot.safetensors
+Without --seed it takes the first seed that the run has a soup of. With --phase it takes
+the one-shot soup with the sparsity of that phase.
 """
 
 import sys
@@ -52,6 +54,12 @@ flags.DEFINE_boolean(
   "int8",
   False,
   "Of --format=onnx: also a file with products of int8, and the test accuracy of both.",
+)
+flags.DEFINE_integer(
+  "phase",
+  None,
+  "The phase whose sparsity the one-shot soup has that is written, of a run with "
+  "--baselines=one_shot_soup. Default: the last soup of the phases.",
 )
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(outputs)
@@ -102,6 +110,11 @@ def check_flags(form: str) -> None:
     )
   if FLAGS.int8 and form != "onnx":
     raise ValueError(f"--int8 is of --format=onnx, and --format is {form}: leave it out")
+  if FLAGS.phase is not None and form == "onnx" and not FLAGS.out:
+    raise ValueError(
+      f"--phase={FLAGS.phase} with --format=onnx needs --out: RUN/onnx holds the last soup "
+      "of the phases"
+    )
 
 
 def read_soup(path: str) -> dict[str, PyTree]:
@@ -110,10 +123,16 @@ def read_soup(path: str) -> dict[str, PyTree]:
   Raises:
     ValueError: the run, or that seed's soup, is not there or damaged.
   """
-  folder = storage.as_path(path) / "soup"
+  phase = FLAGS.phase
+  folder = run_directory.soups_folder(path, phase)
   seeds = [child.name for child in folder.iterdir()] if folder.is_dir() else []
   seeds = [name.removeprefix("seed_") for name in seeds]
   seeds = sorted(int(name) for name in seeds if name.isascii() and name.isdigit())
+  if not seeds and phase is not None:
+    raise ValueError(
+      f"{path} holds no one-shot soup of phase {phase}: give a phase of a run with "
+      "--baselines=one_shot_soup that has finished a seed"
+    )
   if not seeds:
     raise ValueError(
       f"{path} holds no soup: give the --workdir of a run of experiments.sms that has "
@@ -122,7 +141,7 @@ def read_soup(path: str) -> dict[str, PyTree]:
   seed = FLAGS.seed if FLAGS["seed"].present else seeds[0]
   if seed not in seeds:
     raise ValueError(f"--seed is {seed}: {path} has soups of {', '.join(map(str, seeds))}")
-  soup = checkpoint.restore(run_directory.soup_folder(path, seed))
+  soup = checkpoint.restore(run_directory.soup_folder(path, seed, phase))
   return {"batch_stats": {}, **soup}
 
 

@@ -18,6 +18,7 @@ from experiments.config.run_config import NEWER
 from experiments.run.latency import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms import export as library
+from jaxsms.data import load
 from jaxsms.disk import storage
 from jaxsms.disk.by_name import by_path, nested
 from jaxsms.disk.safetensors import read_safetensors, read_with_metadata
@@ -40,7 +41,7 @@ def finished(tmp_path_factory):
 
 def run(*words):
   """Exports inside this process; exit status."""
-  main_job.unparse("out", "format", "cut", "int8")
+  main_job.unparse("out", "format", "cut", "int8", "phase")
   return main_job.exit_status(export.main, export.FLAGS(["export", *map(str, words)]))
 
 
@@ -68,6 +69,44 @@ def test_compact_and_safetensors_hold_the_soup(finished, tmp_path, capsys):
   assert_same(nested(read_safetensors(out)), params)
   kept = round(0.1 * n)
   assert sum(np.count_nonzero(x) for x in jax.tree.leaves(params) if x.ndim == 2) == kept
+
+
+@pytest.mark.slow
+def test_one_shot_soups_of_all_sparsities_are_kept_and_exported(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  flags = (*main_job.SMALL, "--phase_sparsities=0.5,0.8", "--baselines=one_shot_soup")
+  flags = [flag for flag in flags if "phases=" not in flag and "goal" not in flag]
+  assert main_job.run(*flags, f"--workdir={workdir}") == 0
+  phases = main_job.results(workdir)["seeds"][0]["phases"]
+  digits = load("digits")
+  images = (digits.test_images / 255 - digits.mean) / digits.std
+  inputs, kept = images.reshape(len(images), -1), []
+  for phase, sparsity in ((1, 0.5), (2, 0.8)):
+    folder = workdir / "soup" / "one_shot" / f"phase_{phase}" / "seed_0"
+    model = checkpoint.restore(folder)
+    first, last = (model["params"][name] for name in ("Dense_0", "Dense_1"))
+    hidden = np.maximum(inputs @ first["kernel"] + first["bias"], 0)
+    logits = hidden @ last["kernel"] + last["bias"]
+    accuracy = np.mean(logits.argmax(-1) == digits.test_labels)
+    record = phases[phase - 1]["one_shot_soup"]
+    assert record["test_accuracy"] == pytest.approx(accuracy, abs=2 / len(images))
+    zeros = [np.mean(layer["kernel"] == 0) for layer in (first, last)]
+    assert np.average(zeros, weights=[64 * 16, 160]) == pytest.approx(sparsity, abs=1e-3)
+    kept.append(np.concatenate([np.ravel(m) for m in jax.tree.leaves(model["masks"])]))
+    out = tmp_path / f"{phase}.safetensors"
+    assert run(workdir, f"--phase={phase}", f"--out={out}") == 0
+    assert_same(load_compact(out)[0], {"params": model["params"]})
+  assert not (kept[1] & ~kept[0]).any()
+  # One pruning to the first sparsity is the soup's first phase; the last soup is its own.
+  assert phases[0]["one_shot_soup"]["test_loss"] == pytest.approx(
+    phases[0]["soup"]["test_loss"], abs=1e-5
+  )
+  last = checkpoint.restore(workdir / "soup" / "seed_0")
+  assert set(last) == {"params", "batch_stats", "masks"} == set(model)
+  assert not np.array_equal(last["params"]["Dense_0"]["kernel"], first["kernel"])
+  capsys.readouterr()
+  assert run(workdir, "--phase=3", f"--out={tmp_path / 'three.safetensors'}") == 2
+  assert "holds no one-shot soup of phase 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
@@ -104,6 +143,8 @@ def test_torch_gives_pytorchs_network_the_same_logits(finished, tmp_path, ending
     (["--out=a.safetensors"], "0 run directories are given"),
     (["run", "more", "--out=a.safetensors"], "2 run directories are given"),
     (["run"], "--out is missing"),
+    (["run", "--phase=1", "--format=onnx"], "--phase=1 with --format=onnx needs --out"),
+    (["run", "--phase=1", "--out=a.safetensors"], "holds no one-shot soup of phase 1"),
     (["run", "--out=a.pth"], "--out is a.pth: it must end in .safetensors"),
     (["run", "--out=a.npz", "--format=torch"], "must end in .pth or .pt or .safetensors"),
     (["run", "--out=a.pth", "--format=torhc"], "did you mean torch?"),

@@ -34,6 +34,7 @@ from .seeds import (
   SOUP,
   Events,
   Run,
+  Soup,
   averaged,
   fresh_model,
   merging_for,
@@ -134,6 +135,7 @@ def one_shot_soup(run: Run, dense: Model) -> Events:
     for parts in zip(nested.models, nested.masks, nested.records.values(), strict=True):
       model, masks, record = parts
       yield Phase(model, masks, None, record)
+      yield Soup(*model, masks, record["phase"])
   return metrics_by_phase(list(nested.records.values()))
 
 

@@ -55,17 +55,19 @@ Events = Generator[Any, None, Any]
 
 
 class Soup(NamedTuple):
-  """The last soup of a seed, to be written down.
+  """A soup of a seed, to be written down: the last one, or a one-shot soup.
 
   Attributes:
     params: parameters.
     batch_stats: batch statistics.
     masks: its masks.
+    phase: whose sparsity a one-shot soup has; None for the last soup of the phases.
   """
 
   params: Any
   batch_stats: Any
   masks: Any
+  phase: int | None = None
 
 
 class Run(NamedTuple):

@@ -242,9 +242,17 @@ def write_results(path: str | os.PathLike, results: dict[str, Any]) -> None:
   storage.write_json(path / RESULTS_FILE, results)
 
 
-def soup_folder(path: str | os.PathLike, seed: int) -> storage.epath.Path:
-  """Where the last soup of one seed lies."""
-  return storage.as_path(path) / "soup" / f"seed_{seed}"
+def soups_folder(path: str | os.PathLike, phase: int | None = None) -> storage.epath.Path:
+  """Where the last soups of all seeds lie, or the one-shot soups of a phase's sparsity."""
+  folder = storage.as_path(path) / "soup"
+  return folder if phase is None else folder / "one_shot" / f"phase_{phase}"
+
+
+def soup_folder(
+  path: str | os.PathLike, seed: int, phase: int | None = None
+) -> storage.epath.Path:
+  """Where such a soup of one seed lies."""
+  return soups_folder(path, phase) / f"seed_{seed}"
 
 
 def candidate_folder(path: str | os.PathLike, seed: int, number: int) -> storage.epath.Path:

@@ -141,8 +141,9 @@ class Listener:
           checkpointer.save(checkpointer.seed_state)
       case methods.Soup():
         checkpointer.check()
-        folder = soup_folder(checkpointer.workdir, checkpointer.seed_state.seed)
-        save_model(folder, event._asdict())
+        model = event._asdict()
+        place = (checkpointer.seed_state.seed, model.pop("phase"))
+        save_model(soup_folder(checkpointer.workdir, *place), model)
       case _:
         raise TypeError(f"nothing is known of an event that is a {type(event).__name__}")
 
