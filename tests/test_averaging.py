@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from engine import finish, run_phases
 from main_job import SMALL, assert_same_run, config_of, results, run
 from test_resume import stopped_with
 from test_training import (
+  BATCH,
   Tiny,
   assert_close,
   half_masks,
@@ -222,6 +224,59 @@ def test_candidates_are_averages(programs, dense):
   kept = [np.asarray(x) != 0 for x in jax.tree.leaves(finished.model.params)]
   for x, mask in zip(kept, jax.tree.leaves(finished.masks), strict=True):
     assert not (x & ~np.asarray(mask)).any()
+
+
+def own_pass(params, images):
+  """The hidden layer before its normalization, in NumPy."""
+  inputs = (np.asarray(images, np.float64) / 255 - 0.5) / 0.25
+  layer = params["Dense_0"]
+  return inputs.reshape(len(inputs), -1) @ layer["kernel"] + layer["bias"]
+
+
+def own_statistics(params, data, batches):
+  hidden = own_pass(params, data.images[: batches * BATCH]).reshape(batches, BATCH, -1)
+  return {"mean": hidden.mean(1).mean(0), "var": hidden.var(1).mean(0)}
+
+
+def own_loss(params, statistics, data):
+  norm, last = params["BatchNorm_0"], params["Dense_1"]
+  hidden = (own_pass(params, data.images) - statistics["mean"]) / np.sqrt(
+    np.asarray(statistics["var"], np.float64) + 1e-5
+  )
+  hidden = np.maximum(hidden * norm["scale"] + norm["bias"], 0)
+  logits = hidden @ last["kernel"] + last["bias"]
+  losses = (
+    scipy.special.logsumexp(logits, -1)
+    - logits[range(len(logits)), np.asarray(data.labels)]
+  )
+  return losses.mean()
+
+
+@pytest.mark.slow
+def test_batch_statistics_of_averages_are_those_of_a_pass_over_training_data(dense):
+  """Of an EMA, of a mean of the last steps, and of their soup: as NumPy has them."""
+  train, test = make_data(11 * BATCH), make_data(9, 2)  # 20 % of 11 batches are 2
+  chosen, seen = with_averages([1, 0], STEPS, [0.7, 1.0], [0, 6], 1), []
+  run_phases(
+    make_programs(augmentation="none"), Splits(train, make_data(7, 1), test), KEY, dense,
+    lambda record: (chosen, rates(2)), goal_sparsity=0.6, phases=1, on_event=seen.append,
+  )  # fmt: skip
+  phase = next(event for event in seen if hasattr(event, "candidates"))
+  for copy in range(2):
+    params, last_steps = jax.tree.map(
+      lambda x, i=copy: np.asarray(x[i], np.float64),
+      (phase.candidates.params, phase.candidates.batch_stats["BatchNorm_0"]),
+    )
+    measured = phase.record["candidates"][copy]["test_loss"]
+    statistics = own_statistics(params, train, 2)
+    assert measured == pytest.approx(own_loss(params, statistics, test), rel=1e-4)
+    assert abs(measured - own_loss(params, last_steps, test)) > 3e-3
+  soup, statistics = phase.params.params, phase.params.batch_stats["BatchNorm_0"]
+  expected = own_statistics(soup, train, 2)
+  for name in ("mean", "var"):
+    np.testing.assert_allclose(statistics[name], expected[name], rtol=1e-4, atol=1e-5)
+  measured = phase.record["soup"]["test_loss"]
+  assert measured == pytest.approx(own_loss(soup, expected, test), rel=1e-4)
 
 
 @pytest.mark.slow

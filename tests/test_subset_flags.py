@@ -12,7 +12,13 @@ from experiments.methods import seeds
 from experiments.reporting.cases import Case
 from experiments.reporting.class_sections import classes_section, classes_table
 from experiments.run import checkpointing
-from experiments.run.shares import draw_shares, shares_key, training_groups
+from experiments.run.shares import (
+  check_every_class,
+  draw_shares,
+  order_for_split,
+  shares_key,
+  training_groups,
+)
 from experiments.run.task import load, long_tailed, make_task, metrics_of, with_data
 from jaxsms import data
 
@@ -106,6 +112,33 @@ def test_phases_at_given_sparsities():
 def test_flags_that_do_not_fit_are_refused(rejects, flags, words):
   with rejects(words):
     config_of(*flags)
+
+
+@pytest.mark.parametrize("ratio", [20, 100])
+def test_a_long_tail_leaves_every_class_in_training(ratio):
+  """At 100 the rarest class of digits has one example, which validation would hold."""
+  whole = data.load("digits")
+  kept = data.long_tail(whole.train_labels, ratio)
+  found = long_tailed(whole, ratio)
+  train, validation = data.train_validation_split(len(kept))
+  assert (set(whole.train_labels[kept[train]]) == set(range(10))) == (ratio == 20)
+  assert set(found.train_labels[train]) == set(range(10))
+  moved = np.flatnonzero(found.train_labels != whole.train_labels[kept])
+  if ratio == 20:
+    np.testing.assert_array_equal(found.train_images, whole.train_images[kept])
+  else:  # one example each way
+    assert len(set(moved) & set(train)) == len(set(moved) & set(validation)) == 1
+  images = [
+    x.reshape(len(kept), -1) for x in (found.train_images, whole.train_images[kept])
+  ]
+  np.testing.assert_array_equal(*(np.sort(x.sum(-1), axis=0) for x in images))
+
+
+def test_a_class_that_has_no_place_in_training_is_still_refused(rejects):
+  """Ten examples of ten classes: one of them is held out."""
+  assert len(set(order_for_split(np.arange(10)))) == 10
+  with rejects("went to validation and none is left to train on"):
+    check_every_class(config_of("--imbalance=1"), np.arange(9), 10)
 
 
 def test_the_copies_of_a_run_have_the_priors_of_their_shares():

@@ -72,6 +72,29 @@ def training_groups(dataset: Dataset | StreamedDataset) -> np.ndarray | None:
   return None if groups is None else groups[train_validation_split(len(groups))[0]]
 
 
+def order_for_split(labels: np.ndarray) -> np.ndarray:
+  """An order of examples in which every class is in the training split.
+
+  A rare class may have all its examples among those held out for validation. The first of
+  them changes places with a training example of the most frequent class.
+
+  Args:
+    labels: int [n].
+
+  Returns:
+    int [n]; 0 to n - 1 where nothing changes places.
+  """
+  order, (train, validation) = (
+    np.arange(len(labels)), train_validation_split(len(labels))
+  )  # fmt: skip
+  for absent in np.setdiff1d(labels, labels[train]):
+    trained = labels[order[train]]
+    given = train[np.argmax(trained == class_counts(trained).argmax())]
+    taken = validation[np.argmax(labels[order[validation]] == absent)]
+    order[[given, taken]] = order[[taken, given]]
+  return order
+
+
 def check_every_class(config: Config, labels: np.ndarray, classes: int) -> None:
   """Raises ValueError where the training split lacks a class."""
   absent = np.flatnonzero(class_counts(labels, classes) == 0)

@@ -50,7 +50,13 @@ from ..methods.criteria import pruning
 from .hardware import copies_at_once, mesh_of, network_options
 from .latency_budget import NetworkClock
 from .ood import corrupted_test_data
-from .shares import check_every_class, draw_shares, shares_key, training_groups
+from .shares import (
+  check_every_class,
+  draw_shares,
+  order_for_split,
+  shares_key,
+  training_groups,
+)
 
 
 class Task(NamedTuple):
@@ -103,8 +109,12 @@ def load(config: Config) -> Dataset | StreamedDataset:
 
 
 def long_tailed(dataset: Dataset, ratio: float) -> Dataset:
-  """The same data set with a long-tailed training set, see `jaxsms.data.long_tail`."""
+  """The same data set with a long-tailed training set, see `jaxsms.data.long_tail`.
+
+  Every class has examples to train on after validation examples are held out.
+  """
   kept = long_tail(dataset.train_labels, ratio)
+  kept = kept[order_for_split(dataset.train_labels[kept])]
   groups = dataset.train_groups
   return dataset._replace(
     train_images=dataset.train_images[kept],
