@@ -1,5 +1,7 @@
 """Soups that learn from their candidates: labels, loss, training, going on."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import scipy.special
 from by_hand import own_batches, own_images, own_optimizer
 from main_job import SMALL, assert_same_run, config_of, results, run
+from test_kills import launch, tear  # noqa: F401
 from test_resume import stopped_with
 from test_training import (
   BATCH,
@@ -17,7 +20,7 @@ from test_training import (
   make_programs,
 )
 
-from jaxsms import Phase, training
+from jaxsms import Phase, checkpoint, training
 from jaxsms.training import Engine, Model, Splits, TrainState
 from jaxsms.training.distilling import STREAM, Distillation, teacher_weights
 from jaxsms.training.measurements import RECALIBRATION, recalibrated
@@ -227,6 +230,27 @@ def test_a_run_is_stopped_while_a_soup_learns(more, tmp_path, monkeypatch):
   assert set(last["uncertainty"]) >= {"validation", "test"}
   if more:
     assert 0 <= last["uncertainty"]["corrupted"]["fog"]["auroc_of_entropy"] <= 1
+
+
+@pytest.mark.slow
+def test_killed_while_a_soup_learns_it_ends_as_if_undisturbed(tmp_path, launch):  # noqa: F811
+  flags = (*SMALL, "--phases=1", "--distill_epochs=2", "--baselines=soup_distilled")
+  whole, killed = tmp_path / "undisturbed", tmp_path / "killed"
+  assert launch(*flags, f"--workdir={whole}")[0] == 0
+  # Four chunks of dense training, two of the soup, two of its copies, four in which it
+  # learns. What a kill leaves is at least the checkpoint before the last one.
+  for fault in ("chunk:12", "save arrays:1", "chunk:1"):
+    status, said = launch(*flags, f"--workdir={killed}", fault=fault)
+    assert status == -signal.SIGKILL, (fault, said)
+    folders = sorted((killed / "checkpoints").iterdir())
+    whole_ones = [folder for folder in folders if not checkpoint.is_unfinished(folder)]
+    manifest = checkpoint.read_manifest(whole_ones[-1])
+    assert manifest["meta"]["work"]["method"] == "soup_distilled"
+    assert "state/teacher/weights" in manifest["leaves"], fault
+    tear(killed)
+  status, said = launch(*flags, f"--workdir={killed}")
+  assert status == 0 and said.startswith("resuming")
+  assert_same_run(killed, whole)
 
 
 def test_teachers_are_the_copies_in_the_soup():
