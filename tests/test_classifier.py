@@ -84,24 +84,28 @@ def test_copies_with_priors_of_their_own_train_as_by_hand():
     np.full((2, STEPS), RATE, np.float32), chunk_steps=3,
   )  # fmt: skip
   images, optimizer = own_images(data.images), own_optimizer(RATE, DECAY)
+
+  def loss(params, batch_stats, batch, prior):
+    logits, updated = Tiny().apply(
+      {"params": params, "batch_stats": batch_stats},
+      images[batch], train=True, mutable=["batch_stats"],
+    )  # fmt: skip
+    odds = jnp.exp(logits) * jnp.exp(prior)  # softmax weighted by the classes' shares
+    picked = jnp.take_along_axis(odds, data.labels[batch][:, None], -1)[:, 0]
+    return -jnp.log(picked / odds.sum(-1)).mean(), updated["batch_stats"]
+
+  @jax.jit
+  def step(params, batch_stats, state, batch, prior):
+    grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, batch, prior)
+    updates, state = optimizer.update(grads, state, params)
+    params = jax.tree.map(lambda p, u, m: (p + u) * m, params, updates, masks)
+    return params, batch_stats, state
+
   for copy, (seed, prior) in enumerate(zip((4, 5), priors, strict=True)):
-
-    def loss(params, batch_stats, batch, prior=prior):
-      logits, updated = Tiny().apply(
-        {"params": params, "batch_stats": batch_stats},
-        images[batch], train=True, mutable=["batch_stats"],
-      )  # fmt: skip
-      odds = jnp.exp(logits) * jnp.exp(prior)  # softmax weighted by the classes' shares
-      picked = jnp.take_along_axis(odds, data.labels[batch][:, None], -1)[:, 0]
-      return -jnp.log(picked / odds.sum(-1)).mean(), updated["batch_stats"]
-
     params, batch_stats = dense
-    state = optimizer.init(params)
-    key = jax.random.fold_in(KEY, seed)
+    state, key = optimizer.init(params), jax.random.fold_in(KEY, seed)
     for batch in own_batches(key, len(data.labels), BATCH, STEPS):
-      grads, batch_stats = jax.grad(loss, has_aux=True)(params, batch_stats, batch)
-      updates, state = optimizer.update(grads, state, params)
-      params = jax.tree.map(lambda p, u, m: (p + u) * m, params, updates, masks)
+      params, batch_stats, state = step(params, batch_stats, state, batch, prior)
     assert_close(jax.tree.map(lambda x, i=copy: x[i], found.params), params, 2e-5)
 
 
