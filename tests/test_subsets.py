@@ -199,3 +199,14 @@ def test_what_cannot_be_divided_is_refused(rejects):
   with rejects("the training data have 1 group for 4 copies: give a copy for each group"):
     group_shares(np.zeros(3, int), 4)
   assert class_counts(UNEVEN, 6).tolist() == [50, 5, 100, 20, 0, 0]
+
+
+def test_rare_classes_of_one_size_give_shares_of_any_ratio():
+  """The exact profile would ask the last class for less than one example."""
+  labels = np.repeat([0, 1, 2, 3], [40, 10, 1, 1])
+  shares = imbalanced_shares(jax.random.key(0), labels, [1, 3, 27, 40])
+  found = [np.bincount(labels[shares.of(i)]).tolist() for i in range(4)]
+  # floor(n * n^(-c / 3)) for n = 3, 27 and 40, and no more than there are.
+  assert found == [[1, 1, 1, 1], [3, 2, 1, 1], [27, 9, 1, 1], [40, 10, 1, 1]]
+  with pytest.raises(ValueError, match="leaves no example of class 3"):
+    imbalanced_shares(jax.random.key(0), labels, [41])

@@ -14,7 +14,8 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
 
   n_c = floor(n_max * ratio^(-c / (C - 1))) for the classes c = 0 to C - 1 in the order
   given. n_max is the largest for which no class is asked for more than it has, so that the
-  profile is exact whatever the classes have.
+  profile is exact whatever the classes have. Where the last class would then have no example,
+  n_max is `ratio`: the last class has one, and the others have what they can of the profile.
 
   Args:
     available: int [classes], examples of each class, in the order of the profile.
@@ -31,6 +32,8 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
 
   >>> profile_counts([5000] * 10, 100).tolist()
   [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+  >>> profile_counts([9, 2, 1, 1], 8).tolist()
+  [8, 2, 1, 1]
   """
   available = np.asarray(available)
   check_ratio(ratio)
@@ -40,7 +43,7 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
     )
   exponents = np.arange(len(available)) / max(len(available) - 1, 1)
   shrinking = float(ratio) ** -exponents
-  largest = np.min(available / shrinking)
+  largest = max(np.min(available / shrinking), min(float(ratio), float(available[0])))
   counts = np.floor(largest * shrinking + 1e-6).astype(np.int64)
   counts = np.minimum(counts, available)
   if counts.min() < 1:
