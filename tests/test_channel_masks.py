@@ -1,4 +1,5 @@
 import functools
+import itertools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,7 +25,13 @@ from jaxsms import (
   sensitivity,
   taylor_scores,
 )
-from jaxsms.channels.latency import masks_for_latency, network_latency, seconds_per_call
+from jaxsms.channels.latency import (
+  masks_for_latency,
+  network_latency,
+  rounds_by_turns,
+  seconds_of,
+  seconds_ratio,
+)
 from jaxsms.channels.places import kept_channels
 from jaxsms.trees import path_string
 
@@ -557,10 +564,114 @@ def test_latency_that_cannot_be_had(rejects):
   np.testing.assert_array_equal(masks["a"]["kernel"], old["a"]["kernel"])
 
 
-def test_median_time():
-  ticks = iter([0.0, 3.0, 10.0, 11.0, 20.0, 27.0])
-  time = seconds_per_call(jnp.sin, jnp.ones(3), repeats=3, clock=lambda: next(ticks))
-  assert time == 3.0
+def jagged(kept):
+  """As measured on a CPU: odd numbers of channels take longer, from 7 to 59."""
+  (count,) = (int(k.sum()) for k in kept)
+  return 1.0 + count / 10 + (4.0 if count % 2 and 5 < count < 60 else 0.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.65, 0.75])
+def test_latency_that_does_not_fall_with_the_channels(share):
+  params = hidden(np.random.default_rng(0).standard_normal(100))
+  measured = []
+
+  def measure(kept):
+    measured.append(kept)
+    return jagged(kept)
+
+  masks = masks_for_latency(params, share, groups=groups_of(params), measure=measure)
+  left = kept_channels(params, groups_of(params), masks)
+  assert jagged(left) == pytest.approx((1 - share) * 11, rel=0.1)
+  assert len(measured) <= 31
+
+
+def test_latency_that_jumps_over_its_goal(caplog):
+  """No number of channels is near: the nearest of all, and a word about it."""
+  params = hidden(np.random.default_rng(0).standard_normal(20))
+  measure = lambda kept: 1.0 if kept[0].sum() > 7 else 0.1  # noqa: E731
+  masks = masks_for_latency(params, 0.7, groups=groups_of(params), measure=measure)
+  assert measure(kept_channels(params, groups_of(params), masks)) == 0.1
+  assert "asks for 0.3 s, and of 20 networks the nearest takes 0.1 s" in caplog.text
+
+
+class Machine:
+  """Calls that take some work, on a machine whose speed wanders; and its clock."""
+
+  def __init__(self, speed):
+    self.speed, self.now = speed, 0.0
+
+  def call(self, work):
+    def run():
+      self.now += work / self.speed(self.now)
+
+    return run
+
+  def clock(self):
+    return self.now
+
+
+@pytest.mark.parametrize(
+  "speed",
+  [
+    lambda t: 1.0,
+    lambda t: 1.0 / (1.0 + 2 * t),  # slower and slower
+    lambda t: 1.0 + 0.5 * np.sin(7 * t),
+    lambda t: 0.3 if 0.15 < t < 0.3 else 1.0,  # another program for a while
+  ],
+  ids=["steady", "slower", "wave", "busy"],
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_ratio_on_a_machine_whose_speed_wanders(speed, share):
+  machine = Machine(speed)
+  calls = machine.call(0.003 * share), machine.call(0.003)
+  assert seconds_ratio(*calls, machine.clock) == pytest.approx(share, rel=0.02)
+  assert machine.now > 0.5
+
+
+def test_more_rounds_where_the_ratio_is_not_steady():
+  """Half of the calls of one are disturbed: it takes longer, but not for ever."""
+  noise = np.random.default_rng(0)
+
+  def lengths(share):
+    machine = Machine(lambda t: 1.0)
+    disturbed = lambda: machine.call(0.02 * (1 + share * noise.random()))()  # noqa: E731
+    rounds = rounds_by_turns([disturbed, machine.call(0.02)], machine.clock)
+    return machine.now, np.median([a / b for a, b in rounds])
+
+  steady, found = lengths(0.02)
+  assert steady < 0.7
+  assert found == pytest.approx(1.01, abs=0.01)
+  longer, found = lengths(0.3)
+  assert 0.7 < longer < 3.2
+  assert found == pytest.approx(1.15, abs=0.04)
+  assert 3 < lengths(9.0)[0] < 4
+
+
+def test_one_after_the_other_would_not_do():
+  """What the ratio is there for: a machine that is half as fast a second later."""
+  machine = Machine(lambda t: 1.0 if t < 0.4 else 0.5)
+  dense = seconds_of(machine.call(0.003), machine.clock)
+  cut = seconds_of(machine.call(0.0015), machine.clock)
+  assert cut / dense == pytest.approx(1.0, rel=0.05)
+  machine.now = 0.0
+  calls = machine.call(0.0015), machine.call(0.003)
+  assert seconds_ratio(*calls, machine.clock) == pytest.approx(0.5, rel=0.02)
+
+
+def test_rounds_by_turns():
+  """Calls of 1 and 4 ms: 10 and 3 in a round of 22 ms, one way and then the other."""
+  machine, order = Machine(lambda t: 1.0), []
+
+  def noted(name, work):
+    run = machine.call(work)
+    return lambda: (order.append(name), run())
+
+  rounds = rounds_by_turns([noted("a", 0.001), noted("b", 0.004)], machine.clock)
+  np.testing.assert_allclose(rounds, [[0.001, 0.004]] * len(rounds))
+  assert len(rounds) == 23  # half a second
+  assert "".join(order[:28]) == "ab" + "a" * 10 + "bbb" + "bbb" + "a" * 10
+  slow = rounds_by_turns([machine.call(3.0)], machine.clock)
+  assert len(slow) == 5
 
 
 def test_the_clock_of_a_cut_network():
@@ -571,10 +682,11 @@ def test_the_clock_of_a_cut_network():
 
   x = jnp.ones((2, 1))
   groups = channel_groups(apply, params, x)
-  ticks = iter(range(0, 90, 3))
-  measure = network_latency(apply, params, groups, x, repeats=2, clock=lambda: next(ticks))
+  ticks = itertools.count(step=3)
+  measure = network_latency(apply, params, groups, x, clock=lambda: next(ticks))
   assert measure([np.arange(8) < 3]) == 3.0
-  assert next(ticks) == 12  # twice before and after a call
+  assert measure([np.arange(8) < 8]) == 3.0
+  assert next(ticks) > 3 * 2 * (1 + 5 + 2 + 10)  # before and after each call of each round
 
 
 def test_a_budget_that_round_to_keeps_from_being_reached_says_so(rejects):

@@ -143,19 +143,21 @@ def test_sizes_of_a_cut_network_are_those_of_its_widths(monkeypatch):
   ):
     masks[layer][name][3:] = False
   masks["Dense_1"]["kernel"][3:] = False
-  shapes = {}
+  shapes = []
 
-  def timed(calls):
-    for name, (function, variables, images) in calls.items():
-      shapes[name] = function(variables, images).shape
-    return {name: {"median": 1.0, "min": 1.0, "max": 1.0} for name in calls}
+  def ready(function, variables, images):
+    shapes.append(function(variables, images).shape)
 
-  monkeypatch.setattr(channel_costs, "timed", timed)
+  monkeypatch.setattr(channel_costs, "ready", ready)
+  rounds = [[0.003, 0.001], [0.008, 0.002], [0.004, 0.004]]
+  monkeypatch.setattr(channel_costs, "rounds_by_turns", lambda calls: rounds)
   found = Inferences(Wide(), (4, 4, 1)).phase(jax.device_get(model), masks)
   assert found["multiply_adds"] == 16 * 3 + 3 * 3
   assert found["parameters"] == 16 * 3 + 3 + 2 * 3 + 3 * 3 + 3
   assert found["bytes"] == 4 * (found["parameters"] + 2 * 3)
-  assert shapes == {"dense": (32, 3), "cut": (32, 3)}
+  assert shapes == [(32, 3), (32, 3)]
+  assert found["dense_milliseconds"] == {"median": 4.0, "min": 3.0, "max": 8.0}
+  assert found["milliseconds"] == {"median": 2.0, "min": 1.0, "max": 4.0}
   task = types.SimpleNamespace(module=Wide(), image_shape=(4, 4, 1))
   whole = channel_costs.dense_size(task, jax.device_get(model))
   assert whole["parameters"] == 16 * 8 + 8 + 2 * 8 + 8 * 3 + 3

@@ -125,10 +125,13 @@ def milliseconds(
     contenders[name] = repeated(call, calls_for(round_seconds, once))
     longest = max(longest, once)
   spreads = alternate(contenders, 5 if longest < slow else 3)
-  return {
-    name: {k: v for k, v in scaled(spread, 1000)._asdict().items() if k != "rounds"}
-    for name, spread in spreads.items()
-  }
+  return {name: in_milliseconds(spread.rounds) for name, spread in spreads.items()}
+
+
+def in_milliseconds(rounds: Sequence[float]) -> dict[str, float]:
+  """Median, least and greatest of the seconds of rounds, in milliseconds."""
+  found = scaled(spread(rounds), 1000)
+  return {"median": found.median, "min": found.min, "max": found.max}
 
 
 def shown(quantity: Spread) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms import GroupSensitivity, Phase, sensitivity
+from jaxsms.channels.latency import ready, rounds_by_turns
 from jaxsms.devices.meshes import fetch
 from jaxsms.training import Data, Engine, Model, StreamedData
 from jaxsms.training.cutting import (
@@ -23,10 +24,11 @@ from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, score
 from jaxsms.trees import PyTree
 
+from ..benchmarks.bench_statistics import in_milliseconds
 from ..config.run_config import Config
 from ..methods import SOUP
 from .costs import RunCosts
-from .latency import filled, size, timed
+from .latency import filled, size
 from .latency_budget import BATCH
 from .run_directory import is_writer
 from .seed_state import SeedState
@@ -118,7 +120,7 @@ class Inferences:
       image_shape: [height, width, channels].
     """
     self._module, self._image_shape = module, image_shape
-    self._dense = jax.jit(lambda v, images: module.apply(v, images, train=False))
+    self._dense = functools.partial(module.apply, train=False)
 
   def phase(self, model: Model, masks: PyTree) -> dict[str, Any]:
     """Size and time of one phase's network, cut, and the time of the dense one beside it.
@@ -133,26 +135,20 @@ class Inferences:
       `min` and `max` over rounds in which both alternate.
     """
     network = cut_network(self._module, model, masks, self._image_shape)
-    device = jax.local_devices()[0]
     images = np.random.default_rng(0).standard_normal(
       (BATCH, *self._image_shape), np.float32
     )
     full = {**model._asdict(), "params": filled(model.params, masks)}
     left = network.shrink(model._asdict())
     costs = cut_multiply_adds(network, model, self._image_shape)
-    images, full, left = jax.device_put((images, full, left), device)
-    times = timed(
-      {
-        "dense": (self._dense, full, images),
-        "cut": (jax.jit(network.apply), left, images),
-      }
-    )
+    calls = ready(self._dense, full, images), ready(network.apply, left, images)
+    dense, cut = zip(*rounds_by_turns(calls), strict=True)
     return {
       "parameters": parameter_count(left["params"]),
       "multiply_adds": sum(costs.values()),
       "bytes": size(left),
-      "milliseconds": times["cut"],
-      "dense_milliseconds": times["dense"],
+      "milliseconds": in_milliseconds(cut),
+      "dense_milliseconds": in_milliseconds(dense),
     }
 
 

@@ -1,5 +1,7 @@
 """Channels by the time that a network takes: masks for a share of its latency."""
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from jaxsms.channels import compact
 from jaxsms.channels.order import Kept, removal_order
@@ -15,6 +18,13 @@ from jaxsms.checks import check_sparsity
 from jaxsms.trees import PyTree
 
 Measure = Callable[[Kept], float]
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+
+ROUND_SECONDS = 0.01  # of each call, about
+SECONDS, MOST_SECONDS, LEAST_ROUNDS = 0.5, 3.0, 5  # of all rounds together
+STEADY = 0.02  # how well the median of ratios is to be known
+LOOKS = 30  # networks that are measured for one goal
 
 
 def masks_for_latency(
@@ -29,8 +39,10 @@ def masks_for_latency(
 ) -> PyTree:
   """Removes whole channels until a network takes a share of its time.
 
-  Bisects on the share of channels, since a network's time is no sum over its channels. Of
-  what it measured it takes the network nearest to the goal.
+  A network's time is no sum over its channels, and some numbers of channels are slower than
+  greater ones. So it bisects on how many go, and looks elsewhere where time jumps over the
+  goal. Of the networks that it measured, up to 30, it takes the one nearest to the goal. It
+  logs a warning where that is further off than `tolerance`.
 
   Args:
     params: tree of parameters.
@@ -39,7 +51,8 @@ def masks_for_latency(
     groups: as `jaxsms.channel_groups` gives.
     measure: seconds of the network that has the channels `kept`, bool [size] for each
       group.
-    tolerance: how far from the goal the seconds may be, as a share of it.
+    tolerance: how far from the goal the seconds may be, as a share of it. The search ends
+      with a network that is within half of it, since no two measurements are alike.
     masks: earlier masks. What they removed stays removed.
     **options: `score`, `scope`, `round_to`, `prunable` and `key` of `channel_masks`.
 
@@ -59,28 +72,65 @@ def masks_for_latency(
   order = removal_order(params, groups=groups, masks=masks, **options)
   everything = [np.ones(group.size, bool) for group in groups]
   goal = (1 - sparsity) * measure(everything)
-  low, high, taken = 0, len(order.ends) - 1, {}
+  last, taken = len(order.ends) - 1, {}
 
-  def seconds(units):
+  def look(units):
     taken[units] = measure(order.without(units))
     return taken[units]
 
-  if seconds(low) > goal * (1 + tolerance):
-    if seconds(high) > goal * (1 + tolerance):
+  if look(0) > goal * (1 + tolerance):
+    if look(last) > goal * (1 + tolerance):
       raise ValueError(
         f"sparsity {sparsity:g} of the latency asks for {goal:.3g} s, but it takes "
-        f"{taken[high]:.3g} s with as few channels as there can be, at least one in each "
+        f"{taken[last]:.3g} s with as few channels as there can be, at least one in each "
         f"group such as that of {groups[0].places[0][0]}: lower the sparsity"
       )
-    while high - low > 1 and min(abs(t - goal) for t in taken.values()) > tolerance * goal:
-      middle = (low + high) // 2
-      low, high = (middle, high) if seconds(middle) > goal else (low, middle)
+    while len(taken) < LOOKS:
+      off = min(abs(t / goal - 1) for t in taken.values())
+      # Half of the tolerance is left for another measurement of the same network.
+      enough = tolerance / 2 if _across(taken, goal) else tolerance
+      units = _next_look(taken, goal)
+      if off <= enough or units is None:
+        break
+      look(units)
   nearest = min(taken, key=lambda units: abs(taken[units] - goal))
+  if taken[nearest] > goal * (1 + tolerance) or (
+    nearest and taken[nearest] < goal * (1 - tolerance)
+  ):
+    logging.warning(
+      "sparsity %g of the latency asks for %.3g s, and of %d networks the nearest takes "
+      "%.3g s: another round_to gives other numbers of channels",
+      sparsity, goal, len(taken), taken[nearest],
+    )  # fmt: skip
   return masks_with(params, groups, order.without(nearest), masks)
 
 
+def _next_look(taken: dict[int, float], goal: float) -> int | None:
+  """How many units to remove next, given the seconds of others; None if all are known.
+
+  The middle of two neighbours on either side of the goal, of several such pairs those that
+  remove least; where there are none, the middle of the widest gap.
+  """
+  gaps = _across(taken, goal)[:1] or sorted(_gaps(taken), key=lambda gap: gap[0] - gap[1])
+  return sum(gaps[0]) // 2 if gaps else None
+
+
+def _gaps(taken):
+  """Neighbours between which there are others."""
+  return [(a, b) for a, b in itertools.pairwise(sorted(taken)) if b - a > 1]
+
+
+def _across(taken, goal):
+  """Those of them of which one is too slow and one fast enough."""
+  return [(a, b) for a, b in _gaps(taken) if (taken[a] > goal) != (taken[b] > goal)]
+
+
 def network_latency(
-  apply: Callable[..., Any], params: PyTree, groups: Sequence, *inputs: Any, **timing: Any
+  apply: Callable[..., Any],
+  params: PyTree,
+  groups: Sequence,
+  *inputs: Any,
+  clock: Clock = time.perf_counter,
 ) -> Measure:
   """A clock for `masks_for_latency`: the cut network's time on this machine.
 
@@ -89,10 +139,11 @@ def network_latency(
     params: tree of parameters.
     groups: as `jaxsms.channel_groups` gives for these.
     *inputs: arrays, as many at once as are to be fast.
-    **timing: `repeats` and `clock` of `seconds_per_call`.
+    clock: gives seconds.
 
   Returns:
-    `measure(kept)`, seconds of one call; each is compiled.
+    `measure(kept)`, seconds of one call. Each network is compiled, and timed by turns with
+    the full one: see `seconds_ratio`.
 
   Example:
     >>> import jax.numpy as jnp, jaxsms
@@ -103,38 +154,101 @@ def network_latency(
     >>> measure([jnp.arange(8) < 4]) > 0
     True
   """
+  full = ready(apply, params, *inputs)
+  seconds = seconds_of(full, clock)
 
   def measure(kept):
-    masks = masks_with(params, groups, kept)
-    network = compact(apply, params, masks, *inputs)
-    return seconds_per_call(network.apply, network.params, *inputs, **timing)
+    if all(np.all(one) for one in kept):
+      return seconds
+    network = compact(apply, params, masks_with(params, groups, kept), *inputs)
+    return seconds * seconds_ratio(
+      ready(network.apply, network.params, *inputs), full, clock
+    )
 
   return measure
 
 
-def seconds_per_call(
-  function: Callable[..., Any],
-  *inputs: Any,
-  repeats: int = 20,
-  clock: Callable[[], float] = time.perf_counter,
-) -> float:
-  """The median time of a function, jitted, once it is compiled.
+def ready(function: Callable[..., Any], *inputs: Any) -> Call:
+  """A call of a function that is compiled already, and waits for its results.
 
   Args:
     function: jittable.
     *inputs: arrays, or trees of them.
-    repeats: how often it is timed, at least 1.
+  """
+  compiled = jax.jit(function)
+  inputs = jax.block_until_ready(jax.device_put(inputs))
+
+  def call():
+    jax.block_until_ready(compiled(*inputs))
+
+  call()
+  return call
+
+
+def seconds_ratio(call: Call, other: Call, clock: Clock = time.perf_counter) -> float:
+  """The time of one call as a share of another's, on a machine whose speed wanders.
+
+  Args:
+    call: a call that waits for its results, as `ready` gives.
+    other: a call to compare it with.
     clock: gives seconds.
 
   Returns:
-    Seconds of one call, until its results are there.
+    The median over rounds of the ratio of the two times: see `rounds_by_turns`.
   """
-  compiled = jax.jit(function).lower(*inputs).compile()
-  inputs = jax.block_until_ready(jax.device_put(inputs))
-  jax.block_until_ready(compiled(*inputs))
-  times = []
-  for _ in range(repeats):
-    start = clock()
-    jax.block_until_ready(compiled(*inputs))
-    times.append(clock() - start)
-  return statistics.median(times)
+  return statistics.median(a / b for a, b in rounds_by_turns([call, other], clock))
+
+
+def seconds_of(call: Call, clock: Clock = time.perf_counter) -> float:
+  """The median time of one call, over rounds.
+
+  Args:
+    call: a call that waits for its results, as `ready` gives.
+    clock: gives seconds.
+  """
+  return statistics.median(own for (own,) in rounds_by_turns([call], clock))
+
+
+def rounds_by_turns(
+  calls: Sequence[Call], clock: Clock = time.perf_counter
+) -> list[list[float]]:
+  """Times calls that take turns, in many short rounds.
+
+  Every second round goes backwards. So what slows the machine for longer than a round
+  slows all of them.
+
+  Args:
+    calls: each waits for its results, as `ready` gives.
+    clock: gives seconds.
+
+  Returns:
+    For each round the seconds of one call of each. There are at least 5, for half a second
+    or until the ratio of the first and the last call is known to 2 %, but for 3 seconds.
+  """
+  once = [max(_seconds(call, 1, clock), 1e-6) for call in calls]
+  counts = [math.ceil(ROUND_SECONDS / own) for own in once]
+  order, started = list(range(len(calls))), clock()
+  rounds: list[list[float]] = []
+  while (
+    len(rounds) < LEAST_ROUNDS
+    or clock() - started < SECONDS
+    or (clock() - started < MOST_SECONDS and _unsteady(rounds))
+  ):
+    times = [0.0] * len(calls)
+    for i in order if len(rounds) % 2 == 0 else order[::-1]:
+      times[i] = _seconds(calls[i], counts[i], clock)
+    rounds.append(times)
+  return rounds
+
+
+def _unsteady(rounds):
+  """Whether the median of the ratios may be off: the notch of a box plot is wide."""
+  low, middle, high = statistics.quantiles([times[0] / times[-1] for times in rounds], n=4)
+  return 1.57 * (high - low) / math.sqrt(len(rounds)) > STEADY * middle
+
+
+def _seconds(call, count, clock):
+  started = clock()
+  for _ in range(count):
+    call()
+  return (clock() - started) / count
