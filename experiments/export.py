@@ -48,7 +48,7 @@ flags.DEFINE_boolean(
   "cut",
   None,
   "Whether the arrays lose what the masks emptied, and have no zeros in its place. "
-  "Default: where whole channels or filters were pruned, but for --format=compact.",
+  "Default: of a run with --criterion=channels, but for --format=compact.",
 )
 flags.DEFINE_boolean(
   "int8",
@@ -162,8 +162,8 @@ def write(form: str, out: str, path: str, soup: dict[str, PyTree]) -> list[str]:
     save_safetensors(out, variables)
     return []
   config = exporting.run_config(path, data_dir)
-  whole_channels = config.criterion in ("channels", "filters")
-  cutting = whole_channels if FLAGS.cut is None else FLAGS.cut
+  # Masks of filters leave biases and normalization, so there a cut finds nothing.
+  cutting = config.criterion == "channels" if FLAGS.cut is None else FLAGS.cut
   if form == "safetensors" and not cutting:
     save_safetensors(out, variables)
     return []

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.channels.arrays import check_left_shape, expanded, masked_leaf, taken
+from jaxsms.channels.emptied import (
+  Positions,
+  emptied,
+  left_alone,
+  warn_of_whole_channels,
+)
 from jaxsms.channels.evaluate import Cut, evaluate
 from jaxsms.channels.groups import Trace
 from jaxsms.channels.inputs import Inputs
 from jaxsms.channels.labels import ZERO, Axis, Fixed
-from jaxsms.channels.places import any_along
 from jaxsms.channels.values import Record
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.trees import PyTree, is_array, is_concrete, path_string
-
-Kept = list[list[np.ndarray | None]]  # of each leaf, for each axis bool [n], or None
 
 
 class Compact:
@@ -31,12 +34,15 @@ class Compact:
       `grad` and `vmap`, in training, and with other batch sizes, also symbolic ones of
       `jax.export`. Random numbers inside, such as those of dropout, have the same
       distribution as in the full network, but other values.
+    left_alone: where the masks empty positions that stay, and why, by place such as
+      "Dense_0/kernel, axis 1".
     layout: what was cut, as lists and strings that JSON can store, for `compact_from`.
   """
 
   def __init__(self, apply, paths, leaves, zeros, kept, params, convolution=None):
     self._paths, self._leaves, self._zeros, self._kept = paths, leaves, zeros, kept
     self.params, self.masks, self._convolution = params, None, convolution
+    self.left_alone: dict[str, str] = {}
     self.apply = self.cut(apply)
 
   @property
@@ -186,7 +192,8 @@ def compact(
   A channel is cut if the masked network does not depend on it: either all weights that
   read it are removed, or it is always 0 because all weights that compute it are
   removed. The masks may be of channels (`channel_masks`) or of single weights. At least
-  one position of every axis stays. If `small` is the result,
+  one position of every axis stays. `.left_alone` says what else stays and why. A warning
+  is logged where masks empty whole channels of a layer and none of them can be cut. If `small` is the result,
   `small.apply(small.params, x)` equals `apply(apply_masks(params, masks), x)` up to
   rounding.
 
@@ -201,7 +208,7 @@ def compact(
       leaves them as they are.
 
   Returns:
-    The smaller network: `.params`, `.apply`, `.expand`, `.cut`.
+    The smaller network: `.params`, `.apply`, `.expand`, `.cut`, `.left_alone`.
 
   Raises:
     ValueError: `apply` cannot be traced with these arguments, masks are traced, or masks
@@ -221,7 +228,7 @@ def compact(
   if not is_concrete(masks):
     raise ValueError("masks are traced: call compact outside of jit, with masks of values")
   masks = _matched(params, masks)
-  zeros = _zeros(params, masks)
+  zeros = emptied(params, masks)
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
   paths = [path_string(path) for path in trace.paths]
@@ -229,6 +236,9 @@ def compact(
   network.params = network.shrink(jax.tree.map(masked_leaf, params, masks))
   network.masks = jax.tree.map(np.asarray, masks)
   network.masks = network.shrink(network.masks)
+  network.left_alone = left_alone(trace, zeros, kept)
+  arrays = jax.tree.map(lambda x, mask: mask if is_array(x) else None, params, masks)
+  warn_of_whole_channels(trace, arrays, zeros, kept, network.left_alone)
   return network
 
 
@@ -295,23 +305,7 @@ def _matched(params, masks):
   return jax.tree.unflatten(jax.tree.structure(params), own)
 
 
-def _zeros(params, masks) -> Kept:
-  """For each leaf and axis, bool [n]: at which positions the masks leave nothing."""
-  zeros: list[list[np.ndarray | None]] = []
-  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
-  for leaf, mask in pairs:
-    if not is_array(leaf):
-      continue
-    mask = np.asarray(mask)
-    rank = len(leaf.shape)
-    if mask.shape != leaf.shape or mask.all():
-      zeros.append([None] * rank)
-      continue
-    zeros.append([~any_along(mask, axis) for axis in range(rank)])
-  return zeros
-
-
-def _kept(trace: Trace, zeros: Kept) -> Kept:
+def _kept(trace: Trace, zeros: Positions) -> Positions:
   """Which positions of the leaves stay, where a label goes that nothing depends on."""
   labels = trace.walk.labels
   gone = np.zeros(labels.number, bool)
