@@ -193,9 +193,9 @@ def compact(
   read it are removed, or it is always 0 because all weights that compute it are
   removed. The masks may be of channels (`channel_masks`) or of single weights. At least
   one position of every axis stays. `.left_alone` says what else stays and why. A warning
-  is logged where masks empty whole channels of a layer and none of them can be cut. If `small` is the result,
-  `small.apply(small.params, x)` equals `apply(apply_masks(params, masks), x)` up to
-  rounding.
+  is logged where masks empty whole channels of a layer and none of them can be cut. If
+  `small` is the result, `small.apply(small.params, x)` equals
+  `apply(apply_masks(params, masks), x)` up to rounding.
 
   Args:
     apply: the network, called with `params` and `inputs`.

@@ -5,7 +5,7 @@ import numpy as np
 from absl import logging
 
 from jaxsms.channels.groups import Trace
-from jaxsms.channels.labels import Axis, Fixed
+from jaxsms.channels.labels import Axis
 from jaxsms.channels.places import any_along
 from jaxsms.trees import PyTree, is_array, path_string
 
@@ -71,7 +71,8 @@ def warn_of_whole_channels(
       place = f"{path_string(path)}, axis {i}"
       if place not in reasons or zero is None or not _is_block(np.asarray(mask), empty):
         continue
-      if stay[i] is None or stay[i][zero].all():
+      mine = stay[i]
+      if mine is None or mine[zero].all():
         logging.warning(
           "masks empty %d of the %d positions of %s, and none of them can be cut: %s",
           zero.sum(), len(zero), place, reasons[place],
