@@ -15,6 +15,7 @@ import jaxsms
 from experiments.config.run_config import NEWER
 from experiments.methods import criteria
 from experiments.run import checkpointing
+from experiments.run.costs import RunCosts
 from jaxsms import checkpoint
 from jaxsms.disk import storage
 
@@ -28,6 +29,27 @@ FLAGS = (
 @pytest.fixture(scope="module", autouse=True)
 def quick(quick_compilation):
   pass
+
+
+@pytest.fixture
+def programs(monkeypatch):
+  """How many programs of copies were compiled until each phase ended, in their order."""
+  found, compiled = [], []
+
+  def listen(event, duration, **about):
+    if event.endswith("backend_compile_duration"):
+      compiled.append("mapped" in about["fun_name"])
+
+  def ended(self, method, phase, end=RunCosts.phase):
+    if not found or found[-1][0] != (method, phase):  # the soup's inference comes after
+      found.append(((method, phase), sum(compiled)))
+      compiled.clear()
+    return end(self, method, phase)
+
+  monkeypatch.setattr(RunCosts, "phase", ended)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def without_times(record):
@@ -96,6 +118,19 @@ def test_a_run_says_what_its_phases_cost(shrunk):
   groups = found["sensitivity"]["groups"]
   assert [(g["channels"], g["removed"]) for g in groups] == [(16, 4), (12, 3)]
   assert [g["multiply_adds"] for g in groups] == [16 * (64 + 12), 12 * (16 + 10)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shrink", [True, False])
+def test_each_phase_compiles_once_for_its_shapes(shrink, programs, tmp_path, quick_figures):
+  """Two chunks an epoch share a program, and phases do where their shapes are the same."""
+  flags = (*FLAGS[:-1], "--landscape=none", *(["--shrink"] if shrink else []))
+  assert run(*flags, f"--workdir={tmp_path / 'run'}") == 0
+  # One trains, and one predicts for each of validation and test data: of all copies at
+  # once, and of the soup alone. IMP's copy is measured once.
+  new = {True: (3, 1 + 2 + 2, 1 + 2 + 2, 3, 3), False: (3, 3, 0, 0, 0)}[shrink]
+  names = [("dense", 0), ("sms", 1), ("sms", 2), ("imp", 1), ("imp", 2)]
+  assert programs == list(zip(names, new, strict=True))
 
 
 @pytest.mark.slow
