@@ -11,6 +11,7 @@ import jax
 import main_job
 import numpy as np
 import pytest
+import soup_runs
 from sklearn.datasets import load_digits
 
 from experiments import export, soup
@@ -286,6 +287,32 @@ def test_a_run_that_shrank_is_exported_in_its_small_shapes(cut_run, tmp_path, ca
   whole = tmp_path / "whole.safetensors"
   assert run(workdir, "--format=safetensors", "--nocut", f"--out={whole}") == 0
   assert_same(nested(read_safetensors(whole)), {"params": params})
+
+
+@pytest.mark.slow
+def test_what_a_run_that_shrank_leaves_is_merged_and_started_from(cut_run, tmp_path):
+  """Its saved soup and its cut export: one network, whose soup with itself is itself."""
+  workdir, params, widths = cut_run
+  cut, merged = tmp_path / "cut.safetensors", tmp_path / "merged.safetensors"
+  assert run(workdir, "--format=safetensors", f"--out={cut}") == 0
+  saved = workdir / "soup" / "seed_0"
+  assert soup_runs.run(saved, saved, f"--out={merged}") == 0
+  assert_same(load_safetensors(merged, {"params": params}), {"params": params})
+  module = models.create("mlp", 10, hidden=(16, 12), dropout=0.0)
+  for path in (saved, cut, merged):
+    loaded = pretrained.load_model(path, module, (8, 8, 1))
+    assert_same({"params": loaded["params"]}, {"params": params})
+  flags = ("--hidden=16,12", "--retrain_epochs=1", "--phases=1")
+  flags += ("--ingredients=2", "--batch_size=64", "--goal_sparsity=0.8", "--baselines=")
+  flags += ("--mesh=none", "--criterion=channels", "--shrink", f"--init={cut}")
+  assert main_job.run(*flags, f"--workdir={tmp_path / 'again'}") == 0
+  (seed,) = main_job.results(tmp_path / "again")["seeds"]
+  (before,) = main_job.results(workdir)["seeds"]
+  assert seed["dense"]["test_accuracy"] == before["phases"][0]["soup"]["test_accuracy"]
+  after = checkpoint.restore(tmp_path / "again" / "soup" / "seed_0")["masks"]
+  for i in (0, 1):
+    left = np.asarray(after[f"Dense_{i}"]["bias"])
+    assert left.sum() <= widths[i]
 
 
 @pytest.mark.slow
