@@ -25,7 +25,7 @@ from jaxsms.trees import PyTree
 from .run import exporting, outputs, run_directory
 from .run.exporting import VARIABLES
 from .run.flag_files import refusals, run_with_flags
-from .run.latency import with_all_kept
+from .run.inference_times import with_all_kept
 
 FORMATS = {
   "compact": (".safetensors",),

@@ -43,7 +43,7 @@ from .run import checkpointing, run_directory, running, tuning
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
 from .run.hardware import in_flags
-from .run.latency import inference
+from .run.inference_times import inference
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
 from .run.task import Task, make_task

@@ -30,7 +30,8 @@ from .config import run_config
 from .merging import choice as soup_flags
 from .merging.barrier import say_barrier
 from .merging.bytes_progress import BytesProgress
-from .merging.checks import (
+from .merging.choice import Choice, read_choice
+from .merging.model_checks import (
   check_masks,
   check_models,
   check_others,
@@ -38,9 +39,8 @@ from .merging.checks import (
   result_specs,
   statistics,
 )
-from .merging.choice import Choice, read_choice
+from .merging.model_table import show
 from .merging.output import Output, copy_others, write_card, writing
-from .merging.table import show
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
 from .run.flag_files import refusals, run_with_flags

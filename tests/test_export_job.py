@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from experiments import export, soup
 from experiments.config.run_config import NEWER
-from experiments.run.latency import measure_inference
+from experiments.run.inference_times import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms import export as library
 from jaxsms.data import load
@@ -297,7 +297,7 @@ def test_what_a_run_that_shrank_leaves_is_merged_and_started_from(cut_run, tmp_p
   assert run(workdir, "--format=safetensors", f"--out={cut}") == 0
   saved = workdir / "soup" / "seed_0"
   assert soup_runs.run(saved, saved, f"--out={merged}") == 0
-  assert_same(load_safetensors(merged, {"params": params}), {"params": params})
+  assert_same(nested(read_safetensors(merged))["params"], params)
   module = models.create("mlp", 10, hidden=(16, 12), dropout=0.0)
   for path in (saved, cut, merged):
     loaded = pretrained.load_model(path, module, (8, 8, 1))

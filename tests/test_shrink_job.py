@@ -13,7 +13,7 @@ from test_report_page import Page
 
 import jaxsms
 from experiments.config.run_config import NEWER
-from experiments.methods import criteria
+from experiments.methods import pruning_criteria
 from experiments.run import checkpointing
 from experiments.run.costs import RunCosts
 from jaxsms import checkpoint
@@ -215,7 +215,7 @@ def test_groups_keep_a_multiple_of_round_to(round_to):
   params = {"a": jax.random.normal(jax.random.key(0), (5, 20)), "b": jnp.ones((20, 3))}
   groups = jaxsms.channel_groups(apply, params, jnp.ones((1, 5)))
   config = config_of("--criterion=channels", f"--round_to={round_to}")
-  prune = criteria.channels(config, jax.random.key(1), lambda: groups)
+  prune = pruning_criteria.channels(config, jax.random.key(1), lambda: groups)
   masks = prune(params, 0.3)
   # 30 % of 20 channels are 6, and 14 stay; with blocks of 4 only 12 do.
   assert int(masks["a"].any(0).sum()) == {1: 14, 4: 12}[round_to]

@@ -20,7 +20,7 @@ from soup_runs import run
 import jaxsms
 from experiments import soup
 from experiments.merging import output as soup_output
-from experiments.merging.checks import have_same_arrays
+from experiments.merging.model_checks import have_same_arrays
 from jaxsms import checkpoint, magnitude_masks, merges
 from jaxsms.disk import merging, passes, tensors, writing
 from jaxsms.disk.by_name import by_path

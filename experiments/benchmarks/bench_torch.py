@@ -28,7 +28,7 @@ from .bench_statistics import (
   seconds,
 )
 from .torch_batches import Batches, resident
-from .torch_networks import Dense, make_network
+from .torch_models import Dense, make_network
 
 
 class Recipe(NamedTuple):

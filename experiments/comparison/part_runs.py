@@ -15,7 +15,7 @@ from .. import methods
 from ..config.run_config import Config
 from ..methods import DENSE
 from ..run import checkpointing, run_directory, running
-from ..run.latency import inference
+from ..run.inference_times import inference
 from ..run.lock import Busy, Lock
 from ..run.progress import MEASURED, RunProgress
 from ..run.run_directory import agreed, is_writer

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..methods.criteria import CRITERIA
+from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
 
 

@@ -14,7 +14,7 @@ from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
 from jaxsms.training import merging
 
-from ..methods.criteria import CRITERIA
+from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
 from .criterion_checks import check_criterion
 from .fields import (

@@ -17,7 +17,7 @@ from jaxsms.names import check_name
 
 from ..config.fields import numbers
 from ..run import outputs
-from .checks import DTYPES
+from .model_checks import DTYPES
 from .output import TO_PYTORCH, read_size
 
 flags.DEFINE_string(

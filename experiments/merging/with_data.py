@@ -28,8 +28,8 @@ from jaxsms.trees import model_at
 from ..config import run_config
 from ..run import hardware
 from ..run.task import Task, load, make_task, with_data
-from .checks import check_masks
 from .choice import Choice
+from .model_checks import check_masks
 
 FLAGS = flags.FLAGS
 Arrays = dict[str, np.ndarray]

@@ -15,7 +15,7 @@ from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 
-from .criteria import classifier
+from .pruning_criteria import classifier
 from .seeds import (
   CLASSIFIER,
   SOUP,

@@ -39,7 +39,7 @@ from jaxsms.training.search import Rung
 from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import model_at
 
-from .criteria import pruning
+from .pruning_criteria import pruning
 from .searching import search_of
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods

@@ -28,7 +28,7 @@ from ..benchmarks.bench_statistics import in_milliseconds
 from ..config.run_config import Config
 from ..methods import SOUP
 from .costs import RunCosts
-from .latency import filled, size
+from .inference_times import filled, size
 from .latency_budget import BATCH
 from .run_directory import is_writer
 from .seed_state import SeedState

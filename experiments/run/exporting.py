@@ -19,7 +19,7 @@ from jaxsms.trees import PyTree
 
 from ..config.run_config import Config, config_of
 from . import run_directory
-from .latency import filled
+from .inference_times import filled
 from .onnx_latency import FOLDER, LATENCY_FILE
 from .task import load
 

@@ -46,7 +46,7 @@ from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
-from ..methods.criteria import pruning
+from ..methods.pruning_criteria import pruning
 from .hardware import copies_at_once, mesh_of, network_options
 from .latency_budget import NetworkClock
 from .ood import corrupted_test_data

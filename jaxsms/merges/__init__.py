@@ -8,9 +8,9 @@ Models with values that are not finite are left out.
 `MERGES`: every merge by its name, an `Entry` each.
 """
 
+from jaxsms.merges.entries import MERGES, Entry, Means, bind
 from jaxsms.merges.learned import average_by_leaf, learned_soup, learned_weights
 from jaxsms.merges.precision import diagonal_fisher, fisher_soup
-from jaxsms.merges.registry import MERGES, Entry, Means, bind
 from jaxsms.merges.sphere import slerp
 from jaxsms.merges.task_vectors import task_arithmetic, ties
 

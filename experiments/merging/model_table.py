@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxsms.disk.merging import Found
 
-from .checks import angles, dense_note
+from .model_checks import angles, dense_note
 
 ACCURACIES = {"validation_accuracy": "Validation", "test_accuracy": "Test"}
 
