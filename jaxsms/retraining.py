@@ -1,4 +1,8 @@
-"""The caller's own training of one copy, run for all copies in one program."""
+"""The caller's own training of one copy, run for all copies in one program.
+
+The training of the binaries is in `jaxsms.training.loop`. Both are the `retrain` of
+`jaxsms.sms.soup_phases`.
+"""
 
 import functools
 from collections.abc import Callable
