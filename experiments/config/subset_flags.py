@@ -9,9 +9,7 @@ from jaxsms.training.merging import BY_RATIOS, BY_SAMPLES
 from .fields import above_zero, define_flags, ensure, flag, one_of
 
 SUBSETS = ("random", "balanced", "oversampled", "imbalance", "dirichlet", "groups")
-RETAINED = (
-  0.3  # of the two values of the paper, the one for CIFAR-100 in its authors' scripts
-)
+RETAINED = 0.3  # of the paper's two values that for CIFAR-100, in its authors' scripts
 WITH_FRACTION = ("random", "balanced", "imbalance")
 
 
