@@ -131,7 +131,7 @@ def test_soak_of_random_kills(tmp_path):
   print(f"JAXSMS_SOAK_SEED={seed}")
   undisturbed = start(tmp_path / "undisturbed", *flags)
   assert_no_traceback(undisturbed)
-  kills = int(os.environ.get("JAXSMS_SOAK_KILLS", 8))
+  kills = int(os.environ.get("JAXSMS_SOAK_KILLS", 5))
   killed_at_random(tmp_path / "killed", kills, random.Random(seed), *flags)
   assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
 

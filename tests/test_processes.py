@@ -24,9 +24,13 @@ FLAGS = (
 
 
 def start(*flags):
-  command = [sys.executable, "-m", "experiments.sms", *FLAGS, *flags]
   return subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    [sys.executable, "-m", "experiments.sms", *FLAGS, *flags],
+    cwd=ROOT,
+    env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # they compile most
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -108,7 +112,8 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.slow
 def test_networks_shrink_in_two_processes_as_in_one(tmp_path):
   """The copies over both of them, and the parameters of each copy in parts."""
-  flags = ("--criterion=channels", "--shrink", "--phases=2", "--merge=uniform")
+  flags = ("--criterion=channels", "--shrink", "--phases=2", "--merge=uniform",
+           "--landscape=none")  # fmt: skip
   wide = ("--cpu_devices=2", "--mesh=2x2")
   parts = ("--cpu_devices=1", "--mesh=1x2", "--split_params")
   settings = {"wide": wide, "parts": parts}

@@ -180,6 +180,7 @@ SOUPS = [c for c in RUNNABLE if c.startswith("python -m experiments.soup ")]
 SMALL = {
   "experiments.sms": (
     "--epochs=4 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=16 --cpu_devices=1"
+    " --landscape=none"
   ),
   "experiments.compare": (
     "--epochs=2 --retrain_epochs=1 --phases=1 --seeds=1 --batch_size=64 --baselines=imp"
