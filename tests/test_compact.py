@@ -77,7 +77,7 @@ def check(apply, params, inputs, seed=0, tolerance=1e-5):
   return small, outs, small_outs
 
 
-QUICK = ("by_hand", "haiku", "equinox_state")
+QUICK = ("by_hand", "equinox_state")
 
 
 @pytest.mark.parametrize(

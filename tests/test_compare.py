@@ -190,6 +190,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path, capsys, monkeypatch):
   assert len(seen) == 4
 
 
+@pytest.mark.slow
 def test_a_method_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
   real = running.run_seed
 

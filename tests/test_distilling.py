@@ -166,6 +166,7 @@ def test_the_last_soup_learns_from_its_candidates(engine, dense):
   assert again[-1].record == last.record
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverged_teaches_nothing(engine, dense):
   chosen = ingredients([0, 1, 2], STEPS, DECAY)
   chosen["weight_decay"] = np.array([DECAY, 1e38, DECAY], np.float32)

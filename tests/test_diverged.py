@@ -300,6 +300,7 @@ def test_greedy_merging_leaves_a_collapsed_copy_out(programs, trained):
   assert sum(record["weights"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_phase_that_makes_its_only_copy_collapse_says_so(programs, dense):
   """Steps far too large, whose values stay finite; as IMP with many epochs may take."""
   varied = {

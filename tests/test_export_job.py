@@ -110,6 +110,7 @@ def test_one_shot_soups_of_all_sparsities_are_kept_and_exported(tmp_path, capsys
   assert "holds no one-shot soup of phase 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_torch_gives_pytorchs_network_the_same_logits(finished, tmp_path, ending):
   torch = pytest.importorskip("torch")

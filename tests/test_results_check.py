@@ -74,6 +74,7 @@ def test_what_a_comparison_writes_is_right(tmp_path):
   check_results("", document(path))
 
 
+@pytest.mark.slow
 def test_a_digit_that_was_edited_is_told_with_its_file(real, tmp_path, capsys):
   folder = pathlib.Path(shutil.copytree(real, tmp_path / "run"))
   file = folder / "results.json"
@@ -163,6 +164,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", EDITS)
 def test_edits_with_a_right_digest_are_refused_and_named(
   where, edited, capsys, monkeypatch
@@ -181,6 +183,7 @@ def test_edits_with_a_right_digest_are_refused_and_named(
   assert comparison.finished_parts(folder) == {}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_results_were_edited(edited, real, capsys):
   """They are set aside, and written anew from the last checkpoint."""
   folder = edited(put("flags", None))
@@ -190,6 +193,7 @@ def test_a_run_goes_on_where_its_results_were_edited(edited, real, capsys):
   assert document(folder)["seeds"] == document(real)["seeds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, [], {"model": None, "seed": [[1]]}])
 def test_flags_of_a_run_file_that_are_none(edited, value, capsys):
   folder = edited(put("flags", value), "run.json")

@@ -133,6 +133,7 @@ def test_a_stopped_run_goes_on_and_says_so(copy, undisturbed, capsys):
   assert_same_run(copy, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_prints_its_table(undisturbed, capsys):
   before = (undisturbed / "results.json").read_bytes()
   assert again(undisturbed) == 0
@@ -142,6 +143,7 @@ def test_a_finished_run_says_so_and_prints_its_table(undisturbed, capsys):
   assert (undisturbed / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_flags_are_refused_and_named(copy, capsys):
   assert again(copy, "--learning_rate=0.2", "--hidden=16,8") == 2
   message = capsys.readouterr().err.strip()
@@ -233,6 +235,7 @@ def test_damaged_results_of_a_finished_run_come_from_its_checkpoint(undisturbed,
   assert_same_run(copy, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(copy, capsys):
   first = lock.Lock(copy)
   first.acquire()
@@ -242,6 +245,7 @@ def test_a_second_process_is_refused(copy, capsys):
   first.release()
 
 
+@pytest.mark.slow
 def test_runs_of_other_versions_are_refused(
   copy, undisturbed, monkeypatch, capsys, tmp_path
 ):

@@ -145,6 +145,7 @@ def layers(seed, dtype=np.float32):
 DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_with_data_the_layout_that_came_in_stays(tmp_path):
   models = [layers(i, jnp.bfloat16) for i in range(2)]
