@@ -38,9 +38,10 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
   path = storage.as_path(out)
   if path.exists():
     raise ValueError(f"--out {out} exists already: choose another name, or remove it")
-  above = next((parent for parent in path.parents if parent.exists()), path.parent)
-  if not storage.is_remote(path) and not above.is_dir():
-    raise ValueError(f"--out {out} lies in {above}, which is no folder: choose another")
+  if not storage.is_remote(path):
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir():
+      raise ValueError(f"--out {out} lies in {above}, which is no folder: choose another")
   return str(path)
 
 

@@ -84,9 +84,8 @@ def order_for_split(labels: np.ndarray) -> np.ndarray:
   Returns:
     int [n]; 0 to n - 1 where nothing changes places.
   """
-  order, (train, validation) = (
-    np.arange(len(labels)), train_validation_split(len(labels))
-  )  # fmt: skip
+  order = np.arange(len(labels))
+  train, validation = train_validation_split(len(labels))
   for absent in np.setdiff1d(labels, labels[train]):
     trained = labels[order[train]]
     given = train[np.argmax(trained == class_counts(trained).argmax())]

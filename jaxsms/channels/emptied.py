@@ -65,8 +65,8 @@ def warn_of_whole_channels(
   Masks of single weights empty a position here and there. They are no reason to speak: only
   an array is looked at whose mask leaves a block.
   """
-  own = [mask for mask in jax.tree.leaves(masks)]
-  for path, mask, empty, stay in zip(trace.paths, own, zeros, kept, strict=True):
+  rows = zip(trace.paths, jax.tree.leaves(masks), zeros, kept, strict=True)
+  for path, mask, empty, stay in rows:
     for i, zero in enumerate(empty):
       place = f"{path_string(path)}, axis {i}"
       if place not in reasons or zero is None or not _is_block(np.asarray(mask), empty):

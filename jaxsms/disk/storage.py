@@ -146,7 +146,7 @@ def in_its_place(folder: epath.Path) -> Iterator[None]:
     anew = [p for p, known in places.items() if identity(p) not in ((0, 0), known)]
     if folder in anew:
       shutil.rmtree(folder, ignore_errors=True)
-    for place in anew[1:]:
+    for place in anew:  # of those above it, empty ones
       with contextlib.suppress(OSError):
         os.rmdir(place)
   if identity(folder) != places[folder]:

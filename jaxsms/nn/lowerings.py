@@ -139,28 +139,28 @@ def _loop_forward(geometry, images, kernels):
 
 def _loop_image(geometry, outputs, kernels):
   """One convolution of stride 1 gives a block of s x s pixels for each place."""
-  given, c = outputs, kernels.shape[3]
-  (height, width), (sh, sw) = geometry.image, geometry.strides
+  (height, width), (sh, sw), c = geometry.image, geometry.strides, kernels.shape[3]
   (rows, columns), pads, (tall, broad) = zip(*map(geometry.shifts, (0, 1)), strict=True)
   # The convolution pads without a copy, but a CPU's must not be told to cut.
+  cropped = outputs
   for axis in (0, 1):
-    outputs = _pad(outputs, axis + 2, [min(p, 0) for p in pads[axis]])
+    cropped = _pad(cropped, axis + 2, [min(p, 0) for p in pads[axis]])
   pads = tuple((max(low, 0), max(high, 0)) for low, high in pads)
   # A tap that does not exist reads the zeros appended here.
   taps = jnp.pad(kernels, [(0, 0), (0, 1), (0, 1), (0, 0), (0, 0)])
   taps = taps[:, tall][:, :, :, broad].transpose(0, 1, 3, 6, 2, 4, 5)
   taps = taps.reshape(*taps.shape[:4], -1)
-  image, kernel = pair(outputs.shape[2:4]), pair(taps.shape[1:3])
+  image, kernel = pair(cropped.shape[2:4]), pair(taps.shape[1:3])
   stride_one = Geometry((1, 1), pads, image, kernel, geometry.precision)
   if small_images.is_small(geometry) or small_images.is_small(stride_one):
-    return small_images.image_gradient(geometry, given, kernels)
+    return small_images.image_gradient(geometry, outputs, kernels)
 
   def one(outputs, taps):
     blocks = _convolve(stride_one, outputs, taps)
     blocks = blocks.reshape(-1, rows, columns, sh, sw, c).swapaxes(2, 3)
     return blocks.reshape(-1, rows * sh, columns * sw, c)[:, :height, :width]
 
-  return _loop_map(one, outputs, taps)
+  return _loop_map(one, cropped, taps)
 
 
 def _convolve(geometry, images, kernel):
