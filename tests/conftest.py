@@ -1,6 +1,7 @@
 """Eight simulated devices, a compilation cache for quick reruns, and shared helpers."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 
@@ -21,13 +22,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves slow tests out unless a -m expression asks for some."""
-  if config.option.markexpr:
-    return
-  skip = pytest.mark.skip(reason="slow: run with -m slow")
+  """Leaves out what compares with PyTorch where it is not installed.
+
+  Slow tests are left out unless a -m expression asks for some.
+  """
+  left_out = {} if importlib.util.find_spec("torch") else {"torch": "needs PyTorch"}
+  if not config.option.markexpr:
+    left_out["slow"] = "slow: run with -m slow"
   for item in items:
-    if "slow" in item.keywords:
-      item.add_marker(skip)
+    for mark, reason in left_out.items():
+      if mark in item.keywords:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="module")

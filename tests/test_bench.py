@@ -30,7 +30,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).parent.parent
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="compares with PyTorch")
 
 
 def parse(*given):
@@ -82,7 +81,7 @@ def test_figures_agree_with_one_another(finished):
     assert set(row["torch"]) == (peers if HAS_TORCH else set())
 
 
-@needs_torch
+@pytest.mark.torch
 def test_one_copy_in_pytorch_takes_m_turns(finished):
   rows = finished[0]["copies"]
   one, two = (row["torch"]["eager"]["step_seconds"]["rounds"] for row in rows)
@@ -133,7 +132,7 @@ def test_what_is_printed(finished):
     pytest.param(
       ["--model=vit_tiny", "--torch=both", "--examples=40"],
       "--model=vit_tiny is not there in PyTorch",
-      marks=needs_torch,
+      marks=pytest.mark.torch,
     ),
   ],
 )

@@ -18,7 +18,7 @@ from experiments.benchmarks.bench_torch import Alone, Ensemble, Recipe  # noqa: 
 from experiments.benchmarks.torch_batches import Batches, resident  # noqa: E402
 from experiments.benchmarks.torch_models import make_network  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4
 
 

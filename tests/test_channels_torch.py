@@ -103,9 +103,11 @@ def in_torch(torch):
   }
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16", "mobilenet"])
 def test_the_same_groups_and_parameters(name):
-  torch = pytest.importorskip("torch")
+  import torch
+
   pruning = pytest.importorskip("torch_pruning")
 
   network = in_torch(torch)[name]().eval()

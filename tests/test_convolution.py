@@ -77,9 +77,11 @@ CASES = [
 ]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("image, kernel, strides, padding, batch", CASES)
 def test_value_and_gradients_equal_pytorch(image, kernel, strides, padding, batch):
-  torch = pytest.importorskip("torch")
+  import torch
+
   x, w = normal(0, batch, *image, 3), normal(1, *kernel, 3, 4)
 
   @jax.jit

@@ -255,9 +255,12 @@ def test_n_m_axes():
   np.testing.assert_array_equal(second["a"]["weight"], [[False] * 3 + [True]] * 4)
 
 
+@pytest.mark.torch
 def test_2_4_pattern_is_torchs():
-  torch = pytest.importorskip("torch")
-  sparsifier = pytest.importorskip("torch.ao.pruning").WeightNormSparsifier(
+  import torch
+  from torch.ao.pruning import WeightNormSparsifier
+
+  sparsifier = WeightNormSparsifier(
     sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2
   )
   network = torch.nn.Sequential(torch.nn.Linear(16, 8))
@@ -301,8 +304,9 @@ def test_filters(scope, values, share):
     assert highest <= np.min(scores, where=mask, initial=np.inf) * (1 + 1e-5)
 
 
+@pytest.mark.torch
 def test_filters_of_torch_and_other_layouts():
-  torch = pytest.importorskip("torch")
+  import torch
   from torch.nn.utils import prune as torch_prune
 
   layer = torch_prune.ln_structured(torch.nn.Conv2d(3, 8, 3), "weight", 0.5, n=2, dim=0)

@@ -80,9 +80,11 @@ def test_where_nothing_fits_it_is_the_centre(size):
   assert sorted((w, h)) == [short, round(short * 4 / 3)]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("channels", [1, 3])
 def test_random_resized_crop_pixels_against_pytorch(channels):
-  torch = pytest.importorskip("torch")
+  import torch
+
   image, mirrored = random_image(50, 37, channels=channels), 0
   for seed in range(20):
     got = data.random_resized_crop(np.random.default_rng(seed), image, 16)

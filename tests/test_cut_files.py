@@ -61,9 +61,11 @@ def quick(quick_compilation):
   pass
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", EACH)
 def test_pytorch_computes_the_cut_network(name, tmp_path):
-  torch = pytest.importorskip("torch")
+  import torch
+
   module, network, _, images = made(name)
   state = export.cut_to_torch(network, module, images.shape[1:])
   path = tmp_path / "soup.pt"

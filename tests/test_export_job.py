@@ -110,10 +110,12 @@ def test_one_shot_soups_of_all_sparsities_are_kept_and_exported(tmp_path, capsys
   assert "holds no one-shot soup of phase 3" in capsys.readouterr().err
 
 
+@pytest.mark.torch
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_torch_gives_pytorchs_network_the_same_logits(finished, tmp_path, ending):
-  torch = pytest.importorskip("torch")
+  import torch
+
   workdir, soup, module = finished
   out = tmp_path / f"soup.{ending}"
   assert run(workdir, "--format=torch", f"--out={out}") == 0
@@ -330,9 +332,11 @@ def test_a_run_from_before_the_newest_flags_is_cut(cut_run, tmp_path, capsys):
   assert "load_cut" in capsys.readouterr().out
 
 
+@pytest.mark.torch
 @pytest.mark.slow
 def test_a_run_that_shrank_comes_with_a_module_for_pytorch(cut_run, tmp_path, capsys):
-  torch = pytest.importorskip("torch")
+  import torch
+
   workdir, params, widths = cut_run
   out = tmp_path / "soup.pt"
   assert run(workdir, "--format=torch", f"--out={out}") == 0

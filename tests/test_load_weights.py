@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from jaxsms.pretrained import load_weights
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_checkpoints_are_read(tmp_path, wrapper, legacy):
-  torch = pytest.importorskip("torch")
+  import torch
+
   state = OrderedDict(a=torch.arange(3.0), b=torch.ones((), dtype=torch.int64))
   path = tmp_path / "model.PTH.tar"
   content = state if wrapper is None else {wrapper: state, "epoch": 3, "optimizer": {}}
@@ -34,9 +36,11 @@ class Evil:
     return os.mkdir, ("evil",)
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_checkpoint_runs_code(tmp_path, monkeypatch, rejects):
-  torch = pytest.importorskip("torch")
+  import torch
+
   monkeypatch.chdir(tmp_path)
   for legacy in (False, True):
     torch.save({"a": Evil()}, "evil.pt", _use_new_zipfile_serialization=not legacy)
@@ -56,8 +60,10 @@ def test_no_npz_runs_code(tmp_path, monkeypatch, rejects):
   assert not os.path.exists("evil")
 
 
+@pytest.mark.torch
 def test_what_is_no_checkpoint_is_refused(tmp_path, rejects):
-  torch = pytest.importorskip("torch")
+  import torch
+
   cyclic = {}
   cyclic["model"] = cyclic
   for content, words in (
@@ -83,13 +89,18 @@ def test_missing_and_unknown_files_are_refused(tmp_path, rejects):
     load_weights("model.h5")
 
 
-def test_without_a_safe_pytorch_no_checkpoint_is_read(tmp_path, monkeypatch, rejects):
+def test_without_pytorch_no_checkpoint_is_read(tmp_path, monkeypatch, rejects):
   (tmp_path / "a.pt").write_bytes(b"")
-  with monkeypatch.context() as patch:
-    patch.setitem(sys.modules, "torch", None)
-    with rejects("pip install torch", ImportError):
-      load_weights(tmp_path / "a.pt")
-  torch = pytest.importorskip("torch")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with rejects("pip install torch", ImportError):
+    load_weights(tmp_path / "a.pt")
+
+
+@pytest.mark.torch
+def test_with_an_unsafe_pytorch_no_checkpoint_is_read(tmp_path, monkeypatch, rejects):
+  import torch
+
+  (tmp_path / "a.pt").write_bytes(b"")
   monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
   with rejects("take 2.6 or later", ImportError):
     load_weights(tmp_path / "a.pt")

@@ -89,8 +89,10 @@ def torch_resnet(torch, variables, depth):
   return network
 
 
+@pytest.mark.torch
 def test_logits_equal_pytorchs():
-  torch = pytest.importorskip("torch")
+  import torch
+
   module = models.create("resnet8", 7)
   key = jax.random.key(3)
   images = np.asarray(jax.random.normal(key, (4, 12, 12, 3)))

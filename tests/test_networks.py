@@ -182,7 +182,9 @@ class Torch:
   """PyTorch's functions on our variables, images [batch, channels, height, width]."""
 
   def __init__(self, variables):
-    self.torch = pytest.importorskip("torch")
+    import torch
+
+    self.torch = torch
     self.functional = self.torch.nn.functional
     self.variables = variables
 
@@ -298,6 +300,7 @@ def torch_vit(net, x):
   return net.dense(net.layer_norm(x, "LayerNorm_0")[:, 0], "Dense_0")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
   ("module", "torch_network", "size"),
   [

@@ -14,7 +14,7 @@ from jaxsms.models.vgg import VGG
 from jaxsms.models.wide_resnet import WideResNet
 from jaxsms.pretrained import fit_model, from_torch, to_torch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compilation")]
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -346,7 +346,8 @@ def test_other_names_and_prefixes_are_understood(assert_trees_equal):
 
 
 def test_pruned_layers_are_masked():
-  prune = pytest.importorskip("torch.nn.utils.prune")
+  from torch.nn.utils import prune
+
   module, network, _, image_shape = network_and_state("mlp")
   prune.random_unstructured(network.fc1, "weight", 0.5)
   state = network.state_dict()

@@ -235,11 +235,13 @@ def test_pretraining_follows_the_definition(name, warmup, end):
   assert float(jitted) == pytest.approx(expected[12], rel=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", PRETRAIN)
 @pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize("end", [0.0, 0.02])
 def test_pretraining_follows_torch(name, warmup, end):
-  torch = pytest.importorskip("torch")
+  import torch
+
   rates = torch.optim.lr_scheduler
   optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
   given, length = PRETRAIN[name], STEPS - warmup

@@ -183,10 +183,12 @@ def greedy(models, evaluate):
   return taken
 
 
+@pytest.mark.torch
 def test_greedy_soup_is_that_of_numpy(folder, tmp_path, capsys, pictures):
   validation, test = pictures
   trees = [make(seed) for seed in range(3)]
-  torch = pytest.importorskip("torch")
+  import torch
+
   module = models.create("mlp", 10, hidden=(8,))
   state = pretrained.to_torch({**trees[0], "batch_stats": {}}, module, (8, 8, 1))
   torch.save({k: torch.tensor(v) for k, v in state.items()}, tmp_path / "one.pth")

@@ -208,8 +208,10 @@ def test_with_data_what_describes_foreign_names_is_left_behind(tmp_path):
   assert_close(read_all(out), mean(models))
 
 
+@pytest.mark.torch
 def test_a_folder_of_pytorchs_files_becomes_one_of_safetensors(tmp_path):
-  torch = pytest.importorskip("torch")
+  import torch
+
   models = [network(i) for i in range(2)]
   for i, model in enumerate(models):
     folder = tmp_path / f"m{i}"
@@ -419,6 +421,7 @@ def test_every_folder_of_orbax_is_read(tmp_path):
   np.testing.assert_allclose(soup["params"]["a"]["kernel"], tree["params"]["a"]["kernel"])
 
 
+@pytest.mark.torch
 def test_npz_and_pytorch_files_are_read_by_part(tmp_path):
   models = [network(i) for i in range(3)]
   np.savez(tmp_path / "a.npz", **models[0])
@@ -426,7 +429,8 @@ def test_npz_and_pytorch_files_are_read_by_part(tmp_path):
     tmp_path / "b.npz", **{n: np.array(x, order="F") for n, x in models[1].items()}
   )
   paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
-  torch = pytest.importorskip("torch")
+  import torch
+
   tensors = {n: torch.tensor(x) for n, x in models[2].items()}
   half = {n: x.bfloat16() if x.ndim else x for n, x in tensors.items()}
   torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "c.pt")
@@ -443,9 +447,11 @@ def test_npz_and_pytorch_files_are_read_by_part(tmp_path):
   assert_close(dict(np.load(out)), mean(models))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("mapped", [False, True])
 def test_what_is_written_for_pytorch_is_read_by_it(tmp_path, mapped):
-  torch = pytest.importorskip("torch")
+  import torch
+
   models = [network(i) for i in range(2)]
   models = [m | {"empty": np.zeros((0, 3), np.float32)} for m in models]
   for i, model in enumerate(models):

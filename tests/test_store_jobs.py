@@ -51,11 +51,10 @@ def run(main, *words):
 @pytest.mark.parametrize(
   "flags",
   ["--out=OUT/a.safetensors", "--format=safetensors --out=OUT/b.safetensors",
-   "--format=torch --out=OUT/c.safetensors", "--format=torch --out=OUT/deep/d.pth"],
+   "--format=torch --out=OUT/c.safetensors",
+   pytest.param("--format=torch --out=OUT/deep/d.pth", marks=pytest.mark.torch)],
 )  # fmt: skip
 def test_exports(finished, capsys, flags):
-  if ".pth" in flags:
-    pytest.importorskip("torch")
   address, folder = finished
   assert run(export.main, f"{address}/run", *flags.replace("OUT", address).split()) == 0
   out = flags.rpartition("OUT/")[2]

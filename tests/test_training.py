@@ -407,12 +407,14 @@ def test_recalibrated_statistics_are_the_mean_over_the_first_batches(data, dense
   np.testing.assert_allclose(statistics["var"], hidden.var(1).mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
   ("momentum", "nesterov", "weight_decay"),
   [(0.9, True, 1e-2), (0.9, False, 1e-2), (0.0, False, 0.0), (0.9, False, 0.0)],
 )
 def test_steps_equal_pytorch(momentum, nesterov, weight_decay):
-  torch = pytest.importorskip("torch")
+  import torch
+
   module = models.create("mlp", 3, hidden=(5,), dropout=0.0)
   params, _ = training.init_variables(module, jax.random.key(1), (2, 2, 1))
   net = torch.nn.Sequential(
