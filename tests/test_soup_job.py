@@ -13,10 +13,10 @@ import store
 from soup_runs import run
 
 from experiments import soup
-from jaxsms import checkpoint, data, models, pretrained
+from jaxsms import checkpoint, compact, data, models, pretrained
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.safetensors import read_safetensors, save_safetensors
-from jaxsms.export import save_compact
+from jaxsms.export import save_compact, save_cut
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 DIGITS = ("--dataset=digits", "--hidden=8", "--batch_size=64")
@@ -90,6 +90,37 @@ def test_uniform_soup_of_every_format_is_numpys_mean(folder, tmp_path, capsys):
   assert f"{to_soup:.4g}" in shown
   assert "Batch statistics" not in shown
   assert shown.count("No barrier was measured: ") == 3  # runs
+
+
+def test_cut_networks_are_merged_in_their_full_shapes(tmp_path, capsys):
+  module = models.create("mlp", 10, hidden=(8,), dropout=0.0)
+
+  def cut(name, seed, kept):
+    variables = make(seed, kept=1)["params"]
+    hidden = np.isin(np.arange(8), kept)
+    variables["Dense_0"]["kernel"] *= hidden
+    variables["Dense_0"]["bias"] *= hidden
+    variables["Dense_1"]["kernel"] *= hidden[:, None]
+    masks = jax.tree.map(lambda x: x != 0, variables)
+    masks["Dense_1"]["bias"][:] = True
+    tree = {"params": variables}
+    network = compact(module.apply, tree, {"params": masks}, jnp.ones((1, 8, 8, 1)))
+    assert network.params["params"]["Dense_0"]["kernel"].shape == (64, len(kept))
+    save_cut(tmp_path / name, network)
+    return tree
+
+  trees = [cut(f"{i}.safetensors", i, [1, 2, 6]) for i in range(2)]
+  cut("other.safetensors", 2, [1, 2, 5])
+  save_safetensors(tmp_path / "whole.safetensors", trees[1])
+  for second in ("1.safetensors", "whole.safetensors"):
+    for flags in ((), DIGITS):
+      paths, out = (tmp_path / "0.safetensors", tmp_path / second), tmp_path / "soup.npz"
+      assert run(*paths, *flags, f"--out={out}") == 0
+      assert_close(dict(np.load(out)), mean(*trees))
+      out.unlink()
+  paths = (tmp_path / "0.safetensors", tmp_path / "other.safetensors")
+  assert run(*paths, f"--out={tmp_path / 'no'}") == 2
+  assert "do not share a mask" in capsys.readouterr().err
 
 
 def test_soups_in_an_object_store_and_in_the_home_folder(folder, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import contextlib
 import os
 
 from jaxsms import export, pretrained
-from jaxsms.disk import storage
+from jaxsms.disk import cut_files, storage
 from jaxsms.disk.files import on_disk
 from jaxsms.disk.orbax_folders import open_checkpoint
 from jaxsms.disk.shards import INDEX_ENDINGS, index_of, open_file, open_shards
@@ -26,8 +26,8 @@ def open_tensors(path: str | os.PathLike, stack: contextlib.ExitStack) -> Tensor
     stack: closes what is opened and removes what is copied.
 
   Returns:
-    The arrays. Where some lie under "params", what a training state has beside them and
-    "batch_stats" is left out.
+    The arrays; those of a cut network in their full shapes, in memory. Where some lie under
+    "params", what a training state has beside them and "batch_stats" is left out.
 
   Raises:
     ValueError: there is no such model, or it cannot be read.
@@ -60,7 +60,7 @@ def _opened(path, stack):
     return open_shards(local, path)
   if lower.endswith(".safetensors"):
     found = open_file(local, path)
-    if found.metadata.get("format") != export.FORMAT:
+    if found.metadata.get("format") not in (export.FORMAT, cut_files.FORMAT):
       return found
     found.close()
   elif lower.endswith(".npz"):
