@@ -22,11 +22,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what compares with PyTorch where it is not installed.
+  """Leaves out what needs a package that is not installed.
 
   Slow tests are left out unless a -m expression asks for some.
   """
-  left_out = {} if importlib.util.find_spec("torch") else {"torch": "needs PyTorch"}
+  left_out = {
+    mark: f"needs {package}"
+    for mark, package in {"torch": "torch", "onnx": "jax2onnx"}.items()
+    if not importlib.util.find_spec(package)
+  }
   if not config.option.markexpr:
     left_out["slow"] = "slow: run with -m slow"
   for item in items:

@@ -1,6 +1,5 @@
 """The notebooks run from top to bottom, and carry their figures."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -12,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = ("first_soup", "your_own_model", "smaller_and_faster", "paper_figures")
-WANTS_ONNX = {"smaller_and_faster": "## ONNX files"}  # from this heading on
+WANTS_ONNX = "smaller_and_faster"
 COMPARE = (
   "--sparsities=0.5,0.8", "--copies=2,3", "--seeds=2", "--baselines=imp,imp_mx",
   "--hidden=8", "--epochs=1", "--retrain_epochs=1", "--phases=2", "--batch_size=64",
@@ -66,7 +65,10 @@ def comparison(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=pytest.mark.onnx) if n == WANTS_ONNX else n for n in NAMES],
+)
 def test_it_runs(name, comparison, monkeypatch):
   nbformat = pytest.importorskip("nbformat")
   nbclient = pytest.importorskip("nbclient")
@@ -74,9 +76,6 @@ def test_it_runs(name, comparison, monkeypatch):
   monkeypatch.setenv("JAXSMS_COMPARISON", str(comparison))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(path_of(name), as_version=4)
-  if name in WANTS_ONNX and not importlib.util.find_spec("jax2onnx"):
-    starts = [cell.source.startswith(WANTS_ONNX[name]) for cell in notebook.cells]
-    notebook.cells = notebook.cells[: starts.index(True)]
   for cell in notebook.cells:
     if cell.cell_type == "code":
       cell.outputs = []

@@ -75,14 +75,13 @@ def test_times_of_other_files_are_not_shown(timed_run, monkeypatch, damage):
 
 
 def session_of(path):
-  return pytest.importorskip("onnxruntime").InferenceSession(
-    path, providers=["CPUExecutionProvider"]
-  )
+  import onnxruntime
+
+  return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def saved(name, image_shape, path, **options):
   """A cut network's ONNX file, and what JAX says of 4 images."""
-  pytest.importorskip("jax2onnx")
   module = models.create(name, 5, **options)
   images = np.random.default_rng(0).standard_normal((4, *image_shape), np.float32)
   variables = jax.jit(module.init)(jax.random.key(0), images)
@@ -101,6 +100,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnx_runtime_answers_as_jax_does(name, tmp_path):
@@ -112,6 +112,7 @@ def test_onnx_runtime_answers_as_jax_does(name, tmp_path):
     np.testing.assert_allclose(found, expected[:n], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch, rejects):
   class Off:
@@ -128,10 +129,12 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch, rej
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_a_file_holds_no_array_that_nothing_reads(tmp_path):
   """ONNX Runtime warns of each in every session."""
-  onnx = pytest.importorskip("onnx")
+  import onnx
+
   image_shape, options = NETWORKS["mlp"]
   saved("mlp", image_shape, tmp_path / "a.onnx", **options)
   graph = onnx.load(tmp_path / "a.onnx").graph
@@ -139,6 +142,7 @@ def test_a_file_holds_no_array_that_nothing_reads(tmp_path):
   assert {x.name for x in graph.initializer} <= read
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_what_onnx_cannot_hold_is_named_with_its_layer(tmp_path, rejects):
   options = {"depth": 1, "width": 12}  # with our own convolution, which ONNX lacks
@@ -147,9 +151,9 @@ def test_what_onnx_cannot_hold_is_named_with_its_layer(tmp_path, rejects):
   assert not (tmp_path / "a.onnx").exists()
 
 
+@pytest.mark.onnx
 @pytest.mark.slow
 def test_a_run_is_exported_to_onnx_and_int8_and_reported(tmp_path, capsys):
-  pytest.importorskip("jax2onnx")
   workdir = tmp_path / "run"
   flags = ("--hidden=32", "--epochs=4", "--retrain_epochs=2", "--phases=1")
   flags += ("--ingredients=2", "--batch_size=64", "--goal_sparsity=0.5", "--baselines=")

@@ -235,7 +235,8 @@ def data(tmp_path_factory):
 
 def save_torch_weights(path):
   """Of a ResNet-18, in PyTorch's format and names."""
-  torch = pytest.importorskip("torch")
+  import torch
+
   module = jaxsms.models.create("resnet18", 5, width=4)
   image = np.zeros((1, 32, 32, 3), np.float32)
   variables = jax.jit(module.init)(jax.random.key(0), image)
@@ -263,7 +264,13 @@ def run(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", unlike([c for c in RUNNABLE if c not in SOUPS]))
+@pytest.mark.parametrize(
+  "command",
+  [
+    pytest.param(c, marks=pytest.mark.torch) if ".pth" in c else c
+    for c in unlike([c for c in RUNNABLE if c not in SOUPS])
+  ],
+)
 def test_command(command, data, tmp_path):
   name, flags = modules(command).groups()
   small = SMALL[name]
