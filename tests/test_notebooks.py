@@ -69,11 +69,12 @@ def comparison(tmp_path_factory):
   "name",
   [pytest.param(n, marks=pytest.mark.onnx) if n == WANTS_ONNX else n for n in NAMES],
 )
-def test_it_runs(name, comparison, monkeypatch):
+def test_it_runs(name, request, monkeypatch):
   nbformat = pytest.importorskip("nbformat")
   nbclient = pytest.importorskip("nbclient")
   monkeypatch.setenv("JAXSMS_SMALL", "1")
-  monkeypatch.setenv("JAXSMS_COMPARISON", str(comparison))
+  if name == "paper_figures":
+    monkeypatch.setenv("JAXSMS_COMPARISON", str(request.getfixturevalue("comparison")))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(path_of(name), as_version=4)
   for cell in notebook.cells:
