@@ -37,6 +37,15 @@ class Compact:
     left_alone: where the masks empty positions that stay, and why, by place such as
       "Dense_0/kernel, axis 1".
     layout: what was cut, as lists and strings that JSON can store, for `compact_from`.
+
+  Example:
+    >>> params = {"w": jnp.ones((2, 3)), "out": jnp.ones((3, 2))}
+    >>> masks = {"w": np.arange(6).reshape(2, 3) % 3 < 2, "out": np.ones((3, 2), bool)}
+    >>> small = compact(lambda p, x: x @ p["w"] @ p["out"], params, masks, jnp.ones(2))
+    >>> small.params["w"].shape, small.params["out"].shape
+    ((2, 2), (2, 2))
+    >>> small.layout[1]["path"], small.layout[1]["kept"]  # positions by axis
+    ('w', {'1': [0, 1]})
   """
 
   def __init__(self, apply, paths, leaves, zeros, kept, params, convolution=None):
@@ -68,6 +77,15 @@ class Compact:
     Returns:
       The function on smaller params. It raises ValueError if `function` uses the
       channels that were cut in a way that changes other values.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3)), "out": jnp.ones((3, 2))}
+      >>> masks = {"w": np.arange(6).reshape(2, 3) % 3 < 2, "out": np.ones((3, 2), bool)}
+      >>> apply = lambda p, x: x @ p["w"] @ p["out"]
+      >>> small = compact(apply, params, masks, jnp.ones((1, 2)))
+      >>> loss = small.cut(lambda p, x: apply(p, x).sum())
+      >>> loss(small.params, jnp.ones((1, 2))).item()
+      8.0
     """
     traces: dict[Any, tuple[Trace, Cut]] = {}
 
@@ -138,6 +156,13 @@ class Compact:
 
     Returns:
       The tree with its arrays cut.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3)), "out": jnp.ones((3, 2))}
+      >>> masks = {"w": np.arange(6).reshape(2, 3) % 3 < 2, "out": np.ones((3, 2), bool)}
+      >>> small = compact(lambda p, x: x @ p["w"] @ p["out"], params, masks, jnp.ones(2))
+      >>> small.shrink({"w": np.arange(6).reshape(2, 3)})["w"].tolist()
+      [[0, 1], [3, 4]]
     """
     return self._each(tree, lambda path, x, leaf, masks: taken(x, masks))
 
@@ -152,6 +177,13 @@ class Compact:
 
     Raises:
       ValueError: a cut array has another shape than in `params`, or none of them is there.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3)), "out": jnp.ones((3, 2))}
+      >>> masks = {"w": np.arange(6).reshape(2, 3) % 3 < 2, "out": np.ones((3, 2), bool)}
+      >>> small = compact(lambda p, x: x @ p["w"] @ p["out"], params, masks, jnp.ones(2))
+      >>> small.expand(small.params)["w"].tolist()
+      [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
     """
     found = []
 

@@ -64,7 +64,15 @@ class StreamState(TypedDict):
 
 
 class Stream:
-  """An iterator over `Batches` that goes on from any step; made by `stream`."""
+  """An iterator over `Batches` that goes on from any step; made by `stream`.
+
+  Example:
+    >>> source = jaxsms.data.ArrayExamples(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4))
+    >>> batches = jaxsms.data.stream(source, jax.random.key(0), seeds=[0], batch_size=2,
+    ...                              steps=[3], chunk_steps=1, threads=0)
+    >>> [chunk.step for chunk in batches]
+    [0, 1, 2]
+  """
 
   def __init__(
     self, plan: "_Plan", chunk_steps: int, sharding: Sharding | None, threads: int
@@ -110,6 +118,15 @@ class Stream:
 
     Raises:
       ValueError: it is the state of a stream of other batches, or of none.
+
+    Example:
+      >>> source = jaxsms.data.ArrayExamples(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4))
+      >>> batches = jaxsms.data.stream(source, jax.random.key(0), seeds=[0], batch_size=2,
+      ...                              steps=[3], chunk_steps=1, threads=0)
+      >>> state, first, second = batches.get_state(), next(batches), next(batches)
+      >>> batches.set_state(state)
+      >>> first.step, second.step, next(batches).step
+      (0, 1, 0)
     """
     identity = self._plan.identity()
     if not isinstance(state, dict) or set(state) != {"step", "stream"}:

@@ -175,6 +175,14 @@ def save_stablehlo(
       platform is unknown.
     ImportError: flatbuffers is not installed, with which JAX writes programs.
     OSError: the file cannot be written.
+
+  Example:
+    >>> import os, tempfile
+    >>> path = tempfile.mkdtemp() + "/network.stablehlo"
+    >>> params, x = {"w": jnp.ones((2, 1))}, jnp.ones((1, 2))
+    >>> jaxsms.export.save_stablehlo(path, lambda p, x: x @ p["w"], params, x)
+    >>> os.path.exists(path)
+    True
   """
   program = traced(apply, params, inputs)
 
@@ -217,6 +225,14 @@ def load_stablehlo(path: str | os.PathLike) -> Callable[..., Any]:
   Raises:
     ValueError: the file is missing, damaged, or of a version that this JAX cannot read.
     ImportError: flatbuffers is not installed.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/network.stablehlo"
+    >>> params, x = {"w": jnp.ones((2, 1))}, jnp.ones((1, 2))
+    >>> jaxsms.export.save_stablehlo(path, lambda p, x: x @ p["w"], params, x)
+    >>> jaxsms.export.load_stablehlo(path)(jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [[3.0], [7.0]]
   """
   _check_flatbuffers()
   try:

@@ -54,6 +54,13 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
   References:
     https://github.com/huggingface/safetensors#format
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/arrays.safetensors"
+    >>> write_safetensors(path, {"kernel": np.array([1.0, 2.0])})
+    >>> read_safetensors(path)["kernel"].tolist()
+    [1.0, 2.0]
   """
   return read_with_metadata(path)[0]
 
@@ -71,6 +78,13 @@ def read_with_metadata(
 
   Raises:
     ValueError: see `read_safetensors`.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/arrays.safetensors"
+    >>> write_safetensors(path, {"kernel": np.ones(2)}, metadata={"format": "pt"})
+    >>> read_with_metadata(path)[1]
+    {'format': 'pt'}
   """
   file = storage.as_path(path)
   if not storage.is_file(file):
@@ -206,6 +220,13 @@ def write_safetensors(
 
   Raises:
     ValueError: a name or dtype that the format does not have.
+
+  Example:
+    >>> import os, tempfile
+    >>> path = tempfile.mkdtemp() + "/arrays.safetensors"
+    >>> write_safetensors(path, {"kernel": np.ones(2)}, metadata={"format": "pt"})
+    >>> os.path.exists(path)
+    True
   """
   check_dtypes(arrays)
   text, places = make_header(arrays, metadata or {})
@@ -290,5 +311,12 @@ def save_safetensors(path: str | os.PathLike, tree: PyTree) -> None:
 
   Raises:
     ValueError: a leaf is no such array, or two have the same name.
+
+  Example:
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_safetensors(path, {"params": {"kernel": np.array([1.0, 2.0])}})
+    >>> list(read_safetensors(path))
+    ['params/kernel']
   """
   write_safetensors(path, by_path(tree))

@@ -93,6 +93,16 @@ class Engine(NamedTuple):
 
     Returns:
       The model, leaves [...], see `init_variables`.
+
+    Example:
+      >>> network = jaxsms.models.create("mlp", num_classes=2, hidden=(3,))
+      >>> programs = jaxsms.training.make_programs(
+      ...   network, jaxsms.training.sgd, training_images=lambda key, x: x / 255,
+      ...   evaluation_images=lambda x: x / 255, batch_size=20)
+      >>> engine = jaxsms.training.Engine(programs, splits=None)
+      >>> model = engine.init(network, jax.random.key(0), (2, 2, 1))
+      >>> model.params["Dense_0"]["kernel"].shape
+      (4, 3)
     """
     mesh = self.programs.mesh_of(1) if self.programs.split_params else None
     return Model(*init_variables(module, key, image_shape, mesh))
@@ -106,6 +116,15 @@ class Engine(NamedTuple):
 
     Returns:
       A state with leaves [m, ...], see `jaxsms.training.start`.
+
+    Example:
+      >>> programs = jaxsms.training.make_programs(
+      ...   jaxsms.models.create("mlp", num_classes=2), jaxsms.training.sgd, batch_size=20,
+      ...   training_images=lambda key, x: x / 255, evaluation_images=lambda x: x / 255)
+      >>> engine = jaxsms.training.Engine(programs, splits=None)
+      >>> model = jaxsms.training.Model({"kernel": jnp.array([1.0, 2.0])}, batch_stats={})
+      >>> engine.start(model, copies=2).params["kernel"].tolist()
+      [[1.0, 2.0], [1.0, 2.0]]
     """
     optimizer, mesh = self.programs.optimizer(0.0, 0.0), self.programs.mesh_of(copies)
     if mesh is None or not self.programs.split_params:
