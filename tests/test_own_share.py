@@ -18,8 +18,8 @@ from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import predict
 from jaxsms.training.merging import (
   Merging,
-  by_samples,
   merging_of,
+  weighted_mean,
   weights_by_ratios,
 )
 from jaxsms.training.own_share import share_batches
@@ -213,7 +213,7 @@ def test_phases_at_one_sparsity_keep_the_mask(programs, data, dense):
 @pytest.mark.slow
 def test_soups_by_samples_weight_those_that_are_left(programs, data, dense):
   candidates = train(programs, data, dense, on_shares([[0] * 4, [1] * 4, [2] * 4], 3))
-  merging = merging_of("by_samples", samples=np.array([10, 30, 60]))
+  merging = merging_of("by_samples", weights=np.array([10, 30, 60]))
   engine = training.Engine(programs, training.Splits(data, data, data))
   _, record = merge_candidates(engine, jax.random.key(0), candidates, merging)
   np.testing.assert_allclose(record["weights"], [0.1, 0.3, 0.6])
@@ -236,7 +236,7 @@ def test_a_copy_that_knows_its_own_class_alone_stays_in_a_soup_by_samples(
   arguments = engine, jax.random.key(0), candidates
   _, plain = merge_candidates(*arguments, start=0.9)
   assert plain["collapsed"] == [0] and plain["weights"] == [0, 1]
-  merging = merging_of("by_samples", samples=chosen["size"])
+  merging = merging_of("by_samples", weights=chosen["size"])
   _, record = merge_candidates(*arguments, merging, start=0.9)
   assert record["collapsed"] == []
   np.testing.assert_allclose(record["weights"], [4 / 34, 30 / 34])
@@ -251,7 +251,7 @@ def test_weights_by_ratios_are_those_of_the_interpolation_one_by_one():
   for ratio in (2, 4, 8):
     average = (1 - retained) * at[ratio] + retained * average
   weights = weights_by_ratios(ratios, retained)
-  merged = merging_of("by_ratios", samples=weights).among([*range(6)], None, None, None)(
+  merged = merging_of("by_ratios", weights=weights).among([*range(6)], None, None, None)(
     {"w": copies}
   )
   np.testing.assert_allclose(merged.params["w"], average, atol=1e-6)
@@ -259,12 +259,12 @@ def test_weights_by_ratios_are_those_of_the_interpolation_one_by_one():
   np.testing.assert_allclose(weights_by_ratios([3, 3], 0.3), [0.5, 0.5])
 
 
-def test_by_samples_needs_samples(rejects):
+def test_by_samples_needs_weights(rejects):
   with rejects("merge by_samples needs the training examples of each copy"):
     merging_of("by_samples")
   with rejects("merge by_ratios needs the weight of each copy"):
     merging_of("by_ratios")
-  assert Merging(lambda *_: by_samples).among([0], None, None, None) is by_samples
+  assert Merging(lambda *_: weighted_mean).among([0], None, None, None) is weighted_mean
 
 
 def test_further_metrics_are_measured(data, dense):

@@ -42,8 +42,8 @@ class Merging(NamedTuple):
       that the candidates were trained from, None where there is none.
     selects: whether it leaves candidates out, so that those taken are worth a record.
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
-    samples: number [m], the training examples of each copy or another weight of it, where
-      the soup weights copies by them instead.
+    weights: float [m], of the copies, where the merge is their weighted mean instead. They
+      need not sum to 1.
     may_collapse: whether copies that predict badly are left out. Those that know few
       classes do so, and are well.
     choose: `choose(scores, copies)` giving those of the copies that are merged, from the
@@ -53,7 +53,7 @@ class Merging(NamedTuple):
   of: Callable[[Engine, jax.Array, Model | None], Merge]
   selects: bool = False
   check: Callable[[Engine], None] = lambda engine: None
-  samples: np.ndarray | None = None
+  weights: np.ndarray | None = None
   may_collapse: bool = True
   choose: Callable[[Sequence[Record], list[int]], list[int]] = lambda scores, copies: copies
 
@@ -61,27 +61,28 @@ class Merging(NamedTuple):
     self, copies: list[int], engine: Engine, key: jax.Array, base: Model | None
   ) -> Merge:
     """The merge where only these copies are left."""
-    if self.samples is None:
+    if self.weights is None:
       return self.of(engine, key, base)
-    return by_samples(np.asarray(self.samples)[copies])
+    return weighted_mean(np.asarray(self.weights)[copies])
 
 
-def by_samples(samples: np.ndarray) -> Merge:
-  """The mean of models, weighted by the examples that each was trained on.
+def weighted_mean(weights: np.ndarray) -> Merge:
+  """The weighted mean of models, such as by the examples that each was trained on.
 
   Args:
-    samples: number [m], above 0.
+    weights: float [m], above 0. They need not sum to 1.
 
   Returns:
-    A merge of leaves [m, ...], with its weights.
+    A merge of leaves [m, ...], with its weights, which sum to 1.
 
   References:
     McMahan et al., 2017, https://arxiv.org/abs/1602.05629 (federated averaging)
 
-  >>> by_samples(np.array([30, 10]))({"w": jax.numpy.array([1.0, 5.0])}).params["w"].item()
+  >>> merge = weighted_mean(np.array([30, 10]))
+  >>> merge({"w": jax.numpy.array([1.0, 5.0])}).params["w"].item()
   2.0
   """
-  weights = np.asarray(samples, np.float64) / np.sum(samples)
+  weights = np.asarray(weights, np.float64) / np.sum(weights)
   mean = bind("weighted", Means(weights=weights))
   return lambda models: Weighted(mean(models), weights)
 
@@ -114,29 +115,29 @@ def weights_by_ratios(ratios: npt.ArrayLike, retained: float) -> np.ndarray:
 
 
 def merging_of(
-  name: str, prior: float = 1e-4, samples: np.ndarray | None = None
+  name: str, prior: float = 1e-4, weights: np.ndarray | None = None
 ) -> Merging:
   """The merging of a phase by its name.
 
   Args:
     name: one of `NAMES`.
     prior: the L2 coefficient of training, for inverse variances.
-    samples: number [m], the training examples of each copy for "by_samples", or weights
-      such as `weights_by_ratios` for "by_ratios".
+    weights: float [m], of the copies: the training examples of each for "by_samples", or
+      such as `weights_by_ratios` gives for "by_ratios".
 
   Raises:
     ValueError: an unknown name, or one of these two without them.
   """
   check_name("merge", name, NAMES)
   if name in GIVEN:
-    if samples is None:
+    if weights is None:
       what = "training examples" if name == BY_SAMPLES else "weight"
       raise ValueError(
-        f"merge {name} needs the {what} of each copy: give samples, one number for each"
+        f"merge {name} needs the {what} of each copy: give weights, one number for each"
       )
-    merge = by_samples(samples)
+    merge = weighted_mean(weights)
     return Merging(
-      lambda engine, key, base: merge, samples=samples, may_collapse=name != BY_SAMPLES
+      lambda engine, key, base: merge, weights=weights, may_collapse=name != BY_SAMPLES
     )
   if name == "uniform":
     return Merging(lambda engine, key, base: uniform_soup)
