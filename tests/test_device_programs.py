@@ -131,8 +131,9 @@ def test_out_of_memory_names_the_copies_that_fit(small, examples, monkeypatch):
   fails.on = programs.train.on
   monkeypatch.setattr(jax, "local_devices", lambda: [Full()])
   words = "with 3 copies: about 2 of them fit at once: give at_once=2$"
-  with pytest.raises(MemoryError, match=words):
+  with pytest.raises(MemoryError, match=words) as caught:
     train(programs._replace(train=fails), examples, small, *CHOSEN)
+  assert (caught.value.copies, caught.value.fit) == (3, 2)
   monkeypatch.setattr(Full, "memory_stats", lambda self: {"bytes_limit": shared})
   with pytest.raises(MemoryError, match="not even one of them fits"):
     train(programs._replace(train=fails), examples, small, *CHOSEN)

@@ -13,6 +13,7 @@ from experiments.config.fields import define_flags
 from experiments.config.run_config import Config, read_config
 from experiments.run import hardware, task, tuning
 from jaxsms import convolution, data
+from jaxsms.devices.memory import OutOfMemory
 
 
 def read(*given, model="resnet8", batch_size=8):
@@ -82,9 +83,10 @@ def test_rules_of_a_cpu():
 
 
 def test_the_library_names_arguments_and_the_jobs_their_flags():
-  error = MemoryError("about 2 of them fit at once: give at_once=2")
-  expected = "about 2 of them fit at once: give --ingredients_at_once=2"
-  assert hardware.in_flags(error) == expected
+  error = OutOfMemory(copies=3, fit=2)
+  message = "the device is out of memory with 3 copies: about 2 of them fit at once: give "
+  assert str(error) == message + "at_once=2"
+  assert hardware.in_flags(error) == message + "--ingredients_at_once=2"
   assert hardware.in_flags(OSError(28, "full")) == "[Errno 28] full"
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxsms import fit_mesh, make_mesh
 from jaxsms.convolution import conv_general_dilated
+from jaxsms.devices.memory import OutOfMemory
 from jaxsms.training.programs import check_batch
 
 from ..config.device_flags import check_process_count
@@ -20,8 +20,10 @@ CACHED_PARAMETERS = 100_000  # with their momentum and gradients, 1.2 MB
 
 
 def in_flags(error: Exception) -> str:
-  """What an error says, where it runs out of memory with the flag for the argument."""
-  return re.sub(r"\bat_once=", "--ingredients_at_once=", str(error))
+  """The message of an error; that of a device without memory names the flag."""
+  if isinstance(error, OutOfMemory):
+    return error.advice("--ingredients_at_once")
+  return str(error)
 
 
 def start(config: Any, copies: int) -> None:

@@ -12,6 +12,40 @@ from jaxsms.training.streamed import StreamedData
 from jaxsms.trees import PyTree, shape_of
 
 
+class OutOfMemory(MemoryError):
+  """A device has too little memory for the training of several copies.
+
+  Attributes:
+    copies: that were to train at once.
+    fit: how many of them would have fitted at once; None where the device does not tell.
+  """
+
+  def __init__(self, copies: int, fit: int | None = None):
+    """Keeps the numbers; the message names the argument `at_once`."""
+    super().__init__(copies, fit)
+    self.copies, self.fit = copies, fit
+
+  def advice(self, argument: str = "at_once") -> str:
+    """What happened and what to do, in one sentence.
+
+    Args:
+      argument: name of what limits the copies that train at once.
+    """
+    if self.fit is None:
+      advice = "train fewer of them at once, or split the batch into micro-batches"
+    elif self.fit:
+      advice = f"about {self.fit} of them fit at once: give {argument}={self.fit}"
+    else:
+      advice = (
+        "not even one of them fits: take a smaller batch, micro-batches, remat, or a mesh "
+        "that splits the parameters"
+      )
+    return f"the device is out of memory with {self.copies} copies: {advice}"
+
+  def __str__(self) -> str:
+    return self.advice()
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(
   programs: Programs,
@@ -21,7 +55,7 @@ def explain_out_of_memory(
   state: TrainState,
   chunk_steps: int,
 ) -> Iterator[None]:
-  """Turns running out of device memory into a message that says what would fit.
+  """Turns the runtime's error for lack of device memory into one that tells what fits.
 
   Args:
     programs: of the network.
@@ -32,27 +66,20 @@ def explain_out_of_memory(
     chunk_steps: the length of a chunk.
 
   Raises:
-    MemoryError: the device had too little memory.
+    OutOfMemory: the device had too little memory.
   """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    m = len(state.step)
+    m, fit = len(state.step), None
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    advice = "train fewer of them at once, or split the batch into micro-batches"
     if limit and isinstance(data, Data):
       like, masks, key, state = jax.tree.map(shape_of, (data, masks, key, state))
       needed = bytes_of_copies(programs, like, masks, key, state, chunk_steps)
       fit = copies_that_fit(limit, m, *needed)
-      advice = (
-        f"about {fit} of them fit at once: give at_once={fit}"
-        if fit
-        else "not even one of them fits: take a smaller batch, micro-batches, remat, or a "
-        "mesh that splits the parameters"
-      )
-    raise MemoryError(f"the device is out of memory with {m} copies: {advice}") from error
+    raise OutOfMemory(m, fit) from error
 
 
 def bytes_of_copies(
