@@ -58,6 +58,14 @@ def check_goal(goal: float, weights: int) -> None:
     )
 
 
+def check_weights(weights: Any, m: int) -> None:
+  """Raises ValueError where weights are given, but not one for each of m models."""
+  if weights is not None and np.shape(weights) != (m,):
+    raise ValueError(
+      f"weights has shape {list(np.shape(weights))} for {m} models: give one weight each"
+    )
+
+
 def check_call(key: Any, mesh: Any, **functions: Any) -> None:
   """Raises ValueError where what the loop is given has a wrong kind.
 

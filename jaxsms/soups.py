@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsms.checks import check_outside_jit
+from jaxsms.checks import check_outside_jit, check_weights
 from jaxsms.trees import (
   PyTree,
   is_array,
@@ -51,12 +51,9 @@ def uniform_soup(stacked: PyTree, weights: jax.Array | np.ndarray | None = None)
     [1.5, 3.0]
   """
   m = number_of_models(stacked)
+  check_weights(weights, m)
   if weights is None:
     weights = jnp.full([m], 1 / m)
-  elif np.shape(weights) != (m,):
-    raise ValueError(
-      f"weights has shape {list(np.shape(weights))} for {m} models: give one weight each"
-    )
   elif is_concrete(weights) and not abs(float(np.sum(weights)) - 1) < 1e-3:
     raise ValueError(
       f"weights sum to {float(np.sum(weights)):g}: they must be finite and sum to 1"

@@ -118,11 +118,16 @@ def _same(walk, old, new):
   return True
 
 
+def split(operands: list, first: int, second: int) -> tuple[list, list, list]:
+  """The first so many operands of a loop, the second so many, and the others."""
+  end = first + second
+  return operands[:first], operands[first:end], operands[end:]
+
+
 def scan(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   """Layers that share a body: what goes in one goes in all."""
   p = equation.params
-  consts, carry = ins[: p["num_consts"]], ins[p["num_consts"] :]
-  carry, xs = carry[: p["num_carry"]], carry[p["num_carry"] :]
+  consts, carry, xs = split(ins, p["num_consts"], p["num_carry"])
   for value in xs:
     walk.freeze(value, 0, "a scan runs along it")
   xs = [Value(tuple(v.axes[1:]), v.known, layer=v.layer) for v in xs]
@@ -141,8 +146,7 @@ def scan(walk: Walk, equation: Any, ins: list[Value]) -> Any:
 def while_(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   """A loop whose values are tied from round to round."""
   p = equation.params
-  of_cond, rest = ins[: p["cond_nconsts"]], ins[p["cond_nconsts"] :]
-  of_body, carry = rest[: p["body_nconsts"]], rest[p["body_nconsts"] :]
+  of_cond, of_body, carry = split(ins, p["cond_nconsts"], p["body_nconsts"])
   records: list[Record] = []
 
   def step(carry):

@@ -1,6 +1,7 @@
 """Derivatives of one's own (custom_jvp, custom_vjp), walked like any function."""
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,9 @@ class Derivative(NamedTuple):
     function = jax.custom_jvp(lambda *ins: run(primal, ins))
 
     def jvp(ins, tangents):
-      some = [t for t, f in zip(tangents, self.floating, strict=True) if f]
-      outs = run(self.records[0], [*ins, *some])
+      outs = run(self.records[0], [*ins, *compress(tangents, self.floating)])
       n = len(self.floating_outs)
-      rest = iter(outs[n:])
-      return outs[:n], [
-        next(rest) if f else _no_tangent(out)
-        for out, f in zip(outs[:n], self.floating_outs, strict=True)
-      ]
+      return outs[:n], _filled(outs[n:], outs[:n], self.floating_outs)
 
     function.defjvp(jvp)
     return function
@@ -57,12 +53,9 @@ class Derivative(NamedTuple):
 
     def backward(kept, cotangents):
       residuals, ins = kept
-      some = [c for c, f in zip(cotangents, self.floating_outs, strict=True) if f]
-      grads = iter(run(self.records[1], [*residuals, *some]))
-      return tuple(
-        next(grads) if f else _no_tangent(x)
-        for x, f in zip(ins, self.floating, strict=True)
-      )
+      some = compress(cotangents, self.floating_outs)
+      grads = run(self.records[1], [*residuals, *some])
+      return tuple(_filled(grads, ins, self.floating))
 
     function.defvjp(forward, backward)
     return function
@@ -74,10 +67,7 @@ def walk_derivative(
   """Walks the derivative that a custom_jvp or custom_vjp has."""
   avals = [shape_of(v.aval) for v in equation.invars]
   out_avals = [shape_of(v.aval) for v in equation.outvars]
-  floating, floating_outs = (
-    list(map(_is_floating, avals)),
-    list(map(_is_floating, out_avals)),
-  )
+  floating, floating_outs = [[_is_floating(x) for x in some] for some in (avals, out_avals)]
   function = _function(equation)
   if equation.primitive.name == "custom_jvp_call":
     records = _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs)
@@ -88,24 +78,17 @@ def walk_derivative(
 
 def _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs):
   def jvp(primals, some):
-    some = iter(some)
-    tangents = [
-      next(some) if f else _no_tangent(x) for x, f in zip(primals, floating, strict=True)
-    ]
+    tangents = _filled(some, primals, floating)
     out, out_tangents = jax.jvp(function, primals, tangents)
-    return out, [t for t, f in zip(out_tangents, floating_outs, strict=True) if f]
+    return out, list(compress(out_tangents, floating_outs))
 
-  of = [x for x, f in zip(avals, floating, strict=True) if f]
-  closed = jax.make_jaxpr(jvp)(avals, of)
+  closed = jax.make_jaxpr(jvp)(avals, list(compress(avals, floating)))
   # What is 0 whatever the parameters are has no tangent either.
   tangents = [
-    v._replace(known=0.0 if v.known == 0 else None)
-    for v, f in zip(ins, floating, strict=True)
-    if f
+    v._replace(known=0.0 if v.known == 0 else None) for v in compress(ins, floating)
   ]
   record = walk.run(closed.jaxpr, closed.consts, [*ins, *tangents])
-  of_outs = [v for v, f in zip(outs, floating_outs, strict=True) if f]
-  _tie(walk, record.outs, [*outs, *of_outs])
+  _tie(walk, record.outs, [*outs, *compress(outs, floating_outs)])
   return (record,)
 
 
@@ -117,8 +100,7 @@ def _walk_vjp(walk, function, avals, floating, floating_outs, ins, outs):
         *(next(rest) if f else x for x, f in zip(primals, floating, strict=True))
       )
 
-    some = [x for x, f in zip(primals, floating, strict=True) if f]
-    return jax.vjp(of_floating, *some)
+    return jax.vjp(of_floating, *compress(primals, floating))
 
   closed, (out_shapes, residuals) = jax.make_jaxpr(forward, return_shape=True)(*avals)
   first = walk.run(closed.jaxpr, closed.consts, ins)
@@ -126,19 +108,24 @@ def _walk_vjp(walk, function, avals, floating, floating_outs, ins, outs):
   leaves, structure = jax.tree.flatten(residuals)
 
   def backward(leaves, some):
-    some, pull_back = iter(some), jax.tree.unflatten(structure, leaves)
-    return pull_back([
-      next(some) if f else _no_tangent(x)
-      for x, f in zip(out_shapes, floating_outs, strict=True)
-    ])  # fmt: skip
+    pull_back = jax.tree.unflatten(structure, leaves)
+    return pull_back(_filled(some, out_shapes, floating_outs))
 
-  of_outs = [x for x, f in zip(out_shapes, floating_outs, strict=True) if f]
+  of_outs = list(compress(out_shapes, floating_outs))
   closed = jax.make_jaxpr(backward)(leaves, of_outs)
-  cotangents = [_unknown(v) for v, f in zip(outs, floating_outs, strict=True) if f]
+  cotangents = [_unknown(v) for v in compress(outs, floating_outs)]
   args = [*first.outs[len(outs) :], *cotangents]
   second = walk.run(closed.jaxpr, closed.consts, args)
-  _tie(walk, second.outs, [v for v, f in zip(ins, floating, strict=True) if f])
+  _tie(walk, second.outs, list(compress(ins, floating)))
   return first, second
+
+
+def _filled(some, like, flags):
+  """A tangent for each value: the given ones where its flag is set, else none."""
+  rest = iter(some)
+  return [
+    next(rest) if flag else _no_tangent(x) for x, flag in zip(like, flags, strict=True)
+  ]
 
 
 def _function(equation):

@@ -244,7 +244,7 @@ def _pads(module: CifarResNet, rows: Mapping[str, Any]) -> dict[str, np.ndarray]
     for block in (stage * blocks - 1, stage * blocks):  # the last before, and the first
       row = rows[f"params/BasicBlock_{block}/BatchNorm_1/scale"]
       sizes.append(row["shape"][0])
-      kept.append(np.asarray(row["kept"].get("0", range(sizes[-1]))))
+      kept.append(_kept(row, 0))
     low = (sizes[1] - sizes[0]) // 2
     counts = [np.sum(kept[1] < low), np.sum(kept[1] >= low + sizes[0])]
     pads[f"layer{stage + 1}.0.pads"] = np.asarray(counts, np.int64)

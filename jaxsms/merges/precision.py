@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.checks import check_weights
 from jaxsms.merges.finite import check_some_finite, without_others
 from jaxsms.trees import PyTree, is_floating, is_parameter, number_of_models, split_leaves
 
@@ -60,11 +61,8 @@ def fisher_soup(
     raise ValueError(
       f"prior is {prior}: give 0 or above, such as the L2 coefficient of training"
     )
+  check_weights(weights, m)
   weights = jnp.ones([m]) if weights is None else jnp.asarray(weights)
-  if weights.shape != (m,):
-    raise ValueError(
-      f"weights has shape {list(weights.shape)} for {m} models: give one weight each"
-    )
   finite = check_some_finite(stacked)
   clean = without_others(stacked, finite)
   if callable(squared_gradients):

@@ -1,5 +1,6 @@
 """What a model is measured by: its predictions on each split, and its weights."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -236,10 +237,10 @@ def describe_weights(
   sizes = [np.size(x) for _, x in leaves]
   nonzero = [int(np.count_nonzero(x)) for _, x in leaves]
   trained = [is_parameter(path, x) for path, x in leaves]
-  weights = sum(n for n, flag in zip(sizes, flags, strict=True) if flag)
-  kept = sum(n for n, flag in zip(nonzero, flags, strict=True) if flag)
-  parameters = sum(n for n, flag in zip(sizes, trained, strict=True) if flag)
-  kept_parameters = sum(n for n, flag in zip(nonzero, trained, strict=True) if flag)
+  weights, kept = (sum(itertools.compress(n, flags)) for n in (sizes, nonzero))
+  parameters, kept_parameters = (
+    sum(itertools.compress(n, trained)) for n in (sizes, nonzero)
+  )
   record = {
     "sparsity": 1 - kept / weights,
     "overall_sparsity": 1 - kept_parameters / parameters,
