@@ -1,10 +1,11 @@
 """Arrays in safetensors files, the format in which most weights are published."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,11 +88,22 @@ def read_with_metadata(
     {'format': 'pt'}
   """
   file = storage.as_path(path)
+  with reading(file, path), on_disk(file) as local:
+    return _read(local)
+
+
+@contextlib.contextmanager
+def reading(file: storage.Path, path: str | os.PathLike) -> Iterator[None]:
+  """Puts what goes wrong while a safetensors file is read into one ValueError.
+
+  Args:
+    file: where it lies.
+    path: what messages call it.
+  """
   if not storage.is_file(file):
     raise ValueError(f"there is no file {path}: give a .safetensors file")
   try:
-    with on_disk(file) as local:
-      return _read(local)
+    yield
   except (OSError, ValueError, OverflowError, RecursionError) as error:
     raise ValueError(
       f"{path} cannot be read ({first_sentence(error)}): give a whole .safetensors file"

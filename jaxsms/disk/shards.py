@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from jaxsms.disk.safetensors import read_header, unique
+from jaxsms.disk.safetensors import read_header, reading, unique
 from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import InFiles, Range, Spec
 from jaxsms.disk.zips import open_pytorch
@@ -32,14 +32,8 @@ def open_file(file: str, path: str | os.PathLike, **more: Any) -> InFiles:
   Raises:
     ValueError: there is none, or it is damaged.
   """
-  if not os.path.isfile(file):
-    raise ValueError(f"there is no file {path}: give a .safetensors file")
-  try:
+  with reading(file, path):
     places, metadata = read_header(file)
-  except (OSError, ValueError, OverflowError, RecursionError) as error:
-    raise ValueError(
-      f"{path} cannot be read ({first_sentence(error)}): give a whole .safetensors file"
-    ) from error
   specs = {name: Spec(place.shape, place.dtype) for name, place in places.items()}
   ranges = {name: Range(file, place.begin) for name, place in places.items()}
   return InFiles(path, specs, ranges, metadata=metadata, **more)

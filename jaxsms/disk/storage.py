@@ -155,9 +155,9 @@ def in_its_place(folder: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_to(path: epath.Path) -> Iterator[str]:
-  """A folder on a disk to be made by somebody else, who knows disks alone.
+  """A name on a disk for a folder or a file that other code makes, which knows disks alone.
 
-  Afterwards its files are on the disk for certain, or at `path` in the object store.
+  Afterwards it is on the disk for certain, or at `path` in the object store.
   """
   if not is_remote(path):
     with _plainly_named(path.parent) as parent:
@@ -167,11 +167,8 @@ def written_to(path: epath.Path) -> Iterator[str]:
   with tempfile.TemporaryDirectory() as temporary:
     local = os.path.join(temporary, path.name)
     yield local
-    for folder, _, files in os.walk(local):
-      target = path / os.path.relpath(folder, local)
-      target.mkdir(parents=True, exist_ok=True)
-      for name in files:
-        _copy_file(epath.Path(folder) / name, target / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _copy(epath.Path(local), path)
 
 
 @contextlib.contextmanager
@@ -183,7 +180,7 @@ def read_from(path: epath.Path) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as temporary:
     local = epath.Path(temporary) / path.name
-    _copy_tree(path, local)
+    _copy(path, local)
     yield os.fspath(local)
 
 
@@ -200,14 +197,13 @@ def _plainly_named(folder: epath.Path) -> Iterator[str]:
     yield link
 
 
-def _copy_tree(source: epath.Path, target: epath.Path) -> None:
-  target.mkdir()
-  for child in source.iterdir():
-    copy = _copy_tree if child.is_dir() else _copy_file
-    copy(child, target / child.name)
-
-
-def _copy_file(source: epath.Path, target: epath.Path) -> None:
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  """Copies a file, or a folder with all that is in it."""
+  if source.is_dir():
+    target.mkdir(exist_ok=True)
+    for child in source.iterdir():
+      _copy(child, target / child.name)
+    return
   with source.open("rb") as reader, target.open("wb") as writer:
     shutil.copyfileobj(reader, writer)
 
@@ -219,7 +215,7 @@ def set_aside(path: epath.Path) -> epath.Path:
     number += 1
     aside = path.parent / f"{path.name}.damaged{number}"
   if is_remote(path) and path.is_dir():  # not every store can rename a folder
-    _copy_tree(path, aside)
+    _copy(path, aside)
     path.rmtree()
     return aside
   return path.rename(aside)

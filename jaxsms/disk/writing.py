@@ -235,10 +235,6 @@ def partial(out: str) -> Iterator[str]:
   if storage.is_remote(path):
     with storage.written_to(path) as local:
       yield local
-      if os.path.isfile(local):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(local, "rb") as reader, path.open("wb") as writer:
-          shutil.copyfileobj(reader, writer)
     return
   os.makedirs(path.parent, exist_ok=True)
   temporary = f"{path}.{secrets.token_hex(4)}.partial"
