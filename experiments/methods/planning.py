@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxsms.training.engine import Record
-from jaxsms.training.loop import changed
+from jaxsms.training.loop import map_events
 
 from ..run.progress import MEASURED
 from .epochs import by_copies
@@ -100,7 +100,7 @@ def seed_events(run: Run, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
       seed_state.begin(name)
     yield name, None
     events = method.run(run if method.resumes else run.anew(), seed_state.dense)
-    metrics = yield from changed(events, lambda event, name=name: (name, event))
+    metrics = yield from map_events(events, lambda event, name=name: (name, event))
     if name != SOUP:
       seed_state.baselines[name] = list(metrics.items())
 

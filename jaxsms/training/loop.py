@@ -143,16 +143,16 @@ def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
       return end.value
 
 
-def changed(
-  events: Generator[Any, None, Any], change: Callable[[Any], Any]
+def map_events(
+  events: Generator[Any, None, Any], function: Callable[[Any], Any]
 ) -> Generator[Any, None, Any]:
-  """Each of the events, changed; returns what they return at their end."""
+  """Yields a function of each event, and returns what the events return."""
   while True:
     try:
       event = next(events)
     except StopIteration as end:
       return end.value
-    yield change(event)
+    yield function(event)
 
 
 def fetched(chunk: Chunk, steps: np.ndarray | jax.Array) -> Chunk:

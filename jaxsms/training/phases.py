@@ -24,8 +24,8 @@ from jaxsms.training.search import (
   Rung,
   Search,
   better_half,
-  concluded,
   next_rung,
+  rung_records,
   search_copies,
 )
 from jaxsms.training.state import TrainState
@@ -61,7 +61,7 @@ class PhaseRecipe(NamedTuple):
       shapes; candidates have those of their phase.
     distillation: of the candidates into the last phase's soup; its plan is given the record
       of that phase.
-    search: judges copies on the way; `plan` also gets values, the better half is merged.
+    search: compares copies on the way; `plan` also gets values, the better half is merged.
   """
 
   prune: Prune = magnitude_masks
@@ -115,7 +115,7 @@ def training_phases(
   if recipe.distillation is not None:
     check_temperature(recipe.distillation.temperature)
   parts = _Parts(engine, plan, recipe._replace(merging=merging))
-  parts.take_up(start, sparsities)
+  parts.resume(start, sparsities)
   return soup_phases(
     key,
     start.model,
@@ -138,7 +138,7 @@ class _Parts:
     base: its pruned model, in those shapes.
     rungs: of its search.
     state: of the copies that a broken run left; None once they train.
-    judged: rungs of a search up to that state.
+    earlier_rungs: of a search, those up to that state.
     of_soup: the state of a distillation that a broken run left.
   """
 
@@ -150,13 +150,13 @@ class _Parts:
     self.base: Model | None = None
     self.rungs: list[Rung] = []
     self.state: TrainState | None = None
-    self.judged: Sequence[Rung] = ()
+    self.earlier_rungs: Sequence[Rung] = ()
     self.of_soup: TrainState | None = None
     self._trained_images = self._last = 0
 
-  def take_up(self, start: Start, sparsities: Mapping[int, float]) -> None:
-    """Goes on from a state to the last phase. Where it has a teacher, it is the soup's."""
-    self.judged, self._last = start.rungs, max(sparsities, default=0)
+  def resume(self, start: Start, sparsities: Mapping[int, float]) -> None:
+    """Goes on from a state, which is of the copies, or with a teacher of the soup."""
+    self.earlier_rungs, self._last = start.rungs, max(sparsities, default=0)
     if start.state is not None and start.state.teacher:
       self.of_soup = start.state
     else:
@@ -180,11 +180,12 @@ class _Parts:
     chosen, learning_rates = self._plan(record)
     self._trained_images = int(np.sum(chosen["steps"])) * self._engine.programs.batch_size
     copies = number_of_models(chosen, "ingredients")
-    begin, judged, self.state, self.judged = self.state, self.judged, None, ()
+    begin, self.state = self.state, None
+    earlier, self.earlier_rungs = self.earlier_rungs, ()
     if self.of_soup is not None:
       teacher = model_at(self.of_soup.teacher, 0)
       if search is not None:
-        self.rungs = [*judged, next_rung(key, search, judged, phase, copies)]
+        self.rungs = [*earlier, next_rung(key, search, earlier, phase, copies)]
       return Model(teacher.params, teacher.batch_stats), {}
     if begin is None:
       begin = self.cut.engine.start(self.base, copies)
@@ -194,9 +195,9 @@ class _Parts:
         self.cut.engine, masks, key, begin, chosen, learning_rates, phase=phase
       )
     else:
-      vary = functools.partial(self._plan, record)
+      with_values = functools.partial(self._plan, record)
       end, self.rungs = yield from search_copies(
-        self.cut.engine, masks, key, begin, search, vary, judged, phase=phase
+        self.cut.engine, masks, key, begin, search, with_values, earlier, phase=phase
       )
     return trained(end), {}
 
@@ -210,10 +211,10 @@ class _Parts:
     )
     full = self.cut.network is None
     self.accuracy = merged["soup"]["test_accuracy"] if full else None
+    included = merged_copies(merged)
     if self._recipe.search is not None:
-      merged["search"] = concluded(self.rungs, merged["candidates"], merged_copies(merged))
+      merged["search"] = rung_records(self.rungs, merged["candidates"], included)
     if record["phase"] in self._recipe.landscapes:
-      included = merged_copies(merged)
       found = measure_landscape(
         engine, key, candidates, included, soup.params, self._trained_images
       )

@@ -1,4 +1,4 @@
-"""Search inside a phase: copies are judged at rungs, and the worse half begins anew.
+"""Search inside a phase: copies are compared at rungs, and the worse half begins anew.
 
 At a rung every copy is measured on validation data. The better half goes on as it is. The
 others start again from the average of that half, each with values near those of one of it.
@@ -20,7 +20,7 @@ from jaxsms.phases import finite_models
 from jaxsms.soups import soup_weights, uniform_soup
 from jaxsms.training.averaging import has_average
 from jaxsms.training.engine import Engine, Model, Record, trained
-from jaxsms.training.loop import Chunk, changed, train_copies
+from jaxsms.training.loop import Chunk, map_events, train_copies
 from jaxsms.training.measurements import (
   RECALIBRATION,
   best_first,
@@ -45,11 +45,11 @@ FACTOR = 1.5
 
 
 class Search(NamedTuple):
-  """What is searched for, and when copies are judged.
+  """What is searched for, and when copies are compared.
 
   Attributes:
     ranges: least and greatest value of each variable, both above 0.
-    ends: steps of a phase after which the copies are judged; the last is its end.
+    ends: steps of a phase after which the copies are compared; the last is its end.
     factor: by which new values differ from those that they come from, above 1.
   """
 
@@ -59,11 +59,11 @@ class Search(NamedTuple):
 
 
 class Rung(NamedTuple):
-  """How the copies were judged, once. JSON can hold its fields.
+  """How the copies did at one comparison. JSON can hold its fields.
 
   Attributes:
     phase: number of the phase, from 1.
-    step: of the phase, after which they were judged.
+    step: of the phase, after which they were compared.
     values: float [m] of each variable, that the copies trained with up to here.
     parents: [m], the copies of the rung before whose values those were or came from; None
       at the first rung, whose values are drawn.
@@ -80,8 +80,8 @@ class Rung(NamedTuple):
   validation_loss: Sequence[float] = ()
   kept: Sequence[int] = ()
 
-  def judged(self, scores: Sequence[Record], kept: Sequence[int]) -> "Rung":
-    """The same with the metrics of all copies, and the better half of them."""
+  def with_scores(self, scores: Sequence[Record], kept: Sequence[int]) -> "Rung":
+    """Gives the rung with the metrics of all copies, and which of them were kept."""
     accuracy, loss = (
       [one[f"validation_{name}"] for one in scores] for name in ("accuracy", "loss")
     )
@@ -128,7 +128,7 @@ def next_rung(
     m: number of copies.
 
   Returns:
-    The rung, not judged yet.
+    The rung, not scored yet.
   """
   number = len(rungs)
   key = jax.random.fold_in(jax.random.fold_in(key, SEARCH), number)
@@ -166,13 +166,13 @@ def better_half(scores: Sequence[Record], copies: Sequence[int] | None = None) -
   return best_first(scores, range(m) if copies is None else copies)[: (m + 1) // 2]
 
 
-def concluded(
+def rung_records(
   rungs: Sequence[Rung], scores: Sequence[Record], copies: Sequence[int]
 ) -> list[Record]:
-  """Judges the last rung of a phase by its candidates.
+  """The rungs of a phase, the last one scored by its candidates.
 
   Args:
-    rungs: of the phase, the last one not judged yet.
+    rungs: of the phase, the last one not scored yet.
     scores: metrics of all candidates.
     copies: those that count, see `jaxsms.training.failures.merged_copies`.
 
@@ -180,11 +180,11 @@ def concluded(
     All of them, as JSON can hold them.
   """
   *before, last = rungs
-  found = [*before, last.judged(scores, better_half(scores, copies))]
+  found = [*before, last.with_scores(scores, better_half(scores, copies))]
   return [rung._asdict() for rung in found]
 
 
-def judge(engine: Engine, key: jax.Array, models: Model) -> list[Record]:
+def validation_scores(engine: Engine, key: jax.Array, models: Model) -> list[Record]:
   """Metrics of m models on validation data, measured as candidates are.
 
   Args:
@@ -243,7 +243,7 @@ def search_copies(
   *,
   phase: int = 0,
 ) -> Generator[Any, None, tuple[TrainState, list[Rung]]]:
-  """Trains m copies to the end of a phase, and judges them on the way.
+  """Trains m copies to the end of a phase, and compares them on the way.
 
   It goes on after a break from a state that it yielded, with the rungs up to that state.
 
@@ -252,7 +252,7 @@ def search_copies(
     masks: shared by all copies.
     key: of the phase.
     state: of all copies, leaves [m, ...]; donated.
-    search: ranges, and the steps at which copies are judged.
+    search: ranges, and the steps at which copies are compared.
     plan: gives ingredients and learning rates [m, steps] for values [m] by variable.
     rungs: of this phase so far.
     phase: its number.
@@ -261,7 +261,7 @@ def search_copies(
     What `train_copies` yields; and each `Rung` but the last.
 
   Returns:
-    The last state; and the rungs, the last of them not judged yet.
+    The last state; and the rungs, the last of them not scored yet.
 
   Raises:
     ValueError: see `check_search`.
@@ -285,20 +285,20 @@ def search_copies(
     until = chosen.copy()
     until["steps"] = np.full([m], end, np.int32)
     training = train_copies(engine, masks, key, state, until, learning_rates, phase=phase)
-    state = yield from changed(training, of_whole_phase)
+    state = yield from map_events(training, of_whole_phase)
     if end == search.ends[-1]:
       rungs.append(rung)
       break
     averaged = has_average(chosen, end)
     now = trained(state) if averaged else Model(state.params, state.batch_stats)
-    scores = judge(engine, key, now)
+    scores = validation_scores(engine, key, now)
     kept = better_half(scores)
     if not kept:
       raise FloatingPointError(
         f"all {m} copies have metrics that are not finite: lower the learning rates of the "
         "search"
       )
-    rungs.append(rung.judged(scores, kept))
+    rungs.append(rung.with_scores(scores, kept))
     fault_point("rung")
     yield rungs[-1]
     state = restarted(state, rungs[-1].kept)
