@@ -18,7 +18,14 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
+from jaxsms.disk.merging import (
+  Job,
+  MergeStatistics,
+  copy,
+  find_thresholds,
+  largest_sparsity,
+  merge,
+)
 from jaxsms.disk.opening import open_tensors
 from jaxsms.disk.rules import RULES, passes_of
 from jaxsms.disk.storage import first_sentence
@@ -61,7 +68,7 @@ class Soup(NamedTuple):
   """
 
   weights: np.ndarray
-  found: Found
+  found: MergeStatistics
   scores: list[dict[str, float]] | None
 
 

@@ -75,7 +75,7 @@ def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -
     fault_point("save begins")
     if leaves:
       with storage.written_to(root / ARRAYS) as folder, open_checkpointer() as checkpointer:
-        checkpointer.save(folder, jax.tree.map(_never_empty, tree))
+        checkpointer.save(folder, jax.tree.map(_storable, tree))
     fault_point("save arrays")
     storage.write_json(root / MANIFEST, {"leaves": leaves, "meta": meta or {}})
     (root / UNFINISHED).unlink()
@@ -117,7 +117,7 @@ def restore(path: storage.Path, like: PyTree | None = None) -> Any:
     if leaves or (root / ARRAYS).exists():
       with storage.read_from(root / ARRAYS) as folder, open_checkpointer() as checkpointer:
         tree = checkpointer.restore(folder)
-    found = {k: _empty_again(x, leaves.get(k)) for k, x in by_path(tree).items()}
+    found = {k: _restored_leaf(x, leaves.get(k)) for k, x in by_path(tree).items()}
     tree = jax.tree.unflatten(jax.tree.structure(tree), found.values())
     described = {name: _described(leaf) for name, leaf in found.items()}
   except Exception as error:  # whatever damage makes orbax and TensorStore raise
@@ -327,12 +327,12 @@ def _check_dtypes(leaves: dict[str, Any]) -> None:
       raise ValueError(f"leaf {name} is {leaf.dtype}: give arrays of numbers or bools")
 
 
-def _never_empty(leaf: Any) -> Any:
+def _storable(leaf: Any) -> Any:
   """What is written of a leaf: a zero where it has no elements, which orbax refuses."""
   return leaf if np.size(leaf) else np.zeros([1], np.uint8)
 
 
-def _empty_again(leaf: Any, described: LeafRecord | None) -> Any:
+def _restored_leaf(leaf: Any, described: LeafRecord | None) -> Any:
   """What a leaf is after all, by its entry in the manifest."""
   if described is None or 0 not in described["shape"]:
     return leaf

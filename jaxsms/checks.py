@@ -23,7 +23,7 @@ def check_sparsity(value: Any, what: str = "sparsity") -> None:
   )
   if not real or np.ndim(value):
     raise ValueError(
-      f"{what} is {_shown(value)}: it is the share of weights to remove, one number in "
+      f"{what} is {_brief(value)}: it is the share of weights to remove, one number in "
       "[0, 1)"
     )
   if is_concrete(value) and not 0 <= float(value) < 1:
@@ -43,9 +43,9 @@ def check_phases(phases: Any, what: str = "phases") -> int:
   except TypeError:
     number = None
   if number is None or isinstance(phases, (bool, np.bool_)):
-    raise ValueError(f"{what} is {_shown(phases)}: give a whole number")
+    raise ValueError(f"{what} is {_brief(phases)}: give a whole number")
   if number > MOST_PHASES:
-    raise ValueError(f"{what} is {_shown(number)}: at most {MOST_PHASES:,} are possible")
+    raise ValueError(f"{what} is {_brief(number)}: at most {MOST_PHASES:,} are possible")
   return number
 
 
@@ -78,14 +78,14 @@ def check_call(key: Any, mesh: Any, **functions: Any) -> None:
     jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == np.uint32
   )
   if not is_key:
-    raise ValueError(f"key is {_shown(key)}: give a typed key, such as jax.random.key(0)")
+    raise ValueError(f"key is {_brief(key)}: give a typed key, such as jax.random.key(0)")
   if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
     raise ValueError(
-      f"mesh is {_shown(mesh)}: give None, or a mesh as jaxsms.make_mesh gives"
+      f"mesh is {_brief(mesh)}: give None, or a mesh as jaxsms.make_mesh gives"
     )
   for name, function in functions.items():
     if not callable(function) and not (name == "on_phase" and function is None):
-      raise ValueError(f"{name} is {_shown(function)}: give a function")
+      raise ValueError(f"{name} is {_brief(function)}: give a function")
 
 
 def check_outside_jit(call: str, tree: Any, instead: str) -> None:
@@ -109,7 +109,7 @@ def check_indices(indices: Any, candidates: int) -> list[int]:
     numbers = None
   if not numbers or len(set(numbers)) < len(numbers):
     raise ValueError(
-      f"merge gave the indices {_shown(indices)}: give each candidate that it took, once"
+      f"merge gave the indices {_brief(indices)}: give each candidate that it took, once"
     )
   if not all(0 <= i < candidates for i in numbers):
     raise ValueError(
@@ -119,7 +119,7 @@ def check_indices(indices: Any, candidates: int) -> list[int]:
   return numbers
 
 
-def _shown(value: Any) -> str:
+def _brief(value: Any) -> str:
   """A value in a message, cut short; of arrays only what they are."""
   if hasattr(value, "dtype") and hasattr(value, "shape"):
     return f"{value.dtype}{list(value.shape)}"

@@ -61,12 +61,12 @@ def erk_masks(
   shapes = [np.shape(leaves[i]) for i in numbers]
   sizes = [int(np.prod(shape)) for shape in shapes]
   kept = sum(sizes) - int(removal_count(sparsity, sum(sizes)))
-  counts = _share_out(kept, [sum(shape) for shape in shapes], sizes)
+  counts = _apportion(kept, [sum(shape) for shape in shapes], sizes)
   groups = [([i], n - k) for i, n, k in zip(numbers, sizes, counts, strict=True)]
   return masks_of_groups(params, groups, masks, sort_key=magnitude_sort_key(params))
 
 
-def _share_out(total: int, weights: list[int], most: list[int]) -> list[int]:
+def _apportion(total: int, weights: list[int], most: list[int]) -> list[int]:
   """Whole numbers of that total, proportional to the weights up to a largest each.
 
   Webster's method: number k of a layer comes at the scale (k - 1/2) / weight, and the

@@ -65,11 +65,13 @@ def uses_in(jaxpr: Any, leaves: Sequence[str]) -> dict[str, WeightUse]:
     axes = range(len(jaxpr.invars[i].aval.shape))
     given[i] = _Origin(name, tuple(frozenset({axis}) for axis in axes))
   uses: dict[str, WeightUse] = {}
-  _follow(jaxpr, given, 1, uses)
+  _trace_uses(jaxpr, given, 1, uses)
   return uses
 
 
-def _follow(jaxpr: Any, given: Sequence, times: int, uses: dict[str, WeightUse]) -> list:
+def _trace_uses(
+  jaxpr: Any, given: Sequence, times: int, uses: dict[str, WeightUse]
+) -> list:
   """Adds the uses in a traced function, run so many times; what its outputs are made of."""
   made = dict.fromkeys(jaxpr.constvars, _CONSTANT)
   made |= dict(zip(jaxpr.invars, given, strict=True))
@@ -89,7 +91,7 @@ def _follow(jaxpr: Any, given: Sequence, times: int, uses: dict[str, WeightUse])
         uses[leaf] = WeightUse(before[0] + times * count, before[1] | outputs)
       outs = [_ACTIVATION] * len(equation.outvars)
       if not use and _ACTIVATION not in ins:
-        outs = [_made_of(equation, ins, out.aval) for out in equation.outvars]
+        outs = [_origin_of(equation, ins, out.aval) for out in equation.outvars]
     made |= dict(zip(equation.outvars, outs, strict=True))
   return [of(v) for v in jaxpr.outvars]
 
@@ -109,10 +111,10 @@ def _inside(equation: Any, ins: list, times: int, uses: dict) -> list | None:
   if name == "scan":
     whole = p["num_consts"] + p["num_carry"]
     ins = [x if i < whole else _slice_of(x) for i, x in enumerate(ins)]
-    outs = _follow(inner, ins, times * p["length"], uses)
+    outs = _trace_uses(inner, ins, times * p["length"], uses)
     stacked = [x if x is _CONSTANT else _ACTIVATION for x in outs[p["num_carry"] :]]
     return outs[: p["num_carry"]] + stacked
-  return _follow(inner, ins, times, uses)
+  return _trace_uses(inner, ins, times, uses)
 
 
 def _slice_of(made: Any) -> Any:
@@ -120,7 +122,7 @@ def _slice_of(made: Any) -> Any:
   return _Origin(made.leaf, made.axes[1:]) if isinstance(made, _Origin) else made
 
 
-def _made_of(equation: Any, ins: list, out: Any) -> Any:
+def _origin_of(equation: Any, ins: list, out: Any) -> Any:
   """What an operation of leaves and constants gives: its largest part, axis by axis."""
   parts = [
     (v.aval, x) for v, x in zip(equation.invars, ins, strict=True) if isinstance(x, _Origin)

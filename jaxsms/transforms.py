@@ -67,10 +67,10 @@ def masked(
     )
   inner = optax.with_extra_args_support(transformation)
   default = masks
-  watch = _Watch()
+  watch = _RegrowthWarning()
 
   def init(params):
-    params = _arrays_alone(params)
+    params = _only_arrays(params)
     if default is None:
       return inner.init(params)
     masks = mask_leaves(params, default)
@@ -86,7 +86,7 @@ def masked(
       )
     if params is None:
       raise ValueError("masked() needs params: call update(updates, state, params)")
-    updates, params = _trained_alone(updates, params)
+    updates, params = _aligned_arrays(updates, params)
     chosen = mask_leaves(params, masks)
     watch.at_update(params, chosen)
     kept = apply_masks(params, masks)
@@ -126,7 +126,7 @@ def assert_sparse(params: PyTree, masks: PyTree) -> None:
     )
 
 
-class _Watch:
+class _RegrowthWarning:
   """Says once, where values can be seen, that removed entries come back."""
 
   def __init__(self):
@@ -169,14 +169,14 @@ def _count_nonzero_removed(pairs):
   return [jnp.sum(~jnp.asarray(mask, bool) & (leaf != 0)) for leaf, mask in pairs]
 
 
-def _arrays_alone(tree: PyTree) -> PyTree:
+def _only_arrays(tree: PyTree) -> PyTree:
   """The tree with None for leaves that are no arrays."""
   return jax.tree.map(lambda x: x if is_array(x) else None, tree)
 
 
-def _trained_alone(updates: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+def _aligned_arrays(updates: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
   """Updates and their parameters in one structure: None where either is no array."""
-  updates, params = _arrays_alone(updates), _arrays_alone(params)
+  updates, params = _only_arrays(updates), _only_arrays(params)
   if same_structure(updates, params):
     return updates, params
 

@@ -17,7 +17,7 @@ from experiments.run.seed_state import SeedState, packed, unpacked
 from experiments.run.signals import StopSignals
 from jaxsms import training
 from jaxsms.disk import storage
-from jaxsms.disk.series import Found
+from jaxsms.disk.series import NewestCheckpoint
 from jaxsms.training import Model
 
 PROGRAMS = types.SimpleNamespace(
@@ -95,7 +95,7 @@ def test_any_content_of_a_checkpoint_is_taken_up_or_refused(tmp_path_factory, da
     engine=types.SimpleNamespace(programs=PROGRAMS),
   )
   try:
-    checkpointer._take_up(Found(1, arrays, storage.plain(meta), []), task)
+    checkpointer._take_up(NewestCheckpoint(1, arrays, storage.plain(meta), []), task)
   except ValueError as error:
     assert "checkpoint 1 of" in str(error)
     assert "\n" not in str(error)

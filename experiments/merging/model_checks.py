@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.disk.by_name import check_fit
-from jaxsms.disk.merging import DENSE, Found
+from jaxsms.disk.merging import DENSE, MergeStatistics
 from jaxsms.disk.tensors import Spec, Tensors, key_path, prunable_names
 from jaxsms.trees import is_parameter
 
@@ -80,7 +80,9 @@ def result_specs(first: Tensors, dtype: str | None) -> dict[str, Spec]:
   }
 
 
-def check_masks(models: Sequence[Tensors], taken: Sequence[int], found: Found) -> None:
+def check_masks(
+  models: Sequence[Tensors], taken: Sequence[int], found: MergeStatistics
+) -> None:
   """Raises ValueError, saying what differs, unless sparse models have the same zeros.
 
   Args:
@@ -103,7 +105,7 @@ def check_masks(models: Sequence[Tensors], taken: Sequence[int], found: Found) -
     )
 
 
-def dense_note(paths: Sequence[str], found: Found) -> str | None:
+def dense_note(paths: Sequence[str], found: MergeStatistics) -> str | None:
   """What is said where some models have zeros, and too few to be pruned."""
   few = [
     f"{count:,} of {path}"
@@ -118,7 +120,7 @@ def dense_note(paths: Sequence[str], found: Found) -> str | None:
   )
 
 
-def angles(found: Found) -> np.ndarray:
+def angles(found: MergeStatistics) -> np.ndarray:
   """Degrees between each two models, [pairs]."""
   m = len(found.norms)
   first, second = np.triu_indices(m, 1)

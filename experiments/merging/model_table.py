@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxsms.disk.merging import Found
+from jaxsms.disk.merging import MergeStatistics
 
 from .model_checks import angles, dense_note
 
@@ -17,7 +17,7 @@ def show(
   console: Console,
   paths: Sequence[str],
   weights: np.ndarray,
-  found: Found,
+  found: MergeStatistics,
   scores: Sequence[dict[str, float]] | None,
 ) -> None:
   """Prints a table, and the distances between the models.
@@ -51,7 +51,7 @@ def show(
     console.print(line, highlight=False, soft_wrap=True)
 
 
-def distance_note(found: Found) -> str | None:
+def distance_note(found: MergeStatistics) -> str | None:
   """What is said of the distances between models; None where no two are finite."""
   apart = found.distances[np.triu_indices(len(found.norms), 1)]
   finite = np.isfinite(apart)

@@ -10,7 +10,7 @@ from absl import flags
 
 from jaxsms import pretrained
 from jaxsms.disk.by_name import by_path
-from jaxsms.disk.merging import Found, Job, find_thresholds, merge
+from jaxsms.disk.merging import Job, MergeStatistics, find_thresholds, merge
 from jaxsms.disk.other_writers import ToMemory
 from jaxsms.disk.passes import Combine, weighted, width
 from jaxsms.disk.rules import RULES, Parts
@@ -118,7 +118,7 @@ def soup_in_memory(
   task: Task,
   goal: float | None,
   specs: dict[str, Spec],
-) -> tuple[InMemory, Found, np.ndarray, list[dict[str, float]]]:
+) -> tuple[InMemory, MergeStatistics, np.ndarray, list[dict[str, float]]]:
   """Merges models of the network, and estimates batch statistics anew.
 
   Args:

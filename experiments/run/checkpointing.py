@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from jaxsms.disk import storage
 from jaxsms.disk.faults import fault_point
-from jaxsms.disk.series import Found, Series
+from jaxsms.disk.series import NewestCheckpoint, Series
 from jaxsms.disk.storage import first_sentence
 
 from ..config.run_config import Config
@@ -153,7 +153,7 @@ class Checkpointer:
 
     The first process does so, and the others read what it found.
     """
-    found, problem = Found(None, {}, {}, []), None
+    found, problem = NewestCheckpoint(None, {}, {}, []), None
     if is_writer():
       try:
         self._resumed = (self.workdir / run_directory.RUN_FILE).exists()
@@ -172,7 +172,7 @@ class Checkpointer:
           "the first process cannot use the run directory: see there"
         )
       elif number and not is_writer():
-        found = Found(number, *self._series.read(number), [])
+        found = NewestCheckpoint(number, *self._series.read(number), [])
     if problem is not None:
       raise problem
     return found

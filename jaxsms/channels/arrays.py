@@ -17,7 +17,7 @@ def taken(x, masks):
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(left_shape(x.shape, masks), x.dtype)
   if _on_host(x):
-    return _beside(x, take(np.asarray(x), masks))
+    return _placed_like(x, take(np.asarray(x), masks))
   return take(x, masks)
 
 
@@ -26,7 +26,7 @@ def masked_leaf(x, mask):
   if not is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or np.all(mask):
     return x
   if _on_host(x):
-    return _beside(x, np.where(mask, x, np.zeros((), x.dtype)))
+    return _placed_like(x, np.where(mask, x, np.zeros((), x.dtype)))
   return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -39,7 +39,7 @@ def _on_host(x):
   return x.is_fully_addressable and x.is_fully_replicated
 
 
-def _beside(x, array):
+def _placed_like(x, array):
   """An array of the host where x lies, on its devices; free to move where x is."""
   if isinstance(x, np.ndarray):
     return array
@@ -74,7 +74,7 @@ def expanded(x, masks):
       for n, mask in zip(full.shape, masks, strict=True)
     ]
     full[np.ix_(*stays)] = np.asarray(x)
-    return _beside(x, full)
+    return _placed_like(x, full)
   for axis, mask in enumerate(masks):
     if mask is not None:
       zero = jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)

@@ -259,7 +259,7 @@ def compact(
   """
   if not is_concrete(masks):
     raise ValueError("masks are traced: call compact outside of jit, with masks of values")
-  masks = _matched(params, masks)
+  masks = _full_masks(params, masks)
   zeros = emptied(params, masks)
   trace = Trace(apply, params, inputs, zeros)
   kept = _kept(trace, zeros)
@@ -331,7 +331,7 @@ def _dtype(name):
   return jnp.dtype(name)
 
 
-def _matched(params, masks):
+def _full_masks(params, masks):
   """The masks in the structure of `params`; True where a leaf is no array."""
   own = [True if mask is None else mask for mask in mask_leaves(params, masks)]
   return jax.tree.unflatten(jax.tree.structure(params), own)

@@ -132,7 +132,7 @@ def _move(equation, ins, values):
   return np.maximum(values[0], FINITE)
 
 
-def _break(equation, ins, values):
+def _mark_broken(equation, ins, values):
   return np.where(values[0] == ZERO, BROKEN, values[0])
 
 
@@ -198,7 +198,7 @@ RULES = {
   "bitcast_convert_type": bitcast,
   **{name: elementwise(_keep) for name in _KEEP_ZERO},
   **{name: elementwise(_move) for name in _MOVE_ZERO},
-  **{name: elementwise(_break) for name in _BREAK_ZERO},
+  **{name: elementwise(_mark_broken) for name in _BREAK_ZERO},
   **{name: elementwise(_all_zero) for name in _ALL_ZERO},
   **{name: elementwise(_number) for name in _NUMBERS},
   "mul": elementwise(_mul),

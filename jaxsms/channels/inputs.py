@@ -12,9 +12,9 @@ class Inputs:
   """Arguments of a call: arrays and floats move, all else is part of the function."""
 
   def __init__(self, args, kwargs):
-    self.arrays, self._filled = split_leaves((args, kwargs), lambda path, x: _moves(x))
+    self.arrays, self._filled = split_leaves((args, kwargs), lambda path, x: _is_dynamic(x))
     flat, structure = jax.tree.flatten((args, kwargs))
-    self.key = structure, tuple(_kind(x) if _moves(x) else (type(x), x) for x in flat)
+    self.key = structure, tuple(_kind(x) if _is_dynamic(x) else (type(x), x) for x in flat)
 
   def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of params and of what moves alone."""
@@ -26,7 +26,7 @@ class Inputs:
     return with_arrays
 
 
-def _moves(x):
+def _is_dynamic(x):
   return is_array(x) or isinstance(x, float)
 
 

@@ -75,7 +75,7 @@ def removal_order(
     start = kept_channels(params, groups, masks)
     params = apply_masks(params, masks)
   scores = channel_scores(score, params, groups, key)
-  may_go = [not x for x in _held_groups(params, groups, prunable)]
+  may_go = [not x for x in _unprunable_groups(params, groups, prunable)]
   channels, values, lengths = [np.zeros(0, int)], [np.zeros(0)], [np.zeros(0, int)]
   first = 0
   for group, alive, own, may in zip(groups, start, scores, may_go, strict=True):
@@ -110,7 +110,9 @@ def _blocks(scores, alive, round_to) -> tuple[np.ndarray, np.ndarray]:
   return order, np.concatenate([[0], starts]) if more and len(order) else starts
 
 
-def _held_groups(params: PyTree, groups: Sequence, prunable: Prunable | None) -> list[bool]:
+def _unprunable_groups(
+  params: PyTree, groups: Sequence, prunable: Prunable | None
+) -> list[bool]:
   """For each group, whether a layer that is not to be pruned puts it out."""
   flags = prunable_flags(params, prunable)
   outputs = getattr(groups, "outputs", None)

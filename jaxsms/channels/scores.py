@@ -137,7 +137,7 @@ def taylor_scores(
   products = jax.jit(
     lambda x, batch: jax.tree.map(lambda w, g: (w * g).real, x, jax.grad(loss_of)(x, batch))
   )(chosen, batch)
-  sums = _sums_over_places(filled(products), groups, _as_it_is)
+  sums = _sums_over_places(filled(products), groups, _unchanged)
   return [np.abs(x) for x in sums]
 
 
@@ -256,7 +256,7 @@ def _ones(leaf: np.ndarray, axes: list[int]):
   return np.ones(leaf.shape), axes
 
 
-def _as_it_is(leaf: np.ndarray, axes: list[int]):
+def _unchanged(leaf: np.ndarray, axes: list[int]):
   return leaf.astype(np.float32), axes
 
 

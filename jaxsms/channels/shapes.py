@@ -213,7 +213,7 @@ def concatenate(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   axes = [
     joined(walk, [v.axes[i] for v in ins])
     if i != along
-    else beside(walk, [v.axes[i] for v in ins], [s[i] for s in shapes])
+    else concatenated(walk, [v.axes[i] for v in ins], [s[i] for s in shapes])
     for i in range(len(shapes[0]))
   ]
   known = {v.known for v in ins}
@@ -247,7 +247,9 @@ def joined(walk: Walk, axes: Sequence[Axis | Fixed]) -> Axis | Fixed:
   return Axis(first.labels, np.maximum.reduce(values))
 
 
-def beside(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Axis | Fixed:
+def concatenated(
+  walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]
+) -> Axis | Fixed:
   """Axes one after the other."""
   labels = walk.labels
   axes = [labels.normal(axis) for axis in axes]
@@ -280,7 +282,7 @@ def pad(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     ends = [_padding(walk, max(k, 0), fill.known) for k in (low, high)]
     parts = [ends[0], axis, ends[1]]
     sizes = [max(low, 0), axis.labels.shape[1], max(high, 0)]
-    axes[i] = beside(walk, parts, sizes)
+    axes[i] = concatenated(walk, parts, sizes)
   known = value.known if value.known == fill.known else None
   return [Value(tuple(axes), known)]
 

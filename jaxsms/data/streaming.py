@@ -327,7 +327,7 @@ class _Plan(NamedTuple):
     # Copies that take no step only fill up the devices.
     seeds = [seed for seed, n in zip(self.seeds, self.steps, strict=True) if n]
     return (
-      f"Stream({self.source!r}, {_described(self.transform)}, "
+      f"Stream({self.source!r}, {_qualified_name(self.transform)}, "
       f"indices={len(self.indices)}:{zlib.crc32(self.indices.data):08x}, key={self.key}, "
       f"seeds={seeds}, batch_size={self.batch_size})"
     )
@@ -364,10 +364,10 @@ class _Reads:
     return read_example(plan.source, index, transform, plan.image_shape)
 
 
-def _described(function: Callable | None) -> str:
+def _qualified_name(function: Callable | None) -> str:
   """A name for a transform that is the same in every process."""
   if isinstance(function, functools.partial):
     options = [*map(repr, function.args)]
     options += [f"{name}={value!r}" for name, value in sorted(function.keywords.items())]
-    return f"{_described(function.func)}({', '.join(options)})"
+    return f"{_qualified_name(function.func)}({', '.join(options)})"
   return getattr(function, "__qualname__", type(function).__qualname__)

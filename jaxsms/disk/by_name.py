@@ -48,7 +48,7 @@ def check_fit(
   ]
   kinds = {"missing: ": missing, "left over: ": left_over, "": differing}
   if any(kinds.values()):
-    raise ValueError(f"{problem} ({'; '.join(_few(kinds))}): {advice}")
+    raise ValueError(f"{problem} ({'; '.join(_examples(kinds))}): {advice}")
 
 
 def nested(arrays: Mapping[str, Any]) -> Any:
@@ -83,7 +83,7 @@ def nested(arrays: Mapping[str, Any]) -> Any:
   return tree
 
 
-def _few(kinds: dict[str, list[str]]) -> list[str]:
+def _examples(kinds: dict[str, list[str]]) -> list[str]:
   """Five in all, taken from each kind in turn, and how many more there are of each."""
   turns = sorted((i, label) for label, items in kinds.items() for i in range(len(items)))
   taken = collections.Counter(label for _, label in turns[:5])

@@ -11,8 +11,8 @@ from jaxsms.disk.passes import (
   Combine,
   blocks_of,
   check_finite,
+  has_finite_norm,
   in_order,
-  looks_finite,
   read_stacked,
   scratch,
 )
@@ -44,7 +44,7 @@ class Job(NamedTuple):
   on_bytes: Callable[[int], None] = lambda count: None
 
 
-class Found(NamedTuple):
+class MergeStatistics(NamedTuple):
   """What a pass over m models found.
 
   Attributes:
@@ -80,7 +80,7 @@ class Found(NamedTuple):
     return self.sparsities < DENSE
 
 
-class Part(NamedTuple):
+class MergedBlock(NamedTuple):
   """A block of the result, and what was found in it.
 
   Attributes:
@@ -107,7 +107,7 @@ class Part(NamedTuple):
 
 def merge_block(
   job: Job, weights: frozenset[str], thresholds: Thresholds | None, block: Block
-) -> Part:
+) -> MergedBlock:
   """One block of the result.
 
   Args:
@@ -121,7 +121,7 @@ def merge_block(
   """
   spec = job.specs[block.name]
   if not spec.is_floating:
-    return Part(block, job.models[job.taken[0]].read(*block))
+    return MergedBlock(block, job.models[job.taken[0]].read(*block))
   rows, values = _combined(job, block)
   found: dict[str, Any] = {}
   if thresholds is not None:
@@ -135,7 +135,7 @@ def merge_block(
       _check_finite(job, block, *_combined(job, block))
   else:
     _check_finite(job, block, rows, values)
-  return Part(block, values, **found)
+  return MergedBlock(block, values, **found)
 
 
 def _combined(job, block):
@@ -157,7 +157,7 @@ def _check_finite(job, block, rows, values):
 
 
 def _zeros(models, taken):
-  """Counts of entries [m, n] that are 0, see `Part`."""
+  """Counts of entries [m, n] that are 0, see `MergedBlock`."""
   zero = scratch("zero", models.size, np.dtype(bool)).reshape(models.shape)
   np.equal(models, 0, out=zero)
   zeros = np.array([np.count_nonzero(z) for z in zero])
@@ -180,7 +180,9 @@ def _gram(rows, result):
   return np.where(np.isfinite(gram), gram, np.nan)  # sums of both infinities would warn
 
 
-def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Found:
+def merge(
+  job: Job, writer: Writer, thresholds: Thresholds | None = None
+) -> MergeStatistics:
   """Writes the result of merging models, and says what was found on the way.
 
   Args:
@@ -209,7 +211,7 @@ def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Fou
       if thresholds is not None and part.tied is not None:
         goes = thresholds.ties(block, part.tied)
         before, was = part.before[:, : len(goes)], values[goes].astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):  # see `Found`
+        with np.errstate(over="ignore", invalid="ignore"):  # see `MergeStatistics`
           moved += np.sum(before**2 - (before - was) ** 2, axis=1)
         values[goes] = 0
       of_result += values.size - np.count_nonzero(values)
@@ -218,7 +220,7 @@ def merge(job: Job, writer: Writer, thresholds: Thresholds | None = None) -> Fou
     writer.write(block, values)
     job.on_bytes(bytes_of(job.models, block))
   norms, distances = _distances(gram)
-  return Found(
+  return MergeStatistics(
     weights=sum(job.specs[name].size for name in names),
     zeros=zeros,
     differing=differing,
@@ -284,7 +286,7 @@ def find_thresholds(job: Job, sparsity: float, scope: str) -> Thresholds:
   def values(function):
     def work(block):
       rows, found = _combined(job, block)
-      if not looks_finite(found.astype(rows.dtype, copy=False)):
+      if not has_finite_norm(found.astype(rows.dtype, copy=False)):
         _check_finite(job, block, rows, found)
       return block, function(block, found)
 

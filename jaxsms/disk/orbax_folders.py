@@ -136,7 +136,7 @@ def open_checkpoint(local: str, path: str | os.PathLike) -> Tensors:
   else:
     folder, digests = _arrays_of(local, path), {}
   try:
-    found = Chunks(path, folder, _described(folder), digests)
+    found = Chunks(path, folder, _array_metadata(folder), digests)
     if digests and found.specs.keys() != digests.keys():
       raise ValueError("its arrays are not those that were saved")
     return found
@@ -170,7 +170,7 @@ def _arrays_of(folder, path):
   return os.path.join(folder, (known or items)[0])
 
 
-def _described(folder):
+def _array_metadata(folder):
   """What orbax says of each array by name; what is no array is left out."""
   import orbax.checkpoint as ocp
 

@@ -119,7 +119,7 @@ def read_finite(model: Tensors, block: Block, what: Any) -> np.ndarray:
   return values
 
 
-def looks_finite(values: np.ndarray) -> bool:
+def has_finite_norm(values: np.ndarray) -> bool:
   """Whether the sum of the squares is finite: then they all are, and mostly it is."""
   return bool(np.isfinite(np.dot(values, values)))
 

@@ -85,9 +85,9 @@ def smallest(
   shift = sum(digits)
   for bits in digits:
     above, shift = shift, shift - bits
-    counted = functools.partial(_counted, found, group_of, wide, above, shift)
+    digit_counts = functools.partial(_digit_counts, found, group_of, wide, above, shift)
     counts = [np.zeros(2**bits, np.int64) for _ in groups]
-    for block, count in values(counted):
+    for block, count in values(digit_counts):
       counts[group_of[block.name]][: len(count)] += count
     for threshold, count in zip(found, counts, strict=True):
       # The largest digit with no more entries below it than are to go.
@@ -99,7 +99,7 @@ def smallest(
   return Thresholds(by_name, wide)
 
 
-def _counted(found, group_of, wide, above, shift, block, values):
+def _digit_counts(found, group_of, wide, above, shift, block, values):
   """How many magnitudes of a block have each digit, of those with the known digits.
 
   Args:

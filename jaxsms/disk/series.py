@@ -15,7 +15,7 @@ from jaxsms.trees import PyTree
 NUMBER = re.compile("[0-9]+")  # str.isdigit takes superscripts, which int does not
 
 
-class Found(NamedTuple):
+class NewestCheckpoint(NamedTuple):
   """What `Series.newest` gives.
 
   Attributes:
@@ -51,7 +51,7 @@ class Series:
     self.seconds = 0.0
     """How long the last finished save of arrays took."""
 
-  def newest(self) -> Found:
+  def newest(self) -> NewestCheckpoint:
     """Walks back to the newest whole checkpoint.
 
     Damaged ones on the way get another name, and what killed saves left is removed.
@@ -65,10 +65,10 @@ class Series:
     damaged: list[str] = []
     for folder in reversed(self._folders()):
       try:
-        return Found(int(folder.name), *self.read(int(folder.name)), damaged)
+        return NewestCheckpoint(int(folder.name), *self.read(int(folder.name)), damaged)
       except Damaged as error:
         damaged.append(f"{error}, set aside as {storage.set_aside(folder).name}")
-    return Found(None, {}, {}, damaged)
+    return NewestCheckpoint(None, {}, {}, damaged)
 
   def read(self, number: int) -> tuple[PyTree, dict[str, Any]]:
     """The arrays of one checkpoint, and what was saved beside them.
