@@ -32,7 +32,7 @@ class LeafRecord(TypedDict):
 
 
 class Manifest(TypedDict):
-  """What lies beside the arrays of a checkpoint: `meta`, and each leaf by its name."""
+  """What is stored with the arrays of a checkpoint: `meta`, and a record of each leaf."""
 
   leaves: dict[str, LeafRecord]
   meta: dict[str, Any]
@@ -47,7 +47,7 @@ def save(path: storage.Path, tree: PyTree, meta: dict[str, Any] | None = None) -
     path: folder to make, on a disk or (gs://...) an object store; its parent is made
       where it is missing.
     tree: arrays in dicts, lists, tuples.
-    meta: what JSON can hold, to be kept beside them.
+    meta: values that JSON can hold, to store with them.
 
   Raises:
     ValueError: the folder exists, a leaf is no array or not of numbers, or values are
@@ -205,7 +205,7 @@ def fill(like: PyTree, arrays: dict[str, np.ndarray], what: str) -> PyTree:
 
 
 def read_manifest(path: storage.Path) -> Manifest:
-  """Reads what lies beside the arrays of a checkpoint.
+  """Reads what is stored with the arrays of a checkpoint.
 
   Args:
     path: a folder that `save` wrote.

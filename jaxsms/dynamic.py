@@ -60,7 +60,7 @@ class GradualPruning(NamedTuple):
     goal_sparsity: from step `ramp_steps` on, in [0, 1).
     ramp_steps: after which the masks are fixed, at least 1.
     mask_steps: most steps between two masks: an epoch is cut into equal parts of at most
-      so many.
+      this length.
     prune: `prune(params, sparsity, masks=masks)` giving masks.
   """
 

@@ -45,11 +45,11 @@ def save_compact(
 ) -> None:
   """Writes parameters to a safetensors file that holds a bit for each removed weight.
 
-  A leaf whose mask removes something is two arrays: its kept values, in row-major order,
-  under its name, and under name + "#mask" the bits of its mask, uint8, the first entry in
-  the lowest bit of the first byte. Other leaves lie there as they are. The metadata hold
-  `format`, `leaves` (the shapes of those in two parts, as JSON) and `sha256`, a digest of
-  all the rest.
+  A leaf whose mask removes something is stored as two arrays. Under its name are the kept
+  values, in row-major order. Under name + "#mask" are the bits of its mask, uint8, the
+  first entry in the lowest bit of the first byte. Other leaves are stored unchanged. The
+  metadata hold `format`, `leaves` (the shapes of those in two parts, as JSON) and `sha256`,
+  a digest of all the rest.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.

@@ -21,18 +21,18 @@ def multiply_adds(
 ) -> dict[str, int]:
   """Counts the multiply-adds of each dense layer and convolution, without computing them.
 
-  It takes a network of any framework: `apply` is traced, and each product that has a
-  weight as one of its operands belongs to that weight's layer. Products of activations,
-  such as queries with keys, do not count, nor do biases and normalizations. Positions in
-  a convolution's padding count, so a layer costs its number of outputs times the weights
-  of one output. A scan counts as often as it runs. Of a `lax.cond` the last branch counts.
+  It takes a network of any framework: `apply` is traced, and each product that has a weight
+  as one of its operands belongs to that weight's layer. Products of activations, such as
+  queries with keys, do not count, nor do biases and normalizations. Positions in a
+  convolution's padding count, so a layer costs its number of outputs times the weights of
+  one output. A scan counts as often as it runs. For a `lax.cond` the last branch counts.
 
   Args:
     apply: the network in inference, called with `params` and `images`.
     params: tree of parameters; shapes are enough (`jax.eval_shape`). May hold other
       leaves, such as batch statistics.
-    images: float [1, height, width, channels], or its `jax.ShapeDtypeStruct`; of a larger
-      batch all images count.
+    images: float [1, height, width, channels], or its `jax.ShapeDtypeStruct`; all images of
+      a larger batch count.
     prunable: which leaves are weights; None means `jaxsms.prunable`.
 
   Returns:

@@ -16,8 +16,8 @@ def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
   """How far apart m models are.
 
   Args:
-    stacked: parameters alone, leaves [m, ...]; batch statistics would count as
-      directions. Only floating leaves are looked at.
+    stacked: parameters alone, leaves [m, ...]; batch statistics would count as directions.
+      Only floating leaves count.
 
   Returns:
     dict of float32 scalars: `max_`, `min_`, `mean_` + `l2_distance` and `angle` (between

@@ -16,8 +16,8 @@ FLAT = 1e-6  # of the length of a side: what float32 leaves of three models on o
 class Plane(NamedTuple):
   """The plane through three models a, b and c, with an orthonormal basis.
 
-  The origin is a, the first axis points to b, and the second one is what is left of the
-  way to c (Gram-Schmidt). Only floating leaves span it, prunable or not.
+  The origin is a, the first axis points to b, and the second one is the direction to c made
+  orthogonal to it (Gram-Schmidt). Only floating leaves span it, prunable or not.
 
   Attributes:
     models: a, b and c, leaves [3, ...].

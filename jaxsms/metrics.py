@@ -239,7 +239,7 @@ def predictive_entropy(logits: jax.Array) -> jax.Array:
 
 
 def mutual_information(logits: jax.Array) -> jax.Array:
-  """How much of the entropy of m models' mean prediction is that they disagree.
+  """The part of the predictive entropy of m models that comes from their disagreement.
 
   Args:
     logits: float [m, n, classes].
@@ -302,7 +302,7 @@ def disagreement(logits: jax.Array) -> jax.Array:
 
 
 def auroc(scores: jax.Array, positives: jax.Array) -> jax.Array:
-  """How well scores tell positives from the others: the area under the ROC curve.
+  """How well scores separate positives from the others: the area under the ROC curve.
 
   The share of pairs of a positive and another in which the positive has the larger score;
   equal ones count half.
@@ -312,7 +312,7 @@ def auroc(scores: jax.Array, positives: jax.Array) -> jax.Array:
     positives: bool [n].
 
   Returns:
-    float32 [], 0.5 for scores that tell nothing; NaN where all or none are positive.
+    float32 [], 0.5 for random scores; NaN where all or none are positive.
 
   Raises:
     ValueError: shapes do not fit together, or positives are not bool.

@@ -41,7 +41,7 @@ _IGNORED = re.compile(r"(^|\.)num_batches_tracked$|^n_averaged$")
 def from_torch(
   state_dict: Mapping[str, Any], module: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-  """Turns PyTorch's weights of one of the paper's networks into ours.
+  """Turns PyTorch's weights of one of the paper's networks into Flax variables.
 
   The layers may be called as in the paper's code, in the usual CIFAR networks ("shortcut",
   "linear") or in torchvision ("downsample", "fc"), those of the Vision Transformer as in
@@ -143,15 +143,15 @@ def load_model(
 
 
 def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads a model from any of the formats, whatever network it is of.
+  """Reads a model of any network from any of the formats.
 
   Args:
     path: a folder that `jaxsms.checkpoint.save` or orbax alone wrote, or a file as
       `load_weights` reads it.
 
   Returns:
-    The arrays by name. Where some lie under "params", what a training state has beside
-    them and "batch_stats" (its optimizer, its step, masks) is left out.
+    The arrays by name. Where some have names under "params", only those and "batch_stats"
+    are read, without the optimizer, the step and the masks of a training state.
 
   Raises:
     ValueError: there is no such model, or it cannot be read.
@@ -188,7 +188,7 @@ def fit_model(
   image_shape: tuple[int, int, int],
   what: str,
 ) -> dict[str, Any]:
-  """Arrays by name, ours or PyTorch's, as the variables of a network.
+  """Arrays under names of this library or of PyTorch, as the variables of a network.
 
   Args:
     found: see `load_arrays`; parameters alone may lie under their names without "params".

@@ -30,15 +30,15 @@ def recalibrate(
 
   Args:
     update: `update(batch_stats, batch) -> batch_stats`, one forward pass of the model in
-      training mode. Of linen, what `apply(..., mutable=["batch_stats"])` gives beside the
-      output; of NNX, the state of type `nnx.BatchStat` after a call.
+      training mode. For linen, it gives what `apply(..., mutable=["batch_stats"])` gives
+      besides the output; for NNX, the state of type `nnx.BatchStat` after a call.
     batch_stats: tree of the model's statistics.
     batches: tree of arrays with leading axis k, such as images [k, batch, ...] or keys [k]
       for augmentation and dropout; `update` gets one entry of it at a time.
 
   Returns:
     A tree as `batch_stats`. Leaves that are not floating, such as counters, and those that
-    `update` leaves alone, are as they were.
+    `update` does not change stay as they are.
 
   Raises:
     ValueError: `batches` has no leading axis that its leaves share, or `update` gives

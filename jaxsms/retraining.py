@@ -52,14 +52,14 @@ def retrain_phase(
     ingredients: tree of arrays with leading axis m.
     retrain: `retrain(key, params, masks, ingredient)` giving params or (params, report).
     mesh: None for one device, else as `jaxsms.make_mesh` gives.
-    at_once: copies that one device trains at the same time; groups of so many follow one
-      another in the same program, in less memory. None means all.
+    at_once: copies that one device trains at the same time. Groups of this size follow one
+      another in the same program, which needs less memory. None means all copies.
     keep: keeps the compiled program, for later calls with the same `retrain`.
 
   Returns:
-    The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports,
-    NumPy leaves [m, ...] (None where there are none). In a job of several processes every
-    one gets all of both, on its own devices.
+    The m retrained copies, leaves [m, ...], exactly 0 where removed, and the reports, NumPy
+    leaves [m, ...] (None where there are none). In a job of several processes each one gets
+    all copies and reports, on its own devices.
 
   Raises:
     ValueError: no ingredient, `at_once` below 1, traced values, or `retrain` gives another

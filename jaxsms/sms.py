@@ -211,8 +211,8 @@ def sparse_model_soup(
     prunable: which leaves to prune and count, passed on to `prune`; None means
       `jaxsms.prunable`.
     regrow: allows `prune` to keep weights that were removed before.
-    keep_candidates: keeps the copies of the last phase. `on_phase` gets those of every
-      phase in any case.
+    keep_candidates: keeps the copies of the last phase. `on_phase` always gets those of its
+      phase.
     shrink: (apply, *inputs), the network and the arguments after its params. If given,
       the network is cut after each pruning. `prune`, by default `channel_masks`, gets
       `groups=` and params in full shapes, with zeros where the network was cut.

@@ -46,8 +46,8 @@ def channel_masks(
 
   Args:
     params: tree of parameters.
-    sparsity: share of the budget to remove, in [0, 1); reached to within one channel (or
-      `round_to` of them), never less than asked.
+    sparsity: share of the budget to remove, in [0, 1). At least this share is removed, and
+      at most one channel more (or `round_to` channels).
     groups: as `jaxsms.channel_groups` gives.
     score: "l2" (`l2_scores`), "batch_norm", "random", or a function of params and groups
       that gives float [size] for each group, such as one made of `taylor_scores`. Channels

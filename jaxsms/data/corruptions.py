@@ -90,7 +90,7 @@ def corrupted(
 
 
 def corruptions_for(channels: int) -> list[str]:
-  """Names the corruptions that apply to images of so many channels.
+  """Names the corruptions that apply to images of this number of channels.
 
   Args:
     channels: 1 (gray) or 3 (colour).

@@ -13,9 +13,9 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
   """How many examples each class keeps in an exponential profile, the largest that fits.
 
   n_c = floor(n_max * ratio^(-c / (C - 1))) for the classes c = 0 to C - 1 in the order
-  given. n_max is the largest for which no class is asked for more than it has, so that the
-  profile is exact whatever the classes have. Where the last class would then have no
-  example, n_max is `ratio`: the last class has one, the others no more than they have.
+  given. n_max is the largest for which every class has enough examples, so that the profile
+  is exact. Where the last class would then have no example, n_max is `ratio`: the last
+  class has one, the others no more than they have.
 
   Args:
     available: int [classes], examples of each class, in the order of the profile.

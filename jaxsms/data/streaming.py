@@ -220,7 +220,8 @@ def stream(
     mesh: None for one device, else as `jaxsms.make_mesh` gives: copies are spread over
       "ingredient" and the batch over "data".
     copies: those that this process reads; None for those that its devices hold.
-    batch_part: the part of each batch that this process reads; None likewise.
+    batch_part: the part of each batch that this process reads; None for the part that its
+      devices hold.
     threads: how many read and decode; 0 does it in line.
 
   Returns:

@@ -79,8 +79,8 @@ def balanced_shares(
 ) -> Shares:
   """Shares in which every class has equally many examples.
 
-  As many as the smallest class has, times `fraction`. Large classes give each share other
-  examples, as far as they have enough, see `random_shares`.
+  Their number is `fraction` times the size of the smallest class. The shares have different
+  examples of a larger class, as far as it has enough, see `random_shares`.
 
   Args:
     key: typed key.

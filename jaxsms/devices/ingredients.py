@@ -20,7 +20,7 @@ def map_ingredients(
   mesh: Mesh | None = None,
   at_once: int | None = None,
 ) -> Callable[..., PyTree]:
-  """Maps a function of one ingredient over all m, as `jax.vmap` does, and all devices.
+  """Maps a function of one ingredient over all m, as `jax.vmap` does, on all devices.
 
   On a mesh each device holds its share of the copies and maps over them with vmap inside
   shard_map; the axis "ingredient" is manual, other axes are left to the compiler. Where m
@@ -32,8 +32,8 @@ def map_ingredients(
     in_axes: 0 for an argument with leading axis m, None for one that all share; one value,
       or a tuple with one for each positional argument.
     mesh: None for one device, else a mesh with an axis "ingredient", as `make_mesh` gives.
-    at_once: how many ingredients of a device are vmapped; groups of so many follow one
-      another in the same program. None means all.
+    at_once: ingredients of a device that are vmapped together. Groups of this size follow
+      one another in the same program. None means all.
 
   Returns:
     A function of the same positional arguments, whose results have leading axis m.

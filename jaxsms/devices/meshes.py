@@ -55,7 +55,7 @@ def make_mesh(ingredient: int | None = None, data: int = 1, devices=None) -> Mes
 def fit_mesh(
   copies: int, batch_size: int, devices=None, sharing: float = 0.5
 ) -> Mesh | None:
-  """A mesh over all devices for so many copies, by a fixed rule.
+  """A mesh over all devices for m copies, by a fixed rule.
 
   A device trains ceil(copies / ingredient) copies, and d devices that share a batch are
   taken to be d**sharing times as fast as one. The mesh with the fastest step wins, among

@@ -34,15 +34,15 @@ FORMAT = "jaxsms-cut-1"
 def save_cut(
   path: str | os.PathLike, network: Compact, params: PyTree | None = None
 ) -> None:
-  """Writes a cut network to a safetensors file: its smaller arrays, and what was cut.
+  """Writes a cut network to a safetensors file: the smaller arrays and what was cut.
 
-  The arrays lie under names such as "params/Dense_0/kernel"; the metadata hold `format`,
+  The arrays have names such as "params/Dense_0/kernel". The metadata hold `format`,
   `layout`, the network's layout as JSON, and `sha256`, a digest of all the rest.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.
     network: what `jaxsms.compact` gave, of parameters in dicts.
-    params: smaller arrays, trained from the network's own say; None means its own.
+    params: smaller arrays, such as those after training; None means those of `network`.
 
   Raises:
     ValueError: a leaf is of a dtype that the format does not have, or params are shapes.
@@ -197,7 +197,7 @@ def _check_memory(needed: int) -> None:
 def cut_to_torch(
   network: Compact, module: nn.Module, image_shape: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-  """A cut network of ours as PyTorch's state dict, for the networks in `torch_module`.
+  """The state dict of a cut network of `jaxsms.models`, for `torch_module` in PyTorch.
 
   Args:
     network: what `jaxsms.compact` gave of the module's variables, {"params": ...,
@@ -206,11 +206,11 @@ def cut_to_torch(
     image_shape: [height, width, channels] of one image.
 
   Returns:
-    Arrays by name. Beside the weights lie what their shapes do not tell: `pads` of
-    shortcuts that are padded with zeros, `heads` and `scale` of attentions.
+    Arrays by name. Besides the weights it has what shapes do not show: `pads` of shortcuts
+    that are padded with zeros, `heads` and `scale` of attentions.
 
   Raises:
-    ValueError: the network is none of ours.
+    ValueError: the network is not one of `jaxsms.models`.
 
   Example:
     >>> module = jaxsms.models.create("mlp", 3, hidden=(4,))

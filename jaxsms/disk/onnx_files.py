@@ -36,8 +36,8 @@ def save_onnx(
 ) -> None:
   """Writes a network with its parameters to an ONNX file, the batch size free.
 
-  What the file answers in ONNX Runtime is compared with JAX for two batch sizes before
-  it gets its name.
+  Its outputs in ONNX Runtime are compared with those of JAX for two batch sizes, before the
+  file gets its name.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.
@@ -49,12 +49,12 @@ def save_onnx(
     input_names: of the graph's inputs; None gives "input_0", "input_1", ...
     output_names: of its outputs, in the order of `jax.tree.leaves`; None gives
       "output_0", ...
-    metadata: text to lie beside the graph, by name.
+    metadata: text to store with the graph, by name.
 
   Raises:
     ValueError: the network cannot be traced for a batch of any size, has an operation that
-      ONNX does not (the layer is named where it is known), or the file answers otherwise
-      than JAX.
+      ONNX does not (the layer is named where it is known), or the outputs of the file are
+      not those of JAX.
     ImportError: jax2onnx or onnxruntime is not installed, or does not fit this JAX.
     OSError: the file cannot be written.
 
@@ -254,8 +254,8 @@ def quantize_onnx(
 ) -> None:
   """Writes an ONNX file whose products are of int8, by onnxruntime's quantization.
 
-  Weights have a scale for each channel; activations one for each tensor, from what they
-  are on the batches.
+  Weights have one scale per channel. Activations have one per tensor, from their range on
+  the batches.
 
   Args:
     path: of an ONNX file with one input, as `save_onnx` writes it.

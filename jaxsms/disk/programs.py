@@ -167,7 +167,7 @@ def save_stablehlo(
       `convolution=jax.lax.conv_general_dilated`.
     params: tree of concrete parameters, which become constants of the program.
     *inputs: arrays, or their `jax.ShapeDtypeStruct`s; the first axis of each is the batch,
-      of which any size will do later.
+      whose size stays free.
     platforms: where it may run, of "cpu", "cuda", "rocm" and "tpu".
 
   Raises:

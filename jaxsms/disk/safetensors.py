@@ -69,7 +69,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def read_with_metadata(
   path: str | os.PathLike,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Reads all arrays of a safetensors file, and the text that lies beside them.
+  """Reads all arrays of a safetensors file, and the text that is stored with them.
 
   Args:
     path: the file.
@@ -228,7 +228,7 @@ def write_safetensors(
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.
     arrays: floating (not complex), integer or bool arrays, of JAX or NumPy, by name.
-    metadata: text to lie beside them, by name.
+    metadata: text to store with them, by name.
 
   Raises:
     ValueError: a name or dtype that the format does not have.
@@ -261,7 +261,7 @@ def make_header(
 
   Args:
     arrays: what has a shape and a dtype, by name.
-    metadata: text to lie beside them, by name.
+    metadata: text to store with them, by name.
 
   Returns:
     The bytes, and the places in the order in which they lie in the file.

@@ -38,8 +38,8 @@ def learned_soup(
     learning_rate: of Adam, on the logits of the weights.
 
   Returns:
-    A tree with leaves [...]: of all averages on the way, the uniform one at its start among
-    them, that of the smallest loss.
+    A tree with leaves [...]: the average with the smallest loss of all that were tried. The
+    first one is the uniform average.
 
   Raises:
     ValueError: leaves disagree on m, or an option is unknown or out of range.

@@ -18,7 +18,7 @@ def slerp(stacked: PyTree, t: float = 0.5) -> PyTree:
 
   Returns:
     A tree with leaves [...]; those that are no parameters are interpolated linearly. Where
-    one of the two models is not finite, the other.
+    one model is not finite, the result is the other one.
 
   Raises:
     ValueError: there are not two models, or `t` is not in [0, 1].

@@ -19,10 +19,10 @@ def averaged_ingredients(
 ) -> Ingredients:
   """Copies that end as the average of their parameters over their own training.
 
-  The parameters after every so many steps, and after the last one, enter the average. With
-  a decay below 1 each weighs that much more than the one before (EMA), started at nothing
-  and divided by the sum of its weights, as Adam's moments are: what a copy was pruned to
-  is not in it. With decay 1 all weigh the same (SWA; of the last part, LAWA).
+  The parameters enter the average once in `every` steps, and after the last step. With a
+  decay below 1 it is an exponential moving average (EMA). It starts at 0 and is divided by
+  the sum of its weights, as Adam's moments are, so the pruned model at the start is not in
+  it. With decay 1 it is the plain mean (SWA; of the last part, LAWA).
 
   Args:
     ingredients: of the copies, each [m].

@@ -47,7 +47,7 @@ class Splits(NamedTuple):
 
 
 class Model(NamedTuple):
-  """One model with what it needs to be run, or (leaves [m, ...]) several.
+  """The parameters and batch statistics of one model, or (leaves [m, ...]) of several.
 
   Attributes:
     params: parameters.
@@ -66,10 +66,10 @@ class Engine(NamedTuple):
     splits: training, validation and test data.
     describe: gives what to record of one model's weights, NumPy leaves [...], beside its
       metrics.
-    chunk_steps: most steps between two looks of the host; an epoch is cut into equal
-      chunks of at most that many.
-    wants_state: asked after every chunk whether the state of the training is wanted. Of
-      several processes, all must say the same.
+    chunk_steps: most steps between two interventions of the host; an epoch is cut into
+      equal chunks of at most this length.
+    wants_state: asked after every chunk whether the state of the training is wanted. Where
+      there are several processes, all must give the same answer.
   """
 
   programs: Programs

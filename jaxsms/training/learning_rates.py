@@ -24,7 +24,7 @@ def retrain_learning_rates(
     **options: further arguments of `jaxsms.retrain_schedule`, the same for all copies.
 
   Returns:
-    float32 [m, max(steps)]; past its own steps a copy's entries mean nothing.
+    float32 [m, max(steps)]; entries beyond a copy's own steps are not used.
 
   Example:
     >>> pretrain_lrs, steps = np.array([0.5, 0.25]), np.array([2, 4])  # of two copies

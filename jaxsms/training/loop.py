@@ -67,8 +67,8 @@ def train_copies(
   Args:
     engine: the network and its data.
     masks: shared by all copies, or leaves [m, ...] where the programs were made for masks
-      of their own; all True trains a dense model. Or a function that makes them anew, see
-      `train_chunks`.
+      of their own; all True trains a dense model. Or a function that makes new ones for
+      each chunk, see `train_chunks`.
     key: of the phase, the same for all copies.
     state: of all copies, leaves [m, ...], as `Engine.start` or an earlier training gives
       it; donated.
@@ -121,7 +121,7 @@ def train_copies(
 
 
 def last_state(training: Generator[Any, None, TrainState]) -> TrainState:
-  """Runs a training to its end, whatever it yields on the way.
+  """Runs a training to its end and drops what it yields.
 
   Args:
     training: as `train_copies` gives it.
@@ -166,8 +166,8 @@ def fetched(chunk: Chunk, steps: np.ndarray | jax.Array) -> Chunk:
     The chunk with both on the host.
 
   Raises:
-    FloatingPointError: the loss of every copy is NaN or infinite. Where some are done
-      already, it is not: they may be well.
+    FloatingPointError: the loss of every copy is NaN or infinite. It is not raised where
+      some copies were done before, as those may be finite.
 
   Example:
     >>> loss, accuracy = jnp.array([0.25, jnp.nan]), jnp.array([0.75, 0.0])
@@ -204,8 +204,8 @@ def train_chunks(
   Args:
     programs: of this network and data set.
     data: the training split.
-    masks: see `train_copies`; or a function that gives the masks of each chunk anew, from
-      the step it begins with and the state, and the state to go on from.
+    masks: see `train_copies`. A function `masks(step, state)` is called at the start of
+      each chunk; it gives a state and masks.
     key: of the phase, the same for all copies.
     state: of all m copies, leaves [m, ...], as `start` or an earlier chunk gives it.
     ingredients: of the copies, each [m].
@@ -213,8 +213,8 @@ def train_chunks(
     chunk_steps: most steps of a chunk; an epoch is cut into equal chunks.
 
   Yields:
-    The state of the m copies and what to show of the chunk, before either is finished:
-    `fetched` waits for a chunk and tells whether it went well.
+    The state of the m copies and the chunk, before either is finished: `fetched` waits for
+    a chunk and raises where it failed.
 
   Raises:
     ValueError: state or learning rates are of another number of copies.

@@ -84,7 +84,7 @@ class Programs(NamedTuple):
     batch_size: examples in a training step.
     eval_batch_size: examples in an evaluation step.
     own_masks: whether `train` takes masks [m, ...], one for each copy.
-    mesh_of: what a number of copies is spread over; None for one device.
+    mesh_of: gives the mesh for a number of copies; None for one device.
     split_params: whether each copy's parameters are split over the data axis.
   """
 

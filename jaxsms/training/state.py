@@ -64,7 +64,7 @@ class Ingredients(TypedDict):
       `jaxsms.training.averaged_ingredients`. Without it a copy ends as its last step.
     average_after: int, steps before it.
     average_every: int, steps from one to the next.
-    average_steps: int, the last of which enters in any case.
+    average_steps: int, steps in all; the last one always enters.
     examples: int [m, most], of copies that train on a share of the data each, its indices
       in the training split.
     size: int, how many of them count.
