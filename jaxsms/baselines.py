@@ -1,4 +1,4 @@
-"""What Sparse Model Soups are compared with beside IMP, on the same loop.
+"""Baselines of Sparse Model Soups besides IMP, on the same loop.
 
 IMP is the loop with one copy, the dense soup is it with goal sparsity 0, and BIMP is it
 after a shorter dense training. Pruning during training: `jaxsms.dynamic`.

@@ -24,7 +24,7 @@ UNFINISHED = "unfinished"  # lies in a folder while it is written or removed
 
 
 class LeafRecord(TypedDict):
-  """What a manifest says about a leaf."""
+  """The entry of a leaf in a manifest."""
 
   shape: list[int]
   dtype: str
@@ -268,7 +268,7 @@ def is_unfinished(path: storage.Path) -> bool:
 
 
 def holds_nothing(path: storage.Path) -> bool:
-  """Whether a folder is empty, or holds a checkpoint of ours that is unfinished.
+  """Whether a folder is empty or holds an unfinished checkpoint of this library.
 
   Args:
     path: an existing folder.
@@ -333,7 +333,7 @@ def _storable(leaf: Any) -> Any:
 
 
 def _restored_leaf(leaf: Any, described: LeafRecord | None) -> Any:
-  """What a leaf is after all, by its entry in the manifest."""
+  """A leaf as it was saved: without elements where its entry in the manifest says so."""
   if described is None or 0 not in described["shape"]:
     return leaf
   return np.zeros(described["shape"], described["dtype"])

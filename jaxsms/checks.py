@@ -50,7 +50,7 @@ def check_phases(phases: Any, what: str = "phases") -> int:
 
 
 def check_goal(goal: float, weights: int) -> None:
-  """Raises ValueError where the goal removes every one of so many weights."""
+  """Raises ValueError where the goal removes all of `weights` weights."""
   if round(float(goal) * weights) >= weights:
     raise ValueError(
       f"goal_sparsity {float(goal):.10g} of {weights:,} weights removes all of them: give "

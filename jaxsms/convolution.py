@@ -206,7 +206,7 @@ OPERATIONS = (_forward, image_gradient, kernel_gradient)
 
 @functools.cache
 def _operation(how, index):
-  """The operation of that index among the three, run as the rule or the caller says."""
+  """One of the three operations, with the lowering of the rule or the caller."""
   geometry, lowering = how
   rule = RULE if lowering == "auto" else {"default": lowering}
   ways = {

@@ -1,4 +1,4 @@
-"""Where models lie: distances, angles, and the loss on the line between two."""
+"""Distances and angles between models, and the loss on the line between two."""
 
 import functools
 from collections.abc import Callable

@@ -29,8 +29,8 @@ def mask_leaves(params: PyTree, masks: PyTree) -> list[Any]:
   """The mask of each leaf, in the order of `jax.tree.leaves(params)`.
 
   Args:
-    params: a tree of parameters, gradients or updates, or a stack of such. Where it has
-      no array (None, a function, `optax.MaskedNode`) masks have no say.
+    params: a tree of parameters, gradients or updates, or a stack of such. Where it has no
+      array (None, a function, `optax.MaskedNode`) masks are not used.
     masks: tree of bool arrays for the same leaves, True where kept; None keeps a leaf.
 
   Returns:

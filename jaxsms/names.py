@@ -1,4 +1,4 @@
-"""Words of messages: names that nobody knows, and counts of things."""
+"""Words of messages: unknown names, and counts of things."""
 
 import difflib
 from collections.abc import Iterable

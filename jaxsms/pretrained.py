@@ -1,4 +1,4 @@
-"""Weights trained elsewhere: reading their files, and PyTorch's networks as ours."""
+"""Weights trained elsewhere: reading their files, and converting PyTorch's networks."""
 
 import os
 import re

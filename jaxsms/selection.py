@@ -36,8 +36,8 @@ def keep_largest(
   """Masks without the entries of smallest key, so that `goal` are removed in all.
 
   The threshold is found by bisecting on the bits of the key, the last tied entry by
-  bisecting on its position: no sorting, no index arrays. Keys are worked out anew in
-  every pass, which is quicker than reading them from memory and takes none.
+  bisecting on its position: no sorting, no index arrays. Keys are computed again in every
+  pass: that is faster than reading them from memory, and needs none.
 
   Args:
     values: arrays of any shapes, of fewer than 2**32 entries each.

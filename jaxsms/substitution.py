@@ -1,9 +1,9 @@
 """XLA's own convolutions in a traced function, replaced by those of `jaxsms.convolution`.
 
-A network of one's own is trained by m copies on a CPU without knowing of that module. What
-is replaced are single operations of a function that has been differentiated already, so
-that a gradient's convolution is known by its form alone: one that dilates its images is an
-image gradient, one whose kernel is larger than its output is a kernel gradient.
+So m copies of any network train fast on a CPU, without a change to its code. What is
+replaced are single operations of a function that has been differentiated already, so that a
+gradient's convolution is known by its form alone: one that dilates its images is an image
+gradient, one whose kernel is larger than its output is a kernel gradient.
 """
 
 import math

@@ -23,7 +23,7 @@ class WeightUse(NamedTuple):
 
 
 class _Origin(NamedTuple):
-  """A value that is made of leaves alone: of which leaf most, and of which of its axes."""
+  """A value computed only from leaves: its largest leaf, and which of that leaf's axes."""
 
   leaf: str
   axes: tuple[frozenset[int], ...]
@@ -72,7 +72,7 @@ def uses_in(jaxpr: Any, leaves: Sequence[str]) -> dict[str, WeightUse]:
 def _trace_uses(
   jaxpr: Any, given: Sequence, times: int, uses: dict[str, WeightUse]
 ) -> list:
-  """Adds the uses in a traced function, run so many times; what its outputs are made of."""
+  """Adds the uses in a traced function, run `times` times; gives its outputs' origins."""
   made = dict.fromkeys(jaxpr.constvars, _CONSTANT)
   made |= dict(zip(jaxpr.invars, given, strict=True))
 

@@ -234,7 +234,7 @@ def wait_on_cpu(tree: PyTree) -> PyTree:
   """Waits for arrays that lie on several devices of a CPU.
 
   There programs wait for their parts on the other devices in threads that they share with
-  the programs after them: several at once can wait for ever.
+  the programs after them: several at once can deadlock.
   """
   for x in jax.tree.leaves(tree):
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
@@ -295,7 +295,7 @@ def small_leaves_joined(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def is_concrete(tree: PyTree) -> bool:
-  """Whether no leaf is a tracer, so that values can be looked at."""
+  """Whether no leaf is a tracer, so that values can be read."""
   return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 

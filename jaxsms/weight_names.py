@@ -1,4 +1,4 @@
-"""What the names along the path of a parameter say about it."""
+"""What a parameter is, from the names along its path."""
 
 import re
 from collections.abc import Sequence

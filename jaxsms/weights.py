@@ -155,7 +155,7 @@ def _in_other_modules(node: PyTree) -> Iterator[bool]:
   """For each leaf whether it lies directly in a module whose class is no weight layer.
 
   In Equinox a layer norm or an embedding in a list has the path of a dense layer. A dense
-  layer inside an embedding of patches is one all the same.
+  layer inside an embedding of patches is a weight layer.
   """
   name = type(node).__name__
   other = name.endswith(("Norm", "Embedding")) and "Patch" not in name

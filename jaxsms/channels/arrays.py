@@ -40,7 +40,7 @@ def _on_host(x):
 
 
 def _placed_like(x, array):
-  """An array of the host where x lies, on its devices; free to move where x is."""
+  """An array of the host on the devices of x; not committed to them where x is not."""
   if isinstance(x, np.ndarray):
     return array
   return jax.device_put(array, x.sharding) if x.committed else jax.device_put(array)

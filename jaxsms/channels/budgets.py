@@ -221,7 +221,7 @@ def _blocks_too_large(groups, order, cost, sparsity, budget, round_to) -> str:
 
 
 def _most(groups, order: RemovalOrder, cost: Cost) -> tuple[float, str]:
-  """The greatest share that can go, and the layer with most of what is left then."""
+  """The largest share that can be removed, and the layer that has most of the rest."""
   kept = order.without(len(order.ends) - 1)
   most = cost.removed(kept) / cost.total if cost.total else 0.0
   largest = cost.largest(kept)

@@ -119,7 +119,7 @@ def _same(walk, old, new):
 
 
 def split(operands: list, first: int, second: int) -> tuple[list, list, list]:
-  """The first so many operands of a loop, the second so many, and the others."""
+  """Splits the operands of a loop into the `first`, the next `second` and the others."""
   end = first + second
   return operands[:first], operands[first:end], operands[end:]
 

@@ -1,4 +1,4 @@
-"""Derivatives of one's own (custom_jvp, custom_vjp), walked like any function."""
+"""Custom derivatives (custom_jvp, custom_vjp), walked like any function."""
 
 from collections.abc import Callable, Sequence
 from itertools import compress

@@ -188,7 +188,7 @@ def _clamp(equation, ins, values):
 
 
 def bitcast(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
-  """Other numbers from the same bits, where they are as many."""
+  """Other numbers from the same bits, if their count does not change."""
   if equation.invars[0].aval.shape != equation.outvars[0].aval.shape:
     return unknown(walk, equation, ins)
   return elementwise(_keep)(walk, equation, ins)
@@ -213,7 +213,7 @@ RULES = {
 
 
 def several(rule: Callable) -> Callable:
-  """A rule for an operation that does the same to each of its operands."""
+  """A rule for an operation that treats each of its operands alike."""
 
   def each(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     outs = []

@@ -60,10 +60,10 @@ def left_alone(trace: Trace, zeros: Positions, kept: Positions) -> dict[str, str
 def warn_of_whole_channels(
   trace: Trace, masks: PyTree, zeros: Positions, kept: Positions, reasons: dict[str, str]
 ) -> None:
-  """Says so where masks empty whole channels of a layer, and none of them is cut.
+  """Logs a warning where masks empty whole channels of a layer and none of them is cut.
 
-  Masks of single weights empty a position here and there. They are no reason to speak: only
-  an array is looked at whose mask leaves a block.
+  Masks of single weights empty a position here and there. They give no warning: only arrays
+  whose masks leave a block are checked.
   """
   rows = zip(trace.paths, jax.tree.leaves(masks), zeros, kept, strict=True)
   for path, mask, empty, stay in rows:

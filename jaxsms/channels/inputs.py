@@ -1,4 +1,4 @@
-"""Arguments of a call, told apart: what a trace depends on and what moves."""
+"""The arguments of a call: those that a trace depends on, and those that may change."""
 
 from collections.abc import Callable
 from typing import Any

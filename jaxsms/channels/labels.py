@@ -98,7 +98,7 @@ class Labels:
     return self.reasons[max(self._reason[axis.labels].max(), 1)]
 
   def normal(self, axis: Axis | Fixed) -> Axis | Fixed:
-    """The axis in representatives, none of which stands for several; Fixed if all stay."""
+    """The axis in representatives, each of one label; Fixed if all stay."""
     if isinstance(axis, Fixed):
       return axis
     if not axis.labels.shape[-1]:

@@ -222,8 +222,9 @@ def rounds_by_turns(
     clock: gives seconds.
 
   Returns:
-    For each round the seconds of one call of each. There are at least 5, for half a second
-    or until the ratio of the first and the last call is known to 2 %, but for 3 seconds.
+    For each round the seconds of one call of each. There are at least 5. They take at least
+    half a second, and end when the ratio of the first and the last call is known to 2 %, or
+    after 3 seconds.
   """
   once = [max(_seconds(call, 1, clock), 1e-6) for call in calls]
   counts = [math.ceil(ROUND_SECONDS / own) for own in once]

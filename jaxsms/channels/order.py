@@ -40,7 +40,7 @@ class RemovalOrder(NamedTuple):
   may_go: list[bool]
 
   def without(self, units: int) -> Kept:
-    """The channels that are left where so many units are gone: bool [size] each."""
+    """The channels that are left after removing that number of units: bool [size] each."""
     if not self.start:
       return []
     kept = np.concatenate(self.start)
@@ -113,7 +113,7 @@ def _blocks(scores, alive, round_to) -> tuple[np.ndarray, np.ndarray]:
 def _unprunable_groups(
   params: PyTree, groups: Sequence, prunable: Prunable | None
 ) -> list[bool]:
-  """For each group, whether a layer that is not to be pruned puts it out."""
+  """For each group, whether its channels are outputs of a layer that is not prunable."""
   flags = prunable_flags(params, prunable)
   outputs = getattr(groups, "outputs", None)
   held = [False] * len(groups)

@@ -1,4 +1,4 @@
-"""Where the channels of a network lie in its leaves, and masks of whole channels."""
+"""The positions of channels in the leaves of a network, and masks of whole channels."""
 
 import math
 from collections.abc import Sequence

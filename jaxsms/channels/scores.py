@@ -146,7 +146,7 @@ def random_scores(key: jax.Array, params: PyTree, groups: Sequence) -> Scores:
 
   Args:
     key: a typed key, `jax.random.key(...)`.
-    params: not looked at.
+    params: not used.
     groups: as `jaxsms.channel_groups` gives.
 
   Returns:

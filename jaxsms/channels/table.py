@@ -58,7 +58,7 @@ def sensitivity(
     share: of the channels of a group, in (0, 1); at least one goes, and at least one stays.
     score: which go first, as in `channel_masks`.
     prunable: which leaves count as weights; None means `jaxsms.prunable`. Groups of other
-      layers are evaluated all the same.
+      layers are evaluated too.
     key: for random scores.
 
   Returns:

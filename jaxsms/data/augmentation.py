@@ -1,8 +1,8 @@
 """From stored images to what the model sees, on device, one random draw per image.
 
-Crops, flips and rotations only say which pixel goes where; one gather then moves the
-bytes. On CPU, mapped over copies inside a scan, that is several times faster than
-slices or one-hot matrix products.
+Crops, flips and rotations only compute which pixel goes where; one gather moves the bytes.
+On CPU, mapped over copies inside a scan, that is several times faster than slices or
+one-hot matrix products.
 """
 
 from collections.abc import Callable

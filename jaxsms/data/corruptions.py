@@ -1,4 +1,4 @@
-"""Images as they are out of distribution: noise, blur, weather and digital damage.
+"""Corrupted images, out of distribution: noise, blur, weather and digital damage.
 
 The corruptions of CIFAR-10-C with its published constants, on the device and for any
 set of images. Constants count pixels of 32x32 images (kernel sizes, blurs, steps) and

@@ -1,8 +1,8 @@
 """Batches for every copy, decoded on the host while the device trains.
 
-For data sets too large for the device. Which example a copy sees in which step, and how it
-is cropped, is a function of the phase's key, the copy's seed and the step alone: whatever
-the number of copies, the length of the chunks, the processes, or where it was resumed.
+For data sets too large for the device. Which example a copy sees in a step, and how it is
+cropped, depends only on the phase's key, the copy's seed and the step. It does not depend
+on the number of copies, the length of the chunks, the processes, or where it was resumed.
 """
 
 import concurrent.futures

@@ -174,7 +174,7 @@ def _tfds_errors(name):
 
 
 def _builder(name, data_dir):
-  """TFDS's reader of the prepared files; it looks at nothing else."""
+  """TFDS's reader of the prepared files; it uses nothing else."""
   if not _NAME.fullmatch(name):
     raise ValueError(
       f"{name!r} is no data set: give digits, a TFDS name such as cifar10 or "

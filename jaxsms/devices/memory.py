@@ -1,4 +1,4 @@
-"""How many copies fit on a device, told where they did not."""
+"""How many copies fit on a device, for the error where they do not."""
 
 import contextlib
 from collections.abc import Iterator

@@ -193,7 +193,7 @@ def release(given: PyTree, placed: PyTree) -> None:
   """Frees what was copied to where it is used, before anything else is done there.
 
   Args:
-    given: a tree that nobody needs any more.
+    given: a tree that is not used any more.
     placed: the same leaves where they are used. What both share stays.
   """
 
@@ -221,10 +221,10 @@ def _fetch_one(x):
 
 
 def gather(tree: PyTree) -> PyTree:
-  """What lies on devices of other processes too, whole on this process's own.
+  """Copies arrays that are also on devices of other processes to this process's devices.
 
-  Every process has to call it, with the same tree. The rest stays as it is, so that in a
-  job of one process all of it does.
+  Every process has to call it, with the same tree. Other arrays are not copied: in a job of
+  one process, none is.
   """
 
   def one(x):

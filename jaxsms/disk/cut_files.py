@@ -128,7 +128,7 @@ def expand_cut(
 
 @contextlib.contextmanager
 def _whole(path: str | os.PathLike) -> Iterator[None]:
-  """Says in one ValueError that a file is damaged, whatever is raised in it for that."""
+  """Turns errors of many kinds into one ValueError that the file is damaged."""
   kinds = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
   try:
     yield
@@ -185,7 +185,7 @@ def _kept(row, axis):
 
 
 def _check_memory(needed: int) -> None:
-  """Raises ValueError where there are not so many bytes."""
+  """Raises ValueError where less memory than that is available."""
   available = available_memory()
   if available is not None and needed > available:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Single files on disks and object stores, for what knows disks alone."""
+"""Single files on disks and object stores, for code that reads only disks."""
 
 import contextlib
 import os

@@ -183,7 +183,7 @@ def _gram(rows, result):
 def merge(
   job: Job, writer: Writer, thresholds: Thresholds | None = None
 ) -> MergeStatistics:
-  """Writes the result of merging models, and says what was found on the way.
+  """Writes the result of merging models, and gives statistics of them.
 
   Args:
     job: what is merged.
@@ -233,7 +233,7 @@ def merge(
 
 
 def copy(model: Tensors, writer: Writer) -> None:
-  """Writes a model as it is."""
+  """Writes a model without a change."""
   for block in blocks_of(model.specs, sorted(model.specs)):
     writer.write(block, model.read(*block))
 

@@ -62,8 +62,8 @@ def read_npz(
 def _check_sizes(path, names):
   """Raises ValueError where the arrays wanted need more memory than there is.
 
-  From their headers alone: a file may unpack to a thousand times its size. Which are wrong
-  in another way is left to whoever reads them.
+  Only headers are read: a file may unpack to a thousand times its size. Other errors are
+  raised when the arrays are read.
   """
   needed = 0
   try:
@@ -99,7 +99,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def available_memory():
-  """Bytes that are free or can be made so; None where nothing tells."""
+  """Bytes that are free or can be freed; None where the system does not tell."""
   try:
     with open("/proc/meminfo") as file:
       for line in file:

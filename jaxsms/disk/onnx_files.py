@@ -145,7 +145,7 @@ _RULES = {"pad": _pad, "max": _max}
 
 
 def _converter():
-  """jax2onnx's `to_onnx`; ImportError with one sentence where it cannot be had."""
+  """jax2onnx's `to_onnx`; ImportError with one sentence where it cannot be imported."""
   for package in ("onnxruntime", "jax2onnx"):
     try:
       module = __import__(package)

@@ -26,8 +26,8 @@ def open_tensors(path: str | os.PathLike, stack: contextlib.ExitStack) -> Tensor
     stack: closes what is opened and removes what is copied.
 
   Returns:
-    The arrays; those of a cut network in their full shapes, in memory. Where some lie under
-    "params", what a training state has beside them and "batch_stats" is left out.
+    The arrays; those of a cut network in their full shapes, in memory. Where some have
+    names under "params", only those and "batch_stats" are opened.
 
   Raises:
     ValueError: there is no such model, or it cannot be read.

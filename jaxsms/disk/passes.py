@@ -40,7 +40,7 @@ class _Scratch(threading.local):
     self._arrays: dict[tuple[Any, np.dtype], np.ndarray] = {}
 
   def __call__(self, what: Any, count: int, dtype: np.dtype) -> np.ndarray:
-    """An array [count] for one purpose, with whatever it held."""
+    """An array [count] for one purpose, not initialized."""
     key = what, np.dtype(dtype)
     if key not in self._arrays or self._arrays[key].size < count:
       self._arrays[key] = np.empty([max(count, BLOCK)], dtype)

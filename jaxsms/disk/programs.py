@@ -119,7 +119,7 @@ def evaluate(
 
 
 def _folded(closed):
-  """A jaxpr whose first inputs are its constants, without what sees constants alone."""
+  """A jaxpr whose first inputs are its constants, with operations on constants folded."""
   jaxpr = closed.jaxpr
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   left = []

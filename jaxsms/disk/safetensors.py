@@ -127,7 +127,7 @@ class Place(NamedTuple):
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Place], dict[str, str]]:
-  """Reads what a safetensors file says of its arrays, and none of them.
+  """Reads the header of a safetensors file, without the arrays.
 
   Args:
     path: the file, on a disk.
@@ -223,7 +223,7 @@ def write_safetensors(
   arrays: Mapping[str, jax.Array | np.ndarray],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes arrays to a safetensors file; a killed write leaves none of that name.
+  """Writes arrays to a safetensors file; a killed write leaves no file of that name.
 
   Args:
     path: the file; its folder is made where it is missing, and an older file replaced.

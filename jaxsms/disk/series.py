@@ -54,7 +54,7 @@ class Series:
   def newest(self) -> NewestCheckpoint:
     """Walks back to the newest whole checkpoint.
 
-    Damaged ones on the way get another name, and what killed saves left is removed.
+    Damaged newer ones are renamed, and the remains of killed saves are removed.
 
     Raises:
       ValueError: a checkpoint is of another version.

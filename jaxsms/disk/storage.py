@@ -50,7 +50,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-  """Writes a file that holds the old content or the new, whatever happens.
+  """Writes a file atomically: it holds the old content or the new.
 
   An object store does so by itself. A disk has the new content for certain afterwards.
   """
@@ -66,8 +66,8 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
   """A new file to write to; it gets its name when all of it is on the disk for certain.
 
-  Until then it has a name that nobody can foresee, beside the other one. Where that is
-  taken, by a link for instance, nothing is written.
+  Until then it has a random name in the same folder. Where that is taken, by a link for
+  instance, nothing is written.
 
   Args:
     path: the file, on a disk or (gs://...) an object store; an older file is replaced.
@@ -116,7 +116,7 @@ def sync_tree(path: Path) -> None:
 
 
 def identity(path: Path) -> tuple[int, int]:
-  """What tells a folder on a disk from another one of its name; (0, 0) where none is."""
+  """Device and inode of a folder on a disk; (0, 0) where there is none."""
   try:
     found = os.stat(path)
   except OSError:
@@ -126,7 +126,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def in_its_place(folder: epath.Path) -> Iterator[None]:
-  """A folder that must not be made anew when it is renamed while it is written to.
+  """Guards a folder that may be renamed while it is written to: it is not made again.
 
   Orbax makes missing parents. What it made at the old place is removed.
 
@@ -155,7 +155,7 @@ def in_its_place(folder: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_to(path: epath.Path) -> Iterator[str]:
-  """A name on a disk for a folder or a file that other code makes, which knows disks alone.
+  """A name on a disk for a folder or file that is made by code that writes only to disks.
 
   Afterwards it is on the disk for certain, or at `path` in the object store.
   """
@@ -173,7 +173,7 @@ def written_to(path: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def read_from(path: epath.Path) -> Iterator[str]:
-  """That folder again: itself, or a copy for as long as it is read."""
+  """A folder on a disk: itself, or a temporary copy of one in an object store."""
   if not is_remote(path):
     with _plainly_named(path) as folder:
       yield folder
@@ -209,7 +209,7 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-  """Gives something damaged a name under which nobody looks for it; gives that path."""
+  """Renames something damaged so that it is not found again; gives the new path."""
   number, aside = 1, path.parent / f"{path.name}.damaged"
   while aside.exists():
     number += 1
@@ -300,6 +300,6 @@ def plain(value: Any) -> Any:
 
 
 def first_sentence(error: Exception) -> str:
-  """What an error of another library says first, for use within one sentence."""
+  """The first sentence of another library's error, for use within a sentence."""
   words = str(error).split()
   return " ".join(words).split(". ")[0][:200].rstrip(".") or type(error).__name__

@@ -155,7 +155,7 @@ def _tensor(name, kind, shape, flattened_image):
 
 
 def canonical(name: str) -> str:
-  """A name in PyTorch, the same for all names that the same layer has in public code."""
+  """One name for all names that a layer of PyTorch has in public code."""
   for pattern, replacement in _ALIASES:
     name = pattern.sub(replacement, name)
   return name

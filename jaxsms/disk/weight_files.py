@@ -19,7 +19,7 @@ from jaxsms.disk.zips import unwrapped
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads the weights in a file by their names; unpickles nothing but plain tensors.
+  """Reads the weights in a file by their names; it unpickles only plain tensors.
 
   Args:
     path: a .safetensors file (a compact one, or one of a cut network, is expanded) or

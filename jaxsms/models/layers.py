@@ -29,8 +29,8 @@ class Layers(NamedTuple):
   """The layers of one network, with what they share. To be used in its compact method.
 
   Attributes:
-    dtype: of the activations; None means what inputs and parameters promote to. Parameters
-      and batch statistics are float32 all the same, and so are the sums of normalizations.
+    dtype: of the activations; None means what inputs and parameters promote to. Parameters,
+      batch statistics and the sums of normalizations are always float32.
     convolution: with the signature of `jax.lax.conv_general_dilated`.
     conv_init: of the kernels of convolutions.
     norm_momentum: of the running batch statistics.

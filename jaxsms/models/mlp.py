@@ -16,7 +16,7 @@ class MLP(nn.Module):
     hidden: width of each hidden layer.
     dropout: rate of dropout after each hidden layer, in training.
     dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters are float32 all the same.
+      parameters. Parameters are always float32.
   """
 
   num_classes: int

@@ -20,7 +20,7 @@ class CifarResNet(nn.Module):
     width: channels of the first stage; later ones have two and four times as many.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
     dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are float32 all the same.
+      parameters. Parameters and batch statistics are always float32.
     convolution: with the signature of `jax.lax.conv_general_dilated`.
     remat: the gradient keeps the input of each block alone and computes the rest again:
       less memory, more time. A CPU's compiler undoes it.

@@ -26,7 +26,7 @@ class ViT(nn.Module):
     heads: of the attention.
     dropout: rate of dropout after each block's attention and dense layers, in training.
     dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters are float32 all the same.
+      parameters. Parameters are always float32.
     convolution: with the signature of `jax.lax.conv_general_dilated`.
     remat: the gradient keeps the input of each block alone and computes the rest again:
       less memory, more time. A CPU's compiler undoes it.

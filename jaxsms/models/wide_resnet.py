@@ -21,7 +21,7 @@ class WideResNet(nn.Module):
     dropout: rate of dropout between the convolutions of a block, in training.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
     dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are float32 all the same.
+      parameters. Parameters and batch statistics are always float32.
     convolution: with the signature of `jax.lax.conv_general_dilated`.
     remat: the gradient keeps the input of each block alone and computes the rest again:
       less memory, more time. A CPU's compiler undoes it.

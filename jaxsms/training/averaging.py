@@ -91,7 +91,7 @@ def average_weight(
 
 
 def has_average(ingredients: Ingredients, taken: int) -> bool:
-  """Whether all copies have steps in their average after so many of them.
+  """Whether all copies have steps in their average after `taken` steps.
 
   Args:
     ingredients: of the copies.

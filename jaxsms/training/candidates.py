@@ -86,8 +86,8 @@ def merge_candidates(
     base: that model, for merges that look at what the candidates have changed.
 
   Returns:
-    The soup and its record. Candidates that diverged or collapsed count in nothing but
-    their own metrics; where all that did not diverge collapsed, they are merged after all.
+    The soup and its record. Candidates that diverged or collapsed appear only in their own
+    metrics. Where all finite candidates collapsed, they are merged.
 
   Raises:
     FloatingPointError: all candidates diverged.
@@ -174,7 +174,7 @@ def merge_candidates(
 def merge_some(
   candidates: Model, merge: Merge, left_out: list[int]
 ) -> tuple[Model, np.ndarray]:
-  """Merges the candidates but for those of these indices, which have weight 0."""
+  """Merges the candidates except those of these indices, which get weight 0."""
   if not left_out:
     return merge_phase(candidates, merge)
   m = number_of_models(candidates)

@@ -1,4 +1,4 @@
-"""What tells that a copy is no good, or an average."""
+"""Criteria for copies that collapsed and for averages that failed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -17,12 +17,12 @@ FAR = 0.1  # validation accuracy that a copy loses at least, to count as collaps
 
 
 class Faults(TypedDict):
-  """The copies of a phase that count in nothing but their own metrics, by index.
+  """The copies of a phase that appear only in their own metrics, by index.
 
   Attributes:
     diverged: those with values that are not finite.
     collapsed: see `collapsed_copies`.
-    all_collapsed: no other copy is left, so that these are merged after all.
+    all_collapsed: all finite copies collapsed, so they are merged.
   """
 
   diverged: list[int]
@@ -59,8 +59,8 @@ def collapsed_copies(
   has less than half of the best copy's accuracy above chance or is near chance itself.
   Where that start is not known, both are asked for: near chance, and far below the best.
   Clearly means by `FAR`, or four standard errors where there are few examples; near chance
-  means by half of that. Chance is the share of the most frequent class. The best copy is
-  what others are held against, so that several that collapse do not hide one another.
+  means by half of that. Chance is the share of the most frequent class. Others are compared
+  with the best copy, so that several collapsed copies do not hide one another.
 
   Args:
     accuracies: on validation data, one for each copy; NaN where it diverged.

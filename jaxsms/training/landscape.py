@@ -208,7 +208,7 @@ def plane_of(
 
 
 def grid_size(images_each: int, allowed: float) -> int:
-  """How fine the grid may be, if its points and those of the lines see so many images."""
+  """Points per axis of the grid, so that all points see at most `allowed` images."""
   lines = 3 * LINE_POINTS
   fitting = [n for n in GRID_SIZES if (lines + n * n) * images_each <= allowed]
   return fitting[0] if fitting else GRID_SIZES[-1]
@@ -265,7 +265,7 @@ def _combined(models, weights):
 
 
 def evenly(data: Data, most: int) -> Data:
-  """Up to so many examples, spread evenly over the data."""
+  """At most `most` examples, spread evenly over the data."""
   if data.size <= most:
     return data
   return take_ingredients(data, np.arange(most) * data.size // most)

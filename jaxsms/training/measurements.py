@@ -25,7 +25,7 @@ RECALIBRATION = 2**32 - 1  # a stream of the phase's key that no seed uses
 
 
 class Predictions(NamedTuple):
-  """What m models say about the examples of a split.
+  """The predictions of m models for the examples of a split.
 
   Attributes:
     logits: float [m, n, classes].

@@ -50,7 +50,7 @@ class Start(NamedTuple):
 
 
 class PhaseRecipe(NamedTuple):
-  """What phases are made of, beside the training itself.
+  """The parts of a phase besides its training.
 
   Attributes:
     prune: `prune(params, sparsity, masks=masks)` giving masks.

@@ -153,7 +153,7 @@ def better_half(scores: Sequence[Record], copies: Sequence[int] | None = None) -
     copies: indices of those that may be taken; None means all.
 
   Returns:
-    Indices, fewer than half where not so many may be taken.
+    Indices, fewer than half where fewer may be taken.
 
   Example:
     >>> scores = [(0.5, 1.0), (0.7, 1.0), (0.5, 0.9), (float("nan"), 0.0)]

@@ -11,7 +11,7 @@ from jaxsms.training.state import Teacher
 
 
 class SoftLabels(NamedTuple):
-  """What a teacher says of a batch.
+  """A teacher's predictions for a batch.
 
   Attributes:
     labels: int [batch], the true ones.

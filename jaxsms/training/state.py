@@ -23,7 +23,7 @@ class Teacher(NamedTuple):
   Attributes:
     params: parameters, leaves [k, ...] of k models.
     batch_stats: batch statistics, leaves [k, ...].
-    weights: float [k], summing to 1; 0 for a model that is no good.
+    weights: float [k], summing to 1; 0 for a model that is left out.
     temperature: float [], that divides the logits of teacher and student.
   """
 

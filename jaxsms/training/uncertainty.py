@@ -1,4 +1,4 @@
-"""What the spread between models says of their errors, and of corrupted data."""
+"""How well the spread between models predicts their errors, and detects corrupted data."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxsms.soups import prediction_ensemble
 
 
 def spread(logits: jax.Array, labels: jax.Array) -> dict[str, float]:
-  """How far the predictions of m models are apart, and whether that tells their errors.
+  """How far the predictions of m models are apart, and how well that predicts errors.
 
   Args:
     logits: float [m, n, classes], m at least 2.
@@ -25,7 +25,7 @@ def spread(logits: jax.Array, labels: jax.Array) -> dict[str, float]:
 
 
 def detection(clean: jax.Array, corrupted: jax.Array) -> dict[str, float]:
-  """Whether the spread of m models tells corrupted from clean data.
+  """How well the spread of m models separates corrupted from clean data.
 
   Args:
     clean: float [m, n, classes], logits.
