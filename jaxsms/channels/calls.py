@@ -10,7 +10,7 @@ from jaxsms.channels.derivatives import walk_derivative
 from jaxsms.channels.labels import Axis
 from jaxsms.channels.products import own_convolution, stacked_convolution
 from jaxsms.channels.shapes import joined
-from jaxsms.channels.values import Record, Value, Walk
+from jaxsms.channels.values import Record, Value, Walk, common_number
 
 # Operations that stand for the one function that they hold.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
@@ -89,10 +89,9 @@ def cond(walk: Walk, equation: Any, ins: list[Value]) -> Any:
 
 def _one_of(walk, values):
   each = zip(*(v.axes for v in values), strict=True)
-  known = {v.known for v in values}
   layer = next((v.layer for v in values if v.layer), "")
   axes = tuple(joined(walk, a) for a in each)
-  return Value(axes, known.pop() if len(known) == 1 else None, layer=layer)
+  return Value(axes, common_number(values), layer=layer)
 
 
 def _fixed_point(walk: Walk, carry: Sequence[Value], step: Callable) -> list[Value]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from jaxsms.channels.labels import FINITE, LONGEST, Axis, Fixed
-from jaxsms.channels.values import Value, Walk
+from jaxsms.channels.values import Value, Walk, common_number
 
 
 def merged(walk: Walk, axes: Sequence[Axis | Fixed], sizes: Sequence[int]) -> Axis | Fixed:
@@ -216,16 +216,14 @@ def concatenate(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     else concatenated(walk, [v.axes[i] for v in ins], [s[i] for s in shapes])
     for i in range(len(shapes[0]))
   ]
-  known = {v.known for v in ins}
-  return [Value(tuple(axes), known.pop() if len(known) == 1 else None)]
+  return [Value(tuple(axes), common_number(ins))]
 
 
 def stack(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   """A new axis of as many positions as there are operands."""
   axes = [joined(walk, axes) for axes in zip(*(v.axes for v in ins), strict=True)]
   axes.insert(equation.params["axis"], walk.fresh(len(ins)))
-  known = {v.known for v in ins}
-  return [Value(tuple(axes), known.pop() if len(known) == 1 else None)]
+  return [Value(tuple(axes), common_number(ins))]
 
 
 def unstack(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:

@@ -99,6 +99,12 @@ def reason(doing: str, value: Value) -> str:
   return f"{doing} after {value.layer}" if value.layer else doing
 
 
+def common_number(values: Sequence[Value]) -> float | None:
+  """The number that all entries of several values are known to be, if there is one."""
+  known = {value.known for value in values}
+  return known.pop() if len(known) == 1 else None
+
+
 def unknown(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   """The rule for an operation that has none: all that it touches stays."""
   doing = f"{equation.primitive.name} cannot be followed"

@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO
+
+from etils import epath
 
 from jaxsms.disk import storage
 
@@ -40,6 +41,5 @@ def on_disk(path: storage.Path) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as folder:
     local = os.path.join(folder, source.name)
-    with source.open("rb") as reader, open(local, "wb") as writer:
-      shutil.copyfileobj(reader, writer)
+    storage.copy(source, epath.Path(local))
     yield local

@@ -168,7 +168,7 @@ def written_to(path: epath.Path) -> Iterator[str]:
     local = os.path.join(temporary, path.name)
     yield local
     path.parent.mkdir(parents=True, exist_ok=True)
-    _copy(epath.Path(local), path)
+    copy(epath.Path(local), path)
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ def read_from(path: epath.Path) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as temporary:
     local = epath.Path(temporary) / path.name
-    _copy(path, local)
+    copy(path, local)
     yield os.fspath(local)
 
 
@@ -197,12 +197,12 @@ def _plainly_named(folder: epath.Path) -> Iterator[str]:
     yield link
 
 
-def _copy(source: epath.Path, target: epath.Path) -> None:
+def copy(source: epath.Path, target: epath.Path) -> None:
   """Copies a file, or a folder with all that is in it."""
   if source.is_dir():
     target.mkdir(exist_ok=True)
     for child in source.iterdir():
-      _copy(child, target / child.name)
+      copy(child, target / child.name)
     return
   with source.open("rb") as reader, target.open("wb") as writer:
     shutil.copyfileobj(reader, writer)
@@ -215,7 +215,7 @@ def set_aside(path: epath.Path) -> epath.Path:
     number += 1
     aside = path.parent / f"{path.name}.damaged{number}"
   if is_remote(path) and path.is_dir():  # not every store can rename a folder
-    _copy(path, aside)
+    copy(path, aside)
     path.rmtree()
     return aside
   return path.rename(aside)
