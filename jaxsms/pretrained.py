@@ -17,8 +17,8 @@ from jaxsms.disk.torch_layout import (
   canonical,
   fitting_options,
   layout,
+  state_dict_of,
   to_flax_axes,
-  to_torch_axes,
 )
 from jaxsms.disk.weight_files import as_array, load_weights
 from jaxsms.trees import check_finite
@@ -263,10 +263,7 @@ def to_torch(
     arrays,
     "give those of this network, for images of this shape",
   )
-  state = {
-    tensor.name: to_torch_axes(np.asarray(leaf), tensor)
-    for tensor, leaf in zip(tensors, arrays.values(), strict=True)
-  }
+  state = state_dict_of(tensors, arrays.values())
   for name in [name for name in state if ".attn.q." in name]:
     parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
     state[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate(parts)

@@ -23,7 +23,7 @@ from jaxsms.disk.safetensors import (
   write_safetensors,
 )
 from jaxsms.disk.storage import first_sentence
-from jaxsms.disk.torch_layout import tensors_of, to_torch_axes
+from jaxsms.disk.torch_layout import state_dict_of, tensors_of
 from jaxsms.models.resnet_cifar import CifarResNet
 from jaxsms.models.vit import ViT
 from jaxsms.trees import PyTree
@@ -223,11 +223,7 @@ def cut_to_torch(
     (4, 4)
   """
   tensors = tensors_of(module, network.params, image_shape)
-  leaves = jax.tree.leaves(network.params)
-  state = {
-    tensor.name: to_torch_axes(np.asarray(leaf), tensor)
-    for tensor, leaf in zip(tensors, leaves, strict=True)
-  }
+  state = state_dict_of(tensors, jax.tree.leaves(network.params))
   rows = {row["path"]: row for row in network.layout}
   if isinstance(module, CifarResNet):
     state |= _pads(module, rows)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,10 +59,15 @@ def to_flax_axes(array: np.ndarray, tensor: Tensor, leaf: jax.Array) -> np.ndarr
   return np.array(array, leaf.dtype, order="C")
 
 
-def to_torch_axes(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-  """The inverse of `to_flax_axes`."""
-  array = array.reshape(tensor.split).transpose(tensor.axes).reshape(tensor.shape)
-  return np.array(array, order="C")
+def state_dict_of(
+  tensors: Sequence[Tensor], leaves: Iterable[Any]
+) -> dict[str, np.ndarray]:
+  """The leaves of a network by the names of their tensors: undoes `to_flax_axes`."""
+  state = {}
+  for tensor, leaf in zip(tensors, leaves, strict=True):
+    array = np.asarray(leaf).reshape(tensor.split).transpose(tensor.axes)
+    state[tensor.name] = np.array(array.reshape(tensor.shape), order="C")
+  return state
 
 
 def layout(

@@ -88,6 +88,26 @@ class Layers(NamedTuple):
     return nn.LayerNorm(dtype=self.dtype)(inputs)
 
 
+class ConvolutionalNetwork(nn.Module):
+  """The fields that all convolutional networks have.
+
+  Attributes:
+    num_classes: number of logits.
+    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
+    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
+      parameters. Parameters and batch statistics are always float32.
+    convolution: with the signature of `jax.lax.conv_general_dilated`.
+    remat: the gradient keeps only the input of each block, or of each convolution of a VGG,
+      and computes the rest again: less memory, more time. A CPU's compiler undoes it.
+  """
+
+  num_classes: int
+  norm_momentum: float = 0.9
+  dtype: Any = None
+  convolution: Callable[..., jax.Array] = conv_general_dilated
+  remat: bool = False
+
+
 def residual_stages(
   block: Callable[..., nn.Module],
   x: jax.Array,

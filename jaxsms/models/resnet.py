@@ -1,14 +1,10 @@
 """The residual networks of four stages, for small images and for ImageNet."""
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.convolution import conv_general_dilated
-from jaxsms.models.layers import Layers, kernel_init, residual_stages
+from jaxsms.models.layers import ConvolutionalNetwork, Layers, kernel_init, residual_stages
 from jaxsms.names import check_name
 
 STEMS = ("cifar", "imagenet")
@@ -17,11 +13,12 @@ STEMS = ("cifar", "imagenet")
 torchvision_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class ResNet(nn.Module):
+class ResNet(ConvolutionalNetwork):
   """ResNet of four stages, each with half the pixels and twice the channels of the last.
 
+  It has the fields of `ConvolutionalNetwork` too.
+
   Attributes:
-    num_classes: number of logits.
     blocks: how many there are in each stage.
     bottleneck: blocks of three convolutions with four times the channels at their end,
       instead of two 3x3 convolutions.
@@ -29,27 +26,16 @@ class ResNet(nn.Module):
       each of stride 2.
     width: channels of the first stage.
     conv_init: of the kernels of convolutions.
-    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
-    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are always float32.
-    convolution: with the signature of `jax.lax.conv_general_dilated`.
-    remat: the gradient keeps the input of each block alone and computes the rest again:
-      less memory, more time. A CPU's compiler undoes it.
 
   References:
     He et al., 2016, https://arxiv.org/abs/1512.03385
   """
 
-  num_classes: int
   blocks: tuple[int, ...] = (2, 2, 2, 2)
   bottleneck: bool = False
   stem: str = "cifar"
   width: int = 64
   conv_init: nn.initializers.Initializer = kernel_init
-  norm_momentum: float = 0.9
-  dtype: Any = None
-  convolution: Callable[..., jax.Array] = conv_general_dilated
-  remat: bool = False
 
   def __post_init__(self):
     check_name("stem", self.stem, STEMS)

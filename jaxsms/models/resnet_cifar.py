@@ -1,41 +1,27 @@
 """The residual networks of depth 6n + 2 for small images."""
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.convolution import conv_general_dilated
-from jaxsms.models.layers import Layers, residual_stages
+from jaxsms.models.layers import ConvolutionalNetwork, Layers, residual_stages
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ConvolutionalNetwork):
   """ResNet of depth 6n + 2: three stages of n basic blocks, parameter-free shortcuts.
 
+  It has the fields of `ConvolutionalNetwork` too.
+
   Attributes:
-    num_classes: number of logits.
     depth: 8, 14, 20, ...: two more than a multiple of 6.
     width: channels of the first stage; later ones have two and four times as many.
-    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
-    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are always float32.
-    convolution: with the signature of `jax.lax.conv_general_dilated`.
-    remat: the gradient keeps the input of each block alone and computes the rest again:
-      less memory, more time. A CPU's compiler undoes it.
 
   References:
     He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2, option A
   """
 
-  num_classes: int
   depth: int = 20
   width: int = 16
-  norm_momentum: float = 0.9
-  dtype: Any = None
-  convolution: Callable[..., jax.Array] = conv_general_dilated
-  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:

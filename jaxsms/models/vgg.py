@@ -1,41 +1,27 @@
 """VGG with batch normalization, for small images."""
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.convolution import conv_general_dilated
-from jaxsms.models.layers import Layers
+from jaxsms.models.layers import ConvolutionalNetwork, Layers
 
 
-class VGG(nn.Module):
+class VGG(ConvolutionalNetwork):
   """Stages of 3x3 convolutions, a 2x2 maximum after each, and one dense layer.
 
+  It has the fields of `ConvolutionalNetwork` too.
+
   Attributes:
-    num_classes: number of logits.
     convolutions: how many there are in each stage.
     width: channels of the first stage; they double up to eight times as many.
-    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
-    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are always float32.
-    convolution: with the signature of `jax.lax.conv_general_dilated`.
-    remat: the gradient keeps the input of each convolution alone and computes it, its
-      normalization and ReLU again: less memory, more time. A CPU's compiler undoes it.
 
   References:
     Simonyan and Zisserman, 2015, https://arxiv.org/abs/1409.1556, configuration D
   """
 
-  num_classes: int
   convolutions: tuple[int, ...] = (2, 2, 3, 3, 3)
   width: int = 64
-  norm_momentum: float = 0.9
-  dtype: Any = None
-  convolution: Callable[..., jax.Array] = conv_general_dilated
-  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:

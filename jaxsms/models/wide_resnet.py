@@ -1,43 +1,29 @@
 """Wide residual networks, for small images."""
 
-from collections.abc import Callable
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsms.convolution import conv_general_dilated
-from jaxsms.models.layers import Layers, residual_stages
+from jaxsms.models.layers import ConvolutionalNetwork, Layers, residual_stages
 
 
-class WideResNet(nn.Module):
+class WideResNet(ConvolutionalNetwork):
   """WideResNet of depth 6n + 4: three stages of n blocks, normalized before convolutions.
 
+  It has the fields of `ConvolutionalNetwork` too.
+
   Attributes:
-    num_classes: number of logits.
     depth: 10, 16, 22, 28, ...: four more than a multiple of 6.
     widening: the stages have 16, 32 and 64 times as many channels.
     dropout: rate of dropout between the convolutions of a block, in training.
-    norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
-    dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
-      parameters. Parameters and batch statistics are always float32.
-    convolution: with the signature of `jax.lax.conv_general_dilated`.
-    remat: the gradient keeps the input of each block alone and computes the rest again:
-      less memory, more time. A CPU's compiler undoes it.
 
   References:
     Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146
   """
 
-  num_classes: int
   depth: int = 28
   widening: int = 10
   dropout: float = 0.3
-  norm_momentum: float = 0.9
-  dtype: Any = None
-  convolution: Callable[..., jax.Array] = conv_general_dilated
-  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
