@@ -68,12 +68,9 @@ def elementwise(combine: Callable[..., Any]) -> Callable:
 def _tied(walk, equation, ins, there, i, combine):
   labels = walk.labels
   first = ins[there[0]].axes[i]
-  if len(there) == 1:
-    axis = labels.normal(first)
-  else:
-    for k in there[1:]:
-      labels.tie(first, ins[k].axes[i])
-    axis = labels.normal(first)
+  for k in there[1:]:
+    labels.tie(first, ins[k].axes[i])
+  axis = labels.normal(first)
   if not isinstance(axis, Axis):
     return axis
   each = [

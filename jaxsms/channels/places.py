@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.devices.meshes import fetch
-from jaxsms.mask_trees import match_masks
+from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import with_all_kept
 from jaxsms.trees import Path, PyTree, is_array, is_concrete, path_string
 
@@ -116,17 +116,15 @@ def kept_channels(params: PyTree, groups: Sequence, masks: PyTree) -> list[np.nd
 def masks_on_host(params: PyTree, masks: PyTree | None) -> list[np.ndarray | None]:
   """The mask of each leaf, in its shape; None where it is no array, or has none."""
   leaves = jax.tree.leaves(params)
-  structure: Any = jax.tree.structure(params)
   if masks is None:
     return [None] * len(leaves)
   if not is_concrete(masks):
     raise ValueError("masks are traced: channels are chosen before the program runs")
-  masks = structure.flatten_up_to(match_masks(params, masks))
   return [
     np.broadcast_to(np.asarray(fetch(mask), bool), leaf.shape)
     if is_array(leaf) and mask is not None
     else None
-    for mask, leaf in zip(masks, leaves, strict=True)
+    for mask, leaf in zip(mask_leaves(params, masks), leaves, strict=True)
   ]
 
 

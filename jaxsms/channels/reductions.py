@@ -101,11 +101,10 @@ def window(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     p.get("window_strides") or ones,
     p.get("padding") or zeros,
     p.get("base_dilation") or ones,
-    p.get("window_dilation") or ones,
     strict=True,
   )
   axes = []
-  for i, (size, stride, low_high, base, _) in enumerate(how):
+  for i, (size, stride, low_high, base) in enumerate(how):
     if (size, stride, tuple(low_high), base) == (1, 1, (0, 0), 1):
       axes.append(_through(walk, equation, joined(walk, [v.axes[i] for v in values])))
       continue
