@@ -15,10 +15,10 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
   raise ValueError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")
 
 
-def counted(number: int, noun: str) -> str:
+def quantity(number: int, noun: str) -> str:
   """A number of things, such as 1 example or 3 examples.
 
-  >>> counted(1, "example"), counted(0, "copy")
+  >>> quantity(1, "example"), quantity(0, "copy")
   ('1 example', '0 copies')
   """
   if number == 1:

@@ -8,7 +8,7 @@ from jaxsms.channels.budgets import BUDGETS
 from jaxsms.checks import check_sparsity
 from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
-from jaxsms.names import counted
+from jaxsms.names import quantity
 from jaxsms.pruning import SCOPES
 from jaxsms.schedules import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
@@ -196,7 +196,7 @@ def _check_phases(config):
     return
   if (len(given), given[-1]) != (config.phases, config.goal_sparsity):
     raise ValueError(
-      f"--phase_sparsities has {counted(len(given), 'phase')} to {given[-1]:g}: leave "
+      f"--phase_sparsities has {quantity(len(given), 'phase')} to {given[-1]:g}: leave "
       f"--phases={config.phases} and --goal_sparsity={config.goal_sparsity:g} out"
     )
 
@@ -257,7 +257,7 @@ def _check_values(config):
     return
   if len(values) != config.ingredients:
     raise ValueError(
-      f"--values gives {counted(len(values), 'value')} for "
+      f"--values gives {quantity(len(values), 'value')} for "
       f"--ingredients={config.ingredients}: give one for each copy"
     )
   given = ",".join(f"{value:g}" for value in values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from jaxsms.names import counted
+from jaxsms.names import quantity
 
 from ..methods.registry import looks
 from . import figures
@@ -143,7 +143,7 @@ def table(
       if name not in row:
         continue
       n = row[name].get("seeds")
-      of = "" if n is None else f" ({counted(n, 'seed')})"
+      of = "" if n is None else f" ({quantity(n, 'seed')})"
       line = ["", "", method_title(name, case.m) + of, accuracy(row[name]), gain(row[name])]
       if has_ood:
         entry = ood[row["phase"]].get(name)

@@ -27,7 +27,7 @@ from jaxsms.data import (
 from jaxsms.data.subsets import Shares
 from jaxsms.devices.meshes import place
 from jaxsms.metrics import accuracy_among
-from jaxsms.names import counted
+from jaxsms.names import quantity
 from jaxsms.pruning import prunable_flags, removal_count
 from jaxsms.training import (
   METRICS,
@@ -232,7 +232,7 @@ def check_data(config: Config, name: str, train_size: int, prunable_size: int) -
   if config.batch_size > train_size:
     raise ValueError(
       f"--batch_size is {config.batch_size}, but the training split of {name} "
-      f"has {counted(train_size, 'example')} (after 10 % went to validation): choose "
+      f"has {quantity(train_size, 'example')} (after 10 % went to validation): choose "
       "at most that"
     )
 

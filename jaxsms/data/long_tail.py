@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsms.data.splits import integer
-from jaxsms.names import counted
+from jaxsms.names import quantity
 
 HEAD, MIDDLE, TAIL = "head", "middle", "tail"
 
@@ -50,7 +50,7 @@ def profile_counts(available: npt.ArrayLike, ratio: float) -> np.ndarray:
     raise ValueError(
       f"an imbalance of {ratio:g} leaves no example of class {int(np.argmin(counts))} in "
       "the order of the profile, whose classes have "
-      f"{counted(available.max(), 'example')} at most: give less"
+      f"{quantity(available.max(), 'example')} at most: give less"
     )
   return counts
 

@@ -6,7 +6,7 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from jaxsms.names import counted
+from jaxsms.names import quantity
 
 
 def train_validation_split(
@@ -41,7 +41,7 @@ def train_validation_split(
   if not 0 < held_out < n:
     side = "validation" if held_out == 0 else "training"
     raise ValueError(
-      f"fraction {fraction} of {counted(n, 'example')} leaves none for {side}: give "
+      f"fraction {fraction} of {quantity(n, 'example')} leaves none for {side}: give "
       "more examples or another fraction"
     )
   order = np.random.default_rng(seed).permutation(n)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxsms.data.long_tail import check_ratio, class_counts, profile_counts
-from jaxsms.names import counted
+from jaxsms.names import quantity
 
 DRAWS = 1000  # of Dirichlet shares, until every one has enough examples
 
@@ -262,8 +262,8 @@ def group_shares(groups: npt.ArrayLike, copies: int) -> Shares:
   names = np.unique(groups)
   if len(names) != copies:
     raise ValueError(
-      f"the training data have {counted(len(names), 'group')} for "
-      f"{counted(copies, 'copy')}: give a copy for each group, and each group "
+      f"the training data have {quantity(len(names), 'group')} for "
+      f"{quantity(copies, 'copy')}: give a copy for each group, and each group "
       "at least one example"
     )
   return _padded([np.flatnonzero(groups == name) for name in names])
@@ -274,7 +274,7 @@ def check_sizes(shares: Shares, batch_size: int) -> None:
   smallest = int(np.argmin(shares.sizes))
   if shares.sizes[smallest] < batch_size:
     raise ValueError(
-      f"the share of copy {smallest} has {counted(shares.sizes[smallest], 'example')} for "
+      f"the share of copy {smallest} has {quantity(shares.sizes[smallest], 'example')} for "
       f"batches of {batch_size}: give larger shares or a smaller batch"
     )
 
@@ -309,6 +309,6 @@ def _check_classes(labels, shares):
     absent = np.setdiff1d(classes, labels[shares.of(i)])
     if len(absent):
       raise ValueError(
-        f"the share of copy {i}, {counted(shares.sizes[i], 'example')}, has none of "
+        f"the share of copy {i}, {quantity(shares.sizes[i], 'example')}, has none of "
         f"class {absent[0]}: give larger shares"
       )
