@@ -22,6 +22,7 @@ from jaxsms.export import save_compact
 from jaxsms.names import check_name
 from jaxsms.trees import PyTree
 
+from .methods.pruning_criteria import removes_channels
 from .run import exporting, outputs, run_directory
 from .run.exporting import VARIABLES
 from .run.flag_files import refusals, run_with_flags
@@ -163,7 +164,7 @@ def write(form: str, out: str, path: str, soup: dict[str, PyTree]) -> list[str]:
     return []
   config = exporting.run_config(path, data_dir)
   # Masks of filters leave biases and normalization, so there a cut finds nothing.
-  cutting = config.criterion == "channels" if FLAGS.cut is None else FLAGS.cut
+  cutting = removes_channels(config) if FLAGS.cut is None else FLAGS.cut
   if form == "safetensors" and not cutting:
     save_safetensors(out, variables)
     return []

@@ -25,8 +25,7 @@ from jaxsms.merges import MERGES
 from jaxsms.phases import Merge, merge_phase
 from jaxsms.training import Engine, Model, last_state
 from jaxsms.training.measurements import measure, recalibrated
-from jaxsms.training.merging import GIVEN, Merging, merging_of
-from jaxsms.training.merging import NAMES as MERGES_OF_RUNS
+from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN, Merging, merging_of
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.trees import number_of_models
 
@@ -45,7 +44,7 @@ Results = dict[str, Any]
 FAMILIES = ("seed", "weight_decay", "learning_rate")
 REFERENCES = ("mean_candidate", "best_candidate", "prediction_ensemble")
 # All copies have the same data here: weighted by samples they give the mean.
-NAMES = tuple(name for name in MERGES_OF_RUNS if name not in GIVEN)
+NAMES = tuple(name for name in CANDIDATE_MERGES if name not in GIVEN)
 # Flags of the main job that mean nothing here.
 REFUSED = ("merge", "vary", "values", "baselines", "workdir", "stream", "landscape")
 

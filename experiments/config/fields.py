@@ -114,6 +114,11 @@ def read_fields(
   return kind(**values)
 
 
+def default_values(kind: type) -> dict[str, Any]:
+  """What the flags of a configuration hold where they are not given, by field."""
+  return {field.name: field.metadata["flag"].default for field in dataclasses.fields(kind)}
+
+
 def names(part: type) -> tuple[str, ...]:
   """The fields of a configuration, those that it inherits among them."""
   return tuple(field.name for field in dataclasses.fields(part))
@@ -151,6 +156,11 @@ def one_of(kind: str, known: Iterable[str]) -> Check:
       check_name(kind, one, known)
 
   return check
+
+
+def titles(entries: Mapping[str, Any]) -> str:
+  """The names of a registry, each with the title of its entry, for a flag's help."""
+  return ", ".join(f"{name} ({entry.title})" for name, entry in entries.items())
 
 
 def whole_numbers(example: str) -> Callable[..., tuple[int, ...]]:

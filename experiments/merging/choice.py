@@ -75,7 +75,6 @@ flags.DEFINE_string(
   "Hugging Face's layout. Default: 5GB where the first model is in that layout.",
 )
 FLAGS = flags.FLAGS
-_WEIGHTED = ("uniform", "task_arithmetic", "fisher", "inverse_variance", "slerp")
 
 
 class Choice(NamedTuple):
@@ -173,7 +172,7 @@ def check_merge(m: int) -> str:
   check_name("merge", name, [known for known in MERGES if known != "weighted"])
   flag = "--greedy" if FLAGS.greedy else f"--merge={name}"
   needs = MERGES[name].needs
-  if FLAGS.weights is not None and name not in _WEIGHTED:
+  if FLAGS.weights is not None and not MERGES[name].weighted:
     raise ValueError(f"{flag} chooses the weights itself: leave --weights out")
   if MERGES[name].two and m != 2:
     raise ValueError(f"{flag} goes from one model to another, and {m} are given: give two")

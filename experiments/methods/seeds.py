@@ -13,6 +13,7 @@ import numpy as np
 from jaxsms import Phase
 from jaxsms.data.subsets import Shares
 from jaxsms.phases import Prune
+from jaxsms.schedule_registry import RETRAIN_SCHEDULES
 from jaxsms.training import (
   Engine,
   Ingredients,
@@ -232,9 +233,8 @@ def retraining_plan(run: Run, m: int, steps: int) -> Plan:
     chosen = averaged(config, varied_ingredients(run, m, steps, values))
     if not np.max(chosen["steps"]):
       return chosen, np.zeros([m, 0], np.float32)
-    options = {}
-    if config.retrain_schedule == "ALLR":
-      options = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
+    needs = RETRAIN_SCHEDULES[config.retrain_schedule].needs
+    options = {name: record[name] for name in needs}
     if "learning_rate" in values:
       options["initial_lr"] = values["learning_rate"].astype(np.float32)
     lrs = retrain_learning_rates(

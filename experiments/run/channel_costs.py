@@ -27,6 +27,7 @@ from jaxsms.trees import PyTree
 from ..benchmarks.bench_statistics import in_milliseconds
 from ..config.run_config import Config
 from ..methods import SOUP
+from ..methods.pruning_criteria import removes_channels
 from .costs import RunCosts
 from .inference_times import filled, size
 from .latency_budget import BATCH
@@ -65,7 +66,7 @@ class ChannelCosts:
       event: see `methods.seed_events`.
     """
     config = self._config
-    channels = config.shrink or config.criterion == "channels"
+    channels = removes_channels(config)
     begins = event is None and self._costs.sensitivity is None
     if method != SOUP or not channels or seed_state.seed != self._first_seed:
       return
