@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags, logging
 from rich.console import Console
@@ -24,7 +25,6 @@ from jaxsms.disk.rules import RULES, passes_of
 from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
 from jaxsms.merges import MERGES
-from jaxsms.soups import soup_weights
 
 from .config import run_config
 from .merging import choice as soup_flags
@@ -40,7 +40,7 @@ from .merging.model_checks import (
   statistics,
 )
 from .merging.model_table import show
-from .merging.output import Output, copy_others, write_card, writing
+from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
 from .run.flag_files import refusals, run_with_flags
@@ -74,11 +74,12 @@ def main(argv: list[str]) -> None:
   console = terminal()
   try:
     with refusals(), contextlib.ExitStack() as stack:
-      choice = read_choice(paths)
+      with_data = FLAGS["dataset"].present
+      choice = read_choice(paths, with_data)
       models = [open_tensors(path, stack) for path in paths]
       given = choice.base and [choice.base], choice.squared_gradients
       others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
-      if FLAGS["dataset"].present:
+      if with_data:
         soup = soup_with_data(choice, models, others, command, console)
       else:
         soup = soup_on_disk(choice, models, others, command)
@@ -126,7 +127,7 @@ def soup_with_data(
   goal = goal_of(choice, ours) if choice.masks == "prune" else None
   first = models[0] if have_same_arrays(models[0], ours[0]) else ours[0]
   specs = result_specs(first, choice.dtype)
-  say_barrier(console, ours, task)
+  say_barrier(console, ours, task, jax.random.key(choice.seed))
   soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal, specs)
   with writing(output_of(choice, first, specs)) as (writer, folder):
     copy(soup, writer)
@@ -146,8 +147,7 @@ def soup_on_disk(
   """
   check_models(models)
   check_others(models[0], others)
-  m = len(models)
-  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
+  weights = choice.weights_of(len(models))
   specs = result_specs(models[0], choice.dtype)
   passes = 1 + passes_of(choice.merge)
   if choice.masks == "prune":
@@ -160,7 +160,7 @@ def soup_on_disk(
     thresholds = None
     if choice.masks == "prune":
       goal = goal_of(choice, models, progress.add)
-      thresholds = find_thresholds(job, goal, FLAGS.scope)
+      thresholds = find_thresholds(job, goal, choice.scope)
     with writing(output_of(choice, models[0], specs)) as (writer, folder):
       found = merge(job, writer, thresholds)
       if choice.masks is None:
@@ -212,7 +212,7 @@ def goal_of(
 def output_of(choice: Choice, first: Tensors, specs: dict[str, Spec]) -> Output:
   """What is written, in the first model's layout."""
   sharded = first.layout == "shards" or choice.shard_size is not None
-  return Output(choice.out, specs, first, choice.shard_size or 5 * 10**9, sharded)
+  return Output(choice.out, specs, first, read_size(choice.shard_size or "5GB"), sharded)
 
 
 if __name__ == "__main__":

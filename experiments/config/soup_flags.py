@@ -101,7 +101,8 @@ class SoupFlags:
     default="LLR",
   )
   merge: str = flag(
-    f"How candidates become one model: {titles(CANDIDATE_MERGES)}.",
+    f"How candidates become one model: {titles(CANDIDATE_MERGES)}. "
+    f"{' and '.join(GIVEN)} are for --vary=subset, see --subsets and --retained.",
     one_of("merge", CANDIDATE_MERGES),
     default="uniform",
   )

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 
 from jaxsms import pretrained
 from jaxsms.disk.by_name import by_path
@@ -31,7 +30,6 @@ from ..run.task import Task, load, make_task, with_data
 from .choice import Choice
 from .model_checks import check_masks
 
-FLAGS = flags.FLAGS
 Arrays = dict[str, np.ndarray]
 
 
@@ -136,12 +134,12 @@ def soup_in_memory(
   Raises:
     ValueError: the models do not share a mask, and no flag says what to do.
   """
-  key = jax.random.key(FLAGS.seed)
+  key = jax.random.key(choice.seed)
   arrays = [model.arrays for model in models]
   combine, weights = chosen_rule(choice, models, others, task, key, goal)
   taken = np.flatnonzero(weights).tolist()
   job = Job(models, combine, specs, taken)
-  thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
+  thresholds = None if goal is None else find_thresholds(job, goal, choice.scope)
   memory = ToMemory(specs)
   found = merge(job, memory, thresholds)
   if choice.masks is None:
@@ -163,10 +161,9 @@ def chosen_rule(
   goal: float | None,
 ) -> tuple[Combine, np.ndarray]:
   """How models are merged, and the weight of each, float [m]."""
-  m = len(models)
-  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
+  weights = choice.weights_of(len(models))
   if choice.merge == "greedy":
-    weights = greedy_weights([model.arrays for model in models], task, key, goal)
+    weights = greedy_weights(choice, [model.arrays for model in models], task, key, goal)
     return weighted(weights), weights
   if choice.merge in RULES and (
     not MERGES[choice.merge].in_memory or others.squared_gradients
@@ -186,14 +183,14 @@ def chosen_rule(
 
 
 def greedy_weights(
-  arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
+  choice: Choice, arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
 ) -> np.ndarray:
   """Equal weights of the models that `greedy_soup` takes, float [m]."""
 
   def validation_accuracy(average):
     average = jax.device_get(average)
     if goal is not None:
-      average = pruned(average, goal, FLAGS.scope)
+      average = pruned(average, goal, choice.scope)
     found = on_validation(task.engine, key, as_model(average))
     return found["validation_accuracy"]
 

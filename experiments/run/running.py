@@ -28,11 +28,12 @@ from .run_directory import candidate_folder, save_model, soup_folder
 from .task import Task, load, with_data
 
 
-def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
+def start(argv: list[str], **instead: Any) -> tuple[Config, Dataset | StreamedDataset]:
   """Reads the flags, starts the devices and loads the data.
 
   Args:
     argv: what was left on the command line, the program's name first.
+    **instead: values of flags, whatever was given.
 
   Returns:
     The flags, with what the data set decides, and the data set.
@@ -49,7 +50,7 @@ def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
       "the figure needs matplotlib, which is not installed: run "
       "`pip install 'jaxsms[experiments]'`"
     )
-  config = read_config()
+  config = read_config(**instead)
   hardware.start(config, config.ingredients)
   dataset = load(config)
   return with_data(config, dataset), dataset

@@ -47,7 +47,7 @@ GIVEN = {
     may_collapse=False,
   ),
   BY_RATIOS: Given(
-    "the mean, weighted towards the copies whose classes are the less balanced",
+    "the mean, weighted towards the copies with less balanced classes",
     "weight",
     may_collapse=True,
   ),
