@@ -1,6 +1,6 @@
 """The sections of a report; those without data are left out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxsms.names import counted
 
@@ -15,7 +15,7 @@ from .cost_sections import (
   onnx_section,
   origin_section,
 )
-from .document import Document, Folded, Picture, Section, Table
+from .document import Block, Document, Folded, Picture, Section, Table
 from .search_sections import search_section
 from .statistics import Results, method_title, summarize
 from .summary import sentences
@@ -34,6 +34,7 @@ from .uncertainty_section import uncertainty_section
 BAND = (
   "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."
 )
+OOD = "Corrupted data: the mean over corruptions of the test images and their severities."
 ECE = "test_expected_calibration_error"
 # What cases of one grid may differ in; anything else makes them other experiments.
 VARIED = ("goal_sparsity", "ingredients", "seed", "seeds", "baselines", "workdir")
@@ -67,24 +68,10 @@ def document(
     warnings += [f"{prefix}Not finished: {case.unfinished}."] if case.unfinished else []
     warnings += [prefix + note for note in notes(case.seeds)]
   summary += shared
-  parts = (
-    results_section(cases),
-    accuracy_section(cases),
-    classes_section(cases),
-    curves_section(cases),
-    search_section(cases),
-    layers_section(cases),
-    geometry_section(cases),
-    uncertainty_section(cases),
-    landscape_section(cases),
-    channels_section(cases),
-    sensitivity_section(cases),
-    inference_section(cases),
-    onnx_section(cases),
-    cost_section(cases),
-    origin_section(origins),
-  )
-  return Document(title, subtitle, summary, warnings, [p for p in parts if p.blocks])
+  sections = [Section(name, list(blocks(cases))) for name, blocks in SECTIONS.items()]
+  sections.append(Section("How this was made", list(origin_section(origins))))
+  shown = [section for section in sections if section.blocks]
+  return Document(title, subtitle, summary, warnings, shown)
 
 
 def phases_of(case: Case) -> list[Results]:
@@ -92,28 +79,25 @@ def phases_of(case: Case) -> list[Results]:
   return [row for row in summarize(case.seeds) if "soup" in row]
 
 
-def results_section(cases: Sequence[Case]) -> Section:
+def results_section(cases: Sequence[Case]) -> Iterator[Block]:
   """The table."""
   shown = [case for case in cases if phases_of(case)]
-  section = Section("Results", [])
   if not shown:
-    return section
-  section.blocks.append(
+    return
+  yield (
     "Mean ± standard deviation over seeds, in percent. Soup minus it: the mean difference "
     "between soup and model, paired by seed, in points, with its 95 % interval "
     "(Student t); clear of 0 where both ends have the same sign."
   )
   if len(cases) == 1:
-    section.blocks.append(table(shown[0], phases_of(shown[0]), False))
-    return section
+    yield table(shown[0], phases_of(shown[0]), False)
+    return
   groups = [table(case, phases_of(case)[-1:], True, cases) for case in shown]
   header = groups[0].header
-  section.blocks.append(
-    Table(header, [rows for found in groups for rows in found.rows], (0, 2), "Sparse soup")
-  )
+  rows = [rows for found in groups for rows in found.rows]
+  yield Table(header, rows, (0, 2), "Sparse soup")
   for case in shown:
-    section.blocks.append(Folded(case.title, table(case, phases_of(case), False)))
-  return section
+    yield Folded(case.title, table(case, phases_of(case), False))
 
 
 def table(
@@ -247,29 +231,38 @@ def _grids(cases, metric, name, what):
         )
 
 
-def accuracy_section(cases: Sequence[Case]) -> Section:
+def accuracy_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Accuracy on test data and out of distribution, and calibration."""
-  section = Section("Accuracy and calibration", [])
-  blocks = section.blocks
-  blocks.extend(metric_pictures(cases, "test_accuracy", "accuracy"))
-  blocks.extend(cut([case for case in cases if phases_of(case)], "Accuracies by phase"))
-  if ood := list(metric_pictures(cases, "ood_accuracy", "ood")):
-    blocks.extend(ood)
-  if ece := list(metric_pictures(cases, ECE, "calibration")):
-    blocks.extend(ece)
-  said = []
-  if any(
-    "half_width" in r["soup"] and r["soup"]["half_width"]
-    for c in cases
-    for r in phases_of(c)
-  ):
-    said.append(BAND)
-  if ood:
-    said.append(
-      "Corrupted data: the mean over corruptions of the test images and their severities."
-    )
-  if ece:
-    said.append("Calibration error: of test data, in 15 bins; less is better.")
-  if said:
-    blocks.insert(0, " ".join(said))
-  return section
+  ood = list(metric_pictures(cases, "ood_accuracy", "ood"))
+  ece = list(metric_pictures(cases, ECE, "calibration"))
+  phases = [row for case in cases for row in phases_of(case)]
+  has_bands = any(row["soup"].get("half_width") for row in phases)
+  explained = [*([BAND] if has_bands else ()), *([OOD] if ood else ())]
+  explained += (
+    ["Calibration error: of test data, in 15 bins; less is better."] if ece else []
+  )
+  if explained:
+    yield " ".join(explained)
+  yield from metric_pictures(cases, "test_accuracy", "accuracy")
+  yield from cut([case for case in cases if phases_of(case)], "Accuracies by phase")
+  yield from ood
+  yield from ece
+
+
+# The sections in their order; one without blocks is left out.
+SECTIONS: dict[str, Callable[[Sequence[Case]], Iterator[Block]]] = {
+  "Results": results_section,
+  "Accuracy and calibration": accuracy_section,
+  "Head and tail classes": classes_section,
+  "Learning curves": curves_section,
+  "Search": search_section,
+  "Sparsity of each layer": layers_section,
+  "Geometry of the soup": geometry_section,
+  "Uncertainty of the candidates": uncertainty_section,
+  "Loss between the candidates": landscape_section,
+  "Size and speed, phase by phase": channels_section,
+  "What each group of channels costs": sensitivity_section,
+  "Size and time of an inference": inference_section,
+  "Time of an inference in ONNX Runtime": onnx_section,
+  "Cost of an inference": cost_section,
+}
