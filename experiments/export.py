@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from jaxsms import checkpoint, export, pretrained, sparsity
 from jaxsms.disk import storage
@@ -25,8 +25,8 @@ from .config import export_flags
 from .config.export_flags import ExportConfig
 from .methods.pruning_criteria import removes_channels
 from .run import exporting, outputs, run_directory
-from .run.exporting import VARIABLES
-from .run.flag_files import refusals, run_with_flags
+from .run.exporting import variables_of
+from .run.flag_files import log_from, refusals, run_with_flags
 from .run.inference_times import with_all_kept
 
 PROGRAMS = ("stablehlo", "onnx")
@@ -38,8 +38,7 @@ flags.declare_key_flag("data_dir")
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   out = flags.FLAGS.out
   try:
     with refusals():
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
   except OSError as error:
     print(f"error: {out} cannot be written ({error.strerror or error})", file=sys.stderr)
     sys.exit(1)
-  dense = sum(x.nbytes for name in VARIABLES for x in jax.tree.leaves(soup[name]))
+  dense = sum(x.nbytes for x in jax.tree.leaves(variables_of(soup)))
   share = float(sparsity(soup["params"]))
   size = storage.as_path(out).stat().length
   print(
@@ -104,7 +103,7 @@ def write(config: ExportConfig, out: str, path: str, soup: dict[str, PyTree]) ->
     ImportError: a package is not installed.
     OSError: the file cannot be written.
   """
-  form, variables = config.format, {name: soup[name] for name in VARIABLES}
+  form, variables = config.format, variables_of(soup)
   if form == "compact":
     save_compact(out, variables, with_all_kept(variables, soup["masks"]))
     return []
@@ -149,7 +148,7 @@ def write_program(
 ) -> list[str]:
   """Writes a program of normalized images; the same sentences."""
   apply: Any = found.apply
-  variables = {name: soup[name] for name in VARIABLES}
+  variables = variables_of(soup)
   if cutting:
     network = exporting.cut(found, soup)
     apply, variables = network.apply, network.params

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 
 from jaxsms.disk.merging import Found, Job, copy, find_thresholds, largest_sparsity, merge
@@ -43,7 +43,7 @@ from .merging.model_table import show
 from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
-from .run.flag_files import refusals, run_with_flags
+from .run.flag_files import log_from, refusals, run_with_flags
 from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
@@ -67,8 +67,7 @@ class Soup(NamedTuple):
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   paths = argv[1:]
   command = shlex.join(["python", "-m", f"{__package__}.soup", *sys.argv[1:]])
   console = terminal()

@@ -34,7 +34,7 @@ from ..config.fields import define_flags, flag, numbers, one_of, read_fields
 from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
 from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import check_no_arguments, refusals, run_with_flags
+from ..run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
 from ..run.task import Task, load, make_task, with_data
 from ..run.terminal import print_line, terminal
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
@@ -88,8 +88,7 @@ class Config(run_config.Config):
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.ERROR)  # of copies that are left out the table tells
+  log_from(logging.ERROR)  # of copies that are left out the table tells
   with refusals():
     check_no_arguments(argv)
     config = read_config(given)

@@ -1,9 +1,12 @@
 """Sections on what an inference costs, and how results were made."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..benchmarks.bench_statistics import shown
+from ..run.results_check import models_of
 from .cases import Case, Origin
 from .document import Block, Code, Folded, Table, table_of_cases
 from .statistics import estimate
@@ -16,9 +19,7 @@ def inference_section(cases: Sequence[Case]) -> Iterator[Block]:
     if not case.inference:
       continue
     found = case.inference
-    models = found.get("models") or {
-      k: v for k, v in found.items() if isinstance(v, dict) and "bytes" in v
-    }
+    models = models_of(found)
     dense = models.get("dense", {})
     lines = [
       [
@@ -71,13 +72,9 @@ def _median(value):
   return value.get("median") if isinstance(value, dict) else value
 
 
-def spread_text(value: object) -> str:
+def spread_text(value: Any) -> str:
   """A median with the least and greatest, or a single number."""
-  if value is None:
-    return ""
-  if isinstance(value, dict):
-    return f"{value['median']:.3g} [{value['min']:.3g}, {value['max']:.3g}]"
-  return f"{value:.3g}"
+  return f"{value:.3g}" if isinstance(value, (int, float)) else shown(value)
 
 
 def ratio(dense: float | None, value: float | None) -> str:

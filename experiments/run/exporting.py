@@ -84,12 +84,16 @@ def network(config: Config) -> Network:
   return Network(module, shape, dataset)
 
 
+def variables_of(soup: dict[str, PyTree]) -> dict[str, PyTree]:
+  """Parameters and batch statistics of a soup, without its masks."""
+  return {name: soup[name] for name in VARIABLES}
+
+
 def cut(found: Network, soup: dict[str, PyTree]) -> Compact:
   """The soup's network without the channels that its masks emptied."""
-  variables = {name: soup[name] for name in VARIABLES}
   statistics = jax.tree.map(lambda x: np.ones(x.shape, bool), soup["batch_stats"])
   masks = {"params": soup["masks"], "batch_stats": statistics}
-  return compact(found.apply, variables, masks, found.images)
+  return compact(found.apply, variables_of(soup), masks, found.images)
 
 
 def write_cut_torch(
@@ -153,8 +157,7 @@ def onnx_place(path: str | os.PathLike) -> str:
 
 def save_dense(out: str, found: Network, soup: dict[str, PyTree]) -> str:
   """Writes, beside a soup's ONNX file, that of a network without zeros, to be timed."""
-  variables = {**{name: soup[name] for name in VARIABLES}}
-  variables["params"] = filled(soup["params"], soup["masks"])
+  variables = variables_of(soup) | {"params": filled(soup["params"], soup["masks"])}
   dense = str(storage.as_path(out).parent / "dense.onnx")
   save_onnx(dense, found, found.apply, variables)
   (storage.as_path(out).parent / LATENCY_FILE).unlink(missing_ok=True)

@@ -257,12 +257,17 @@ def _models(value):
   """Under `models`, or in older runs beside the rest."""
   if "models" in value:
     check_at(".models", mapping(_timed), value["models"])
-  found = value.get("models") or {
-    k: v for k, v in value.items() if isinstance(v, dict) and "bytes" in v
-  }
+  found = models_of(value)
   if not found:
     raise Unfit("there", ".models")
   mapping(_timed)(found)
+
+
+def models_of(inference: dict[str, Any]) -> dict[str, Any]:
+  """The models that were timed; older runs have them beside the rest."""
+  return inference.get("models") or {
+    k: v for k, v in inference.items() if isinstance(v, dict) and "bytes" in v
+  }
 
 
 INFERENCE = every(record({"device": text, "batch": whole(1)}), _models)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
 
 from jaxsms import Phase
 from jaxsms.data import Dataset, StreamedDataset
@@ -22,7 +21,7 @@ from ..config.run_config import Config, read_config
 from . import checkpointing, hardware
 from .channel_costs import ChannelCosts
 from .environment import environment
-from .flag_files import check_no_arguments
+from .flag_files import check_no_arguments, log_from
 from .progress import MEASURED, RunProgress
 from .run_directory import candidate_folder, save_model, soup_folder
 from .task import Task, load, with_data
@@ -42,8 +41,7 @@ def start(argv: list[str], **instead: Any) -> tuple[Config, Dataset | StreamedDa
     ValueError: a flag, or the data, are not as they should be.
     ImportError: a package is missing.
   """
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   check_no_arguments(argv)
   if not importlib.util.find_spec("matplotlib"):  # better missed before training
     raise ImportError(
