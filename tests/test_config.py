@@ -6,13 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
+from absl.flags import FLAGS
 from main_job import config_of
 
 from experiments.config import fields
 from experiments.config.dense_flags import dense_schedule
 from experiments.config.run_config import NEWER, Config
 from experiments.config.run_config import config_of as restored
+from experiments.methods import METHODS, baselines
 from experiments.methods.pruning_criteria import CRITERIA
 from jaxsms.schedule_registry import (
   PRETRAIN_SCHEDULES,
@@ -84,7 +85,13 @@ def test_every_field_has_a_flag_and_the_example_runs():
 )
 def test_help_explains_all_entries_of_a_registry(name, registry):
   for entry, this in registry.items():
-    assert f"{entry} ({this.title})" in flags.FLAGS[name].help
+    assert f"{entry} ({this.title})" in FLAGS[name].help
+
+
+def test_help_explains_all_baselines():
+  for name in baselines():
+    explained = METHODS[name].help
+    assert explained and f"{name} ({explained})" in FLAGS["baselines"].help
 
 
 def test_schedules_from_outside_are_values_of_their_flags(monkeypatch, rejects):

@@ -13,9 +13,10 @@ from test_experiments import SMALL
 from experiments import methods
 from experiments.methods.epochs import bimp_epochs
 from experiments.methods.pruning_criteria import CRITERIA, Criterion, classifier, pruning
-from experiments.methods.registry import looks, resampled
+from experiments.methods.registry import looks
 from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
+from experiments.methods.within_budget import resampled
 from experiments.run.ood import corrupted_test_data
 from experiments.run.task import Task, make_task
 from jaxsms import checkpoint, data, models, pretrained, prunable, training
