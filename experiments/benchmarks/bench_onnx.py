@@ -61,18 +61,9 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   with refusals():
     check_no_arguments(argv)
-    config = read_config(flags.FLAGS)
+    config = read_fields(Config, flags.FLAGS)
     found = measure(config)
   print(text(found))
-
-
-def read_config(given: flags.FlagValues) -> Config:
-  """The parsed flags.
-
-  Raises:
-    ValueError: a flag is out of range or names something unknown.
-  """
-  return read_fields(Config, given)
 
 
 def measure(config: Config) -> dict[str, Any]:
