@@ -184,7 +184,7 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   return failed
 
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
@@ -194,8 +194,8 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
     Stopped: one came.
   """
   sentence = f"waiting for other processes in {workdir}"
-  if sentence not in _said:
-    _said.add(sentence)
+  if sentence not in _printed:
+    _printed.add(sentence)
     checkpointing.print_once(f"{sentence}, which work on the last parts ({parts} left)")
   time.sleep(WAIT)
   if signals.noted is not None:

@@ -99,7 +99,7 @@ def write(config: ExportConfig, out: str, path: str, soup: dict[str, PyTree]) ->
   """Writes the soup of a run in a format; gives sentences on what else it did.
 
   Raises:
-    ValueError: the run does not tell its network, or its data are not there.
+    ValueError: the flags of the run are not known, or its data are not there.
     ImportError: a package is not installed.
     OSError: the file cannot be written.
   """

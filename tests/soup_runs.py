@@ -5,10 +5,10 @@ from absl import flags
 
 from experiments import soup
 from experiments.config.fields import names
-from experiments.merging.choice import Choice
+from experiments.merging.merge_flags import MergeFlags
 
 
 def run(*words):
   """Runs it; exit status."""
-  main_job.unparse(*names(Choice))
+  main_job.unparse(*names(MergeFlags))
   return main_job.exit_status(soup.main, flags.FLAGS(["soup", *map(str, words)]))

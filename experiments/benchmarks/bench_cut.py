@@ -37,7 +37,7 @@ DENSE, CUT, BUILT = "dense", "cut", "built at that size"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(device_flags.DeviceFlags):
-  """What is told by flags: devices, and those of this file."""
+  """The flags of the devices, and those of this file."""
 
   model: str = flag(
     f"Network: {', '.join(models.MODELS)}.",

@@ -65,7 +65,7 @@ def _families(words, name, values):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(run_config.Config):
-  """What is told by flags: those of a run, and those of this file."""
+  """The flags of a run, and those of this file."""
 
   families: tuple[str, ...] = flag(
     f"What differs between the copies, each by itself: {', '.join(FAMILIES)}.",

@@ -34,7 +34,7 @@ NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of im
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """What is told by flags."""
+  """The flags of this benchmark."""
 
   model: str = flag(
     f"Network: {', '.join(NETWORKS)}.", one_of("model", NETWORKS), default="resnet18"

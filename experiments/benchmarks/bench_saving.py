@@ -45,7 +45,7 @@ def _may_be_written(name, value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(device_flags.DeviceFlags):
-  """What is told by flags: devices, and those of this file."""
+  """The flags of the devices, and those of this file."""
 
   model: str = flag(
     f"Network: {', '.join(models.MODELS)}.", one_of("model", models.MODELS), default="mlp"

@@ -93,10 +93,10 @@ def run_part(
   checkpointer = checkpointing.Checkpointer(folder, run, config, signals)
   first = functools.partial(first_work, shared, part, describe)
   try:
-    said = checkpointer.open(task, steps, first)
+    messages = checkpointer.open(task, steps, first)
   except Finished:
     return
-  for sentence in said:
+  for sentence in messages:
     checkpointing.print_once(sentence)
   with checkpointer:
     plan.subtract({m: n - checkpointer.steps_left.get(m, n) for m, n in steps.items()})

@@ -27,7 +27,7 @@ def measured_pairs(m: int) -> list[tuple[int, int]]:
   return list(itertools.combinations(range(m), 2))
 
 
-def say_barrier(
+def print_barrier(
   console: Console, models: Sequence[InMemory], task: Task, key: jax.Array
 ) -> None:
   """Prints the largest barrier between two models.

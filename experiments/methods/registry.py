@@ -61,9 +61,9 @@ class Method(NamedTuple):
     epochs: `epochs(config)` giving how many it trains for, by the number of copies
       that train at once.
     resumes: whether it goes on where it was after a break; else it is done again.
-    traits: what else tells it from the others. `one_copy`: no number depends on m. `dense`:
-      nothing is pruned. `ramp`: its sparsity rises smoothly, to one model at the goal.
-      `one_schedule`: its copies share one schedule.
+    traits: how else it differs from the others. `one_copy`: no number depends on m.
+      `dense`: nothing is pruned. `ramp`: its sparsity rises smoothly, to one model at the
+      goal. `one_schedule`: its copies share one schedule.
       `own_masks`: its masks are not those of one model between phases. `cycles`: it
       prunes in cycles within --budget_epochs, and the last one's model counts. `rewinds`:
       its rounds begin at an earlier epoch. `averaged`: its copies end as averages of

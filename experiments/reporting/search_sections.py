@@ -14,11 +14,11 @@ def search_section(cases: Sequence[Case]) -> Iterator[Block]:
   found = [(case, searched) for case in cases if (searched := first_search(case))]
   if found:
     yield (
-      "At each rung the copies are judged on validation data. The better half goes on; the "
-      "others start again from the average of that half. A line goes from the copy whose "
-      "values, changed by a factor, a copy has. Copies whose values go back to one that "
-      "was kept at the first rung share its colour. The better half of a phase's last rung "
-      "is merged."
+      "At each rung the copies are evaluated on validation data. The better half goes on; "
+      "the others start again from the average of that half. A line goes from the copy "
+      "whose values, changed by a factor, a copy has. Copies whose values go back to one "
+      "that was kept at the first rung share its colour. The better half of a phase's last "
+      "rung is merged."
     )
   for case, (seed, rungs) in found[:CASES_DRAWN]:
     where = f"seed {seed}"

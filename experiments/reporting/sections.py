@@ -159,7 +159,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
       )
   for case in shown[:CASES_DRAWN]:
     last = summarize(case.seeds, metric)[-1]
-    tell = ", ".join(
+    text = ", ".join(
       f"{method_title(key, case.m)} {100 * last[key]['mean']:.2f}"
       for key in (*looks(), "dense")
       if key in last
@@ -170,7 +170,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
       figures.over_sparsity(case, metric),
       f"{what}{title} over sparsity.",
       f"{what} over sparsity, a line for each method. At {100 * last['sparsity']:.2f} %: "
-      f"{tell}.",
+      f"{text}.",
     )
 
 

@@ -87,13 +87,13 @@ def landscape_section(cases: Sequence[Case]) -> Iterator[Block]:
     end = suffix(cases, case)
     on = f"On {record['images']} {record['split']} images; {where}."
     for name in ("loss", "accuracy") if len(cases) == 1 else ("loss",):
-      tell = _barriers(record) if name == "loss" else ""
+      text = _barriers(record) if name == "loss" else ""
       yield Picture(
         f"lines-{name}{end}",
         training_figures.lines_between(record, title, name),
         f"{name.capitalize()} on the straight lines between pairs of candidates. "
-        f"{tell} {on}",
-        f"{name.capitalize()} between pairs of candidates. {tell}",
+        f"{text} {on}",
+        f"{name.capitalize()} between pairs of candidates. {text}",
       )
     if record.get("plane") and np.isfinite(np.array(record["plane"]["loss"], float)).any():
       distance = (record["plane"].get("distance_from_plane") or {}).get("soup")

@@ -1,4 +1,4 @@
-"""The section on how the spread between candidates tells what they do not know."""
+"""The section on the uncertainty that the candidates' disagreement measures."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,7 @@ CORRUPTED = {
 
 
 def uncertainty_section(cases: Sequence[Case]) -> Iterator[Block]:
-  """Disagreement of the candidates on test data, and what it tells."""
+  """Disagreement of the candidates on test data, and how well it detects errors."""
   groups = []
   phases = [case.soups("uncertainty") for case in cases]
   corrupted = any(

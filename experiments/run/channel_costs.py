@@ -53,7 +53,7 @@ class ChannelCosts:
     """
     self._task, self._config, self._costs = task, config, costs
     self._first_seed = first_seed
-    self._inferences = Inferences(task.module, task.image_shape)
+    self._timer = InferenceTimer(task.module, task.image_shape)
 
   def note(self, seed_state: SeedState, method: str, event: Any) -> None:
     """Measures what an event of the soup gives occasion to, before it is saved.
@@ -95,7 +95,7 @@ class ChannelCosts:
       "dense": dense_size(self._task, model), "phases": [],
     }  # fmt: skip
     before = [one for one in found["phases"] if one["phase"] < number]
-    phase = {"phase": number, **self._inferences.phase(model, masks)}
+    phase = {"phase": number, **self._timer.phase(model, masks)}
     self._costs.inference = {**found, "phases": [*before, phase]}
 
 
@@ -110,7 +110,7 @@ def dense_size(task: Task, model: Model) -> dict[str, int]:
   }
 
 
-class Inferences:
+class InferenceTimer:
   """Times the networks that phases leave, cut, beside the dense one."""
 
   def __init__(self, module: Any, image_shape: tuple[int, ...]):
@@ -154,7 +154,7 @@ class Inferences:
 
 
 def sensitivity_record(engine: Engine, groups: Any, dense: Model) -> dict[str, Any]:
-  """What each group of channels of a dense model costs, and bears.
+  """What each group of channels of a dense model costs, and the accuracy lost without it.
 
   Args:
     engine: of the network and its data.

@@ -54,7 +54,7 @@ def run_config(path: str | os.PathLike, data_dir: str | None = None) -> Config:
   """The flags of a run.
 
   Raises:
-    ValueError: its directory does not tell them.
+    ValueError: its directory does not have them.
   """
   try:
     config = config_of(run_directory.read_run(path)["flags"])

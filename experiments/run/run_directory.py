@@ -210,7 +210,7 @@ def checked_results(path: str | os.PathLike) -> dict[str, Any] | None:
     path: the folder of a run or a comparison.
 
   Returns:
-    Its content, which has the form that `results_check` tells; None where there is none.
+    Its content, in the form that `results_check` describes; None where there is none.
 
   Raises:
     Damaged: a ValueError; it does not have its digest, or another form.

@@ -198,7 +198,7 @@ def run_seed(
   Args:
     task: shared by all seeds.
     names: of the methods, in order.
-    listener: to whom all that happens is told; its checkpointer has what is done already.
+    listener: it gets every event; its checkpointer has what is done already.
     first_seed: where costs of channels are measured; None means the first of the run.
   """
   seed_state, config = listener.checkpointer.seed_state, listener.checkpointer.config

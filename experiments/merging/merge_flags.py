@@ -38,7 +38,7 @@ def _needing(what):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice(OutFlags):
+class MergeFlags(OutFlags):
   """How models are merged: flags of experiments.soup, and three of the main job."""
 
   masks: str | None = flag(
@@ -106,10 +106,10 @@ class Choice(OutFlags):
     return np.array(self.weights)
 
 
-define_flags(Choice)
+define_flags(MergeFlags)
 
 
-def read_choice(paths: list[str], with_data: bool) -> Choice:
+def read_flags(paths: list[str], with_data: bool) -> MergeFlags:
   """The parsed flags, checked as far as they can be before anything is read.
 
   Args:
@@ -128,20 +128,20 @@ def read_choice(paths: list[str], with_data: bool) -> Choice:
   for path in paths:
     if not storage.as_path(path).exists():
       raise ValueError(f"there is no {path}: give folders or files of checkpoints")
-  choice = read_fields(Choice, flags.FLAGS)
+  config = read_fields(MergeFlags, flags.FLAGS)
   endings = ("", ".safetensors", ".npz", *TO_PYTORCH)
-  out = check_out(choice.out, endings, "soup.safetensors")
-  others = filter(None, [choice.base, *(choice.squared_gradients or ())])
-  check_outside(choice.out, [*paths, *others])
-  if choice.sparsity is not None and choice.masks != "prune":
+  out = check_out(config.out, endings, "soup.safetensors")
+  others = filter(None, [config.base, *(config.squared_gradients or ())])
+  check_outside(config.out, [*paths, *others])
+  if config.sparsity is not None and config.masks != "prune":
     raise ValueError("--sparsity goes with --masks=prune, which prunes the average to it")
-  check_merge(choice, len(paths), with_data)
-  if choice.weights is not None:
-    check_weights(choice.weights, len(paths))
+  check_merge(config, len(paths), with_data)
+  if config.weights is not None:
+    check_weights(config.weights, len(paths))
   model = flags.FLAGS["model"]
   if not with_data and model.present and model.value:
     raise ValueError("--model needs the images to evaluate on: give --dataset")
-  return dataclasses.replace(choice, out=out)
+  return dataclasses.replace(config, out=out)
 
 
 def check_outside(out: str, inputs: list[str]) -> None:
@@ -162,31 +162,31 @@ def _resolved(path):
   return path if storage.is_remote(path) else pathlib.Path(os.path.realpath(path))
 
 
-def check_merge(choice: Choice, m: int, with_data: bool) -> None:
+def check_merge(config: MergeFlags, m: int, with_data: bool) -> None:
   """Raises ValueError where the merge of m models lacks something, or has too much.
 
   Args:
-    choice: flags.
+    config: flags.
     m: number of models.
     with_data: whether there are images to evaluate on.
   """
-  name = choice.merge
-  flag = "--greedy" if choice.greedy else f"--merge={name}"
+  name = config.merge
+  flag = "--greedy" if config.greedy else f"--merge={name}"
   needs = MERGES[name].needs
-  if choice.weights is not None and not MERGES[name].weighted:
+  if config.weights is not None and not MERGES[name].weighted:
     raise ValueError(f"{flag} chooses the weights itself: leave --weights out")
   if MERGES[name].two and m != 2:
     raise ValueError(f"{flag} goes from one model to another, and {m} are given: give two")
   if not with_data and name not in RULES:
     raise ValueError(f"{flag} needs the images to evaluate on: give --dataset")
-  if ("base" in needs) != bool(choice.base):
+  if ("base" in needs) != bool(config.base):
     problem = "needs the model that all were trained from: give"
-    if choice.base:
+    if config.base:
       problem = "takes no other model: leave out"
     raise ValueError(f"{flag} {problem} --base")
-  if choice.base and not storage.as_path(choice.base).exists():
-    raise ValueError(f"there is no {choice.base}: let --base be a checkpoint")
-  squares = choice.squared_gradients
+  if config.base and not storage.as_path(config.base).exists():
+    raise ValueError(f"there is no {config.base}: let --base be a checkpoint")
+  squares = config.squared_gradients
   if "squared_gradients" not in needs and squares:
     raise ValueError(f"{flag} takes no squared gradients: leave out --squared_gradients")
   if "squared_gradients" in needs and not squares and not with_data:
