@@ -7,8 +7,8 @@ from jaxsms.data.long_tail import HEAD, MIDDLE, TAIL
 from ..methods.registry import looks
 from .cases import Case
 from .document import Block, Folded, Table
-from .statistics import method_title, summarize
-from .tables import accuracy, gain
+from .statistics import summarize
+from .tables import accuracy, gain, method_rows, percent
 
 EXPLANATION = (
   "Test accuracy in percent on the third of the classes with most training examples "
@@ -44,18 +44,11 @@ def classes_table(case: Case) -> Table:
   header = ["Phase", "Sparsity", "Model", *map(str.capitalize, known), "Soup minus it"]
   parts = []
   for phase, row in groups[TAIL].items():
-    lines = [
-      [
-        "",
-        "",
-        method_title(name, case.m),
-        *(accuracy(groups[group][phase].get(name)) for group in known),
-        gain(row[name]),
-      ]
-      for name in (*looks(), "dense")
-      if name in row
+    cells = [
+      lambda name, of=groups[group][phase]: accuracy(of.get(name)) for group in known
     ]
-    if lines:
-      lines[0][:2] = str(phase), f"{100 * row['sparsity']:.2f} %"
+    cells.append(lambda name, row=row: gain(row[name]))
+    first = str(phase), percent(row)
+    if lines := method_rows(first, row, case.m, (*looks(), "dense"), cells):
       parts.append(lines)
   return Table(header, parts, (2,), "Sparse soup")

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from jaxsms.names import counted
-
 from ..methods.registry import looks
 from . import figures
 from .cases import Case, Origin
@@ -19,7 +17,7 @@ from .document import Block, Document, Folded, Picture, Section, Table
 from .search_sections import search_section
 from .statistics import Results, method_title, summarize
 from .summary import sentences
-from .tables import accuracy, gain, notes
+from .tables import accuracy, accuracy_and_gain, method_rows, notes, percent
 from .training_sections import (
   CASES_DRAWN,
   curves_section,
@@ -122,22 +120,13 @@ def table(
   header += ["ECE"] if has_ece else []
   groups = []
   for row in rows:
-    lines = []
-    for name in (*looks(), "dense"):
-      if name not in row:
-        continue
-      n = row[name].get("seeds")
-      of = "" if n is None else f" ({counted(n, 'seed')})"
-      line = ["", "", method_title(name, case.m) + of, accuracy(row[name]), gain(row[name])]
-      if has_ood:
-        entry = ood[row["phase"]].get(name)
-        line += [accuracy(entry), gain(entry)]
-      if has_ece:
-        line.append(accuracy(ece[row["phase"]].get(name)))
-      lines.append(line)
-    first = case.title if of_several else str(row["phase"])
-    lines[0][:2] = first, f"{100 * row['sparsity']:.2f} %"
-    groups.append(lines)
+    cells = accuracy_and_gain(row)
+    if has_ood:
+      cells += accuracy_and_gain(ood[row["phase"]])
+    if has_ece:
+      cells.append(lambda name, of=ece[row["phase"]]: accuracy(of.get(name)))
+    first = case.title if of_several else str(row["phase"]), percent(row)
+    groups.append(method_rows(first, row, case.m, (*looks(), "dense"), cells))
   return Table(header, groups, (0, 2) if of_several else (2,), "Sparse soup")
 
 
