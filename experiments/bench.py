@@ -32,10 +32,10 @@ from .benchmarks.bench_statistics import (
 )
 from .config import device_flags
 from .config.fields import define_flags
-from .run import hardware
 from .run.environment import environment
 from .run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
 from .run.terminal import terminal
+from .setup import hardware
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:

@@ -28,15 +28,16 @@ from .comparison.part_runs import Comparison, planned, run_part, write
 from .comparison.parts import DENSE, Part, is_finished
 from .config import grid_flags, keeping_flags, run_config
 from .report import write_report
-from .run import checkpointing, run_directory, running, tuning
+from .run import checkpointing, run_directory, running
 from .run.environment import check_version, environment
 from .run.flag_files import refusals, run_with_flags
-from .run.hardware import in_flags
 from .run.lock import Busy
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
-from .run.task import make_task
 from .run.terminal import print_line, terminal
+from .setup import tuning
+from .setup.hardware import in_flags
+from .setup.task import make_task
 
 for module in (run_config, keeping_flags, grid_flags):
   flags.adopt_module_key_flags(module)

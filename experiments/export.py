@@ -23,11 +23,11 @@ from jaxsms.trees import PyTree
 
 from .config import export_flags
 from .config.export_flags import ExportConfig
+from .costs.inference_times import with_all_kept
 from .methods.pruning_criteria import removes_channels
 from .run import exporting, outputs, run_directory
 from .run.exporting import variables_of
 from .run.flag_files import log_from, refusals, run_with_flags
-from .run.inference_times import with_all_kept
 
 PROGRAMS = ("stablehlo", "onnx")
 for module in (export_flags, outputs):

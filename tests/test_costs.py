@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_training import MEAN, STD, make_programs
 
-from experiments.run import channel_costs, costs
-from experiments.run.channel_costs import InferenceTimer, sensitivity_record, some_of
-from experiments.run.costs import Moment, RunCosts
+from experiments.costs import channel_costs, costs
+from experiments.costs.channel_costs import InferenceTimer, sensitivity_record, some_of
+from experiments.costs.costs import Moment, RunCosts
 from experiments.run.seed_state import SeedState
 from jaxsms import training
 from jaxsms.training import Data, Engine, Model, Splits

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from experiments import export, soup
 from experiments.config.run_config import NEWER
-from experiments.run.inference_times import measure_inference
+from experiments.costs.inference_times import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms import export as library
 from jaxsms.data import load

@@ -17,8 +17,8 @@ from experiments.methods.registry import looks
 from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.methods.within_budget import resampled
-from experiments.run.ood import corrupted_test_data
-from experiments.run.task import Task, make_task
+from experiments.setup.ood import corrupted_test_data
+from experiments.setup.task import Task, make_task
 from jaxsms import checkpoint, data, models, pretrained, prunable, training
 from jaxsms.disk import safetensors
 

@@ -11,8 +11,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import export as binary
+from experiments.costs import onnx_latency
 from experiments.report import write_report
-from experiments.run import onnx_latency
 from jaxsms import channel_groups, channel_masks, compact, export, models
 from jaxsms.disk import onnx_files, storage
 

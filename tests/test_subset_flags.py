@@ -12,14 +12,14 @@ from experiments.methods import seeds
 from experiments.reporting.cases import Case
 from experiments.reporting.class_sections import classes_section, classes_table
 from experiments.run import checkpointing
-from experiments.run.shares import (
+from experiments.setup.shares import (
   check_every_class,
   draw_shares,
   order_for_split,
   shares_key,
   training_groups,
 )
-from experiments.run.task import load, long_tailed, make_task, metrics_of, with_data
+from experiments.setup.task import load, long_tailed, make_task, metrics_of, with_data
 from jaxsms import data
 
 SUBSET = "--vary=subset"

@@ -26,8 +26,8 @@ from ..config.fields import (
   read_fields,
   whole_numbers,
 )
+from ..costs.onnx_latency import times_of
 from ..run.flag_files import check_no_arguments, refusals
-from ..run.onnx_latency import times_of
 
 NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of images
 

@@ -27,9 +27,9 @@ from ..config.fields import (
   flag,
   one_of,
 )
-from ..run import hardware
 from ..run.environment import environment
 from ..run.seed_state import SeedState, packed
+from ..setup import hardware
 from . import bench_jax
 from .bench_statistics import Spread, calls_for, cores, scaled, seconds, shown, spread
 from .usual_networks import prepared, usual_network

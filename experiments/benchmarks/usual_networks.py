@@ -10,8 +10,8 @@ from jaxsms import models
 
 from ..config import device_flags
 from ..config.fields import read_fields
-from ..run import hardware
 from ..run.flag_files import check_no_arguments, refusals
+from ..setup import hardware
 from . import bench_jax
 from .bench_settings import DATASETS
 

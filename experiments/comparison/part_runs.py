@@ -13,15 +13,15 @@ from jaxsms.training import Model
 
 from .. import methods
 from ..config.run_config import Config
+from ..costs.inference_times import inference
 from ..methods import DENSE
 from ..run import checkpointing, run_directory, running
-from ..run.inference_times import inference
 from ..run.lock import Busy, Lock
 from ..run.progress import MEASURED, RunProgress
 from ..run.run_directory import agreed, is_writer
 from ..run.seed_state import SeedState
 from ..run.signals import StopSignals
-from ..run.task import Task
+from ..setup.task import Task
 from . import parts as comparison
 from .parts import Part, folder_of, is_finished
 

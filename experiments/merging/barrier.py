@@ -12,8 +12,8 @@ from jaxsms.geometry import interpolate, loss_barrier
 from jaxsms.training.failures import MARGIN
 from jaxsms.training.merging import on_validation
 
-from ..run.task import Task
 from ..run.terminal import print_line
+from ..setup.task import Task
 from .with_data import as_model
 
 POSITIONS = np.linspace(0, 1, 5)

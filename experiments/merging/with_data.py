@@ -25,8 +25,8 @@ from jaxsms.training.merging import named_merge, on_validation
 from jaxsms.trees import model_at
 
 from ..config import run_config
-from ..run import hardware
-from ..run.task import Task, load, make_task, with_data
+from ..setup import hardware
+from ..setup.task import Task, load, make_task, with_data
 from .merge_flags import MergeFlags
 from .model_checks import check_masks
 
@@ -37,7 +37,7 @@ def make_data_task(m: int) -> Task:
   """Network, data and programs that the flags describe, for m models.
 
   Raises:
-    ValueError: see `experiments.run.task.make_task`.
+    ValueError: see `experiments.setup.task.make_task`.
   """
   alone = dict.fromkeys(("coordinator", "processes", "process"))
   config = run_config.read_config(merge="uniform")

@@ -46,7 +46,7 @@ from .searching import search_of
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
   from ..run.seed_state import SeedState
-  from ..run.task import Task
+  from ..setup.task import Task
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.

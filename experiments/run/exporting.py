@@ -18,10 +18,10 @@ from jaxsms.disk.onnx_files import start_session
 from jaxsms.trees import PyTree
 
 from ..config.run_config import Config, config_of
+from ..costs.inference_times import filled
+from ..costs.onnx_latency import FOLDER, LATENCY_FILE
+from ..setup.task import load
 from . import run_directory
-from .inference_times import filled
-from .onnx_latency import FOLDER, LATENCY_FILE
-from .task import load
 
 VARIABLES = ("params", "batch_stats")
 BATCH, CALIBRATION_BATCHES = 100, 5

@@ -7,7 +7,7 @@ import time
 from typing import Any, NamedTuple
 
 from ..methods import DENSE, SOUP
-from .progress import compiling_seconds
+from ..run.progress import compiling_seconds
 
 KINDS = ("steps", "seconds", "first_steps", "first_seconds", "compiling_seconds")
 

@@ -28,12 +28,12 @@ from ..benchmarks.bench_statistics import in_milliseconds
 from ..config.run_config import Config
 from ..methods import SOUP
 from ..methods.pruning_criteria import removes_channels
+from ..run.run_directory import is_writer
+from ..run.seed_state import SeedState
+from ..setup.task import Task
 from .costs import RunCosts
 from .inference_times import filled, size
 from .latency_budget import BATCH
-from .run_directory import is_writer
-from .seed_state import SeedState
-from .task import Task
 
 IMAGES = 1000  # of the validation data, for the table of groups
 SHARE = 0.25  # of a group's channels, that go for it

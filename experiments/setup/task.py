@@ -46,9 +46,9 @@ from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
+from ..costs.latency_budget import NetworkClock
 from ..methods.pruning_criteria import pruning, removes_channels
 from .hardware import copies_at_once, mesh_of, network_options
-from .latency_budget import NetworkClock
 from .ood import corrupted_test_data
 from .shares import (
   check_every_class,
