@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from jaxsms import models
 from jaxsms.disk.files import output_file
@@ -32,16 +32,15 @@ from .benchmarks.bench_statistics import (
 )
 from .config import device_flags
 from .config.fields import define_flags
-from .run import hardware
 from .run.environment import environment
-from .run.flag_files import check_no_arguments, refusals, run_with_flags
+from .run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
 from .run.terminal import terminal
+from .setup import hardware
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   with refusals():
     check_no_arguments(argv)
     config = read_config(given)

@@ -20,36 +20,28 @@ from typing import Any
 
 from absl import flags
 
-from jaxsms.checks import check_sparsity
 from jaxsms.disk import storage
 
 from . import methods, reporting
 from .comparison import parts as comparison
 from .comparison.part_runs import Comparison, planned, run_part, write
 from .comparison.parts import DENSE, Part, is_finished
-from .config import keeping_flags, run_config
-from .config.fields import at_least, numbers, read_fields
+from .config import grid_flags, keeping_flags, run_config
 from .report import write_report
-from .run import checkpointing, run_directory, running, tuning
+from .run import checkpointing, run_directory, running
 from .run.environment import check_version, environment
 from .run.flag_files import refusals, run_with_flags
-from .run.hardware import in_flags
 from .run.lock import Busy
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
-from .run.task import make_task
 from .run.terminal import print_line, terminal
+from .setup import tuning
+from .setup.hardware import in_flags
+from .setup.task import make_task
 
-for module in (run_config, keeping_flags):
+for module in (run_config, keeping_flags, grid_flags):
   flags.adopt_module_key_flags(module)
 
-flags.DEFINE_list(
-  "sparsities", None, "Goal sparsities to compare at. Default: --goal_sparsity alone."
-)
-flags.DEFINE_list(
-  "copies", None, "Numbers of copies to compare. Default: --ingredients alone."
-)
-FLAGS = flags.FLAGS
 WAIT = 5.0  # seconds between two looks at parts that other processes work on
 
 
@@ -97,15 +89,14 @@ def prepare(argv: list[str]) -> Comparison:
     ValueError: something does not fit, or the folder holds another comparison.
     ImportError: a package is missing.
   """
-  if FLAGS.budget == "latency":
+  if flags.FLAGS.budget == "latency":
     raise ValueError(
       "--budget=latency is measured anew in each part, so methods would lose different "
       "channels: give --budget=multiply_adds"
     )
-  goals, copies = read_grid()
   # What is checked alone, and prepared for, is the cell that takes most.
-  FLAGS.goal_sparsity, FLAGS.ingredients = max(goals), max(copies)
-  config, dataset = running.start(argv)
+  goals, copies, most = grid_flags.read_grid()
+  config, dataset = running.start(argv, **most)
   for goal in goals:
     for m in copies:
       cell = dataclasses.replace(config, goal_sparsity=goal, ingredients=m)
@@ -126,38 +117,6 @@ def prepare(argv: list[str]) -> Comparison:
   parts = comparison.parts_of(config.baselines, goals, copies, seeds)
   begin(workdir, run, config.flagfile())
   return Comparison(config, task, workdir, run, defining, parts)
-
-
-def read_grid() -> tuple[list[float], list[int]]:
-  """Goal sparsities and numbers of copies.
-
-  Raises:
-    ValueError: one is not a number, or given twice.
-  """
-  if FLAGS.goal_sparsity is None:
-    FLAGS.goal_sparsity = read_fields(run_config.Config, FLAGS).goal_sparsity
-  goals = _numbers_of("sparsities", "goal_sparsity", float, "0.9,0.95")
-  copies = _numbers_of("copies", "ingredients", int, "3,5")
-  for goal in goals:
-    check_sparsity(goal, "--sparsities" if FLAGS.sparsities else "--goal_sparsity")
-  at_least(1)("copies" if FLAGS.copies else "ingredients", min(copies))
-  return goals, copies
-
-
-def _numbers_of(name, single, kind, example):
-  """What a flag of the grid gives, or else the flag of a single run."""
-  words = FLAGS[name].value
-  if words is None:
-    return [FLAGS[single].value]
-  if not any(str(word).strip() for word in words):
-    raise ValueError(
-      f"--{name} is empty: give numbers, such as {example}, or leave it out for --{single} "
-      "alone"
-    )
-  values = list(numbers(words, name, kind=kind, example=example))
-  if len(set(values)) < len(values):
-    raise ValueError(f"--{name} is {','.join(words)}: give each number once")
-  return values
 
 
 def begin(workdir: storage.epath.Path, run: dict[str, Any], flagfile: str) -> None:
@@ -226,7 +185,7 @@ def work_through(shared: Comparison) -> dict[Part, str]:
   return failed
 
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
@@ -236,8 +195,8 @@ def wait(parts: int, workdir: storage.epath.Path, signals: StopSignals) -> None:
     Stopped: one came.
   """
   sentence = f"waiting for other processes in {workdir}"
-  if sentence not in _said:
-    _said.add(sentence)
+  if sentence not in _printed:
+    _printed.add(sentence)
     checkpointing.print_once(f"{sentence}, which work on the last parts ({parts} left)")
   time.sleep(WAIT)
   if signals.noted is not None:

@@ -47,7 +47,7 @@ def write_report(
   found = [read(path, len(run_dirs) > 1) for path in run_dirs]
   cases = [case for of_one, _ in found for case in of_one]
   origins = [origin for _, origin in found]
-  cases = _told_apart(cases)
+  cases = _with_unique_titles(cases)
   document = reporting.document(*headings(cases, origins), cases, origins)
   written = reporting.files(document)
   (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def headings(cases: Sequence[Case], origins: Sequence[reporting.Origin]) -> tupl
   return title, f"{names}: {len(cases)} settings side by side"
 
 
-def _told_apart(cases):
+def _with_unique_titles(cases):
   """Titles that differ: runs in folders of the same name get a number."""
   titles = [case.title for case in cases]
   return [

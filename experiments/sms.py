@@ -38,16 +38,17 @@ from jaxsms.disk import storage
 
 from . import methods, reporting
 from .config import keeping_flags, run_config
+from .costs.inference_times import inference
 from .report import write_report
-from .run import checkpointing, run_directory, running, tuning
+from .run import checkpointing, run_directory, running
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
-from .run.hardware import in_flags
-from .run.inference_times import inference
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
-from .run.task import Task, make_task
 from .run.terminal import print_line, terminal
+from .setup import tuning
+from .setup.hardware import in_flags
+from .setup.task import Task, make_task
 
 for module in (run_config, keeping_flags):
   flags.adopt_module_key_flags(module)

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 
 from jaxsms.disk.merging import (
@@ -31,13 +32,12 @@ from jaxsms.disk.rules import RULES, passes_of
 from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
 from jaxsms.merges import MERGES
-from jaxsms.soups import soup_weights
 
 from .config import run_config
-from .merging import choice as soup_flags
-from .merging.barrier import say_barrier
+from .merging import merge_flags
+from .merging.barrier import print_barrier
 from .merging.bytes_progress import BytesProgress
-from .merging.choice import Choice, read_choice
+from .merging.merge_flags import MergeFlags, read_flags
 from .merging.model_checks import (
   check_masks,
   check_models,
@@ -47,14 +47,14 @@ from .merging.model_checks import (
   statistics,
 )
 from .merging.model_table import show
-from .merging.output import Output, copy_others, write_card, writing
+from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
-from .run.flag_files import refusals, run_with_flags
+from .run.flag_files import log_from, refusals, run_with_flags
 from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
-for module in (soup_flags, outputs, run_config):
+for module in (merge_flags, outputs, run_config):
   flags.adopt_module_key_flags(module)
 
 
@@ -74,21 +74,21 @@ class Soup(NamedTuple):
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   paths = argv[1:]
   command = shlex.join(["python", "-m", f"{__package__}.soup", *sys.argv[1:]])
   console = terminal()
   try:
     with refusals(), contextlib.ExitStack() as stack:
-      choice = read_choice(paths)
+      with_data = FLAGS["dataset"].present
+      config = read_flags(paths, with_data)
       models = [open_tensors(path, stack) for path in paths]
-      given = choice.base and [choice.base], choice.squared_gradients
+      given = config.base and [config.base], config.squared_gradients
       others = Others(*(x and [open_tensors(path, stack) for path in x] for x in given))
-      if FLAGS["dataset"].present:
-        soup = soup_with_data(choice, models, others, command, console)
+      if with_data:
+        soup = soup_with_data(config, models, others, command, console)
       else:
-        soup = soup_on_disk(choice, models, others, command)
+        soup = soup_on_disk(config, models, others, command)
   except OSError as error:
     reason = error.strerror or first_sentence(error)
     print(f"error: --out cannot be written ({reason})", file=sys.stderr)
@@ -108,11 +108,11 @@ def main(argv: list[str]) -> None:
       "No barrier was measured: whether the models share a basin is only seen on data, "
       "with --dataset and --model.",
     )
-  print_line(console, f"Soup: {choice.out}")
+  print_line(console, f"Soup: {config.out}")
 
 
 def soup_with_data(
-  choice: Choice, models: list[Tensors], others: Others, command: str, console: Console
+  config: MergeFlags, models: list[Tensors], others: Others, command: str, console: Console
 ) -> Soup:
   """Merges models of a network in memory, with data, and writes the soup.
 
@@ -130,19 +130,19 @@ def soup_with_data(
   others = Others(
     *(None if x is None else [as_ours(one, task) for one in x] for x in others)
   )
-  goal = goal_of(choice, ours) if choice.masks == "prune" else None
+  goal = goal_of(config, ours) if config.masks == "prune" else None
   first = models[0] if have_same_arrays(models[0], ours[0]) else ours[0]
-  specs = result_specs(first, choice.dtype)
-  say_barrier(console, ours, task)
-  soup, found, weights, scores = soup_in_memory(choice, ours, others, task, goal, specs)
-  with writing(output_of(choice, first, specs)) as (writer, folder):
+  specs = result_specs(first, config.dtype)
+  print_barrier(console, ours, task, jax.random.key(config.seed))
+  soup, found, weights, scores = soup_in_memory(config, ours, others, task, goal, specs)
+  with writing(output_of(config, first, specs)) as (writer, folder):
     copy(soup, writer)
-    write_beside(folder, choice, models, first, weights, command)
+    write_beside(folder, config, models, first, weights, command)
   return Soup(weights, found, scores)
 
 
 def soup_on_disk(
-  choice: Choice, models: list[Tensors], others: Others, command: str
+  config: MergeFlags, models: list[Tensors], others: Others, command: str
 ) -> Soup:
   """Merges models by part, without data.
 
@@ -153,32 +153,31 @@ def soup_on_disk(
   """
   check_models(models)
   check_others(models[0], others)
-  m = len(models)
-  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
-  specs = result_specs(models[0], choice.dtype)
-  passes = 1 + passes_of(choice.merge)
-  if choice.masks == "prune":
-    passes += 2 if choice.sparsity is not None else 3
+  weights = config.weights_of(len(models))
+  specs = result_specs(models[0], config.dtype)
+  passes = 1 + passes_of(config.merge)
+  if config.masks == "prune":
+    passes += 2 if config.sparsity is not None else 3
   size = sum(spec.nbytes for model in models for spec in model.specs.values())
   with BytesProgress(passes * size) as progress:
-    parts = parts_of(choice, models, weights, others, progress.add)
+    parts = parts_of(config, models, weights, others, progress.add)
     taken = np.flatnonzero(weights).tolist()
-    job = Job(models, RULES[choice.merge](parts), specs, taken, progress.add)
+    job = Job(models, RULES[config.merge](parts), specs, taken, progress.add)
     thresholds = None
-    if choice.masks == "prune":
-      goal = goal_of(choice, models, progress.add)
-      thresholds = find_thresholds(job, goal, FLAGS.scope)
-    with writing(output_of(choice, models[0], specs)) as (writer, folder):
+    if config.masks == "prune":
+      goal = goal_of(config, models, progress.add)
+      thresholds = find_thresholds(job, goal, config.scope)
+    with writing(output_of(config, models[0], specs)) as (writer, folder):
       found = merge(job, writer, thresholds)
-      if choice.masks is None:
+      if config.masks is None:
         check_masks(models, taken, found)
-      write_beside(folder, choice, models, models[0], weights, command)
+      write_beside(folder, config, models, models[0], weights, command)
   return Soup(weights, found, None)
 
 
 def write_beside(
   folder: str | None,
-  choice: Choice,
+  config: MergeFlags,
   models: list[Tensors],
   first: Tensors,
   weights: np.ndarray,
@@ -188,7 +187,7 @@ def write_beside(
 
   Args:
     folder: in Hugging Face's layout; None writes nothing.
-    choice: flags.
+    config: flags.
     models: as they were opened.
     first: the model whose other files are copied.
     weights: float [m].
@@ -197,29 +196,29 @@ def write_beside(
   if folder is None:
     return
   paths = [model.path for model in models]
-  words = f"Of {len(models)} models: {MERGES[choice.merge].title}."
+  words = f"Of {len(models)} models: {MERGES[config.merge].title}."
   write_card(folder, paths, weights, words, command)
   if first.folder is not None:
-    copy_others(first.folder, folder, choice.dtype)
+    copy_others(first.folder, folder, config.dtype)
 
 
 def goal_of(
-  choice: Choice,
+  config: MergeFlags,
   models: Sequence[Tensors],
   on_bytes: Callable[[int], None] = lambda count: None,
 ) -> float:
-  """What --masks=prune prunes to; a model of weight 0 has no say."""
-  if choice.sparsity is not None:
-    return choice.sparsity
-  if choice.weights is not None:
-    models = [models[i] for i in np.flatnonzero(choice.weights)]
+  """What --masks=prune prunes to; a model of weight 0 does not count."""
+  if config.sparsity is not None:
+    return config.sparsity
+  if config.weights is not None:
+    models = [models[i] for i in np.flatnonzero(config.weights)]
   return largest_sparsity(models, prunable_names(models[0].specs), on_bytes)
 
 
-def output_of(choice: Choice, first: Tensors, specs: dict[str, Spec]) -> Output:
+def output_of(config: MergeFlags, first: Tensors, specs: dict[str, Spec]) -> Output:
   """What is written, in the first model's layout."""
-  sharded = first.layout == "shards" or choice.shard_size is not None
-  return Output(choice.out, specs, first, choice.shard_size or 5 * 10**9, sharded)
+  sharded = first.layout == "shards" or config.shard_size is not None
+  return Output(config.out, specs, first, read_size(config.shard_size or "5GB"), sharded)
 
 
 if __name__ == "__main__":

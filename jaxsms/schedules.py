@@ -5,9 +5,7 @@ that copies with different ones share a program; optax's own schedules branch on
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +13,8 @@ import numpy as np
 import optax
 
 from jaxsms.names import check_name
+from jaxsms.schedule_registry import PRETRAIN_SCHEDULES, RETRAIN_SCHEDULES, Retraining
 from jaxsms.trees import is_concrete
-
-RETRAIN_SCHEDULES = ("FT", "LRW", "SLR", "CLR", "LLR", "ALLR")
-PRETRAIN_SCHEDULES = (
-  "Linear", "Cosine", "StepLR", "MultiStepLR", "ExponentialLR", "Constant"
-)  # fmt: skip
-# The arguments that a schedule needs, and no other takes.
-DECAY_ARGUMENTS = {
-  "StepLR": ("decay", "step_size"),
-  "MultiStepLR": ("decay", "milestones"),
-  "ExponentialLR": ("decay",),
-}
 
 
 def pretrain_schedule(
@@ -78,33 +66,12 @@ def pretrain_schedule(
       f"pretraining of {steps} steps with {warmup_steps} of warmup: at least one step "
       "must be left after the warmup"
     )
-  _check_decay(name, decay, step_size, milestones)
-  length = steps - warmup_steps
-  if name == "Linear":
-    main = optax.linear_schedule(peak_lr, end_lr, length)
-  elif name == "Cosine":
-    if is_concrete(peak_lr):
-      alpha: Any = end_lr / peak_lr if peak_lr else 0.0
-    else:
-      alpha = jnp.where(peak_lr == 0, 0.0, end_lr / jnp.where(peak_lr == 0, 1, peak_lr))
-    main = optax.cosine_decay_schedule(peak_lr, length, alpha=alpha)
-  elif name == "Constant":
-    main = optax.constant_schedule(peak_lr)
-  else:
-    # The logarithm in float64: a factor rounded to float32 is off after many steps.
-    assert decay is not None  # checked above
-    rate = math.log(decay)
-
-    def main(i):
-      i = jnp.asarray(i)
-      if name == "StepLR":
-        decays = (i + warmup_steps) // step_size
-      elif name == "MultiStepLR":
-        decays = jnp.sum((i + warmup_steps)[..., None] >= np.asarray(milestones), -1)
-      else:
-        decays = i
-      return peak_lr * jnp.exp(rate * decays)
-
+  given = {"decay": decay, "step_size": step_size, "milestones": milestones}
+  _check_decay(name, given)
+  this = PRETRAIN_SCHEDULES[name]
+  given["end_lr"] = end_lr
+  arguments = {argument: given[argument] for argument in this.arguments}
+  main = this.make(peak_lr, steps - warmup_steps, warmup_steps, **arguments)
   if not warmup_steps:
     return main
   warmup = optax.linear_schedule(0.0, peak_lr, warmup_steps)
@@ -173,37 +140,29 @@ def retrain_schedule(
   """
   check_name("retraining schedule", name, RETRAIN_SCHEDULES)
   _check_lengths(pretrain_lrs, steps, warmup_fraction, pretrain_warmup_steps)
-  if name == "ALLR" and (relative_norm_drop is None or pruned_fraction is None):
-    raise ValueError("ALLR needs relative_norm_drop and pruned_fraction of this phase")
-  if initial_lr is not None and name != "LLR":
+  this = RETRAIN_SCHEDULES[name]
+  given = {"relative_norm_drop": relative_norm_drop, "pruned_fraction": pruned_fraction}
+  if any(given[need] is None for need in this.needs):
+    raise ValueError(f"{name} needs {' and '.join(this.needs)} of this phase")
+  if initial_lr is not None and not this.initial_lr:
     raise ValueError(f"initial_lr is LLR's first value: {name} has its own")
 
   lrs = jnp.asarray(pretrain_lrs, jnp.float32)
-  after_warmup = lrs[pretrain_warmup_steps:]
-  largest, smallest = jnp.max(lrs), jnp.min(after_warmup)
-  warmup = 0 if name in ("FT", "LRW") else _whole_steps(warmup_fraction, steps)
+  warmup = _whole_steps(warmup_fraction, steps) if this.warmup else 0
+  phase = Retraining(
+    lrs=lrs,
+    largest=jnp.max(lrs),
+    smallest=jnp.min(lrs[pretrain_warmup_steps:]),
+    pretrain_warmup_steps=pretrain_warmup_steps,
+    steps=steps,
+    after_warmup=steps - warmup,
+    initial_lr=initial_lr,
+    **given,
+  )
 
   def main(i):
     """The learning rate i steps after the warmup; i may be 0, or past the end."""
-    t = jnp.clip(i / (steps - warmup), 0, 1)
-    if name == "FT":
-      return jnp.full_like(t, smallest)
-    if name == "LRW":
-      return lrs[jnp.clip(len(lrs) - steps + i, 0, len(lrs) - 1)]
-    if name == "SLR":
-      whole = jnp.where(jnp.arange(len(lrs)) < pretrain_warmup_steps, largest, lrs)
-      index = _scaled(jnp.clip(i, 0, steps - warmup), len(lrs), steps - warmup)
-      return whole[jnp.minimum(index, len(lrs) - 1)]
-    if name == "CLR":
-      return smallest + (largest - smallest) * (1 + jnp.cos(jnp.pi * t)) / 2
-    first = largest if initial_lr is None else initial_lr
-    if name == "ALLR":
-      assert relative_norm_drop is not None and pruned_fraction is not None  # checked above
-      lowest = jnp.minimum(1.0, steps / len(lrs))
-      # Where nothing was pruned the drop is 0: the lowest value then, not 0 / 0.
-      drop = relative_norm_drop / jnp.sqrt(jnp.maximum(pruned_fraction, 1e-30))
-      first = largest * jnp.clip(drop, lowest, 1.0)
-    return first * (1 - t)
+    return this.value(phase, i, jnp.clip(i / phase.after_warmup, 0, 1))
 
   def schedule(step):
     step = jnp.asarray(step)
@@ -221,25 +180,13 @@ def _whole_steps(fraction: float, steps: int | jax.Array) -> np.ndarray | jax.Ar
   return jnp.floor(fraction * steps).astype(jnp.int32)
 
 
-def _scaled(
-  i: jax.Array, numerator: int, denominator: int | np.ndarray | jax.Array
-) -> jax.Array:
-  """i * numerator // denominator in int32, also where the product is beyond it.
-
-  A float32 guess is off by one at most; its remainder is small, whatever wrapped around.
-  """
-  guess = jnp.floor(i * (numerator / denominator)).astype(jnp.int32)
-  rest = i * numerator - guess * denominator
-  return guess + (rest >= denominator) - (rest < 0)
-
-
-def _check_decay(name, decay, step_size, milestones) -> None:
-  given = {"decay": decay, "step_size": step_size, "milestones": milestones}
+def _check_decay(name, given) -> None:
   for argument, value in given.items():
-    needed = argument in DECAY_ARGUMENTS.get(name, ())
+    needed = argument in PRETRAIN_SCHEDULES[name].arguments
     if needed != (value is not None):
       verb = "needs" if needed else "takes no"
       raise ValueError(f"the pretraining schedule {name} {verb} {argument}")
+  decay, step_size, milestones = given.values()
   if decay is not None and not 0 < decay <= 1:
     raise ValueError(f"decay is {decay}: the factor must be in (0, 1]")
   if step_size is not None and step_size < 1:

@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments import sms
-from experiments.config.fields import names
+from experiments.config.fields import define_flags, names
 from experiments.config.run_config import Config, read_config
 from jaxsms import checkpoint
 from jaxsms.disk import faults
@@ -30,6 +30,14 @@ def parse(*flags):
   """Parses flags anew."""
   unparse()
   return absl_flags.FLAGS(["sms", *flags])
+
+
+def flag_values(kind, *words):
+  """What absl parses of words, with the flags of a configuration alone."""
+  values = absl_flags.FlagValues()
+  define_flags(kind, values)
+  values(["binary", *words])
+  return values
 
 
 def config_of(*flags):

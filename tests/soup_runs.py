@@ -4,11 +4,11 @@ import main_job
 from absl import flags
 
 from experiments import soup
-from experiments.merging import choice as soup_flags
+from experiments.config.fields import names
+from experiments.merging.merge_flags import MergeFlags
 
 
 def run(*words):
   """Runs it; exit status."""
-  own = flags.FLAGS.flags_by_module_dict()[soup_flags.__name__]
-  main_job.unparse("out", *(flag.name for flag in own))
+  main_job.unparse(*names(MergeFlags))
   return main_job.exit_status(soup.main, flags.FLAGS(["soup", *map(str, words)]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from main_job import ROOT, config_of, exit_status, parse, unparse
 
-from experiments import compare
+from experiments.config.grid_flags import read_grid
 from experiments.run import flag_files, lock, run_directory
 from experiments.run.lock import Lock, Moved
 from jaxsms import data, pretrained
@@ -122,7 +122,7 @@ def test_the_grid_names_the_flag_that_was_given(flags, words, rejects):
   unparse("sparsities", "copies")
   parse(*flags)
   with rejects(words):
-    compare.read_grid()
+    read_grid()
   unparse("sparsities", "copies")
 
 

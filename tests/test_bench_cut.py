@@ -1,21 +1,17 @@
 """Training steps of a cut network beside the dense one: measured, and what is refused."""
 
 import pytest
-from absl import flags
+from main_job import flag_values
 
 from experiments.benchmarks import bench_cut
 from experiments.benchmarks.bench_statistics import spread
 from experiments.benchmarks.usual_networks import read_training_flags
-from experiments.config.fields import define_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def parse(*given):
-  values = flags.FlagValues()
-  define_flags(bench_cut.Config, values)
-  values(["bench_cut", *given])
-  return read_training_flags(bench_cut.Config, values)
+  return read_training_flags(bench_cut.Config, flag_values(bench_cut.Config, *given))
 
 
 @pytest.mark.slow

@@ -5,12 +5,10 @@ import json
 import main_job
 import numpy as np
 import pytest
-from absl import flags
 from scipy import stats
 
 from experiments.benchmarks import bench_merges
 from experiments.benchmarks.bench_merges_tables import table, tables
-from experiments.config.fields import define_flags
 from experiments.methods.seeds import prune_and_retrain
 from jaxsms import Phase
 
@@ -19,10 +17,7 @@ SMALL = [flag for flag in main_job.SMALL if "baselines" not in flag]
 
 
 def parse(*given):
-  values = flags.FlagValues()
-  define_flags(bench_merges.Config, values)
-  values(["bench_merges", *SMALL, "--ingredients=3", *given])
-  return values
+  return main_job.flag_values(bench_merges.Config, *SMALL, "--ingredients=3", *given)
 
 
 @pytest.mark.slow

@@ -4,18 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from main_job import ROOT
+from main_job import ROOT, flag_values
 
 from experiments.benchmarks import bench_onnx
-from experiments.config.fields import define_flags
+from experiments.config.fields import read_fields
 
 
 def parse(*given):
-  values = flags.FlagValues()
-  define_flags(bench_onnx.Config, values)
-  values(["bench_onnx", *given])
-  return bench_onnx.read_config(values)
+  return read_fields(bench_onnx.Config, flag_values(bench_onnx.Config, *given))
 
 
 def test_what_is_said_of_times():

@@ -2,21 +2,18 @@
 
 import pytest
 from absl import flags
+from main_job import flag_values
 
 from experiments.benchmarks import bench_saving
 from experiments.benchmarks.bench_statistics import spread
 from experiments.benchmarks.usual_networks import read_training_flags
 from experiments.config import keeping_flags  # noqa: F401, whose flag it is
-from experiments.config.fields import define_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def parse(*given):
-  values = flags.FlagValues()
-  define_flags(bench_saving.Config, values)
-  values(["bench_saving", *given])
-  return values
+  return flag_values(bench_saving.Config, *given)
 
 
 @pytest.mark.slow

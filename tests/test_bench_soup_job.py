@@ -6,18 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
+from main_job import flag_values
 
 from experiments.benchmarks import bench_soup_job
-from experiments.config.fields import define_flags, read_fields
+from experiments.config.fields import read_fields
 from jaxsms.disk.safetensors import read_safetensors
 
 
 def parse(*given):
-  values = flags.FlagValues()
-  define_flags(bench_soup_job.Config, values)
-  values(["bench_soup_job", *given])
-  return values
+  return flag_values(bench_soup_job.Config, *given)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from experiments.comparison import part_runs
 from experiments.comparison import parts as comparison
 from experiments.comparison.parts import Part
 from experiments.config import run_config
+from experiments.config.grid_flags import read_grid
 from experiments.report import write_report
 from experiments.run import running
 
@@ -307,9 +308,8 @@ def test_what_another_process_finished_meanwhile_is_left_alone(finished, monkeyp
 def test_presets_are_flags_that_fit(path):
   assert f"experiments/presets/{path.name}" in path.read_text()
   parse(f"--flagfile={path}")
-  goals, copies = compare.read_grid()
-  compare.FLAGS.goal_sparsity, compare.FLAGS.ingredients = max(goals), max(copies)
-  base = run_config.read_config()
+  goals, copies, most = read_grid()
+  base = run_config.read_config(**most)
   for goal in goals:
     for m in copies:
       run_config.check(dataclasses.replace(base, goal_sparsity=goal, ingredients=m))

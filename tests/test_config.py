@@ -4,16 +4,29 @@ import dataclasses
 import doctest
 import json
 
+import numpy as np
 import pytest
+from absl.flags import FLAGS
 from main_job import config_of
 
 from experiments.config import fields
+from experiments.config.dense_flags import dense_schedule
 from experiments.config.run_config import NEWER, Config
 from experiments.config.run_config import config_of as restored
+from experiments.methods import METHODS, baselines
+from experiments.methods.pruning_criteria import CRITERIA
+from jaxsms.schedule_registry import (
+  PRETRAIN_SCHEDULES,
+  RETRAIN_SCHEDULES,
+  PretrainSchedule,
+  RetrainSchedule,
+)
+from jaxsms.training import retrain_learning_rates
+from jaxsms.training.merging import CANDIDATE_MERGES
 
 
 @pytest.mark.parametrize(
-  ("flags", "expected"),
+  ("words", "expected"),
   [
     ((), {"model": "mlp", "hidden": (256, 256), "dropout": 0.0, "phases": 5,
           "retrain_epochs": 2, "batch_size": 20, "weight_decay": 1e-4, "stream": False}),
@@ -29,8 +42,8 @@ from experiments.config.run_config import config_of as restored
     (("--baselines=swamp,imp,swamp",), {"baselines": ("swamp", "imp")}),
   ],
 )  # fmt: skip
-def test_what_flags_stand_for(flags, expected):
-  config = config_of(*flags)
+def test_what_flags_stand_for(words, expected):
+  config = config_of(*words)
   assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -60,6 +73,50 @@ def test_a_configuration_is_not_changed():
 def test_every_field_has_a_flag_and_the_example_runs():
   assert all(field.metadata["flag"].help for field in dataclasses.fields(Config))
   assert doctest.testmod(fields) == doctest.TestResults(failed=0, attempted=5)
+
+
+@pytest.mark.parametrize(
+  ("name", "registry"),
+  [
+    ("criterion", CRITERIA),
+    ("merge", CANDIDATE_MERGES),
+    ("retrain_schedule", RETRAIN_SCHEDULES),
+  ],
+)
+def test_help_explains_all_entries_of_a_registry(name, registry):
+  for entry, this in registry.items():
+    assert f"{entry} ({this.title})" in FLAGS[name].help
+
+
+def test_help_explains_all_baselines():
+  for name in baselines():
+    explained = METHODS[name].help
+    assert explained and f"{name} ({explained})" in FLAGS["baselines"].help
+
+
+def test_schedules_from_outside_are_values_of_their_flags(monkeypatch, rejects):
+  with rejects("unknown retraining schedule"):
+    config_of("--retrain_schedule=halves")
+  halves = RetrainSchedule("halves", lambda phase, i, t: phase.largest / 2**i, warmup=False)
+  monkeypatch.setitem(RETRAIN_SCHEDULES, "halves", halves)
+  name = config_of("--retrain_schedule=halves").retrain_schedule
+  lrs = retrain_learning_rates(name, np.array([0.5, 1.0]), np.array([3]))
+  np.testing.assert_allclose(lrs, [[1, 0.5, 0.25]])
+  with rejects("--vary=learning_rate sets the first rate of LLR: halves has its own"):
+    config_of("--retrain_schedule=halves", "--vary=learning_rate", "--values=1,2",
+              "--ingredients=2")  # fmt: skip
+
+  with rejects("unknown pretraining schedule"):
+    config_of("--pretrain_schedule=Falling")
+  falling = PretrainSchedule(
+    lambda peak_lr, steps, warmup_steps, end_lr: lambda i: peak_lr - i * end_lr, ("end_lr",)
+  )
+  monkeypatch.setitem(PRETRAIN_SCHEDULES, "Falling", falling)
+  config = config_of("--pretrain_schedule=Falling", "--learning_rate=8", "--end_lr=2")
+  schedule, _ = dense_schedule(config, 1)
+  assert [schedule(i) for i in range(3)] == [8, 6, 4]
+  with rejects("--pretrain_schedule=Falling takes no --decay"):
+    config_of("--pretrain_schedule=Falling", "--decay=0.5")
 
 
 def test_candidates_of_cut_networks_are_not_kept(rejects):

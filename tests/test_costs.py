@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_training import MEAN, STD, make_programs
 
-from experiments.run import channel_costs, costs
-from experiments.run.channel_costs import Inferences, sensitivity_record, some_of
-from experiments.run.costs import Now, RunCosts
+from experiments.costs import channel_costs, costs
+from experiments.costs.channel_costs import InferenceTimer, sensitivity_record, some_of
+from experiments.costs.costs import Moment, RunCosts
 from experiments.run.seed_state import SeedState
 from jaxsms import training
 from jaxsms.training import Data, Engine, Model, Splits
@@ -25,12 +25,12 @@ def quick(quick_compilation):
 @pytest.fixture
 def at(monkeypatch):
   """`at(seconds, compiling)`: that moment is the present one from now on."""
-  present = [Now(0.0, 0.0)]
+  present = [Moment(0.0, 0.0)]
   monkeypatch.setattr(costs, "moment", lambda: present[0])
   monkeypatch.setattr(costs, "compiling_seconds", lambda: present[0].compiling)
 
   def move(seconds, compiling):
-    present[0] = Now(float(seconds), float(compiling))
+    present[0] = Moment(float(seconds), float(compiling))
 
   return move
 
@@ -113,7 +113,9 @@ def test_channels_are_measured_in_the_first_seed(first_seed, measured, monkeypat
   task = types.SimpleNamespace(
     module=Wide(), image_shape=(4, 4, 1), engine=None, groups=lambda: None
   )
-  config = types.SimpleNamespace(seed=1, shrink=True, split_params=False)  # of a part
+  config = types.SimpleNamespace(
+    seed=1, criterion="channels", split_params=False
+  )  # of a part
   found = RunCosts()
   channels = channel_costs.ChannelCosts(task, config, found, first_seed)
   channels.note(SeedState(1), "sms", None)
@@ -151,7 +153,7 @@ def test_sizes_of_a_cut_network_are_those_of_its_widths(monkeypatch):
   monkeypatch.setattr(channel_costs, "ready", ready)
   rounds = [[0.003, 0.001], [0.008, 0.002], [0.004, 0.004]]
   monkeypatch.setattr(channel_costs, "rounds_by_turns", lambda calls: rounds)
-  found = Inferences(Wide(), (4, 4, 1)).phase(jax.device_get(model), masks)
+  found = InferenceTimer(Wide(), (4, 4, 1)).phase(jax.device_get(model), masks)
   assert found["multiply_adds"] == 16 * 3 + 3 * 3
   assert found["parameters"] == 16 * 3 + 3 + 2 * 3 + 3 * 3 + 3
   assert found["bytes"] == 4 * (found["parameters"] + 2 * 3)

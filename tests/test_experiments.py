@@ -19,7 +19,7 @@ from experiments import methods, sms
 from experiments.config.dense_flags import dense_schedule
 from experiments.run import run_directory, running
 from experiments.run.progress import MEASURED, RunProgress, TimeLeft, clock
-from experiments.run.task import make_task
+from experiments.setup.task import make_task
 from jaxsms import checkpoint, data, prunable, training
 from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import measure

@@ -12,11 +12,12 @@ import main_job
 import numpy as np
 import pytest
 import soup_runs
+from absl import flags
 from sklearn.datasets import load_digits
 
 from experiments import export, soup
 from experiments.config.run_config import NEWER
-from experiments.run.inference_times import measure_inference
+from experiments.costs.inference_times import measure_inference
 from jaxsms import checkpoint, models, pretrained
 from jaxsms import export as library
 from jaxsms.data import load
@@ -43,7 +44,7 @@ def finished(tmp_path_factory):
 def run(*words):
   """Exports inside this process; exit status."""
   main_job.unparse("out", "format", "cut", "int8", "phase")
-  return main_job.exit_status(export.main, export.FLAGS(["export", *map(str, words)]))
+  return main_job.exit_status(export.main, flags.FLAGS(["export", *map(str, words)]))
 
 
 def assert_same(a, b):
@@ -200,12 +201,12 @@ def test_a_soup_of_checkpoints_scores_what_the_run_says(finished, tmp_path, caps
   words = [workdir / "soup" / "seed_3", tmp_path / "a.safetensors", "--greedy"]
   words += [f"--flagfile={workdir / 'flags.txt'}", f"--out={tmp_path / 'soup'}"]
   main_job.unparse("out", "masks", "sparsity", "weights")
-  soup.main(soup.FLAGS(["soup", *map(str, words)]))
+  soup.main(flags.FLAGS(["soup", *map(str, words)]))
   assert_same(checkpoint.restore(tmp_path / "soup")["params"], found["params"])
   (entry,) = json.loads((workdir / "results.json").read_text())["seeds"]
   score = entry["phases"][-1]["soup"]["test_accuracy"]
   assert capsys.readouterr().out.count(f" {100 * score:.2f} ") == 3
-  soup.FLAGS["greedy"].unparse()
+  flags.FLAGS["greedy"].unparse()
 
 
 def test_a_run_says_what_its_soup_takes(finished, tmp_path):

@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments.config.fields import define_flags
 from experiments.config.run_config import Config, read_config
-from experiments.run import hardware, task, tuning
+from experiments.setup import hardware, task, tuning
 from jaxsms import convolution, data
 from jaxsms.devices.memory import OutOfMemory
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from main_job import SMALL, results, run
 
-from experiments.run import latency_budget, running
-from experiments.run.costs import RunCosts
-from experiments.run.latency_budget import NetworkClock
+from experiments.costs import latency_budget
+from experiments.costs.costs import RunCosts
+from experiments.costs.latency_budget import NetworkClock
+from experiments.run import running
 from jaxsms import models
 from jaxsms.training import Model, init_variables
 from jaxsms.training.cutting import groups_of

@@ -8,7 +8,7 @@ from absl import flags
 from experiments.merging import bytes_progress as soup_progress
 from jaxsms.merges import MERGES
 from jaxsms.training import Engine, Splits
-from jaxsms.training.merging import GIVEN, NAMES, merging_of
+from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN, merging_of
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.streamed import StreamedData
 
@@ -16,9 +16,9 @@ IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "gre
 
 
 def test_merges_that_need_more_are_not_those_of_a_run():
-  of_runs = set(NAMES) - set(GIVEN)
+  of_runs = set(CANDIDATE_MERGES) - set(GIVEN)
   assert sorted(of_runs | {"weighted", "task_arithmetic"}) == sorted(MERGES)
-  for name in NAMES:
+  for name in CANDIDATE_MERGES:
     assert name in flags.FLAGS["merge"].help
 
 
@@ -40,7 +40,7 @@ def test_what_a_run_cannot_merge_is_refused(tmp_path, capsys, flags, words):
 def test_streamed_images_are_refused_before_anything_is_trained():
   data = StreamedData(np.zeros(3), np.arange(3))
   engine = Engine(None, Splits(data, data, data))
-  for name in set(NAMES) - set(GIVEN):
+  for name in set(CANDIDATE_MERGES) - set(GIVEN):
     merging = merging_of(name)
     arguments = engine, None, Start(None), None, {1: 0.5}
     if not MERGES[name].in_memory:

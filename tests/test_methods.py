@@ -13,11 +13,12 @@ from test_experiments import SMALL
 from experiments import methods
 from experiments.methods.epochs import bimp_epochs
 from experiments.methods.pruning_criteria import CRITERIA, Criterion, classifier, pruning
-from experiments.methods.registry import looks, resampled
+from experiments.methods.registry import looks
 from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
-from experiments.run.ood import corrupted_test_data
-from experiments.run.task import Task, make_task
+from experiments.methods.within_budget import resampled
+from experiments.setup.ood import corrupted_test_data
+from experiments.setup.task import Task, make_task
 from jaxsms import checkpoint, data, models, pretrained, prunable, training
 from jaxsms.disk import safetensors
 
@@ -408,9 +409,9 @@ RATES = "--ranges=learning_rate:0.01:0.3"
     (["--rungs=2"], "--rungs=2 is of a search"),
     (["--vary=learning_rate", RATES, "--retrain_schedule=CLR"], "CLR has its own"),
     (["--vary=learning_rate", RATES, "--baselines=imp,imp_reprune"],
-     "imp_reprune, whose copies are not judged"),
+     "imp_reprune, whose copies are not evaluated"),
     (["--vary=seed,weight_decay", "--ranges=weight_decay:1e-5:1e-3", "--baselines=swamp"],
-     "swamp, whose copies are not judged"),
+     "swamp, whose copies are not evaluated"),
     (["--criterion=size"], "known are magnitude"),
     (["--criterion=lamp", "--scope=uniform"], "leave it out"),
     (["--criterion=n_m"], "of 4 weights in phase 1"),

@@ -8,10 +8,11 @@ import jax
 import main_job
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
 from experiments import export as binary
+from experiments.costs import onnx_latency
 from experiments.report import write_report
-from experiments.run import onnx_latency
 from jaxsms import channel_groups, channel_masks, compact, export, models
 from jaxsms.disk import onnx_files, storage
 
@@ -161,7 +162,7 @@ def test_a_run_is_exported_to_onnx_and_int8_and_reported(tmp_path, capsys):
   assert main_job.run(*flags) == 0
   main_job.unparse("out", "format", "cut", "int8")
   words = ["export", str(workdir), "--format=onnx", "--int8"]
-  assert main_job.exit_status(binary.main, binary.FLAGS(words)) == 0
+  assert main_job.exit_status(binary.main, absl_flags.FLAGS(words)) == 0
   out = capsys.readouterr().out
   (entry,) = json.loads((workdir / "results.json").read_text())["seeds"]
   accuracy = entry["phases"][-1]["soup"]["test_accuracy"]
@@ -171,6 +172,6 @@ def test_a_run_is_exported_to_onnx_and_int8_and_reported(tmp_path, capsys):
   page = write_report([workdir]).read_text()
   assert "Time of an inference in ONNX Runtime" in page and "soup_int8" in page
   main_job.unparse("out", "format", "cut", "int8")
-  assert main_job.exit_status(binary.main, binary.FLAGS(words[:3])) == 2
+  assert main_job.exit_status(binary.main, absl_flags.FLAGS(words[:3])) == 2
   assert "exists already" in capsys.readouterr().err
   shutil.rmtree(workdir / "onnx")

@@ -47,7 +47,9 @@ def test_readmes_own_code(quick_compilation):
   sizes = [x.shape for x in jax.tree.leaves(names["small"].params) if x.ndim == 2]
   assert sizes == [(64, 32), (32, 10)]
   cut = names["small"].apply(names["small"].params, names["images"] / 16)
-  np.testing.assert_allclose(cut, names["masked"], rtol=1e-4, atol=1e-4)
+  masked = jaxsms.apply_masks(names["dense"], names["masks"])
+  whole = names["network"].apply(masked, names["images"] / 16)
+  np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

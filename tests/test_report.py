@@ -131,11 +131,11 @@ def test_uncertainty_is_the_mean_over_seeds_and_corruptions():
     }
     seed["phases"][1]["uncertainty"] = {"test": spread, "corrupted": corrupted}
   case = reporting.Case("run", fake_runs.run_flags(), seeds)
-  words, table = uncertainty_section([case]).blocks
+  words, table = uncertainty_section([case])
   assert "0.5 tells nothing" in words
   assert table.header[0] == "Phase"
   assert table.rows == [[["2", "3.00", "0.300", "0.100", "-", "0.750", "0.630", "0.500"]]]
-  header, rows = uncertainty_section([case, case]).blocks[1][:2]
+  header, rows = list(uncertainty_section([case, case]))[1][:2]
   assert header[0] == "Run" and [group[0][0] for group in rows] == ["run", "run"]
   plain = reporting.Case("run", fake_runs.run_flags(), [fake_runs.entry(0)])
-  assert not uncertainty_section([plain]).blocks
+  assert not list(uncertainty_section([plain]))

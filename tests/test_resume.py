@@ -10,7 +10,8 @@ import pytest
 import store
 from main_job import SMALL, TWO, assert_same_run, config_of, results, run
 
-from experiments.run import checkpointing, environment, lock, tuning
+from experiments.run import checkpointing, environment, lock
+from experiments.setup import tuning
 from jaxsms import checkpoint
 from jaxsms.disk import storage
 

@@ -10,9 +10,10 @@ from test_data import pairs_of_several_sizes, prepare
 from test_kills import launch, tear  # noqa: F401
 from test_report_page import headings
 
+from experiments.checks import json_checks, results_check
 from experiments.report import write_report
 from experiments.reporting import search_figures
-from experiments.run import checkpointing, json_checks, results_check
+from experiments.run import checkpointing
 from jaxsms import checkpoint
 from jaxsms.training import search_values
 

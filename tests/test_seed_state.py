@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import methods
+from experiments.costs.costs import RunCosts
 from experiments.methods import in_phases
 from experiments.run import checkpointing
-from experiments.run.costs import RunCosts
 from experiments.run.seed_state import SeedState, packed, unpacked
 from experiments.run.signals import StopSignals
 from jaxsms import training

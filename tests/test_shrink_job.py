@@ -13,9 +13,9 @@ from test_report_page import Page
 
 import jaxsms
 from experiments.config.run_config import NEWER
+from experiments.costs.costs import RunCosts
 from experiments.methods import pruning_criteria
 from experiments.run import checkpointing
-from experiments.run.costs import RunCosts
 from jaxsms import checkpoint
 from jaxsms.disk import storage
 

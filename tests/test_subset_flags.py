@@ -12,14 +12,14 @@ from experiments.methods import seeds
 from experiments.reporting.cases import Case
 from experiments.reporting.class_sections import classes_section, classes_table
 from experiments.run import checkpointing
-from experiments.run.shares import (
+from experiments.setup.shares import (
   check_every_class,
   draw_shares,
   order_for_split,
   shares_key,
   training_groups,
 )
-from experiments.run.task import load, long_tailed, make_task, metrics_of, with_data
+from experiments.setup.task import load, long_tailed, make_task, metrics_of, with_data
 from jaxsms import data
 
 SUBSET = "--vary=subset"
@@ -161,8 +161,8 @@ def test_the_copies_of_a_run_have_the_priors_of_their_shares():
     run._replace(config=config_of(*RATIOS)), 2, 7
   )
   # The balanced copy first, then 0.7 of the one with ratio 4.
-  np.testing.assert_allclose(seeds.samples_of(run, 2), [0.7, 0.3])
-  np.testing.assert_array_equal(seeds.samples_of(run, 1), [1])
+  np.testing.assert_allclose(seeds.copy_weights(run, 2), [0.7, 0.3])
+  np.testing.assert_array_equal(seeds.copy_weights(run, 1), [1])
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,8 @@ def test_the_report_shows_head_and_tail():
   assert dense[3] == "80.00 ± 0.00" and dense[-1].startswith("+12.50 [")
   plain = {"phase": 1, "sparsity": 0.75, "soup": {"test_accuracy": 0.5}}
   without = case._replace(seeds=[{"seed": 0, "dense": {}, "phases": [plain]}])
-  assert classes_section([without]).blocks == []
-  assert len(classes_section([case, without]).blocks) == 2
+  assert list(classes_section([without])) == []
+  assert len(list(classes_section([case, without]))) == 2
 
 
 JOBS = {

@@ -7,11 +7,12 @@ A layer is kernel/channels/size, with /2 behind it for stride 2: 3x3/64/32/2. Wh
 done when the time is over is left out, and said.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,14 @@ from jaxsms.disk.files import output_file
 from jaxsms.disk.storage import plain
 from jaxsms.nn.lowerings import NHWC
 
+from ..config.fields import (
+  at_least,
+  define_flags,
+  flag,
+  one_of,
+  read_fields,
+  whole_numbers,
+)
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
@@ -206,7 +215,7 @@ def operands(layer: Layer, copies: int, dtype: Any) -> tuple[jax.Array, ...]:
 
 
 def measure(
-  layers: list[Layer], copies: list[int], dtypes: list[str], minutes: float
+  layers: Sequence[Layer], copies: Sequence[int], dtypes: Sequence[str], minutes: float
 ) -> Iterator[dict[str, Any]]:
   """A row for each layer, number of copies, precision and operation.
 
@@ -234,28 +243,45 @@ def measure(
       }  # fmt: skip
 
 
-def define_flags() -> None:
-  """Defines the flags; called by this binary alone."""
-  flags.DEFINE_list("layers", list(LAYERS), "Layers, kernel/channels/size[/stride].")
-  flags.DEFINE_list("copies", ["8", "1", "16", "4", "2"], "Numbers of copies, in order.")
-  flags.DEFINE_list("precision", ["float32", "bfloat16"], "dtypes of all arrays.")
-  flags.DEFINE_float("minutes", 4.0, "After which no other row is begun.", 0.01)
-  flags.DEFINE_string("json", None, "File for the figures.")
+def _positive(words, name, values):
+  numbers = whole_numbers("8,1,16")(words, name, values)
+  at_least(1)(name, min(numbers, default=0))
+  return numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """The flags of this benchmark."""
+
+  layers: tuple[str, ...] = flag(
+    "Layers, kernel/channels/size[/stride].",
+    lambda name, value: [read_layer(text) for text in value],
+    default=list(LAYERS),
+  )
+  copies: tuple[int, ...] = flag(
+    "Numbers of copies, in order.", default=["8", "1", "16", "4", "2"], parse=_positive
+  )
+  precision: tuple[str, ...] = flag(
+    "dtypes of all arrays.",
+    one_of("precision", ("float32", "bfloat16", "float16")),
+    default=["float32", "bfloat16"],
+    parse=lambda words, name, values: tuple(words),
+  )
+  minutes: float = flag(
+    "After which no other row is begun.", default=4.0, bounds={"lower_bound": 0.01}
+  )
+  json: str | None = flag("File for the figures.")
 
 
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  given = flags.FLAGS
   with refusals():
     check_no_arguments(argv)
-    layers, copies = [read_layer(text) for text in given.layers], given.copies
-    if any(not n.isdecimal() or not int(n) for n in copies):
-      raise ValueError(f"--copies is {','.join(copies)}: give whole numbers from 1 on")
-    if unknown := set(given.precision) - {"float32", "bfloat16", "float16"}:
-      raise ValueError(f"--precision has {unknown.pop()}: give float32, bfloat16, float16")
+    config = read_fields(Config, flags.FLAGS)
+    layers = [read_layer(text) for text in config.layers]
   console, rows = terminal(), []
   console.print(f"{environment()}", soft_wrap=True)
-  for row in measure(layers, [int(n) for n in copies], given.precision, given.minutes):
+  for row in measure(layers, config.copies, config.precision, config.minutes):
     rows.append(row)
     layer = Layer(**row["layer"])
     best = sorted(row["milliseconds"].items(), key=lambda item: item[1])
@@ -266,15 +292,15 @@ def main(argv: list[str]) -> None:
       + f" ({row['teraflops']:.2f} TFLOP/s)",
       soft_wrap=True,
     )
-  planned = len(layers) * len(copies) * len(given.precision) * len(OPERATIONS)
+  planned = len(layers) * len(config.copies) * len(config.precision) * len(OPERATIONS)
   if len(rows) < planned:
     console.print(f"The time was over after {len(rows)} of {planned} rows.")
-  if given.json:
+  if config.json:
     figures = plain({"environment": environment(), "rows": rows})
-    with output_file(given.json) as file:
+    with output_file(config.json) as file:
       file.write(json.dumps(figures, indent=1).encode())
 
 
 if __name__ == "__main__":
-  define_flags()
+  define_flags(Config)  # by the binary alone
   app.run(main)

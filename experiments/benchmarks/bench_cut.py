@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 
 from jaxsms import channel_masks, models
 from jaxsms.training import Model
@@ -26,19 +26,18 @@ from jaxsms.training.cutting import (
 
 from ..config import device_flags
 from ..config.fields import at_least, define_flags, ensure, flag, one_of
-from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import check_no_arguments, refusals
+from ..setup import hardware
 from . import bench_jax
-from .bench_statistics import Contender, Spread, alternate, cores, ratio, scaled, shown
-from .usual_networks import read_training_flags, usual_network
+from .bench_statistics import Contender, Spread, alternate, cores, ratio, shown
+from .usual_networks import prepared, usual_network
 
 DENSE, CUT, BUILT = "dense", "cut", "built at that size"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(device_flags.DeviceFlags):
-  """What is told by flags: devices, and those of this file."""
+  """The flags of the devices, and those of this file."""
 
   model: str = flag(
     f"Network: {', '.join(models.MODELS)}.",
@@ -70,12 +69,7 @@ class Contest(NamedTuple):
 
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  logging.set_verbosity(logging.WARNING)
-  with refusals():
-    check_no_arguments(argv)
-    config = read_training_flags(Config, flags.FLAGS)
-    hardware.start(config, config.ingredients)
-    contest = make_contest(config)
+  config, contest = prepared(Config, argv, make_contest)
   print(text(config, contest, measure(contest, config.rounds)))
 
 
@@ -177,7 +171,7 @@ def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
   ]
   for name, training in contest.trainings.items():
     lines.append(
-      f"{name}: {shown(scaled(found[name], 1000))} ms a step, compiled in "
+      f"{name}: {shown(found[name], 1000)} ms a step, compiled in "
       f"{training.train.trace_seconds + training.train.compile_seconds:.1f} s, "
       f"{parameter_count(training.task.params):,} parameters, "
       f"{training.task.multiply_adds:,} multiply-adds"

@@ -194,7 +194,7 @@ class CompiledOnce:
     trace_seconds: from Python to the compiler's input.
     compile_seconds: of the compiler.
     compiled: the program; None before the first call.
-    peak_before: the device's peak before the program first ran, where it tells.
+    peak_before: the device's peak before the program first ran, where it reports one.
   """
 
   def __init__(self, program: Any):
@@ -283,7 +283,7 @@ class Training:
 
 
 def peak_in_use() -> int | None:
-  """The highest memory in use of the first device so far, in bytes, where it tells."""
+  """The highest memory in use of the first device so far, in bytes; None if unknown."""
   return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

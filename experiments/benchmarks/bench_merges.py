@@ -25,19 +25,18 @@ from jaxsms.merges import MERGES
 from jaxsms.phases import Merge, merge_phase
 from jaxsms.training import Engine, Model, last_state
 from jaxsms.training.measurements import measure, recalibrated
-from jaxsms.training.merging import GIVEN, Merging, merging_of
-from jaxsms.training.merging import NAMES as MERGES_OF_RUNS
+from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN, Merging, merging_of
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.trees import number_of_models
 
 from ..config import device_flags, run_config
 from ..config.fields import define_flags, flag, numbers, one_of, read_fields
 from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
-from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import check_no_arguments, refusals, run_with_flags
-from ..run.task import Task, load, make_task, with_data
+from ..run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
 from ..run.terminal import print_line, terminal
+from ..setup import hardware
+from ..setup.task import Task, load, make_task, with_data
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
 from .bench_settings import writable
 
@@ -45,7 +44,7 @@ Results = dict[str, Any]
 FAMILIES = ("seed", "weight_decay", "learning_rate")
 REFERENCES = ("mean_candidate", "best_candidate", "prediction_ensemble")
 # All copies have the same data here: weighted by samples they give the mean.
-NAMES = tuple(name for name in MERGES_OF_RUNS if name not in GIVEN)
+NAMES = tuple(name for name in CANDIDATE_MERGES if name not in GIVEN)
 # Flags of the main job that mean nothing here.
 REFUSED = ("merge", "vary", "values", "baselines", "workdir", "stream", "landscape")
 
@@ -66,7 +65,7 @@ def _families(words, name, values):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(run_config.Config):
-  """What is told by flags: those of a run, and those of this file."""
+  """The flags of a run, and those of this file."""
 
   families: tuple[str, ...] = flag(
     f"What differs between the copies, each by itself: {', '.join(FAMILIES)}.",
@@ -89,8 +88,7 @@ class Config(run_config.Config):
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say; bad input ends it with one sentence and exit status 2."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.ERROR)  # of copies that are left out the table tells
+  log_from(logging.ERROR)  # of copies that are left out the table tells
   with refusals():
     check_no_arguments(argv)
     config = read_config(given)

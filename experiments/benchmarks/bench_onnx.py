@@ -26,15 +26,15 @@ from ..config.fields import (
   read_fields,
   whole_numbers,
 )
+from ..costs.onnx_latency import times_of
 from ..run.flag_files import check_no_arguments, refusals
-from ..run.onnx_latency import times_of
 
 NETWORKS = tuple(name for name in models.MODELS if name != "mlp")  # those of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """What is told by flags."""
+  """The flags of this benchmark."""
 
   model: str = flag(
     f"Network: {', '.join(NETWORKS)}.", one_of("model", NETWORKS), default="resnet18"
@@ -61,18 +61,9 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   with refusals():
     check_no_arguments(argv)
-    config = read_config(flags.FLAGS)
+    config = read_fields(Config, flags.FLAGS)
     found = measure(config)
   print(text(found))
-
-
-def read_config(given: flags.FlagValues) -> Config:
-  """The parsed flags.
-
-  Raises:
-    ValueError: a flag is out of range or names something unknown.
-  """
-  return read_fields(Config, given)
 
 
 def measure(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 
 from jaxsms import models
 from jaxsms.disk.series import Series
@@ -27,13 +27,12 @@ from ..config.fields import (
   flag,
   one_of,
 )
-from ..run import hardware
 from ..run.environment import environment
-from ..run.flag_files import check_no_arguments, refusals
 from ..run.seed_state import SeedState, packed
+from ..setup import hardware
 from . import bench_jax
 from .bench_statistics import Spread, calls_for, cores, scaled, seconds, shown, spread
-from .usual_networks import read_training_flags, usual_network
+from .usual_networks import prepared, usual_network
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it
@@ -46,7 +45,7 @@ def _may_be_written(name, value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(device_flags.DeviceFlags):
-  """What is told by flags: devices, and those of this file."""
+  """The flags of the devices, and those of this file."""
 
   model: str = flag(
     f"Network: {', '.join(models.MODELS)}.", one_of("model", models.MODELS), default="mlp"
@@ -89,12 +88,7 @@ class Cost(NamedTuple):
 
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  logging.set_verbosity(logging.WARNING)
-  with refusals():
-    check_no_arguments(argv)
-    config = read_training_flags(Config, flags.FLAGS)
-    hardware.start(config, config.ingredients)
-    training = make_training(config)
+  config, training = prepared(Config, argv, make_training)
   print(text(config, measure(training, config.rounds, config.folder)))
 
 

@@ -71,7 +71,7 @@ def writable(name: str, value: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(device_flags.DeviceFlags):
-  """What the benchmark is told: devices, and every flag with its value for the data set."""
+  """The flags of the benchmark, with the values for the data set filled in."""
 
   dataset: str = flag(
     "digits or cifar10: random images of that shape and number, and the defaults of "

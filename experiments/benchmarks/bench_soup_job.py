@@ -41,7 +41,7 @@ sys.exit(status != 0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """What is told by flags."""
+  """The flags of this benchmark."""
 
   megabytes: int = flag("Of a model in float32.", at_least(1), default=982)
   dtype: str = flag(

@@ -134,6 +134,15 @@ def in_milliseconds(rounds: Sequence[float]) -> dict[str, float]:
   return {"median": found.median, "min": found.min, "max": found.max}
 
 
-def shown(quantity: Spread) -> str:
-  """The median, in brackets the least and the greatest."""
-  return f"{quantity.median:.3g} [{quantity.min:.3g}, {quantity.max:.3g}]"
+def shown(quantity: Spread | Mapping[str, Any] | None, unit: float = 1.0) -> str:
+  """The median, in brackets the least and the greatest; nothing for None.
+
+  Args:
+    quantity: a spread, or the same as JSON has it.
+    unit: what it is multiplied by.
+  """
+  if quantity is None:
+    return ""
+  values = quantity._asdict() if isinstance(quantity, Spread) else quantity
+  middle, low, high = (unit * values[name] for name in ("median", "min", "max"))
+  return f"{middle:.3g} [{low:.3g}, {high:.3g}]"

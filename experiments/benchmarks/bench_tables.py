@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .bench_statistics import shown
+
 Results = dict[str, Any]
 PEERS = {"eager": "eager", "compiled": "torch.compile", "ensemble": "vmap"}
 
@@ -49,9 +51,9 @@ def time_table(rows: list[dict]) -> Table:
   for row in rows:
     table.add_row(
       str(row["copies"]),
-      _spread(row["step_seconds"], 1000),
+      shown(row["step_seconds"], 1000),
       f"{row['epoch_seconds']['median']:.4g}",
-      _spread(row["together_over_one_after_another"]),
+      shown(row["together_over_one_after_another"]),
       f"{row['images_per_second']:,.0f}",
     )
   return table
@@ -83,8 +85,8 @@ def torch_table(rows: list[dict]) -> Table:
       table.add_row(
         str(row["copies"]),
         f"{PEERS[kind]}, {peer['layout']}",
-        _spread(peer["step_seconds"], 1000),
-        _spread(peer["speed_of_jaxsms"]),
+        shown(peer["step_seconds"], 1000),
+        shown(peer["speed_of_jaxsms"]),
       )
     table.add_section()
   return table
@@ -118,11 +120,3 @@ def _table(title: str | None, *names: str) -> Table:
   for name in names:
     table.add_column(name, justify="left" if name == "how" else "right")
   return table
-
-
-def _spread(value: dict | None, unit: float = 1.0) -> str:
-  """A median with its least and greatest; nothing for None."""
-  if value is None:
-    return ""
-  low, middle, high = (unit * value[k] for k in ("min", "median", "max"))
-  return f"{middle:.3g} [{low:.3g}, {high:.3g}]"

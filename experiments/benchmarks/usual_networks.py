@@ -1,19 +1,21 @@
 """What benchmarks of training share: their flags, and a network on usual images."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import flax.linen as nn
-from absl import flags
+from absl import flags, logging
 
 from jaxsms import models
 
 from ..config import device_flags
 from ..config.fields import read_fields
-from ..run import hardware
+from ..run.flag_files import check_no_arguments, refusals
+from ..setup import hardware
 from . import bench_jax
 from .bench_settings import DATASETS
 
-Config = TypeVar("Config")
+Config, Made = TypeVar("Config"), TypeVar("Made")
 
 
 def read_training_flags(kind: type[Config], given: flags.FlagValues) -> Config:
@@ -29,6 +31,24 @@ def read_training_flags(kind: type[Config], given: flags.FlagValues) -> Config:
   config: Any = read_fields(kind, given)
   device_flags.check(config, config.ingredients)
   return config
+
+
+def prepared(
+  kind: type[Config], argv: list[str], make: Callable[[Any], Made]
+) -> tuple[Config, Made]:
+  """Configuration and work of a benchmark; bad input ends it with exit status 2.
+
+  Args:
+    kind: the dataclass of its flags.
+    argv: what absl leaves, the program's name first.
+    make: makes the work once the devices are started.
+  """
+  logging.set_verbosity(logging.WARNING)
+  with refusals():
+    check_no_arguments(argv)
+    config: Any = read_training_flags(kind, flags.FLAGS)
+    hardware.start(config, config.ingredients)
+    return config, make(config)
 
 
 def usual_network(config: Any) -> tuple[nn.Module, dict[str, Any]]:

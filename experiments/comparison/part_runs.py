@@ -13,15 +13,15 @@ from jaxsms.training import Model
 
 from .. import methods
 from ..config.run_config import Config
+from ..costs.inference_times import inference
 from ..methods import DENSE
 from ..run import checkpointing, run_directory, running
-from ..run.inference_times import inference
 from ..run.lock import Busy, Lock
 from ..run.progress import MEASURED, RunProgress
 from ..run.run_directory import agreed, is_writer
 from ..run.seed_state import SeedState
 from ..run.signals import StopSignals
-from ..run.task import Task
+from ..setup.task import Task
 from . import parts as comparison
 from .parts import Part, folder_of, is_finished
 
@@ -93,10 +93,10 @@ def run_part(
   checkpointer = checkpointing.Checkpointer(folder, run, config, signals)
   first = functools.partial(first_work, shared, part, describe)
   try:
-    said = checkpointer.open(task, steps, first)
+    messages = checkpointer.open(task, steps, first)
   except Finished:
     return
-  for sentence in said:
+  for sentence in messages:
     checkpointing.print_once(sentence)
   with checkpointer:
     plan.subtract({m: n - checkpointer.steps_left.get(m, n) for m, n in steps.items()})

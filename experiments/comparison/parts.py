@@ -14,6 +14,7 @@ from .. import reporting
 from ..config.run_config import Config
 from ..methods import DENSE, SOUP, having
 from ..methods.registry import looks
+from ..reporting import tables
 from ..run import run_directory
 from ..run.environment import environments_of
 
@@ -224,17 +225,13 @@ def table(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
   """
   found = []
   for cell in cells:
-    m, summary = cell["ingredients"], cell["summary"]
-    (rows,) = reporting.rows(summary[-1:], m)
-    names = [name for name in looks() if name in summary[-1]]
-    rows[0][:2] = f"{100 * summary[-1]['sparsity']:.2f} %", str(m)
+    row, m = cell["summary"][-1], cell["ingredients"]
+    cells_of_row = tables.accuracy_and_gain(row)
     if has_ood(cells):
-      ood = reporting.rows(reporting.summarize(cell["seeds"], "ood_accuracy")[-1:], m)[0]
-      rows = [row + other[3:] for row, other in zip(rows, ood, strict=True)]
-    for row, name in zip(rows, names, strict=True):
-      if n := summary[-1][name].get("seeds"):
-        row[2] += f" ({n} seeds)" if n > 1 else " (1 seed)"
-    found.append(rows)
+      ood = reporting.summarize(cell["seeds"], "ood_accuracy")[-1]
+      cells_of_row += tables.accuracy_and_gain(ood)
+    first = tables.percent(row), str(m)
+    found.append(tables.method_rows(first, row, m, looks(), cells_of_row))
   return found
 
 

@@ -1,1 +1,1 @@
-"""What a run is told: one frozen dataclass whose fields are flags, a file for a subject."""
+"""The flags of a run: one frozen dataclass, with a file for each subject."""

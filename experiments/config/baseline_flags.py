@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ..methods.epochs import bimp_epochs
-from ..methods.registry import baselines, having
+from ..methods.registry import METHODS, baselines, having
 from .fields import above_zero, at_least, define_flags, ensure, flag, from_zero, one_of
 
 TEMPERATURE = 3.0
@@ -23,18 +23,10 @@ class BaselineFlags:
   """What the soup is compared with."""
 
   baselines: tuple[str, ...] = flag(
-    "What the soup is compared with. At the sparsity of each phase: imp (one copy, the "
-    "same number of epochs), imp_mx (one copy, m times the epochs), imp_ema, "
-    "imp_mx_ema and soup_ema (imp, imp_mx and the soup with copies that end as "
-    "averages, see --ema_decay), soup_distilled (the last soup, trained on the mean "
-    "prediction of its candidates), soup_classifier (the last soup, with its last "
-    "layer trained on all data and the classes balanced in the loss), imp_reprune (m "
-    "runs of imp, averaged and pruned again), one_shot_soup (a soup for each sparsity, "
-    "pruned from the dense model at once; all copies in one program), dense_soup "
-    "(nothing pruned), swamp (rewinding, averages over copies and time). At the goal "
-    "sparsity only, trained from scratch: gmp, dpf, bimp, and gmp_soup, dpf_soup, "
-    "bimp_soup of m copies. all means all of these (with --stream all but "
-    "soup_classifier); --baselines= means none.",
+    "What the soup is compared with: "
+    + ", ".join(f"{name} ({METHODS[name].help})" for name in baselines())
+    + f". all means all of these (with --stream all but {', '.join(having('labels'))}); "
+    "--baselines= means none.",
     lambda name, value: one_of("baseline", baselines())(name, value),
     default=["imp", "imp_mx"],
     parse=_unique,

@@ -4,7 +4,8 @@ import dataclasses
 
 import optax
 
-from jaxsms.schedules import DECAY_ARGUMENTS, PRETRAIN_SCHEDULES, pretrain_schedule
+from jaxsms.schedule_registry import PRETRAIN_SCHEDULES
+from jaxsms.schedules import pretrain_schedule
 
 from .fields import (
   above_zero,
@@ -20,6 +21,7 @@ from .fields import (
 
 # The flags that give the arguments of `pretrain_schedule` in epochs.
 DECAY_FLAGS = {"decay": "decay", "step_epochs": "step_size", "milestones": "milestones"}
+WITH_END = " and ".join(n for n, s in PRETRAIN_SCHEDULES.items() if "end_lr" in s.arguments)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class DenseFlags:
     "Linear warmup of dense training, in epochs.", from_zero, default=0.0
   )
   end_lr: float = flag(
-    "Learning rate at the end of dense training, for Linear and Cosine.", default=0.0
+    f"Learning rate at the end of dense training, for {WITH_END}.", default=0.0
   )
   decay: float | None = flag(
     "Factor of the learning rate, in (0, 1]: at each decay of StepLR and MultiStepLR, "
@@ -85,14 +87,14 @@ def check(config: DenseFlags) -> None:
       f"--warmup_epochs is {config.warmup_epochs:g} of --epochs {epochs}: the warmup must "
       "be shorter than the training"
     )
-  if config.end_lr and name not in ("Linear", "Cosine"):
-    raise ValueError(f"--end_lr is for Linear and Cosine: {name} has no given end")
+  needed = PRETRAIN_SCHEDULES[name].arguments
+  if config.end_lr and "end_lr" not in needed:
+    raise ValueError(f"--end_lr is for {WITH_END}: {name} has no given end")
   if not 0 <= config.end_lr <= config.learning_rate:
     raise ValueError(
       f"--end_lr is {config.end_lr}: it must be from 0 to --learning_rate, "
       f"{config.learning_rate}"
     )
-  needed = DECAY_ARGUMENTS.get(name, ())
   for this, argument in DECAY_FLAGS.items():
     if (argument in needed) != (getattr(config, this) is not None):
       verb = "needs" if argument in needed else "takes no"

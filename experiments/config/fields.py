@@ -28,6 +28,7 @@ class Flag(NamedTuple):
     bounds: `lower_bound` and `upper_bound` that absl itself checks.
     fill: gives what None stands for, from the values of the fields before.
     parse: makes a value of what was given, the name and the values of the fields before.
+    own: False for a flag that another configuration defines, and that is only read.
   """
 
   help: str
@@ -36,6 +37,7 @@ class Flag(NamedTuple):
   bounds: Mapping[str, float] = types.MappingProxyType({})
   fill: Callable[[dict[str, Any]], Any] | None = None
   parse: Callable[[Any, str, dict[str, Any]], Any] | None = None
+  own: bool = True
 
 
 def flag(help: str, *checks: Check, **options: Any) -> Any:
@@ -53,6 +55,11 @@ def flag(help: str, *checks: Check, **options: Any) -> Any:
   return dataclasses.field(metadata={"flag": Flag(help, checks, **options)})
 
 
+def shared(*checks: Check, **options: Any) -> Any:
+  """A field that a flag of another configuration fills, see `Flag`."""
+  return dataclasses.field(metadata={"flag": Flag("", checks, own=False, **options)})
+
+
 def define_flags(part: type, to: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags of a class's fields; inherited ones may be there already."""
   define = {
@@ -64,9 +71,9 @@ def define_flags(part: type, to: flags.FlagValues = flags.FLAGS) -> None:
   }
   own = inspect.get_annotations(part)
   for field in dataclasses.fields(part):
-    if field.name in to and field.name not in own:
-      continue
     this = field.metadata["flag"]
+    if not this.own or (field.name in to and field.name not in own):
+      continue
     kind = field.type
     if isinstance(kind, types.UnionType):  # this or None
       kind = typing.get_args(kind)[0]
@@ -114,6 +121,11 @@ def read_fields(
   return kind(**values)
 
 
+def default_values(kind: type) -> dict[str, Any]:
+  """What the flags of a configuration hold where they are not given, by field."""
+  return {field.name: field.metadata["flag"].default for field in dataclasses.fields(kind)}
+
+
 def names(part: type) -> tuple[str, ...]:
   """The fields of a configuration, those that it inherits among them."""
   return tuple(field.name for field in dataclasses.fields(part))
@@ -151,6 +163,11 @@ def one_of(kind: str, known: Iterable[str]) -> Check:
       check_name(kind, one, known)
 
   return check
+
+
+def titles(entries: Mapping[str, Any]) -> str:
+  """The names of a registry, each with the title of its entry, for a flag's help."""
+  return ", ".join(f"{name} ({entry.title})" for name, entry in entries.items())
 
 
 def whole_numbers(example: str) -> Callable[..., tuple[int, ...]]:

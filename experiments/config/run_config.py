@@ -59,7 +59,7 @@ class Config(
   dense_flags.DenseFlags,
   data_flags.DataFlags,
 ):
-  """What a run is told: the fields of all subjects, and its seeds."""
+  """The flags of a run: the fields of all subjects, and its seeds."""
 
   seed: int = flag(
     "The first seed; it determines all randomness of a run.", from_zero, default=0

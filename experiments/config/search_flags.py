@@ -1,4 +1,4 @@
-"""Flags of a search: ranges of what varies, and when copies are judged."""
+"""Flags of a search: ranges of what varies, and when copies are evaluated."""
 
 import dataclasses
 from typing import Any
@@ -43,11 +43,11 @@ class SearchFlags:
   ranges: tuple[str, ...] | None = flag(
     "A search, instead of --values. Gives the least and the greatest value for each "
     f"variable of --vary, such as {EXAMPLE}. Values are drawn uniformly in their "
-    "logarithm, copies are judged on validation data, and the better half is merged.",
+    "logarithm, copies are evaluated on validation data, and the better half is merged.",
     parse=parse_ranges,
   )
   rungs: int | None = flag(
-    "With --ranges, how often the copies of a phase are judged, the last time at its "
+    "With --ranges, how often the copies of a phase are evaluated, the last time at its "
     "end. Each time but the last, the worse half starts again from the average of the "
     "better half, with values near theirs. Default: 2, or 1 where a phase has one "
     "epoch.",
@@ -104,6 +104,6 @@ def check(config: Any) -> None:
     own = name in having("own_masks") or name in having("one_schedule")
     if own and name not in having("one_copy"):
       raise ValueError(
-        f"--baselines has {name}, whose copies are not judged on the way: leave it out "
+        f"--baselines has {name}, whose copies are not evaluated on the way: leave it out "
         "with --ranges"
       )

@@ -10,9 +10,9 @@ from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
 from jaxsms.names import quantity
 from jaxsms.pruning import SCOPES
-from jaxsms.schedules import RETRAIN_SCHEDULES
+from jaxsms.schedule_registry import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
-from jaxsms.training import merging
+from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN
 
 from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
@@ -25,6 +25,7 @@ from .fields import (
   from_zero,
   numbers,
   one_of,
+  titles,
 )
 from .search_flags import EXAMPLE, SEARCHED
 
@@ -95,24 +96,14 @@ class SoupFlags:
     fill=by_dataset(2, 5),
   )
   retrain_schedule: str = flag(
-    "Learning rate of each phase: FT (constant, the smallest of dense training), LRW "
-    "(the last steps of dense training again), SLR (the whole schedule of dense "
-    "training, compressed), CLR (cosine from the largest to the smallest of dense "
-    "training), LLR (linear from the largest to 0), ALLR (LLR, lower where pruning "
-    "changed little).",
+    f"Learning rate of each phase: {titles(RETRAIN_SCHEDULES)}.",
     one_of("retraining schedule", RETRAIN_SCHEDULES),
     default="LLR",
   )
   merge: str = flag(
-    "How candidates become one model: uniform (their mean), greedy (from best to "
-    "worst, each that does not lower the validation accuracy of the average), learned "
-    "or learned_by_layer (weights learned on validation data), fisher or "
-    "inverse_variance (a weight for each entry, from squared gradients), ties (the "
-    "changes since pruning that most copies agree on), slerp (of two copies), "
-    "by_samples (the mean, weighted by the number of examples that each copy of "
-    "--vary=subset has), by_ratios (the mean, weighted towards the larger ratios of "
-    "--subsets=imbalance, see --retained).",
-    one_of("merge", merging.NAMES),
+    f"How candidates become one model: {titles(CANDIDATE_MERGES)}. "
+    f"{' and '.join(GIVEN)} are for --vary=subset, see --subsets and --retained.",
+    one_of("merge", CANDIDATE_MERGES),
     default="uniform",
   )
   vary: str = flag(
@@ -131,11 +122,7 @@ class SoupFlags:
     ),
   )
   criterion: str = flag(
-    "Which weights are removed: magnitude or random (compared as --scope says), erk or "
-    "lamp (magnitude, with a sparsity of its own for each layer), n_m (n of every m "
-    "inputs stay), filters (whole outputs of all layers but the classifier; the "
-    "sparsity counts filters), channels (whole channels, in all layers that have to "
-    "lose them together; the sparsity counts what --budget says).",
+    f"Which weights are removed: {titles(CRITERIA)}.",
     one_of("criterion", CRITERIA),
     default="magnitude",
   )
@@ -203,7 +190,7 @@ def _check_phases(config):
 
 def _check_merge(config):
   """--merge, with --ingredients and --stream."""
-  if config.merge in merging.GIVEN:
+  if config.merge in GIVEN:
     return  # see subset_flags
   entry = MERGES[config.merge]
   if entry.two and config.ingredients != 2:
@@ -221,6 +208,7 @@ def _check_merge(config):
 def _check_values(config):
   """--vary and --values."""
   vary, values = config.vary, config.values
+  schedule = RETRAIN_SCHEDULES[config.retrain_schedule]
   if config.ranges is not None or "," in vary:
     for name in vary.split(","):
       if name not in ("seed", *SEARCHED):
@@ -231,7 +219,7 @@ def _check_values(config):
   if vary == "subset":
     _check_ratios(config)
     return
-  if "learning_rate" in vary.split(",") and config.retrain_schedule != "LLR":
+  if "learning_rate" in vary.split(",") and not schedule.initial_lr:
     raise ValueError(
       "--vary=learning_rate sets the first rate of LLR: "
       f"{config.retrain_schedule} has its own"

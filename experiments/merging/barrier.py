@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import flags
 from rich.console import Console
 
 from jaxsms.disk.tensors import InMemory
@@ -13,13 +12,12 @@ from jaxsms.geometry import interpolate, loss_barrier
 from jaxsms.training.failures import MARGIN
 from jaxsms.training.merging import on_validation
 
-from ..run.task import Task
 from ..run.terminal import print_line
+from ..setup.task import Task
 from .with_data import as_model
 
 POSITIONS = np.linspace(0, 1, 5)
 ALL_PAIRS = 5  # the most models of which each pair is measured: three evaluations each
-FLAGS = flags.FLAGS
 
 
 def measured_pairs(m: int) -> list[tuple[int, int]]:
@@ -29,15 +27,17 @@ def measured_pairs(m: int) -> list[tuple[int, int]]:
   return list(itertools.combinations(range(m), 2))
 
 
-def say_barrier(console: Console, models: Sequence[InMemory], task: Task) -> None:
+def print_barrier(
+  console: Console, models: Sequence[InMemory], task: Task, key: jax.Array
+) -> None:
   """Prints the largest barrier between two models.
 
   Args:
     console: to print on.
     models: variables of the network.
     task: the network on its data.
+    key: estimates batch statistics.
   """
-  key = jax.random.key(FLAGS.seed)
   trees = [as_model(model.arrays) for model in models]
 
   def evaluate(model):

@@ -27,7 +27,7 @@ class BytesProgress:
     self._console = terminal(stderr=True)
     self._plain = not self._console.is_terminal or self._console.is_dumb_terminal
     self._total, self._done = total, 0
-    self._started = self._said = time.monotonic()
+    self._started = self._last_line = time.monotonic()
     self._bar = Progress(
       text_column("{task.description}"),
       BarColumn(bar_width=24),
@@ -51,8 +51,8 @@ class BytesProgress:
     self._done += count
     self._bar.advance(self._task, count)
     now = time.monotonic()
-    if self._plain and now - self._said > EVERY:
-      self._said = now
+    if self._plain and now - self._last_line > EVERY:
+      self._last_line = now
       left = (now - self._started) * max(self._total - self._done, 0) / self._done
       print_line(
         self._console,

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 
 from jaxsms import pretrained
 from jaxsms.disk.by_name import by_path
@@ -26,12 +25,11 @@ from jaxsms.training.merging import named_merge, on_validation
 from jaxsms.trees import model_at
 
 from ..config import run_config
-from ..run import hardware
-from ..run.task import Task, load, make_task, with_data
-from .choice import Choice
+from ..setup import hardware
+from ..setup.task import Task, load, make_task, with_data
+from .merge_flags import MergeFlags
 from .model_checks import check_masks
 
-FLAGS = flags.FLAGS
 Arrays = dict[str, np.ndarray]
 
 
@@ -39,7 +37,7 @@ def make_data_task(m: int) -> Task:
   """Network, data and programs that the flags describe, for m models.
 
   Raises:
-    ValueError: see `experiments.run.task.make_task`.
+    ValueError: see `experiments.setup.task.make_task`.
   """
   alone = dict.fromkeys(("coordinator", "processes", "process"))
   config = run_config.read_config(merge="uniform")
@@ -92,7 +90,7 @@ class Others(NamedTuple):
 
 
 def parts_of(
-  choice: Choice,
+  config: MergeFlags,
   models: Sequence[Tensors],
   weights: np.ndarray,
   others: Others,
@@ -104,15 +102,15 @@ def parts_of(
     weights=weights,
     base=others.base and others.base[0],
     squared_gradients=others.squared_gradients,
-    prior=choice.prior,
-    scale=choice.scale,
-    density=choice.density,
+    prior=config.prior,
+    scale=config.scale,
+    density=config.density,
     on_bytes=on_bytes,
   )
 
 
 def soup_in_memory(
-  choice: Choice,
+  config: MergeFlags,
   models: list[InMemory],
   others: Others,
   task: Task,
@@ -122,7 +120,7 @@ def soup_in_memory(
   """Merges models of the network, and estimates batch statistics anew.
 
   Args:
-    choice: flags.
+    config: flags.
     models: variables of the network, see `as_ours`.
     others: what is merged with them.
     task: the network on its data.
@@ -136,15 +134,15 @@ def soup_in_memory(
   Raises:
     ValueError: the models do not share a mask, and no flag says what to do.
   """
-  key = jax.random.key(FLAGS.seed)
+  key = jax.random.key(config.seed)
   arrays = [model.arrays for model in models]
-  combine, weights = chosen_rule(choice, models, others, task, key, goal)
+  combine, weights = chosen_rule(config, models, others, task, key, goal)
   taken = np.flatnonzero(weights).tolist()
   job = Job(models, combine, specs, taken)
-  thresholds = None if goal is None else find_thresholds(job, goal, FLAGS.scope)
+  thresholds = None if goal is None else find_thresholds(job, goal, config.scope)
   memory = ToMemory(specs)
   found = merge(job, memory, thresholds)
-  if choice.masks is None:
+  if config.masks is None:
     check_masks(models, taken, found)
   # The network's programs take its own dtypes; the values are those of the soup's.
   values = {n: x.astype(models[0].specs[n].dtype) for n, x in memory.arrays.items()}
@@ -155,7 +153,7 @@ def soup_in_memory(
 
 
 def chosen_rule(
-  choice: Choice,
+  config: MergeFlags,
   models: list[InMemory],
   others: Others,
   task: Task,
@@ -163,16 +161,15 @@ def chosen_rule(
   goal: float | None,
 ) -> tuple[Combine, np.ndarray]:
   """How models are merged, and the weight of each, float [m]."""
-  m = len(models)
-  weights = soup_weights(range(m), m) if choice.weights is None else choice.weights
-  if choice.merge == "greedy":
-    weights = greedy_weights([model.arrays for model in models], task, key, goal)
+  weights = config.weights_of(len(models))
+  if config.merge == "greedy":
+    weights = greedy_weights(config, [model.arrays for model in models], task, key, goal)
     return weighted(weights), weights
-  if choice.merge in RULES and (
-    not MERGES[choice.merge].in_memory or others.squared_gradients
+  if config.merge in RULES and (
+    not MERGES[config.merge].in_memory or others.squared_gradients
   ):
-    return RULES[choice.merge](parts_of(choice, models, weights, others)), weights
-  run = named_merge(choice.merge, task.engine, key, None, choice.prior, weights)
+    return RULES[config.merge](parts_of(config, models, weights, others)), weights
+  run = named_merge(config.merge, task.engine, key, None, config.prior, weights)
   merged = run(stacked_models([model.arrays for model in models]))
   if isinstance(merged, Weighted):
     merged, weights = merged.params, np.asarray(merged.weights, float)
@@ -186,14 +183,14 @@ def chosen_rule(
 
 
 def greedy_weights(
-  arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
+  config: MergeFlags, arrays: list[Arrays], task: Task, key: jax.Array, goal: float | None
 ) -> np.ndarray:
   """Equal weights of the models that `greedy_soup` takes, float [m]."""
 
   def validation_accuracy(average):
     average = jax.device_get(average)
     if goal is not None:
-      average = pruned(average, goal, FLAGS.scope)
+      average = pruned(average, goal, config.scope)
     found = on_validation(task.engine, key, as_model(average))
     return found["validation_accuracy"]
 

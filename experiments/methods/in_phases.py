@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxsms import Phase
+from jaxsms.baselines import imp_reprune
+from jaxsms.one_shot import one_shot_soups
 from jaxsms.training import Model
 from jaxsms.training.classifier import classifier_alone, log_prior
 from jaxsms.training.distilling import Distillation
@@ -18,12 +20,15 @@ from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from .pruning_criteria import classifier
 from .seeds import (
   CLASSIFIER,
+  RETRAIN,
   SOUP,
   Events,
   Run,
   Soup,
+  merging_for,
   metrics_by_phase,
   prune_and_retrain,
+  records_of,
   retraining_plan,
   take_state,
 )
@@ -68,6 +73,47 @@ def in_phases(
     return metrics_by_phase(records)
 
   return method
+
+
+def reprune(run: Run, dense: Model) -> Events:
+  """Copies that prune on their own, averaged and pruned again."""
+  m = run.config.ingredients
+  own_masks = run.engine._replace(programs=run.task.variant(own_masks=True))
+  records = yield from records_of(
+    imp_reprune(
+      own_masks,
+      run.stream(RETRAIN),
+      dense,
+      retraining_plan(run, m, run.retrain_steps),
+      run.sparsities,
+      m,
+      prune=run.prune,
+    )
+  )
+  return metrics_by_phase(records)
+
+
+def one_shot_soup(run: Run, dense: Model) -> Events:
+  """Soups at the sparsities of all phases, each pruned from the dense model in one go."""
+  nested = None
+  for event in one_shot_soups(
+    run.engine._replace(programs=run.task.variant(own_masks=True)),
+    run.stream(RETRAIN),
+    dense,
+    retraining_plan(run, run.config.ingredients, run.retrain_steps),
+    run.sparsities,
+    prune=run.prune,
+    merging=merging_for(run, run.config.ingredients),
+  ):
+    if not isinstance(event, Phase):
+      yield event
+      continue
+    nested = event.params
+    for parts in zip(nested.models, nested.masks, nested.records.values(), strict=True):
+      model, masks, record = parts
+      yield Phase(model, masks, None, record)
+      yield Soup(*model, masks, record["phase"])
+  return metrics_by_phase(list(nested.records.values()))
 
 
 def soup_distilled(run: Run, dense: Model) -> Events:

@@ -18,7 +18,7 @@ from .seeds import DENSE, SOUP, Run, dense_model
 if TYPE_CHECKING:
   from ..config.run_config import Config
   from ..run.seed_state import SeedState
-  from ..run.task import Task
+  from ..setup.task import Task
 
 STATISTICS = 0.2  # share of the training images that batch statistics come from
 PASSES = 3  # forward passes that a training step is worth

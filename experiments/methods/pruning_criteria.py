@@ -38,13 +38,20 @@ class Criterion(NamedTuple):
   Attributes:
     prune: `prune(config, key, groups)` giving a function
       `prune(params, sparsity, masks=masks)`; the key is for what is random.
+    title: what is removed, for people.
     scope: whether it takes --scope.
     whole_channels: whether --shrink can cut what it removes, biases and all.
+    flags: that no other criterion takes, which are then left at their defaults.
+    check: `check(config)` raises ValueError where it cannot prune to the sparsities of
+      the phases; None where it can prune to any.
   """
 
   prune: Callable[[Config, jax.Array, Groups], Prune]
+  title: str = ""
   scope: bool = False
   whole_channels: bool = False
+  flags: tuple[str, ...] = ()
+  check: Callable[[Config], None] | None = None
 
 
 def pruning(config: Config, key: jax.Array, groups: Groups = None) -> Prune:
@@ -66,6 +73,19 @@ def n_m(config: Config, key: jax.Array, groups: Groups) -> Prune:
     return default_prunable(path, leaf) and leaf.shape[inputs_axis(path, leaf)] % m == 0
 
   return functools.partial(n_m_masks, m=m, axis=inputs_axis, prunable=divisible)
+
+
+def check_n_m(config: Config) -> None:
+  """Raises ValueError where a phase would not remove a whole number of every m."""
+  m = config.n_m_group
+  for phase, sparsity in config.sparsity_of_phases().items():
+    removed = m * sparsity
+    if abs(removed - round(removed)) > 1e-6:
+      raise ValueError(
+        f"--criterion=n_m would remove {removed:.3g} of {m} weights in phase {phase}: "
+        "choose --goal_sparsity, --phases and --n_m_group that make it whole, such as "
+        "0.75, 2 and 4"
+      )
 
 
 def filters(config: Config, key: jax.Array, groups: Groups) -> Prune:
@@ -117,15 +137,39 @@ def classifier(params: dict) -> str:
 CRITERIA: dict[str, Criterion] = {
   "magnitude": Criterion(
     lambda config, key, groups: functools.partial(magnitude_masks, scope=config.scope),
+    "the smallest weights, compared as --scope says",
     scope=True,
   ),
   "random": Criterion(
     lambda config, key, groups: functools.partial(random_masks, key, scope=config.scope),
+    "any weights, shared out as --scope says",
     scope=True,
   ),
-  "erk": Criterion(lambda config, key, groups: erk_masks),
-  "lamp": Criterion(lambda config, key, groups: lamp_masks),
-  "n_m": Criterion(n_m),
-  "filters": Criterion(filters, scope=True),
-  "channels": Criterion(channels, scope=True, whole_channels=True),
+  "erk": Criterion(
+    lambda config, key, groups: erk_masks,
+    "the smallest weights, with a sparsity for each layer that follows from its shape",
+  ),
+  "lamp": Criterion(
+    lambda config, key, groups: lamp_masks,
+    "the smallest weights, with a sparsity for each layer that follows from its weights",
+  ),
+  "n_m": Criterion(n_m, "all but n of every m inputs", check=check_n_m),
+  "filters": Criterion(
+    filters,
+    "whole outputs of all layers but the classifier; the sparsity counts filters",
+    scope=True,
+  ),
+  "channels": Criterion(
+    channels,
+    "whole channels, in all layers that have to lose them together; the sparsity counts "
+    "what --budget says",
+    scope=True,
+    whole_channels=True,
+    flags=("budget", "round_to"),
+  ),
 }
+
+
+def removes_channels(config: Config) -> bool:
+  """Whether --criterion removes whole channels."""
+  return CRITERIA[config.criterion].whole_channels

@@ -13,6 +13,7 @@ import numpy as np
 from jaxsms import Phase
 from jaxsms.data.subsets import Shares
 from jaxsms.phases import Prune
+from jaxsms.schedule_registry import RETRAIN_SCHEDULES
 from jaxsms.training import (
   Engine,
   Ingredients,
@@ -45,7 +46,7 @@ from .searching import search_of
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
   from ..run.seed_state import SeedState
-  from ..run.task import Task
+  from ..setup.task import Task
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # Independent streams of a seed's key.
@@ -232,9 +233,8 @@ def retraining_plan(run: Run, m: int, steps: int) -> Plan:
     chosen = averaged(config, varied_ingredients(run, m, steps, values))
     if not np.max(chosen["steps"]):
       return chosen, np.zeros([m, 0], np.float32)
-    options = {}
-    if config.retrain_schedule == "ALLR":
-      options = {k: record[k] for k in ("relative_norm_drop", "pruned_fraction")}
+    needs = RETRAIN_SCHEDULES[config.retrain_schedule].needs
+    options = {name: record[name] for name in needs}
     if "learning_rate" in values:
       options["initial_lr"] = values["learning_rate"].astype(np.float32)
     lrs = retrain_learning_rates(
@@ -252,7 +252,7 @@ def retraining_plan(run: Run, m: int, steps: int) -> Plan:
 def merging_for(run: Run, m: int) -> Merging:
   """That of --merge, for m copies."""
   config = run.config
-  merging = merging_of(config.merge, config.weight_decay, samples_of(run, m))
+  merging = merging_of(config.merge, config.weight_decay, copy_weights(run, m))
   if config.subsets in ("dirichlet", "groups"):  # their copies may know few classes
     merging = merging._replace(may_collapse=False)
   return merging
@@ -307,7 +307,7 @@ def prune_and_retrain(
   return records
 
 
-def samples_of(run: Run, m: int) -> np.ndarray | None:
+def copy_weights(run: Run, m: int) -> np.ndarray | None:
   """What --merge=by_samples and by_ratios weight copies by; one copy has all."""
   config = run.config
   if config.merge not in GIVEN:

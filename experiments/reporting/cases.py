@@ -10,7 +10,7 @@ class Case(NamedTuple):
   """Results that belong together.
 
   Attributes:
-    title: tells it from the others.
+    title: its name, which no other case has.
     flags: of the run; `goal_sparsity` and `ingredients` are those of the case.
     seeds: entries as in results.json; the last may be of a seed under way. Where dense
       training was not its own, `dense` may be empty.

@@ -1,11 +1,11 @@
 """Sections on networks whose whole channels go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import figures
 from .cases import Case
 from .cost_sections import duration, ratio, spread_text
-from .document import Picture, Section, Table
+from .document import Block, Picture, Table, table_of_cases
 from .figures import products_kept
 from .statistics import Results
 from .training_sections import CASES_DRAWN, suffix
@@ -13,38 +13,32 @@ from .training_sections import CASES_DRAWN, suffix
 DENSE = "Dense"
 
 
-def channels_section(cases: Sequence[Case]) -> Section:
+def channels_section(cases: Sequence[Case]) -> Iterator[Block]:
   """What each phase's network takes, cut, beside the dense one."""
-  section = Section("Size and speed, phase by phase", [])
   shown = [case for case in cases if case.inference_by_phase]
   groups = []
   for case in shown:
     found = case.inference_by_phase
     lines = [_dense_line(case, found)]
     lines += [_phase_line(case, found, phase) for phase in found["phases"]]
-    if len(cases) > 1:
-      lines = [[case.title if i == 0 else "", *line] for i, line in enumerate(lines)]
-    groups.append(lines)
+    groups.append([[case.title if i == 0 else "", *x] for i, x in enumerate(lines)])
   if not groups:
-    return section
-  header = ["Run"] if len(cases) > 1 else []
-  header += ["Network", "Parameters", "Multiply-adds", "kB", "s per epoch"]
+    return
+  header = ["Run", "Network", "Parameters", "Multiply-adds", "kB", "s per epoch"]
   header += ["times as fast", "ms a batch", "times as fast"]
-  section.blocks.append(Table(header, groups, (0, 1) if len(cases) > 1 else (0,)))
-  section.blocks.append(_reading(shown[0].inference_by_phase))
-  section.blocks.extend(
-    Picture(
-      "multiply-adds" + suffix(cases, case),
-      figures.over_multiply_adds(case, "test_accuracy"),
-      "Test accuracy over the multiply-adds of one image's inference, cut.",
-      "Test accuracy over multiply-adds, a line for each method, down to "
-      f"{100 * min(kept.values()):.3g} % of the dense network's.",
-    )
-    for case in shown[:CASES_DRAWN]
-    if (kept := products_kept(case))
-  )
-  section.blocks.extend(said for case in shown for said in _sentences(cases, case))
-  return section
+  yield table_of_cases(header, groups, (0, 1), len(cases) > 1)
+  yield _reading(shown[0].inference_by_phase)
+  for case in shown[:CASES_DRAWN]:
+    if kept := products_kept(case):
+      yield Picture(
+        "multiply-adds" + suffix(cases, case),
+        figures.over_multiply_adds(case, "test_accuracy"),
+        "Test accuracy over the multiply-adds of one image's inference, cut.",
+        "Test accuracy over multiply-adds, a line for each method, down to "
+        f"{100 * min(kept.values()):.3g} % of the dense network's.",
+      )
+  for case in shown:
+    yield from _sentences(cases, case)
 
 
 def _dense_line(case, found):
@@ -125,9 +119,8 @@ def _sentences(cases, case):
   )
 
 
-def sensitivity_section(cases: Sequence[Case]) -> Section:
+def sensitivity_section(cases: Sequence[Case]) -> Iterator[Block]:
   """What each group of channels costs, and what its loss costs."""
-  section = Section("What each group of channels costs", [])
   shown = [case for case in cases if case.sensitivity]
   for case in shown[:1] if len(cases) > 1 else shown:
     found = case.sensitivity
@@ -149,7 +142,7 @@ def sensitivity_section(cases: Sequence[Case]) -> Section:
       continue
     header = ["Channels of", "How many", "Weights", "Multiply-adds", "of the network"]
     header += ["kB", "Removed", "Points lost"]
-    section.blocks.append(
+    yield (
       "Of the dense network, first seed"
       + (f", {case.title}" if len(cases) > 1 else "")
       + ": the weights, multiply-adds and bytes that have these channels, and the points "
@@ -157,9 +150,8 @@ def sensitivity_section(cases: Sequence[Case]) -> Section:
       f"{100 * found['share']:g} % of one group go and all others stay. On "
       f"{found['images']} images. Weights between two groups count for both."
     )
-    section.blocks.append(Table(header, [rows], (0,)))
-    section.blocks.append(f"Measuring that took {found['seconds']:.1f} s.")
-  return section
+    yield Table(header, [rows], (0,))
+    yield f"Measuring that took {found['seconds']:.1f} s."
 
 
 def share_text(part: float | None, whole: float | None) -> str:

@@ -1,33 +1,30 @@
 """Accuracy on head, middle and tail classes, where training data are long-tailed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxsms.data.long_tail import HEAD, MIDDLE, TAIL
 
 from ..methods.registry import looks
 from .cases import Case
-from .document import Folded, Section, Table
-from .statistics import method_title, summarize
-from .tables import accuracy, gain
+from .document import Block, Folded, Table
+from .statistics import summarize
+from .tables import accuracy, gain, method_rows, percent
 
-SAID = (
+EXPLANATION = (
   "Test accuracy in percent on the third of the classes with most training examples "
   "(head), that with fewest (tail) and those between; the soup's gain on the tail is "
   "paired by seed, with its 95 % interval."
 )
 
 
-def classes_section(cases: Sequence[Case]) -> Section:
+def classes_section(cases: Sequence[Case]) -> Iterator[Block]:
   """A table for each case that has such classes."""
-  section = Section("Head and tail classes", [])
   tables = [(case, classes_table(case)) for case in cases]
   found = [(case, table) for case, table in tables if table.rows]
-  if not found:
-    return section
-  section.blocks.append(SAID)
+  if found:
+    yield EXPLANATION
   for case, table in found:
-    section.blocks.append(table if len(cases) == 1 else Folded(case.title, table))
-  return section
+    yield table if len(cases) == 1 else Folded(case.title, table)
 
 
 def classes_table(case: Case) -> Table:
@@ -47,18 +44,11 @@ def classes_table(case: Case) -> Table:
   header = ["Phase", "Sparsity", "Model", *map(str.capitalize, known), "Soup minus it"]
   parts = []
   for phase, row in groups[TAIL].items():
-    lines = [
-      [
-        "",
-        "",
-        method_title(name, case.m),
-        *(accuracy(groups[group][phase].get(name)) for group in known),
-        gain(row[name]),
-      ]
-      for name in (*looks(), "dense")
-      if name in row
+    cells = [
+      lambda name, of=groups[group][phase]: accuracy(of.get(name)) for group in known
     ]
-    if lines:
-      lines[0][:2] = str(phase), f"{100 * row['sparsity']:.2f} %"
+    cells.append(lambda name, row=row: gain(row[name]))
+    first = str(phase), percent(row)
+    if lines := method_rows(first, row, case.m, (*looks(), "dense"), cells):
       parts.append(lines)
   return Table(header, parts, (2,), "Sparse soup")

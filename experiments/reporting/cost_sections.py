@@ -1,25 +1,25 @@
 """Sections on what an inference costs, and how results were made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..benchmarks.bench_statistics import shown
+from ..checks.results_check import models_of
 from .cases import Case, Origin
-from .document import Code, Folded, Section, Table
+from .document import Block, Code, Folded, Table, table_of_cases
 from .statistics import estimate
 
 
-def inference_section(cases: Sequence[Case]) -> Section:
+def inference_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Sizes and times."""
-  section = Section("Size and time of an inference", [])
   groups = []
   for case in cases:
     if not case.inference:
       continue
     found = case.inference
-    models = found.get("models") or {
-      k: v for k, v in found.items() if isinstance(v, dict) and "bytes" in v
-    }
+    models = models_of(found)
     dense = models.get("dense", {})
     lines = [
       [
@@ -36,14 +36,12 @@ def inference_section(cases: Sequence[Case]) -> Section:
     groups.append(lines)
   if groups:
     header = ["Measured", "Model", "kB", "times smaller", "ms a batch", "times as fast"]
-    section.blocks.append(Table(header, groups, (0, 1)))
-    section.blocks.append("Milliseconds: median over rounds, and the least and greatest.")
-  return section
+    yield Table(header, groups, (0, 1))
+    yield "Milliseconds: median over rounds, and the least and greatest."
 
 
-def onnx_section(cases: Sequence[Case]) -> Section:
+def onnx_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Sizes and times of ONNX files in ONNX Runtime."""
-  section = Section("Time of an inference in ONNX Runtime", [])
   groups = []
   for case in cases:
     files = dict(sorted(case.onnx["files"].items())) if case.onnx else {}
@@ -66,24 +64,17 @@ def onnx_section(cases: Sequence[Case]) -> Section:
       groups.append(lines)
   if groups:
     header = ["Measured", "File", "kB", "Batch", "ms a batch", "times as fast"]
-    section.blocks.append(Table(header, groups, (0, 1)))
-    section.blocks.append(
-      "Milliseconds: median over alternating rounds, and the least and greatest."
-    )
-  return section
+    yield Table(header, groups, (0, 1))
+    yield "Milliseconds: median over alternating rounds, and the least and greatest."
 
 
 def _median(value):
   return value.get("median") if isinstance(value, dict) else value
 
 
-def spread_text(value: object) -> str:
+def spread_text(value: Any) -> str:
   """A median with the least and greatest, or a single number."""
-  if value is None:
-    return ""
-  if isinstance(value, dict):
-    return f"{value['median']:.3g} [{value['min']:.3g}, {value['max']:.3g}]"
-  return f"{value:.3g}"
+  return f"{value:.3g}" if isinstance(value, (int, float)) else shown(value)
 
 
 def ratio(dense: float | None, value: float | None) -> str:
@@ -98,9 +89,8 @@ COSTS = (
 )
 
 
-def cost_section(cases: Sequence[Case]) -> Section:
+def cost_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Arithmetic of an inference."""
-  section = Section("Cost of an inference", [])
   groups = []
   for case in cases:
     dense = [s["dense"] for s in case.seeds if "multiply_adds" in s["dense"]]
@@ -120,41 +110,29 @@ def cost_section(cases: Sequence[Case]) -> Section:
     groups.append(lines)
   if groups:
     header = ["Run", "Model", "Sparsity", *(title for _, title, _ in COSTS)]
-    if len(cases) == 1:
-      header, groups = header[1:], [[line[1:] for line in lines] for lines in groups]
-    section.blocks.append(Table(header, groups, (0, 1) if len(cases) > 1 else (0,)))
-    section.blocks.append(
+    yield table_of_cases(header, groups, (0, 1), len(cases) > 1)
+    yield (
       "Of one image, mean over seeds. Theoretical speed-up: multiply-adds of the dense "
       "network over those that are left; what a device gains is another matter."
     )
-  return section
 
 
-def origin_section(origins: Sequence[Origin]) -> Section:
+def origin_section(origins: Sequence[Origin]) -> Iterator[Block]:
   """How it was made, and how to make it again."""
-  section = Section("How this was made", [])
   for origin in origins:
     where = " Also ".join(f"{_versions(one)}." for one in origin.environments or [{}])
     took = _took(origin)
     name = f"{origin.title}: " if len(origins) > 1 else ""
     sources = sorted(set(map(str, (origin.ood_sources or {}).values())))
     ood = f" Corruptions from {', '.join(sources)}." if sources else ""
-    section.blocks.extend(
-      [
-        f"{name}{where}{took}{ood} "
-        f"This command repeats it{' and fills the grid' if origin.grows else ''}:",
-        Code(origin.command),
-        Folded(
-          "All flags" + (f" of {origin.title}" if len(origins) > 1 else ""),
-          Table(
-            ("Flag", "Value"),
-            [[[key, flag_text(value)] for key, value in sorted(origin.flags.items())]],
-            (0, 1),
-          ),
-        ),
-      ]
+    yield (
+      f"{name}{where}{took}{ood} "
+      f"This command repeats it{' and fills the grid' if origin.grows else ''}:"
     )
-  return section
+    yield Code(origin.command)
+    rows = [[key, flag_text(value)] for key, value in sorted(origin.flags.items())]
+    title = "All flags" + (f" of {origin.title}" if len(origins) > 1 else "")
+    yield Folded(title, Table(("Flag", "Value"), [rows], (0, 1)))
 
 
 def _took(origin):

@@ -58,6 +58,9 @@ class Folded(NamedTuple):
   table: Table
 
 
+Block = str | Table | Picture | Code | Folded
+
+
 class Section(NamedTuple):
   """A heading and what is under it.
 
@@ -67,7 +70,27 @@ class Section(NamedTuple):
   """
 
   title: str
-  blocks: list[str | Table | Picture | Code | Folded]
+  blocks: list[Block]
+
+
+def table_of_cases(
+  header: Sequence[str],
+  groups: Sequence[Sequence[Sequence[str]]],
+  left: Sequence[int],
+  several: bool,
+) -> Table:
+  """A table whose first column names the case, and goes where there is only one.
+
+  Args:
+    header: names of the columns.
+    groups: rows of each case.
+    left: columns with words.
+    several: whether there are several cases.
+  """
+  if several:
+    return Table(header, groups, left)
+  rows = [[row[1:] for row in group] for group in groups]
+  return Table(header[1:], rows, [i - 1 for i in left if i])
 
 
 class Document(NamedTuple):

@@ -102,4 +102,4 @@ def _name_rungs(axes, rungs):
   every = -(-len(rungs) // 10)
   shown = range(every, len(rungs) + 1, every)
   axes.set_xticks(list(shown), [str(rungs[i - 1]["step"]) for i in shown])
-  axes.set_xlabel("Step of a phase at which copies are judged")
+  axes.set_xlabel("Step of a phase at which copies are evaluated")

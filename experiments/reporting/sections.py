@@ -1,8 +1,6 @@
 """The sections of a report; those without data are left out."""
 
-from collections.abc import Iterator, Sequence
-
-from jaxsms.names import quantity
+from collections.abc import Callable, Iterator, Sequence
 
 from ..methods.registry import looks
 from . import figures
@@ -15,11 +13,11 @@ from .cost_sections import (
   onnx_section,
   origin_section,
 )
-from .document import Document, Folded, Picture, Section, Table
+from .document import Block, Document, Folded, Picture, Section, Table
 from .search_sections import search_section
 from .statistics import Results, method_title, summarize
 from .summary import sentences
-from .tables import accuracy, gain, notes
+from .tables import accuracy, accuracy_and_gain, method_rows, notes, percent
 from .training_sections import (
   CASES_DRAWN,
   curves_section,
@@ -34,6 +32,7 @@ from .uncertainty_section import uncertainty_section
 BAND = (
   "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."
 )
+OOD = "Corrupted data: the mean over corruptions of the test images and their severities."
 ECE = "test_expected_calibration_error"
 # What cases of one grid may differ in; anything else makes them other experiments.
 VARIED = ("goal_sparsity", "ingredients", "seed", "seeds", "baselines", "workdir")
@@ -67,24 +66,10 @@ def document(
     warnings += [f"{prefix}Not finished: {case.unfinished}."] if case.unfinished else []
     warnings += [prefix + note for note in notes(case.seeds)]
   summary += shared
-  parts = (
-    results_section(cases),
-    accuracy_section(cases),
-    classes_section(cases),
-    curves_section(cases),
-    search_section(cases),
-    layers_section(cases),
-    geometry_section(cases),
-    uncertainty_section(cases),
-    landscape_section(cases),
-    channels_section(cases),
-    sensitivity_section(cases),
-    inference_section(cases),
-    onnx_section(cases),
-    cost_section(cases),
-    origin_section(origins),
-  )
-  return Document(title, subtitle, summary, warnings, [p for p in parts if p.blocks])
+  sections = [Section(name, list(blocks(cases))) for name, blocks in SECTIONS.items()]
+  sections.append(Section("How this was made", list(origin_section(origins))))
+  shown = [section for section in sections if section.blocks]
+  return Document(title, subtitle, summary, warnings, shown)
 
 
 def phases_of(case: Case) -> list[Results]:
@@ -92,28 +77,25 @@ def phases_of(case: Case) -> list[Results]:
   return [row for row in summarize(case.seeds) if "soup" in row]
 
 
-def results_section(cases: Sequence[Case]) -> Section:
+def results_section(cases: Sequence[Case]) -> Iterator[Block]:
   """The table."""
   shown = [case for case in cases if phases_of(case)]
-  section = Section("Results", [])
   if not shown:
-    return section
-  section.blocks.append(
+    return
+  yield (
     "Mean ± standard deviation over seeds, in percent. Soup minus it: the mean difference "
     "between soup and model, paired by seed, in points, with its 95 % interval "
     "(Student t); clear of 0 where both ends have the same sign."
   )
   if len(cases) == 1:
-    section.blocks.append(table(shown[0], phases_of(shown[0]), False))
-    return section
+    yield table(shown[0], phases_of(shown[0]), False)
+    return
   groups = [table(case, phases_of(case)[-1:], True, cases) for case in shown]
   header = groups[0].header
-  section.blocks.append(
-    Table(header, [rows for found in groups for rows in found.rows], (0, 2), "Sparse soup")
-  )
+  rows = [rows for found in groups for rows in found.rows]
+  yield Table(header, rows, (0, 2), "Sparse soup")
   for case in shown:
-    section.blocks.append(Folded(case.title, table(case, phases_of(case), False)))
-  return section
+    yield Folded(case.title, table(case, phases_of(case), False))
 
 
 def table(
@@ -138,22 +120,13 @@ def table(
   header += ["ECE"] if has_ece else []
   groups = []
   for row in rows:
-    lines = []
-    for name in (*looks(), "dense"):
-      if name not in row:
-        continue
-      n = row[name].get("seeds")
-      of = "" if n is None else f" ({quantity(n, 'seed')})"
-      line = ["", "", method_title(name, case.m) + of, accuracy(row[name]), gain(row[name])]
-      if has_ood:
-        entry = ood[row["phase"]].get(name)
-        line += [accuracy(entry), gain(entry)]
-      if has_ece:
-        line.append(accuracy(ece[row["phase"]].get(name)))
-      lines.append(line)
-    first = case.title if of_several else str(row["phase"])
-    lines[0][:2] = first, f"{100 * row['sparsity']:.2f} %"
-    groups.append(lines)
+    cells = accuracy_and_gain(row)
+    if has_ood:
+      cells += accuracy_and_gain(ood[row["phase"]])
+    if has_ece:
+      cells.append(lambda name, of=ece[row["phase"]]: accuracy(of.get(name)))
+    first = case.title if of_several else str(row["phase"]), percent(row)
+    groups.append(method_rows(first, row, case.m, (*looks(), "dense"), cells))
   return Table(header, groups, (0, 2) if of_several else (2,), "Sparse soup")
 
 
@@ -175,7 +148,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
       )
   for case in shown[:CASES_DRAWN]:
     last = summarize(case.seeds, metric)[-1]
-    tell = ", ".join(
+    text = ", ".join(
       f"{method_title(key, case.m)} {100 * last[key]['mean']:.2f}"
       for key in (*looks(), "dense")
       if key in last
@@ -186,7 +159,7 @@ def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[P
       figures.over_sparsity(case, metric),
       f"{what}{title} over sparsity.",
       f"{what} over sparsity, a line for each method. At {100 * last['sparsity']:.2f} %: "
-      f"{tell}.",
+      f"{text}.",
     )
 
 
@@ -247,29 +220,38 @@ def _grids(cases, metric, name, what):
         )
 
 
-def accuracy_section(cases: Sequence[Case]) -> Section:
+def accuracy_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Accuracy on test data and out of distribution, and calibration."""
-  section = Section("Accuracy and calibration", [])
-  blocks = section.blocks
-  blocks.extend(metric_pictures(cases, "test_accuracy", "accuracy"))
-  blocks.extend(cut([case for case in cases if phases_of(case)], "Accuracies by phase"))
-  if ood := list(metric_pictures(cases, "ood_accuracy", "ood")):
-    blocks.extend(ood)
-  if ece := list(metric_pictures(cases, ECE, "calibration")):
-    blocks.extend(ece)
-  said = []
-  if any(
-    "half_width" in r["soup"] and r["soup"]["half_width"]
-    for c in cases
-    for r in phases_of(c)
-  ):
-    said.append(BAND)
-  if ood:
-    said.append(
-      "Corrupted data: the mean over corruptions of the test images and their severities."
-    )
-  if ece:
-    said.append("Calibration error: of test data, in 15 bins; less is better.")
-  if said:
-    blocks.insert(0, " ".join(said))
-  return section
+  ood = list(metric_pictures(cases, "ood_accuracy", "ood"))
+  ece = list(metric_pictures(cases, ECE, "calibration"))
+  phases = [row for case in cases for row in phases_of(case)]
+  has_bands = any(row["soup"].get("half_width") for row in phases)
+  explained = [*([BAND] if has_bands else ()), *([OOD] if ood else ())]
+  explained += (
+    ["Calibration error: of test data, in 15 bins; less is better."] if ece else []
+  )
+  if explained:
+    yield " ".join(explained)
+  yield from metric_pictures(cases, "test_accuracy", "accuracy")
+  yield from cut([case for case in cases if phases_of(case)], "Accuracies by phase")
+  yield from ood
+  yield from ece
+
+
+# The sections in their order; one without blocks is left out.
+SECTIONS: dict[str, Callable[[Sequence[Case]], Iterator[Block]]] = {
+  "Results": results_section,
+  "Accuracy and calibration": accuracy_section,
+  "Head and tail classes": classes_section,
+  "Learning curves": curves_section,
+  "Search": search_section,
+  "Sparsity of each layer": layers_section,
+  "Geometry of the soup": geometry_section,
+  "Uncertainty of the candidates": uncertainty_section,
+  "Loss between the candidates": landscape_section,
+  "Size and speed, phase by phase": channels_section,
+  "What each group of channels costs": sensitivity_section,
+  "Size and time of an inference": inference_section,
+  "Time of an inference in ONNX Runtime": onnx_section,
+  "Cost of an inference": cost_section,
+}

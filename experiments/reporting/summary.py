@@ -5,7 +5,7 @@ from .cases import Case
 from .statistics import Results, method_title, summarize
 from .tables import ends, signed
 
-# What the soup is held against in words; the rest is in the table.
+# The models that the summary compares the soup with; the table has all.
 AGAINST = {
   "mean_candidate": "the mean of its candidates",
   "imp": "IMP",

@@ -1,15 +1,13 @@
 """A run's results as tables and sentences."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxsms.names import quantity
+
 from ..methods.registry import looks
-from .statistics import (
-  Results,
-  dataset_title,
-  estimate,
-  method_title,
-)
+from .statistics import Results, dataset_title, estimate, method_title
 
 HEADER = ("Phase", "Sparsity", "Model", "Test accuracy", "Soup minus it")
 
@@ -26,15 +24,46 @@ def rows(summary: list[Results], m: int) -> list[list[list[str]]]:
     in percent (with standard deviations), and the soup's paired gain over the method (with
     the ends of its 95 % interval).
   """
-  tables = []
-  for row in summary:
-    lines = []
-    for name in looks():
-      if name in row:
-        lines.append(["", "", method_title(name, m), accuracy(row[name]), gain(row[name])])
-    lines[0][:2] = str(row["phase"]), f"{100 * row['sparsity']:.2f} %"
-    tables.append(lines)
-  return tables
+  return [
+    method_rows((str(row["phase"]), percent(row)), row, m, looks(), accuracy_and_gain(row))
+    for row in summary
+  ]
+
+
+Cell = Callable[[str], str]
+
+
+def method_rows(
+  first: Sequence[str], row: Results, m: int, names: Iterable[str], cells: Sequence[Cell]
+) -> list[list[str]]:
+  """The rows of one phase as text, one for each method that it has.
+
+  Args:
+    first: what the first row begins with.
+    row: of a summary.
+    m: number of copies.
+    names: of methods, in order.
+    cells: gives the text of each column behind the method's title, from its name.
+  """
+  found = []
+  for name in names:
+    if name in row:
+      n = row[name].get("seeds")
+      title = method_title(name, m) + ("" if n is None else f" ({quantity(n, 'seed')})")
+      found.append([*("" for _ in first), title, *(cell(name) for cell in cells)])
+  if found:
+    found[0][: len(first)] = first
+  return found
+
+
+def accuracy_and_gain(row: Results) -> list[Cell]:
+  """Two columns of `method_rows`, from a summary that may lack methods."""
+  return [lambda name: accuracy(row.get(name)), lambda name: gain(row.get(name))]
+
+
+def percent(row: Results) -> str:
+  """The sparsity of a summary."""
+  return f"{100 * row['sparsity']:.2f} %"
 
 
 def accuracy(entry: Results | None) -> str:

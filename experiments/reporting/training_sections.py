@@ -6,7 +6,7 @@ import numpy as np
 
 from . import training_figures
 from .cases import Case
-from .document import Picture, Section
+from .document import Block, Picture
 from .statistics import Results
 
 CASES_DRAWN = 6  # at most so many where each has figures of its own
@@ -23,13 +23,12 @@ def cut(cases: Sequence[Case], what: str) -> Iterator[str]:
     yield f"{what} of the first {CASES_DRAWN} of {len(cases)} are drawn."
 
 
-def curves_section(cases: Sequence[Case]) -> Section:
+def curves_section(cases: Sequence[Case]) -> Iterator[Block]:
   """What training does."""
   shown = [case for case in cases if case.epochs]
-  section = Section("Learning curves", [])
   if not shown:
-    return section
-  section.blocks.append(
+    return
+  yield (
     "A line for each copy of the first seed, grey for those of other seeds; dense training "
     "first, then the phases one after another. On augmented training images."
   )
@@ -38,19 +37,16 @@ def curves_section(cases: Sequence[Case]) -> Section:
     for name in names:
       what = training_figures.CURVES[name]
       title = f" of {case.title}" if len(cases) > 1 else ""
-      section.blocks.append(
-        Picture(
-          f"curves-{name.replace('_', '-')}{suffix(cases, case)}",
-          training_figures.curves(case, name),
-          f"{what}{title} by epoch.",
-          f"{what} of all copies by epoch, phase after phase.",
-        )
+      yield Picture(
+        f"curves-{name.replace('_', '-')}{suffix(cases, case)}",
+        training_figures.curves(case, name),
+        f"{what}{title} by epoch.",
+        f"{what} of all copies by epoch, phase after phase.",
       )
-  section.blocks.extend(cut(shown, "Curves"))
-  return section
+  yield from cut(shown, "Curves")
 
 
-def layers_section(cases: Sequence[Case]) -> Section:
+def layers_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Which layers lose most."""
   shown = [
     case
@@ -59,40 +55,31 @@ def layers_section(cases: Sequence[Case]) -> Section:
       "layer_sparsities" in soup for soups in case.soups("soup").values() for soup in soups
     )
   ]
-  section = Section("Sparsity of each layer", [])
   if shown:
     one = len(cases) == 1
-    section.blocks.append(
-      Picture(
-        "layers",
-        training_figures.layers(shown[0]) if one else training_figures.layers_of(shown),
-        "Share of removed weights in each layer of the soup, mean over seeds.",
-        "A dot for each layer and phase: which share of its weights is removed.",
-      )
+    yield Picture(
+      "layers",
+      training_figures.layers(shown[0]) if one else training_figures.layers_of(shown),
+      "Share of removed weights in each layer of the soup, mean over seeds.",
+      "A dot for each layer and phase: which share of its weights is removed.",
     )
-  return section
 
 
-def geometry_section(cases: Sequence[Case]) -> Section:
+def geometry_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Where the copies lie."""
   shown = [case for case in cases if case.soups("geometry") and case.m > 1]
-  section = Section("Geometry of the soup", [])
   if shown:
     for name, (title, label) in training_figures.GEOMETRY.items():
-      section.blocks.append(
-        Picture(
-          f"geometry-{name.replace('_', '-')}",
-          training_figures.geometry(shown, name),
-          f"{title} that are averaged, by phase, mean over seeds.",
-          f"{title} by phase. {label}.",
-        )
+      yield Picture(
+        f"geometry-{name.replace('_', '-')}",
+        training_figures.geometry(shown, name),
+        f"{title} that are averaged, by phase, mean over seeds.",
+        f"{title} by phase. {label}.",
       )
-  return section
 
 
-def landscape_section(cases: Sequence[Case]) -> Section:
+def landscape_section(cases: Sequence[Case]) -> Iterator[Block]:
   """The loss between the candidates."""
-  section = Section("Loss between the candidates", [])
   found = [(case, measured) for case in cases if (measured := last_landscape(case))]
   for case, (seed, phase, record) in found[:CASES_DRAWN]:
     where = f"seed {seed}, phase {phase}"
@@ -100,15 +87,13 @@ def landscape_section(cases: Sequence[Case]) -> Section:
     end = suffix(cases, case)
     on = f"On {record['images']} {record['split']} images; {where}."
     for name in ("loss", "accuracy") if len(cases) == 1 else ("loss",):
-      tell = _barriers(record) if name == "loss" else ""
-      section.blocks.append(
-        Picture(
-          f"lines-{name}{end}",
-          training_figures.lines_between(record, title, name),
-          f"{name.capitalize()} on the straight lines between pairs of candidates. "
-          f"{tell} {on}",
-          f"{name.capitalize()} between pairs of candidates. {tell}",
-        )
+      text = _barriers(record) if name == "loss" else ""
+      yield Picture(
+        f"lines-{name}{end}",
+        training_figures.lines_between(record, title, name),
+        f"{name.capitalize()} on the straight lines between pairs of candidates. "
+        f"{text} {on}",
+        f"{name.capitalize()} between pairs of candidates. {text}",
       )
     if record.get("plane") and np.isfinite(np.array(record["plane"]["loss"], float)).any():
       distance = (record["plane"].get("distance_from_plane") or {}).get("soup")
@@ -118,16 +103,13 @@ def landscape_section(cases: Sequence[Case]) -> Section:
         else ""
       )
       through = ", ".join(map(str, record["plane"]["through"]))
-      section.blocks.append(
-        Picture(
-          f"plane{end}",
-          training_figures.plane(record, title),
-          f"Loss on the plane through candidates {through}.{beside} {on}",
-          f"Contours of the loss on the plane through candidates {through}, with the soup.",
-        )
+      yield Picture(
+        f"plane{end}",
+        training_figures.plane(record, title),
+        f"Loss on the plane through candidates {through}.{beside} {on}",
+        f"Contours of the loss on the plane through candidates {through}, with the soup.",
       )
-  section.blocks.extend(cut([case for case, _ in found], "Planes and lines"))
-  return section
+  yield from cut([case for case, _ in found], "Planes and lines")
 
 
 def _barriers(record):

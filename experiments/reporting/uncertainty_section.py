@@ -1,11 +1,11 @@
-"""The section on how the spread between candidates tells what they do not know."""
+"""The section on the uncertainty that the candidates' disagreement measures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from .cases import Case
-from .document import Section, Table
+from .document import Block, table_of_cases
 
 COLUMNS = {
   "disagreement": "Disagreement, %",
@@ -20,9 +20,9 @@ CORRUPTED = {
 }
 
 
-def uncertainty_section(cases: Sequence[Case]) -> Section:
-  """Disagreement of the candidates on test data, and what it tells."""
-  section, groups = Section("Uncertainty of the candidates", []), []
+def uncertainty_section(cases: Sequence[Case]) -> Iterator[Block]:
+  """Disagreement of the candidates on test data, and how well it detects errors."""
+  groups = []
   phases = [case.soups("uncertainty") for case in cases]
   corrupted = any(
     "corrupted" in one for found in phases for records in found.values() for one in records
@@ -30,7 +30,7 @@ def uncertainty_section(cases: Sequence[Case]) -> Section:
   for case, found in zip(cases, phases, strict=True):
     rows = []
     for number, records in sorted(found.items()):
-      row = [case.title if len(cases) > 1 else "", str(number)]
+      row = [case.title, str(number)]
       row += [_mean([r["test"].get(name) for r in records], name) for name in COLUMNS]
       if corrupted:
         of_all = [r.get("corrupted", {}) for r in records]
@@ -43,19 +43,14 @@ def uncertainty_section(cases: Sequence[Case]) -> Section:
       groups.append(rows)
   if groups:
     header = ["Run", "Phase", *COLUMNS.values(), *(CORRUPTED.values() if corrupted else ())]
-    several = len(cases) > 1
-    shown = [[row if several else row[1:] for row in rows] for rows in groups]
-    section.blocks.append(
+    yield (
       "On test data, means over seeds. Disagreement: examples for which two candidates "
       "predict different classes. The last columns are areas under the ROC curve (0.5 "
       "tells nothing, 1 all): of telling what the ensemble gets wrong, and corrupted from "
       "clean images, by the entropy of the mean prediction and by its mutual information "
       "with the candidate."
     )
-    section.blocks.append(
-      Table(header if several else header[1:], shown, (0,) if several else ())
-    )
-  return section
+    yield table_of_cases(header, groups, (0,), len(cases) > 1)
 
 
 def _mean(values, name):

@@ -1,1 +1,1 @@
-"""One run: its flags, task, checkpoints, directory and lock, progress."""
+"""One run: its directory and lock, checkpoints, progress, export."""

@@ -16,19 +16,19 @@ from jaxsms.disk.series import NewestCheckpoint, Series
 from jaxsms.disk.storage import first_sentence
 
 from ..config.run_config import Config
+from ..costs.costs import RunCosts
+from ..setup.task import Task
 from . import run_directory
-from .costs import RunCosts
 from .environment import check_version, environment, environments_of
 from .lock import Busy, Lock, Moved
 from .metrics_file import MetricsFile
 from .run_directory import agreed, is_writer
 from .seed_state import SeedState, packed, unpacked
 from .signals import Stopped, StopSignals
-from .task import Task
 from .tensorboard import Board
 
 MEANS = ("loss", "accuracy")
-# Why the first process cannot take a directory; told to the others by number.
+# Why the first process cannot take a directory; sent to the others as a number.
 PROBLEMS = (type(None), Busy, OSError, ValueError)
 COST = 50  # a phase is saved when this many times the time that saving takes has gone by
 
@@ -101,7 +101,7 @@ class Checkpointer:
     """
     try:
       found = self._find()
-      said = [f"warning: {sentence}" for sentence in found.damaged]
+      messages = [f"warning: {sentence}" for sentence in found.damaged]
       self.steps_left = dict(plan)
       if found.number:
         size = self._take_up(found, task)
@@ -134,8 +134,8 @@ class Checkpointer:
     if self._resumed:
       where = self.seed_state.position() if found.number or finished else "the start"
       seeds = f"{len(self.seeds)} of {self.config.seeds} seeds finished"
-      said.append(f"resuming {self.workdir}: {where} ({seeds})")
-    return said
+      messages.append(f"resuming {self.workdir}: {where} ({seeds})")
+    return messages
 
   def _enter_environment(self, goes_on):
     """Notes the versions and devices of this process where they are others than before."""

@@ -18,10 +18,10 @@ from jaxsms.disk.onnx_files import start_session
 from jaxsms.trees import PyTree
 
 from ..config.run_config import Config, config_of
+from ..costs.inference_times import filled
+from ..costs.onnx_latency import FOLDER, LATENCY_FILE
+from ..setup.task import load
 from . import run_directory
-from .inference_times import filled
-from .onnx_latency import FOLDER, LATENCY_FILE
-from .task import load
 
 VARIABLES = ("params", "batch_stats")
 BATCH, CALIBRATION_BATCHES = 100, 5
@@ -54,7 +54,7 @@ def run_config(path: str | os.PathLike, data_dir: str | None = None) -> Config:
   """The flags of a run.
 
   Raises:
-    ValueError: its directory does not tell them.
+    ValueError: its directory does not have them.
   """
   try:
     config = config_of(run_directory.read_run(path)["flags"])
@@ -84,12 +84,16 @@ def network(config: Config) -> Network:
   return Network(module, shape, dataset)
 
 
+def variables_of(soup: dict[str, PyTree]) -> dict[str, PyTree]:
+  """Parameters and batch statistics of a soup, without its masks."""
+  return {name: soup[name] for name in VARIABLES}
+
+
 def cut(found: Network, soup: dict[str, PyTree]) -> Compact:
   """The soup's network without the channels that its masks emptied."""
-  variables = {name: soup[name] for name in VARIABLES}
   statistics = jax.tree.map(lambda x: np.ones(x.shape, bool), soup["batch_stats"])
   masks = {"params": soup["masks"], "batch_stats": statistics}
-  return compact(found.apply, variables, masks, found.images)
+  return compact(found.apply, variables_of(soup), masks, found.images)
 
 
 def write_cut_torch(
@@ -153,8 +157,7 @@ def onnx_place(path: str | os.PathLike) -> str:
 
 def save_dense(out: str, found: Network, soup: dict[str, PyTree]) -> str:
   """Writes, beside a soup's ONNX file, that of a network without zeros, to be timed."""
-  variables = {**{name: soup[name] for name in VARIABLES}}
-  variables["params"] = filled(soup["params"], soup["masks"])
+  variables = variables_of(soup) | {"params": filled(soup["params"], soup["masks"])}
   dense = str(storage.as_path(out).parent / "dense.onnx")
   save_onnx(dense, found, found.apply, variables)
   (storage.as_path(out).parent / LATENCY_FILE).unlink(missing_ok=True)

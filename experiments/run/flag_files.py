@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app
+from absl import app, flags, logging
 
 
 def run_with_flags(main: Callable[[list[str]], None]) -> None:
@@ -40,6 +40,12 @@ def _refuse(file, problem):
     file=sys.stderr,
   )
   sys.exit(2)
+
+
+def log_from(level: int = logging.WARNING) -> None:
+  """Logs what is at least that grave, unless --verbosity says what is logged."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(level)
 
 
 def check_no_arguments(argv: Sequence[str]) -> None:

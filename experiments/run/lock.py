@@ -104,7 +104,7 @@ class Lock:
     return True
 
   def _identity(self):
-    """What tells a folder on a disk from another one of its name; None for a store."""
+    """Identifies a folder on a disk, whatever its name; None for a store."""
     return None if storage.is_remote(self._path) else storage.identity(self._path)
 
   def _watch(self, holder):

@@ -1,22 +1,32 @@
 """The --out of the binaries that write a model: what it may be, and its formats."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
 import numpy as np
-from absl import flags
 
 from jaxsms.disk import storage
 from jaxsms.disk.files import output_file
 
-flags.DEFINE_string("out", None, "What to write; it must not exist yet.")
-FLAGS = flags.FLAGS
+from ..config.fields import define_flags, flag
 
 
-def check_out(endings: tuple[str, ...], example: str) -> str:
-  """The value of --out, once it is certain that it can be written.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutFlags:
+  """Where a model goes."""
+
+  out: str | None = flag("What to write; it must not exist yet.")
+
+
+define_flags(OutFlags)
+
+
+def check_out(out: str | None, endings: tuple[str, ...], example: str) -> str:
+  """The place of --out, once it is certain that it can be written.
 
   Args:
+    out: its value.
     endings: that it may have; "" among them means a folder, whose name has none.
     example: of a value.
 
@@ -26,7 +36,6 @@ def check_out(endings: tuple[str, ...], example: str) -> str:
   Raises:
     ValueError: it is missing, exists, ends otherwise, or lies in a file.
   """
-  out = FLAGS.out
   if not out:
     raise ValueError(f"--out is missing: say what to write, such as --out={example}")
   ending = os.path.splitext(out.rstrip("/"))[1].lower()

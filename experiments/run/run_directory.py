@@ -15,13 +15,13 @@ from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.devices.meshes import fetch
 from jaxsms.disk import storage
 
+from ..checks.results_check import check_results, check_run
 from ..config.device_flags import DeviceFlags
 from ..config.fields import names
 from ..config.run_config import Config, newer_flags
 from ..reporting import dataset_title
-from .hardware import bfloat16
-from .ood import prepared_digests
-from .results_check import check_results, check_run
+from ..setup.hardware import bfloat16
+from ..setup.ood import prepared_digests
 
 RUN_FILE = "run.json"
 FLAGS_FILE = "flags.txt"
@@ -210,7 +210,7 @@ def checked_results(path: str | os.PathLike) -> dict[str, Any] | None:
     path: the folder of a run or a comparison.
 
   Returns:
-    Its content, which has the form that `results_check` tells; None where there is none.
+    Its content, in the form that `results_check` describes; None where there is none.
 
   Raises:
     Damaged: a ValueError; it does not have its digest, or another form.

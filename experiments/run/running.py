@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
 
 from jaxsms import Phase
 from jaxsms.data import Dataset, StreamedDataset
@@ -19,20 +18,22 @@ from jaxsms.trees import model_at, number_of_models
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
-from . import checkpointing, hardware
-from .channel_costs import ChannelCosts
+from ..costs.channel_costs import ChannelCosts
+from ..setup import hardware
+from ..setup.task import Task, load, with_data
+from . import checkpointing
 from .environment import environment
-from .flag_files import check_no_arguments
+from .flag_files import check_no_arguments, log_from
 from .progress import MEASURED, RunProgress
 from .run_directory import candidate_folder, save_model, soup_folder
-from .task import Task, load, with_data
 
 
-def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
+def start(argv: list[str], **instead: Any) -> tuple[Config, Dataset | StreamedDataset]:
   """Reads the flags, starts the devices and loads the data.
 
   Args:
     argv: what was left on the command line, the program's name first.
+    **instead: values of flags, whatever was given.
 
   Returns:
     The flags, with what the data set decides, and the data set.
@@ -41,15 +42,14 @@ def start(argv: list[str]) -> tuple[Config, Dataset | StreamedDataset]:
     ValueError: a flag, or the data, are not as they should be.
     ImportError: a package is missing.
   """
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
+  log_from()
   check_no_arguments(argv)
   if not importlib.util.find_spec("matplotlib"):  # better missed before training
     raise ImportError(
       "the figure needs matplotlib, which is not installed: run "
       "`pip install 'jaxsms[experiments]'`"
     )
-  config = read_config()
+  config = read_config(**instead)
   hardware.start(config, config.ingredients)
   dataset = load(config)
   return with_data(config, dataset), dataset
@@ -199,7 +199,7 @@ def run_seed(
   Args:
     task: shared by all seeds.
     names: of the methods, in order.
-    listener: to whom all that happens is told; its checkpointer has what is done already.
+    listener: it gets every event; its checkpointer has what is done already.
     first_seed: where costs of channels are measured; None means the first of the run.
   """
   seed_state, config = listener.checkpointer.seed_state, listener.checkpointer.config

@@ -32,7 +32,7 @@ class SeedState:
     masks: its masks.
     state: of the training under way (dense, or in the phase after those); only in what is
       saved and restored.
-    rungs: of the phase under way, where copies are judged in it, see
+    rungs: of the phase under way, where copies are evaluated in it, see
       `jaxsms.training.search.Rung`.
   """
 

@@ -52,12 +52,16 @@ class Entry(NamedTuple):
     needs: fields of `Means` without which it cannot be.
     bind: gives the function of models [m, ...].
     two: whether it is of two models.
+    weighted: whether the models may have weights that are given.
+    of_candidates: whether it merges the candidates of a phase, which have one base.
   """
 
   title: str
   needs: tuple[str, ...]
   bind: Callable[[Means], Callable[[PyTree], Any]]
   two: bool = False
+  weighted: bool = False
+  of_candidates: bool = True
 
   @property
   def in_memory(self) -> bool:
@@ -81,11 +85,13 @@ def _fisher(means):
 
 
 MERGES = {
-  "uniform": Entry("the mean", (), lambda means: uniform_soup),
+  "uniform": Entry("the mean", (), lambda means: uniform_soup, weighted=True),
   "weighted": Entry(
     "the mean with weights that are given",
     ("weights",),
     lambda means: functools.partial(uniform_soup, weights=means.weights),
+    weighted=True,
+    of_candidates=False,
   ),
   "greedy": Entry(
     "from the best one on, each that does not lower the validation accuracy of the average",
@@ -106,11 +112,13 @@ MERGES = {
     "each entry weighted by its squared gradient",
     ("squared_gradients",),
     _fisher,
+    weighted=True,
   ),
   "inverse_variance": Entry(
     "each entry weighted by its squared gradient and the prior",
     ("squared_gradients",),
     lambda means: functools.partial(_fisher(means), prior=means.prior),
+    weighted=True,
   ),
   "task_arithmetic": Entry(
     "the base model and the mean difference from it, scaled",
@@ -118,6 +126,8 @@ MERGES = {
     lambda means: functools.partial(
       task_arithmetic, base=means.base, weights=means.weights, scale=means.scale
     ),
+    weighted=True,
+    of_candidates=False,  # whose mean it is
   ),
   "ties": Entry(
     "the base model and the largest differences from it on whose sign most agree",
@@ -131,6 +141,7 @@ MERGES = {
     (),
     lambda means: functools.partial(slerp, t=means.t),
     two=True,
+    weighted=True,
   ),
 }
 

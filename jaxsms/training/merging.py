@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from jaxsms.merges import MERGES, Means, bind, diagonal_fisher
+from jaxsms.merges import MERGES, Entry, Means, bind, diagonal_fisher
 from jaxsms.names import check_name
 from jaxsms.phases import Merge, Weighted
-from jaxsms.soups import greedy_soup, uniform_soup
 from jaxsms.training.engine import Engine, Model, Record, one_model
 from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, recalibrated, score
@@ -25,12 +24,39 @@ LEARNING_IMAGES = 1000  # of the validation data, for learned weights
 FISHER_IMAGES = 500  # of the training data
 _GRADIENTS = 8  # of single images that are held at once
 BY_SAMPLES, BY_RATIOS = "by_samples", "by_ratios"
-GIVEN = (BY_SAMPLES, BY_RATIOS)  # merges by weights that are known before training
-# Task arithmetic of candidates and the pruned model that they come from is their mean.
-NAMES = (
-  *(name for name in MERGES if name not in ("weighted", "task_arithmetic")),
-  *GIVEN,
-)
+
+
+class Given(NamedTuple):
+  """A merge by weights that are known before training.
+
+  Attributes:
+    title: what it does, for people.
+    weights: what the weights of the copies are.
+    may_collapse: see `Merging`.
+  """
+
+  title: str
+  weights: str
+  may_collapse: bool
+
+
+GIVEN = {
+  BY_SAMPLES: Given(
+    "the mean, weighted by the number of training examples of each copy",
+    "training examples",
+    may_collapse=False,
+  ),
+  BY_RATIOS: Given(
+    "the mean, weighted towards the copies with less balanced classes",
+    "weight",
+    may_collapse=True,
+  ),
+}
+# Every merge of candidates by its name, with its title.
+CANDIDATE_MERGES: dict[str, Entry | Given] = {
+  **{name: entry for name, entry in MERGES.items() if entry.of_candidates},
+  **GIVEN,
+}
 
 
 class Merging(NamedTuple):
@@ -120,7 +146,7 @@ def merging_of(
   """The merging of a phase by its name.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `CANDIDATE_MERGES`.
     prior: the L2 coefficient of training, for inverse variances.
     weights: float [m], of the copies: the training examples of each for "by_samples", or
       such as `weights_by_ratios` gives for "by_ratios".
@@ -128,34 +154,23 @@ def merging_of(
   Raises:
     ValueError: an unknown name, or one of these two without them.
   """
-  check_name("merge", name, NAMES)
+  check_name("merge", name, CANDIDATE_MERGES)
   if name in GIVEN:
+    given = GIVEN[name]
     if weights is None:
-      what = "training examples" if name == BY_SAMPLES else "weight"
       raise ValueError(
-        f"merge {name} needs the {what} of each copy: give weights, one number for each"
+        f"merge {name} needs the {given.weights} of each copy: give weights, one number "
+        "for each"
       )
     merge = weighted_mean(weights)
     return Merging(
-      lambda engine, key, base: merge, weights=weights, may_collapse=name != BY_SAMPLES
+      lambda engine, key, base: merge, weights=weights, may_collapse=given.may_collapse
     )
-  if name == "uniform":
-    return Merging(lambda engine, key, base: uniform_soup)
-  if name == "greedy":
-    return Merging(lambda engine, key, base: greedy_merge(engine, key), selects=True)
   return Merging(
     functools.partial(named_merge, name, prior=prior),
+    selects="evaluate" in MERGES[name].needs,
     check=functools.partial(check_images, name),
   )
-
-
-def greedy_merge(engine: Engine, key: jax.Array) -> Merge:
-  """Merges by the validation accuracy of each average, its batch statistics its own."""
-
-  def validation_accuracy(model):
-    return on_validation(engine, key, model)["validation_accuracy"]
-
-  return functools.partial(greedy_soup, evaluate=validation_accuracy)
 
 
 def on_validation(engine: Engine, key: jax.Array, model: Model) -> dict[str, float]:
@@ -182,12 +197,12 @@ def named_merge(
   prior: float = 1e-4,
   weights: np.ndarray | None = None,
 ) -> Merge:
-  """A merge of candidates by its name, except "greedy".
+  """A merge of candidates by its name.
 
   Args:
     name: one of `jaxsms.merges.MERGES`.
-    engine: the network, and its data: validation images for learned weights, training
-      images for squared gradients.
+    engine: the network, and its data: validation images for what is chosen or learned,
+      training images for squared gradients.
     key: of the phase.
     base: the pruned model that the candidates were trained from, leaves [...].
     prior: the L2 coefficient of training.
@@ -200,14 +215,18 @@ def named_merge(
   Raises:
     ValueError: an unknown name, or data that are streamed where images are needed.
   """
-  programs, splits = engine.programs, engine.splits
+  programs, splits, needs = engine.programs, engine.splits, MERGES[name].needs
   check_images(name, engine)
   means = Means(base=base, prior=prior, weights=weights)
-  if name in ("learned", "learned_by_layer"):
+  if "evaluate" in needs:
+    means = means._replace(
+      evaluate=lambda model: on_validation(engine, key, model)["validation_accuracy"]
+    )
+  if "loss" in needs:
     held_out = evenly(cast(Data, splits.validation), LEARNING_IMAGES)
     data = held_out.images, held_out.labels
     means = means._replace(loss=loss_of(programs), data=data)
-  if name in ("fisher", "inverse_variance"):
+  if "squared_gradients" in needs:
     images = evenly(cast(Data, splits.train), FISHER_IMAGES).images
     means = means._replace(squared_gradients=squares_of(programs), data=(key, images))
   return bind(name, means)

@@ -1,9 +1,9 @@
 """What results.json says of the costs of a run, to be read."""
 
 from .json_checks import (
-  known,
   listing,
   maybe,
+  not_null,
   number,
   record,
   text,
@@ -11,8 +11,8 @@ from .json_checks import (
 )
 
 SHARE = number(0, 1)
-MILLISECONDS = record(dict.fromkeys(("median", "min", "max"), known(number(0))))
-SECONDS = known(number(0))
+MILLISECONDS = record(dict.fromkeys(("median", "min", "max"), not_null(number(0))))
+SECONDS = not_null(number(0))
 SHAPED = {name: whole(0, 2**63) for name in ("parameters", "multiply_adds", "bytes")}
 RUN_COSTS = record(
   {
@@ -52,7 +52,7 @@ RUN_COSTS = record(
 GROUP = {name: whole(0, 2**63) for name in ("channels", "weights", "bytes", "removed")}
 SENSITIVITY = record(
   {
-    "share": known(SHARE),
+    "share": not_null(SHARE),
     "images": whole(0),
     "seconds": SECONDS,
     "groups": listing(
@@ -60,7 +60,7 @@ SENSITIVITY = record(
         {
           "name": text,
           "multiply_adds": maybe(whole(0, 2**63)),
-          "loss": known(number(-1, 1)),
+          "loss": not_null(number(-1, 1)),
           **GROUP,
         }
       )

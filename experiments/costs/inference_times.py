@@ -16,9 +16,9 @@ from jaxsms.pruning import prunable_flags
 from jaxsms.trees import PyTree
 
 from ..benchmarks.bench_statistics import milliseconds
+from ..run.run_directory import soup_folder
+from ..setup.task import Task
 from .latency_budget import BATCH
-from .run_directory import soup_folder
-from .task import Task
 
 ROUND_SECONDS = 0.02  # of each model
 

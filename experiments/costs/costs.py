@@ -7,12 +7,12 @@ import time
 from typing import Any, NamedTuple
 
 from ..methods import DENSE, SOUP
-from .progress import compiling_seconds
+from ..run.progress import compiling_seconds
 
 KINDS = ("steps", "seconds", "first_steps", "first_seconds", "compiling_seconds")
 
 
-class Now(NamedTuple):
+class Moment(NamedTuple):
   """A moment.
 
   Attributes:
@@ -29,9 +29,9 @@ class RunCosts:
 
   Attributes:
     inference: times of inferences, see `channel_costs.ChannelCosts`; None where none are.
-    sensitivity: what the channels of the dense network bear, see
+    sensitivity: of the dense network to the loss of channels, see
       `channel_costs.sensitivity_record`; None where it was not measured.
-    latencies: what `latency_budget.NetworkClock` knows.
+    latencies: the seconds in `latency_budget.NetworkClock`.
   """
 
   def __init__(self, saved: dict[str, Any] | None = None):
@@ -155,6 +155,6 @@ class RunCosts:
     return self._before + compiling_seconds() - self._begun.compiling
 
 
-def moment() -> Now:
+def moment() -> Moment:
   """The present one."""
-  return Now(time.monotonic(), compiling_seconds())
+  return Moment(time.monotonic(), compiling_seconds())

@@ -27,12 +27,13 @@ from jaxsms.trees import PyTree
 from ..benchmarks.bench_statistics import in_milliseconds
 from ..config.run_config import Config
 from ..methods import SOUP
+from ..methods.pruning_criteria import removes_channels
+from ..run.run_directory import is_writer
+from ..run.seed_state import SeedState
+from ..setup.task import Task
 from .costs import RunCosts
 from .inference_times import filled, size
 from .latency_budget import BATCH
-from .run_directory import is_writer
-from .seed_state import SeedState
-from .task import Task
 
 IMAGES = 1000  # of the validation data, for the table of groups
 SHARE = 0.25  # of a group's channels, that go for it
@@ -52,7 +53,7 @@ class ChannelCosts:
     """
     self._task, self._config, self._costs = task, config, costs
     self._first_seed = first_seed
-    self._inferences = Inferences(task.module, task.image_shape)
+    self._timer = InferenceTimer(task.module, task.image_shape)
 
   def note(self, seed_state: SeedState, method: str, event: Any) -> None:
     """Measures what an event of the soup gives occasion to, before it is saved.
@@ -65,7 +66,7 @@ class ChannelCosts:
       event: see `methods.seed_events`.
     """
     config = self._config
-    channels = config.shrink or config.criterion == "channels"
+    channels = removes_channels(config)
     begins = event is None and self._costs.sensitivity is None
     if method != SOUP or not channels or seed_state.seed != self._first_seed:
       return
@@ -94,7 +95,7 @@ class ChannelCosts:
       "dense": dense_size(self._task, model), "phases": [],
     }  # fmt: skip
     before = [one for one in found["phases"] if one["phase"] < number]
-    phase = {"phase": number, **self._inferences.phase(model, masks)}
+    phase = {"phase": number, **self._timer.phase(model, masks)}
     self._costs.inference = {**found, "phases": [*before, phase]}
 
 
@@ -109,7 +110,7 @@ def dense_size(task: Task, model: Model) -> dict[str, int]:
   }
 
 
-class Inferences:
+class InferenceTimer:
   """Times the networks that phases leave, cut, beside the dense one."""
 
   def __init__(self, module: Any, image_shape: tuple[int, ...]):
@@ -153,7 +154,7 @@ class Inferences:
 
 
 def sensitivity_record(engine: Engine, groups: Any, dense: Model) -> dict[str, Any]:
-  """What each group of channels of a dense model costs, and bears.
+  """What each group of channels of a dense model costs, and the accuracy lost without it.
 
   Args:
     engine: of the network and its data.

@@ -36,7 +36,7 @@ def number(least: float = -MOST, most: float = MOST) -> Check:
   return check
 
 
-def known(check: Check) -> Check:
+def not_null(check: Check) -> Check:
   """The same, and not null."""
 
   def checked(value):

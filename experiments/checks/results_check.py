@@ -1,6 +1,6 @@
 """What results.json, run.json and metrics.jsonl must look like to be read.
 
-Their digests tell damage; this tells what somebody else wrote.
+A digest detects damage. These checks detect a file that another program wrote.
 """
 
 import os
@@ -16,10 +16,10 @@ from .json_checks import (
   check_at,
   every,
   flag,
-  known,
   listing,
   mapping,
   maybe,
+  not_null,
   number,
   record,
   scalar,
@@ -141,7 +141,7 @@ KNOWN_FLAGS = every(
       "dataset": text,
       "ingredients": whole(1, 10**6),
       "phases": whole(1, 10**6),
-      "goal_sparsity": known(SHARE),
+      "goal_sparsity": not_null(SHARE),
     },
     seeds=whole(0),
     seed=whole(0),
@@ -157,12 +157,12 @@ def _costs(value):
 
 
 MODEL = every(
-  record({}, layer_sparsities=mapping(known(SHARE)), **FAULTS),
+  record({}, layer_sparsities=mapping(not_null(SHARE)), **FAULTS),
   record({}, ood=mapping(mapping(number()))),
   _metrics,
   _costs,
 )
-SOUP = every(MODEL, record({"sparsity": known(SHARE)}))
+SOUP = every(MODEL, record({"sparsity": not_null(SHARE)}))
 DISTANCE = number(0)
 GEOMETRY = record(
   {
@@ -180,7 +180,7 @@ LINE = every(
     {
       "between": listing(whole(0), least=2),
       "barrier": number(),
-      "positions": listing(known(number()), least=2),
+      "positions": listing(not_null(number()), least=2),
       "loss": NUMBERS,
       "accuracy": listing(SHARE, least=2),
     }
@@ -188,7 +188,7 @@ LINE = every(
   _same_lengths("positions", "loss"),
   _same_lengths("positions", "accuracy"),
 )
-AXIS = listing(known(number()), least=2)
+AXIS = listing(not_null(number()), least=2)
 PLANE = every(
   record(
     {
@@ -196,7 +196,7 @@ PLANE = every(
       "x": AXIS,
       "y": AXIS,
       "loss": listing(NUMBERS, least=2),
-      "points": mapping(listing(known(number()), least=2)),
+      "points": mapping(listing(not_null(number()), least=2)),
       "unit": text,
     },
     distance_from_plane=maybe(mapping(number())),
@@ -211,7 +211,7 @@ RUNG = every(
     {
       "phase": whole(1, 10**6),
       "step": whole(0),
-      "values": mapping(listing(known(number(0)), least=1)),
+      "values": mapping(listing(not_null(number(0)), least=1)),
       "parents": listing(maybe(whole(0)), least=1),
       "validation_accuracy": listing(SHARE, least=1),
       "validation_loss": listing(number(), least=1),
@@ -223,14 +223,14 @@ RUNG = every(
 )
 FAILED = record(
   {
-    "soup_validation_accuracy": known(SHARE),
-    "worst_candidate_validation_accuracy": known(SHARE),
+    "soup_validation_accuracy": not_null(SHARE),
+    "worst_candidate_validation_accuracy": not_null(SHARE),
     "copies": COUNTS,
     "barrier": number(),
   }
 )
 PHASE = record(
-  {"phase": whole(1, 10**6), "sparsity": known(SHARE)},
+  {"phase": whole(1, 10**6), "sparsity": not_null(SHARE)},
   candidates=listing(MODEL),
   geometry=maybe(GEOMETRY),
   uncertainty=maybe(UNCERTAINTY),
@@ -243,7 +243,7 @@ PHASE = record(
 DENSE = every(record({"test_accuracy": SHARE}), MODEL)
 SEED = record({"seed": whole(0), "dense": DENSE, "phases": listing(PHASE)})
 SEEDS = every(listing(SEED), _same_layers)
-SIZES = record({"bytes": known(number(0))})
+SIZES = record({"bytes": not_null(number(0))})
 
 
 def _timed(value):
@@ -257,12 +257,17 @@ def _models(value):
   """Under `models`, or in older runs beside the rest."""
   if "models" in value:
     check_at(".models", mapping(_timed), value["models"])
-  found = value.get("models") or {
-    k: v for k, v in value.items() if isinstance(v, dict) and "bytes" in v
-  }
+  found = models_of(value)
   if not found:
     raise Unfit("there", ".models")
   mapping(_timed)(found)
+
+
+def models_of(inference: dict[str, Any]) -> dict[str, Any]:
+  """The models that were timed; older runs have them beside the rest."""
+  return inference.get("models") or {
+    k: v for k, v in inference.items() if isinstance(v, dict) and "bytes" in v
+  }
 
 
 INFERENCE = every(record({"device": text, "batch": whole(1)}), _models)
@@ -271,7 +276,7 @@ LATENCY = record(
     "runtime": text,
     "device": text,
     "files": mapping(
-      record({"bytes": known(number(0)), "milliseconds": mapping(MILLISECONDS)})
+      record({"bytes": not_null(number(0)), "milliseconds": mapping(MILLISECONDS)})
     ),
   }
 )
@@ -309,7 +314,7 @@ SHARED = {
   "costs": maybe(RUN_COSTS),
   "sensitivity": maybe(SENSITIVITY),
   "finished": flag,
-  "seconds": known(number(0)),
+  "seconds": not_null(number(0)),
 }
 RUN = every(
   record({"flags": KNOWN_FLAGS, "seeds": SEEDS}, part=PART, **SHARED),
@@ -317,7 +322,7 @@ RUN = every(
 )
 CELL = record(
   {
-    "goal_sparsity": known(SHARE),
+    "goal_sparsity": not_null(SHARE),
     "ingredients": whole(1, 10**6),
     "seeds": every(listing(SEED, least=1), _same_layers),
   }

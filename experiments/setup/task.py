@@ -46,9 +46,9 @@ from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
 from ..config.run_config import Config
-from ..methods.pruning_criteria import pruning
+from ..costs.latency_budget import NetworkClock
+from ..methods.pruning_criteria import pruning, removes_channels
 from .hardware import copies_at_once, mesh_of, network_options
-from .latency_budget import NetworkClock
 from .ood import corrupted_test_data
 from .shares import (
   check_every_class,
@@ -216,7 +216,7 @@ def check_channels(
   config: Config, params: Any, groups: Callable[[], ChannelGroups]
 ) -> None:
   """Raises ValueError where whole channels cannot make up the goal."""
-  if config.criterion == "channels":
+  if removes_channels(config):
     prune = pruning(config, jax.random.key(0), groups)
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
     check_reachable(prune, ones, config.goal_sparsity)

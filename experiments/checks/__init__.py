@@ -1,0 +1,1 @@
+"""What results.json, run.json and metrics.jsonl must look like to be read."""

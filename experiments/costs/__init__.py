@@ -1,0 +1,1 @@
+"""What runs and networks take: seconds of phases, times of inferences, latency."""

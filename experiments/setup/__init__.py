@@ -1,0 +1,1 @@
+"""What a run computes with: data, network, programs and devices."""
