@@ -33,14 +33,14 @@ from .benchmarks.bench_statistics import (
 from .config import device_flags
 from .config.fields import define_flags
 from .run.environment import environment
-from .run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
+from .run.flag_files import check_no_arguments, refusals, run_with_flags, set_log_level
 from .run.terminal import terminal
 from .setup import hardware
 
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  log_from()
+  set_log_level()
   with refusals():
     check_no_arguments(argv)
     config = read_config(given)

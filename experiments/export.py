@@ -27,7 +27,7 @@ from .costs.inference_times import with_all_kept
 from .methods.pruning_criteria import removes_channels
 from .run import exporting, outputs, run_directory
 from .run.exporting import variables_of
-from .run.flag_files import log_from, refusals, run_with_flags
+from .run.flag_files import refusals, run_with_flags, set_log_level
 
 PROGRAMS = ("stablehlo", "onnx")
 for module in (export_flags, outputs):
@@ -38,7 +38,7 @@ flags.declare_key_flag("data_dir")
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
-  log_from()
+  set_log_level()
   out = flags.FLAGS.out
   try:
     with refusals():

@@ -50,7 +50,7 @@ from .merging.model_table import show
 from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
 from .run import outputs
-from .run.flag_files import log_from, refusals, run_with_flags
+from .run.flag_files import refusals, run_with_flags, set_log_level
 from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
@@ -74,7 +74,7 @@ class Soup(NamedTuple):
 
 def main(argv: list[str]) -> None:
   """Does what the flags say; bad input ends it with one sentence and exit status 2."""
-  log_from()
+  set_log_level()
   paths = argv[1:]
   command = shlex.join(["python", "-m", f"{__package__}.soup", *sys.argv[1:]])
   console = terminal()

@@ -37,7 +37,7 @@ def keep_largest(
 
   The threshold is found by bisecting on the bits of the key, the last tied entry by
   bisecting on its position: no sorting, no index arrays. Keys are computed again in every
-  pass: that is faster than reading them from memory, and needs none.
+  pass: that is faster than reading them from memory, and needs no memory.
 
   Args:
     values: arrays of any shapes, of fewer than 2**32 entries each.

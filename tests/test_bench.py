@@ -77,13 +77,14 @@ def test_figures_agree_with_one_another(finished):
     assert row["trace_seconds"] > 0
     assert row["compile_seconds"] > 0
     assert row["steps_per_round"] == row["chunk_steps"] == 2
-    peers = {"eager", "ensemble"} if m > 1 else {"eager"}
-    assert set(row["torch"]) == (peers if HAS_TORCH else set())
+    assert HAS_TORCH or not row["torch"]
 
 
 @pytest.mark.torch
 def test_one_copy_in_pytorch_takes_m_turns(finished):
   rows = finished[0]["copies"]
+  assert [set(row["torch"]) for row in rows] == [{"eager"}, {"eager", "ensemble"}]
+  assert "vmap, contiguous" in " ".join(finished[1].split())
   one, two = (row["torch"]["eager"]["step_seconds"]["rounds"] for row in rows)
   assert two == pytest.approx([2 * x for x in one])
   for row in rows:
@@ -99,7 +100,7 @@ def test_what_is_printed(finished):
   text = " ".join(finished[1].split())
   for words in ("mlp (85,002 parameters", "m copies at once", "utilisation", "measured"):
     assert words in text
-  assert ("vmap, contiguous" if HAS_TORCH else "pip install -e '.[bench]'") in text
+  assert HAS_TORCH or "pip install -e '.[bench]'" in text
   assert max(map(len, finished[1].splitlines())) <= 80
 
 

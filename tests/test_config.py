@@ -22,7 +22,7 @@ from jaxsms.schedule_registry import (
   RetrainSchedule,
 )
 from jaxsms.training import retrain_learning_rates
-from jaxsms.training.merging import CANDIDATE_MERGES
+from jaxsms.training.merging import candidate_merges
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_every_field_has_a_flag_and_the_example_runs():
   ("name", "registry"),
   [
     ("criterion", CRITERIA),
-    ("merge", CANDIDATE_MERGES),
+    ("merge", candidate_merges()),
     ("retrain_schedule", RETRAIN_SCHEDULES),
   ],
 )
 def test_help_explains_all_entries_of_a_registry(name, registry):
   for entry, this in registry.items():
-    assert f"{entry} ({this.title})" in FLAGS[name].help
+    assert this.title and f"{entry} ({this.title})" in FLAGS[name].help
 
 
 def test_help_explains_all_baselines():

@@ -113,9 +113,7 @@ def test_channels_are_measured_in_the_first_seed(first_seed, measured, monkeypat
   task = types.SimpleNamespace(
     module=Wide(), image_shape=(4, 4, 1), engine=None, groups=lambda: None
   )
-  config = types.SimpleNamespace(
-    seed=1, criterion="channels", split_params=False
-  )  # of a part
+  config = types.SimpleNamespace(seed=1, criterion="channels", split_params=False)
   found = RunCosts()
   channels = channel_costs.ChannelCosts(task, config, found, first_seed)
   channels.note(SeedState(1), "sms", None)

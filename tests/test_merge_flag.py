@@ -1,24 +1,30 @@
 """--merge of the main job: what it takes, what it refuses, and what a run records."""
 
+import operator
+
+import jax
 import main_job
 import numpy as np
 import pytest
 from absl import flags
 
+from experiments.config.run_config import read_config
 from experiments.merging import bytes_progress as soup_progress
 from jaxsms.merges import MERGES
-from jaxsms.training import Engine, Splits
-from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN, merging_of
+from jaxsms.merges.entries import Entry
+from jaxsms.training import Engine, Model, Splits
+from jaxsms.training.merging import GIVEN, candidate_merges, merging_of
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.training.streamed import StreamedData
 
+FIRST = operator.itemgetter(0)
 IN_RUNS = sorted(MERGES.keys() - {"weighted", "task_arithmetic", "uniform", "greedy"})
 
 
 def test_merges_that_need_more_are_not_those_of_a_run():
-  of_runs = set(CANDIDATE_MERGES) - set(GIVEN)
+  of_runs = set(candidate_merges()) - set(GIVEN)
   assert sorted(of_runs | {"weighted", "task_arithmetic"}) == sorted(MERGES)
-  for name in CANDIDATE_MERGES:
+  for name in candidate_merges():
     assert name in flags.FLAGS["merge"].help
 
 
@@ -37,10 +43,20 @@ def test_what_a_run_cannot_merge_is_refused(tmp_path, capsys, flags, words):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_merge_from_outside_is_a_value_of_the_flag(monkeypatch):
+  first = Entry("the first", (), lambda means: lambda models: jax.tree.map(FIRST, models))
+  monkeypatch.setitem(MERGES, "first", first)
+  main_job.parse("--merge=first")
+  assert read_config().merge == "first"
+  models = Model({"w": np.array([1.0, 5.0])}, {})
+  merge = merging_of("first").of(Engine(None, Splits(None, None, None)), None, None)
+  assert merge(models) == Model({"w": 1.0}, {})
+
+
 def test_streamed_images_are_refused_before_anything_is_trained():
   data = StreamedData(np.zeros(3), np.arange(3))
   engine = Engine(None, Splits(data, data, data))
-  for name in set(CANDIDATE_MERGES) - set(GIVEN):
+  for name in set(candidate_merges()) - set(GIVEN):
     merging = merging_of(name)
     arguments = engine, None, Start(None), None, {1: 0.5}
     if not MERGES[name].in_memory:

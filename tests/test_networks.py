@@ -10,6 +10,7 @@ import pytest
 
 from jaxsms import models, prunable
 from jaxsms.models.resnet import ResNet, torchvision_init
+from jaxsms.models.resnet_cifar import CifarResNet
 from jaxsms.models.vgg import VGG, max_pool
 from jaxsms.models.wide_resnet import WideResNet
 from jaxsms.training.inference import recalibrate
@@ -298,6 +299,12 @@ def torch_vit(net, x):
     y = net.dense(net.layer_norm(x, block, "LayerNorm_1"), block, "Dense_0")
     x = x + net.dense(net.functional.gelu(y), block, "Dense_1")
   return net.dense(net.layer_norm(x, "LayerNorm_0")[:, 0], "Dense_0")
+
+
+def test_fields_of_the_shape_come_first():
+  assert (CifarResNet(10, 20, 8).depth, CifarResNet(10, 20, 8).width) == (20, 8)
+  assert (ResNet(10, (2, 2)).blocks, VGG(10, (1, 2)).convolutions) == ((2, 2), (1, 2))
+  assert WideResNet(10, 16).depth == 16
 
 
 @pytest.mark.torch

@@ -18,8 +18,8 @@ from jaxsms.training.engine import one_model
 from jaxsms.training.measurements import predict
 from jaxsms.training.merging import (
   Merging,
+  mean_by_weights,
   merging_of,
-  weighted_mean,
   weights_by_ratios,
 )
 from jaxsms.training.own_share import share_batches
@@ -264,7 +264,7 @@ def test_by_samples_needs_weights(rejects):
     merging_of("by_samples")
   with rejects("merge by_ratios needs the weight of each copy"):
     merging_of("by_ratios")
-  assert Merging(lambda *_: weighted_mean).among([0], None, None, None) is weighted_mean
+  assert Merging(lambda *_: mean_by_weights).among([0], None, None, None) is mean_by_weights
 
 
 def test_further_metrics_are_measured(data, dense):

@@ -202,7 +202,7 @@ def test_copies_at_once_are_what_each_is_alone(programs, dense):
 def test_values_and_parents_by_rung(programs, dense):
   _, (first, second) = last_state(searching(engine_of(programs), dense))
   assert (first.phase, first.step, first.parents) == (1, EPOCH, [None] * M)
-  assert (second.step, second.kept) == (STEPS, ())  # judged with the candidates
+  assert (second.step, second.kept) == (STEPS, ())  # scored with the candidates
   assert second.parents == search_values.parents_of(first.kept, M)
   for name, (low, high) in RANGES.items():
     for i, parent in enumerate(second.parents):

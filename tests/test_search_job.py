@@ -10,10 +10,10 @@ from test_data import pairs_of_several_sizes, prepare
 from test_kills import launch, tear  # noqa: F401
 from test_report_page import headings
 
-from experiments.checks import json_checks, results_check
 from experiments.report import write_report
 from experiments.reporting import search_figures
 from experiments.run import checkpointing
+from experiments.schemas import json_checks, results_check
 from jaxsms import checkpoint
 from jaxsms.training import search_values
 
@@ -154,7 +154,7 @@ class TestRuns:
     assert (undisturbed / "figures" / "search-weight-decay.svg").exists()
 
   def test_stopped_at_rungs_it_goes_on_bit_by_bit(self, undisturbed, tmp_path, monkeypatch):
-    """Where the copies are to be judged, and in the chunk after that, in both phases."""
+    """Where the copies are scored, and in the chunk after that, in both phases."""
     workdir, saved = tmp_path / "stopped", []
     for stop in (6, 1, 3, 1):  # four chunks of dense training, and four of each phase
       stopping_at(stop, monkeypatch)

@@ -25,7 +25,7 @@ from jaxsms.merges import MERGES
 from jaxsms.phases import Merge, merge_phase
 from jaxsms.training import Engine, Model, last_state
 from jaxsms.training.measurements import measure, recalibrated
-from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN, Merging, merging_of
+from jaxsms.training.merging import GIVEN, Merging, candidate_merges, merging_of
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 from jaxsms.trees import number_of_models
 
@@ -33,7 +33,7 @@ from ..config import device_flags, run_config
 from ..config.fields import define_flags, flag, numbers, one_of, read_fields
 from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
 from ..run.environment import environment
-from ..run.flag_files import check_no_arguments, log_from, refusals, run_with_flags
+from ..run.flag_files import check_no_arguments, refusals, run_with_flags, set_log_level
 from ..run.terminal import print_line, terminal
 from ..setup import hardware
 from ..setup.task import Task, load, make_task, with_data
@@ -44,7 +44,7 @@ Results = dict[str, Any]
 FAMILIES = ("seed", "weight_decay", "learning_rate")
 REFERENCES = ("mean_candidate", "best_candidate", "prediction_ensemble")
 # All copies have the same data here: weighted by samples they give the mean.
-NAMES = tuple(name for name in CANDIDATE_MERGES if name not in GIVEN)
+NAMES = tuple(name for name in candidate_merges() if name not in GIVEN)
 # Flags of the main job that mean nothing here.
 REFUSED = ("merge", "vary", "values", "baselines", "workdir", "stream", "landscape")
 
@@ -88,7 +88,7 @@ class Config(run_config.Config):
 
 def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
   """Measures what the flags say; bad input ends it with one sentence and exit status 2."""
-  log_from(logging.ERROR)  # of copies that are left out the table tells
+  set_log_level(logging.ERROR)  # of copies that are left out the table tells
   with refusals():
     check_no_arguments(argv)
     config = read_config(given)

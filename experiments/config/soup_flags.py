@@ -12,7 +12,7 @@ from jaxsms.names import quantity
 from jaxsms.pruning import SCOPES
 from jaxsms.schedule_registry import RETRAIN_SCHEDULES
 from jaxsms.sms import phase_sparsities
-from jaxsms.training.merging import CANDIDATE_MERGES, GIVEN
+from jaxsms.training.merging import GIVEN, candidate_merges
 
 from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
@@ -101,9 +101,10 @@ class SoupFlags:
     default="LLR",
   )
   merge: str = flag(
-    f"How candidates become one model: {titles(CANDIDATE_MERGES)}. "
+    f"How candidates become one model: {titles(candidate_merges())}; "
+    "the base is the pruned model of the phase. "
     f"{' and '.join(GIVEN)} are for --vary=subset, see --subsets and --retained.",
-    one_of("merge", CANDIDATE_MERGES),
+    lambda name, value: one_of("merge", candidate_merges())(name, value),
     default="uniform",
   )
   vary: str = flag(

@@ -14,7 +14,7 @@ from jaxsms.disk import storage
 from jaxsms.disk.onnx_files import start_session
 
 from ..benchmarks.bench_statistics import milliseconds
-from ..checks.results_check import LATENCY
+from ..schemas.results_check import LATENCY
 
 FOLDER = "onnx"  # in a run
 LATENCY_FILE = "latency.json"

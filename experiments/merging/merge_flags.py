@@ -91,9 +91,7 @@ class MergeFlags(OutFlags):
     lambda name, value: read_size(value),
   )
   merge: str = shared(
-    one_of(
-      "merge", [name for name, entry in MERGES.items() if "weights" not in entry.needs]
-    ),
+    lambda name, value: one_of("merge", merges_of_models())(name, value),
     parse=lambda value, name, values: "greedy" if values["greedy"] else value,
   )
   scope: str = shared(one_of("scope", SCOPES))
@@ -198,6 +196,11 @@ def check_merge(config: MergeFlags, m: int, with_data: bool) -> None:
     raise ValueError(
       f"{len(squares)} --squared_gradients for {m} models: give one for each"
     )
+
+
+def merges_of_models() -> list[str]:
+  """The merges that need no weights: `--weights` gives these to the mean and others."""
+  return [name for name, entry in MERGES.items() if "weights" not in entry.needs]
 
 
 def check_weights(weights: tuple[float, ...], m: int) -> None:

@@ -142,7 +142,7 @@ CRITERIA: dict[str, Criterion] = {
   ),
   "random": Criterion(
     lambda config, key, groups: functools.partial(random_masks, key, scope=config.scope),
-    "any weights, shared out as --scope says",
+    "weights at random, in all layers together or in each, as --scope says",
     scope=True,
   ),
   "erk": Criterion(
@@ -153,7 +153,9 @@ CRITERIA: dict[str, Criterion] = {
     lambda config, key, groups: lamp_masks,
     "the smallest weights, with a sparsity for each layer that follows from its weights",
   ),
-  "n_m": Criterion(n_m, "all but n of every m inputs", check=check_n_m),
+  "n_m": Criterion(
+    n_m, "all but n of every m inputs", flags=("n_m_group",), check=check_n_m
+  ),
   "filters": Criterion(
     filters,
     "whole outputs of all layers but the classifier; the sparsity counts filters",

@@ -9,14 +9,14 @@ from absl import flags
 
 from jaxsms.disk import storage
 
-from ..checks.json_checks import Unfit
-from ..checks.results_check import KNOWN_FLAGS
 from ..comparison import parts as comparison
 from ..costs.onnx_latency import run_latency
 from ..methods import DENSE, SOUP, having
 from ..run import run_directory
 from ..run.environment import environments_of
 from ..run.metrics_file import read_lines
+from ..schemas.json_checks import Unfit
+from ..schemas.results_check import KNOWN_FLAGS
 from . import Case, Origin, flag_text
 
 

@@ -42,8 +42,8 @@ def _refuse(file, problem):
   sys.exit(2)
 
 
-def log_from(level: int = logging.WARNING) -> None:
-  """Logs what is at least that grave, unless --verbosity says what is logged."""
+def set_log_level(level: int = logging.WARNING) -> None:
+  """Sets the level of logging, unless --verbosity is given."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(level)
 

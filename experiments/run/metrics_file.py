@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxsms.disk import storage
 
-from ..checks.results_check import fits_line
+from ..schemas.results_check import fits_line
 
 
 def read_lines(data: bytes) -> Iterator[dict[str, Any]]:

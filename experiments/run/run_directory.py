@@ -15,11 +15,11 @@ from jaxsms.data import Dataset, StreamedDataset
 from jaxsms.devices.meshes import fetch
 from jaxsms.disk import storage
 
-from ..checks.results_check import check_results, check_run
 from ..config.device_flags import DeviceFlags
 from ..config.fields import names
 from ..config.run_config import Config, newer_flags
 from ..reporting import dataset_title
+from ..schemas.results_check import check_results, check_run
 from ..setup.hardware import bfloat16
 from ..setup.ood import prepared_digests
 

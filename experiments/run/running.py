@@ -23,7 +23,7 @@ from ..setup import hardware
 from ..setup.task import Task, load, with_data
 from . import checkpointing
 from .environment import environment
-from .flag_files import check_no_arguments, log_from
+from .flag_files import check_no_arguments, set_log_level
 from .progress import MEASURED, RunProgress
 from .run_directory import candidate_folder, save_model, soup_folder
 
@@ -42,7 +42,7 @@ def start(argv: list[str], **instead: Any) -> tuple[Config, Dataset | StreamedDa
     ValueError: a flag, or the data, are not as they should be.
     ImportError: a package is missing.
   """
-  log_from()
+  set_log_level()
   check_no_arguments(argv)
   if not importlib.util.find_spec("matplotlib"):  # better missed before training
     raise ImportError(

@@ -117,7 +117,7 @@ def _same(walk, old, new):
   return True
 
 
-def split(operands: list, first: int, second: int) -> tuple[list, list, list]:
+def split_operands(operands: list, first: int, second: int) -> tuple[list, list, list]:
   """Splits the operands of a loop into the `first`, the next `second` and the others."""
   end = first + second
   return operands[:first], operands[first:end], operands[end:]
@@ -126,7 +126,7 @@ def split(operands: list, first: int, second: int) -> tuple[list, list, list]:
 def scan(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   """Layers that share a body: what goes in one goes in all."""
   p = equation.params
-  consts, carry, xs = split(ins, p["num_consts"], p["num_carry"])
+  consts, carry, xs = split_operands(ins, p["num_consts"], p["num_carry"])
   for value in xs:
     walk.freeze(value, 0, "a scan runs along it")
   xs = [Value(tuple(v.axes[1:]), v.known, layer=v.layer) for v in xs]
@@ -145,7 +145,7 @@ def scan(walk: Walk, equation: Any, ins: list[Value]) -> Any:
 def while_(walk: Walk, equation: Any, ins: list[Value]) -> Any:
   """A loop whose values are tied from round to round."""
   p = equation.params
-  of_cond, of_body, carry = split(ins, p["cond_nconsts"], p["body_nconsts"])
+  of_cond, of_body, carry = split_operands(ins, p["cond_nconsts"], p["body_nconsts"])
   records: list[Record] = []
 
   def step(carry):

@@ -13,7 +13,7 @@ from jax.extend.core import Literal
 from jaxsms import convolution
 from jaxsms.channels import smaller
 from jaxsms.channels.arrays import left_shape, take
-from jaxsms.channels.calls import CALLS, own_operation, split, stacked_operation
+from jaxsms.channels.calls import CALLS, own_operation, split_operands, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
 from jaxsms.channels.values import Record, Value, Walk
 from jaxsms.compat import jaxprs_in_params
@@ -179,7 +179,7 @@ def _cond(step, ins):
 
 def _scan(step, ins):
   p = step.params
-  consts, carry, xs = split(ins, p["num_consts"], p["num_carry"])
+  consts, carry, xs = split_operands(ins, p["num_consts"], p["num_carry"])
 
   def body(carry, xs):
     outs = evaluate(step.cut, step.inner[0], [*consts, *carry, *xs])
@@ -191,7 +191,7 @@ def _scan(step, ins):
 
 def _while(step, ins):
   p, (test, body) = step.params, step.inner
-  of_test, of_body, carry = split(ins, p["cond_nconsts"], p["body_nconsts"])
+  of_test, of_body, carry = split_operands(ins, p["cond_nconsts"], p["body_nconsts"])
   return lax.while_loop(
     lambda carry: evaluate(step.cut, test, [*of_test, *carry])[0],
     lambda carry: evaluate(step.cut, body, [*of_body, *carry]),

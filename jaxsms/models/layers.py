@@ -88,11 +88,10 @@ class Layers(NamedTuple):
     return nn.LayerNorm(dtype=self.dtype)(inputs)
 
 
-class ConvolutionalNetwork(nn.Module):
-  """The fields that all convolutional networks have.
+class ConvolutionalNetwork(nn.Module, kw_only=True):
+  """The fields by name that all convolutional networks have.
 
   Attributes:
-    num_classes: number of logits.
     norm_momentum: of the running batch statistics; 0 leaves those of the last batch.
     dtype: of the activations, such as `jax.numpy.bfloat16`; None means that of images and
       parameters. Parameters and batch statistics are always float32.
@@ -101,7 +100,6 @@ class ConvolutionalNetwork(nn.Module):
       and computes the rest again: less memory, more time. A CPU's compiler undoes it.
   """
 
-  num_classes: int
   norm_momentum: float = 0.9
   dtype: Any = None
   convolution: Callable[..., jax.Array] = conv_general_dilated

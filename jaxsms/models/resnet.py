@@ -19,6 +19,7 @@ class ResNet(ConvolutionalNetwork):
   It has the fields of `ConvolutionalNetwork` too.
 
   Attributes:
+    num_classes: number of logits.
     blocks: how many there are in each stage.
     bottleneck: blocks of three convolutions with four times the channels at their end,
       instead of two 3x3 convolutions.
@@ -31,6 +32,7 @@ class ResNet(ConvolutionalNetwork):
     He et al., 2016, https://arxiv.org/abs/1512.03385
   """
 
+  num_classes: int
   blocks: tuple[int, ...] = (2, 2, 2, 2)
   bottleneck: bool = False
   stem: str = "cifar"

@@ -13,6 +13,7 @@ class CifarResNet(ConvolutionalNetwork):
   It has the fields of `ConvolutionalNetwork` too.
 
   Attributes:
+    num_classes: number of logits.
     depth: 8, 14, 20, ...: two more than a multiple of 6.
     width: channels of the first stage; later ones have two and four times as many.
 
@@ -20,6 +21,7 @@ class CifarResNet(ConvolutionalNetwork):
     He et al., 2016, https://arxiv.org/abs/1512.03385, section 4.2, option A
   """
 
+  num_classes: int
   depth: int = 20
   width: int = 16
 

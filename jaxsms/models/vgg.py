@@ -13,6 +13,7 @@ class VGG(ConvolutionalNetwork):
   It has the fields of `ConvolutionalNetwork` too.
 
   Attributes:
+    num_classes: number of logits.
     convolutions: how many there are in each stage.
     width: channels of the first stage; they double up to eight times as many.
 
@@ -20,6 +21,7 @@ class VGG(ConvolutionalNetwork):
     Simonyan and Zisserman, 2015, https://arxiv.org/abs/1409.1556, configuration D
   """
 
+  num_classes: int
   convolutions: tuple[int, ...] = (2, 2, 3, 3, 3)
   width: int = 64
 

@@ -13,6 +13,7 @@ class WideResNet(ConvolutionalNetwork):
   It has the fields of `ConvolutionalNetwork` too.
 
   Attributes:
+    num_classes: number of logits.
     depth: 10, 16, 22, 28, ...: four more than a multiple of 6.
     widening: the stages have 16, 32 and 64 times as many channels.
     dropout: rate of dropout between the convolutions of a block, in training.
@@ -21,6 +22,7 @@ class WideResNet(ConvolutionalNetwork):
     Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146
   """
 
+  num_classes: int
   depth: int = 28
   widening: int = 10
   dropout: float = 0.3

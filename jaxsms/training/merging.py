@@ -52,11 +52,11 @@ GIVEN = {
     may_collapse=True,
   ),
 }
-# Every merge of candidates by its name, with its title.
-CANDIDATE_MERGES: dict[str, Entry | Given] = {
-  **{name: entry for name, entry in MERGES.items() if entry.of_candidates},
-  **GIVEN,
-}
+
+
+def candidate_merges() -> dict[str, Entry | Given]:
+  """Every merge of candidates by its name, with its title."""
+  return {name: entry for name, entry in MERGES.items() if entry.of_candidates} | GIVEN
 
 
 class Merging(NamedTuple):
@@ -70,8 +70,8 @@ class Merging(NamedTuple):
     check: `check(engine)` raises ValueError where it cannot be, before anything is trained.
     weights: float [m], of the copies, where the merge is their weighted mean instead. They
       need not sum to 1.
-    may_collapse: whether copies that predict badly are left out. Those that know few
-      classes do so, and are well.
+    may_collapse: whether copies that predict badly are left out. False where copies that
+      know few classes are normal.
     choose: `choose(scores, copies)` giving those of the copies that are merged, from the
       metrics of all m.
   """
@@ -89,10 +89,10 @@ class Merging(NamedTuple):
     """The merge where only these copies are left."""
     if self.weights is None:
       return self.of(engine, key, base)
-    return weighted_mean(np.asarray(self.weights)[copies])
+    return mean_by_weights(np.asarray(self.weights)[copies])
 
 
-def weighted_mean(weights: np.ndarray) -> Merge:
+def mean_by_weights(weights: np.ndarray) -> Merge:
   """The weighted mean of models, such as by the examples that each was trained on.
 
   Args:
@@ -104,9 +104,10 @@ def weighted_mean(weights: np.ndarray) -> Merge:
   References:
     McMahan et al., 2017, https://arxiv.org/abs/1602.05629 (federated averaging)
 
-  >>> merge = weighted_mean(np.array([30, 10]))
-  >>> merge({"w": jax.numpy.array([1.0, 5.0])}).params["w"].item()
-  2.0
+  Example:
+    >>> merge = mean_by_weights(np.array([30, 10]))
+    >>> merge({"w": jax.numpy.array([1.0, 5.0])}).params["w"].item()
+    2.0
   """
   weights = np.asarray(weights, np.float64) / np.sum(weights)
   mean = bind("weighted", Means(weights=weights))
@@ -131,8 +132,9 @@ def weights_by_ratios(ratios: npt.ArrayLike, retained: float) -> np.ndarray:
     Aminbeidokhti et al., 2025, https://arxiv.org/abs/2511.10683 (LT-Soups, stage 1; their
     code begins the interpolation with the pretrained model)
 
-  >>> weights_by_ratios([4, 1, 2], 0.5).tolist()
-  [0.5, 0.25, 0.25]
+  Example:
+    >>> weights_by_ratios([4, 1, 2], 0.5).tolist()
+    [0.5, 0.25, 0.25]
   """
   levels, level, copies = np.unique(ratios, return_inverse=True, return_counts=True)
   weights = (1 - retained) * retained ** np.arange(len(levels) - 1.0, -1.0, -1.0)
@@ -146,7 +148,7 @@ def merging_of(
   """The merging of a phase by its name.
 
   Args:
-    name: one of `CANDIDATE_MERGES`.
+    name: one of `candidate_merges`.
     prior: the L2 coefficient of training, for inverse variances.
     weights: float [m], of the copies: the training examples of each for "by_samples", or
       such as `weights_by_ratios` gives for "by_ratios".
@@ -154,7 +156,7 @@ def merging_of(
   Raises:
     ValueError: an unknown name, or one of these two without them.
   """
-  check_name("merge", name, CANDIDATE_MERGES)
+  check_name("merge", name, candidate_merges())
   if name in GIVEN:
     given = GIVEN[name]
     if weights is None:
@@ -162,7 +164,7 @@ def merging_of(
         f"merge {name} needs the {given.weights} of each copy: give weights, one number "
         "for each"
       )
-    merge = weighted_mean(weights)
+    merge = mean_by_weights(weights)
     return Merging(
       lambda engine, key, base: merge, weights=weights, may_collapse=given.may_collapse
     )
