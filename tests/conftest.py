@@ -54,12 +54,26 @@ def quick_compilation():
 @contextlib.contextmanager
 def quickly_compiled():
   """Compiles with few optimizations, and forgets all programs before and after."""
+  with _optimizations_disabled(True):
+    yield
+
+
+@pytest.fixture
+def usual_compilation():
+  """For tests that train long enough to need programs as users have them."""
+  with _optimizations_disabled(False):
+    yield
+
+
+@contextlib.contextmanager
+def _optimizations_disabled(wanted):
+  before = jax.config.jax_disable_most_optimizations
   jax.clear_caches()
-  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_disable_most_optimizations", wanted)
   try:
     yield
   finally:
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
 
 

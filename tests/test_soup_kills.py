@@ -63,6 +63,7 @@ def contents(folder):
   return {x: x.read_bytes() for x in folder.rglob("*") if x.is_file()}
 
 
+@pytest.mark.torch  # one of the files is PyTorch's
 @pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path, rejects):
   rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import os
 import main_job
 import pytest
 import store
+from absl import flags as absl_flags
 from test_export_job import assert_same
 
 from experiments import compare, export, report
@@ -45,7 +46,7 @@ def finished(tmp_path_factory):
 def run(main, *words):
   """Runs a binary of absl: exit status."""
   main_job.unparse("out", "format", "sparsities", "copies")
-  return main_job.exit_status(main, compare.FLAGS(["job", *words]))
+  return main_job.exit_status(main, absl_flags.FLAGS(["job", *words]))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import re
 import main_job
 import numpy as np
 import pytest
+from absl import flags
 from rich.table import Table
 
 from experiments import report, soup
 from experiments.benchmarks import bench_tables
 from experiments.reporting import console_table
-from experiments.run import outputs
 from experiments.run.progress import RunProgress
 from experiments.run.terminal import print_line, terminal
 from jaxsms import checkpoint
@@ -157,9 +157,8 @@ def test_reports_of_it_name_the_page(finished, hard_folder, tmp_path, capsys):
 def test_soups_of_what_lies_there_name_the_file(finished, hard_folder, tmp_path, capsys):
   model, out = hard_folder / "run" / "soup" / "seed_0", tmp_path / f"{HARD}.npz"
   main_job.parse()
-  for name in ("out", "masks", "sparsity", "weights", "greedy"):
-    outputs.FLAGS[name].unparse()
-  argv = outputs.FLAGS(["soup", str(model), str(model), f"--out={out}"])
+  main_job.unparse("out", "masks", "sparsity", "weights", "greedy")
+  argv = flags.FLAGS(["soup", str(model), str(model), f"--out={out}"])
   assert main_job.exit_status(soup.main, argv) == 0
   said = capsys.readouterr().out
   assert said.splitlines()[-1] == f"Soup: {out}"
