@@ -67,7 +67,7 @@ def usual_compilation():
 
 @contextlib.contextmanager
 def _optimizations_disabled(wanted):
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.clear_caches()
   jax.config.update("jax_disable_most_optimizations", wanted)
   try:
