@@ -27,7 +27,7 @@ class BaselineFlags:
     + ", ".join(f"{name} ({METHODS[name].help})" for name in baselines())
     + f". all means all of these (with --stream all but {', '.join(having('labels'))}); "
     "--baselines= means none.",
-    lambda name, value: one_of("baseline", baselines())(name, value),
+    one_of("baseline", baselines),
     default=["imp", "imp_mx"],
     parse=_unique,
   )

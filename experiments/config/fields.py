@@ -155,12 +155,16 @@ from_zero = ensure(lambda value: 0 <= value < math.inf, "it must be a number, 0 
 above_zero = ensure(lambda value: 0 < value < math.inf, "it must be a number above 0")
 
 
-def one_of(kind: str, known: Iterable[str]) -> Check:
-  """For a name, or each of several, in a sentence that calls it a `kind`."""
+def one_of(kind: str, known: Iterable[str] | Callable[[], Iterable[str]]) -> Check:
+  """For a name, or each of several, in a sentence that calls it a `kind`.
+
+  Known names may come from a function, such as of a registry that grows.
+  """
 
   def check(name, value):
+    names = known() if callable(known) else known
     for one in value if isinstance(value, tuple) else (value,):
-      check_name(kind, one, known)
+      check_name(kind, one, names)
 
   return check
 

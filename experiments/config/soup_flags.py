@@ -104,7 +104,7 @@ class SoupFlags:
     f"How candidates become one model: {titles(candidate_merges())}; "
     "the base is the pruned model of the phase. "
     f"{' and '.join(GIVEN)} are for --vary=subset, see --subsets and --retained.",
-    lambda name, value: one_of("merge", candidate_merges())(name, value),
+    one_of("merge", candidate_merges),
     default="uniform",
   )
   vary: str = flag(

@@ -37,6 +37,11 @@ def _needing(what):
   return " and ".join(name for name, entry in MERGES.items() if what in entry.needs)
 
 
+def merges_of_models() -> list[str]:
+  """The merges that --merge names; the mean takes --weights without a name of its own."""
+  return [name for name, entry in MERGES.items() if "weights" not in entry.needs]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeFlags(OutFlags):
   """How models are merged: flags of experiments.soup, and three of the main job."""
@@ -91,7 +96,7 @@ class MergeFlags(OutFlags):
     lambda name, value: read_size(value),
   )
   merge: str = shared(
-    lambda name, value: one_of("merge", merges_of_models())(name, value),
+    one_of("merge", merges_of_models),
     parse=lambda value, name, values: "greedy" if values["greedy"] else value,
   )
   scope: str = shared(one_of("scope", SCOPES))
@@ -196,11 +201,6 @@ def check_merge(config: MergeFlags, m: int, with_data: bool) -> None:
     raise ValueError(
       f"{len(squares)} --squared_gradients for {m} models: give one for each"
     )
-
-
-def merges_of_models() -> list[str]:
-  """The merges that need no weights: `--weights` gives these to the mean and others."""
-  return [name for name, entry in MERGES.items() if "weights" not in entry.needs]
 
 
 def check_weights(weights: tuple[float, ...], m: int) -> None:
