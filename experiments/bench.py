@@ -19,7 +19,9 @@ from jaxsms.disk.storage import plain
 
 from .benchmarks import bench_jax, bench_settings, bench_tables
 from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config
-from .benchmarks.bench_statistics import (
+from .config import device_flags
+from .config.fields import define_flags
+from .costs.timing import (
   ROUND_SECONDS,
   Contender,
   Spread,
@@ -30,8 +32,6 @@ from .benchmarks.bench_statistics import (
   scaled,
   seconds,
 )
-from .config import device_flags
-from .config.fields import define_flags
 from .run.environment import environment
 from .run.flag_files import check_no_arguments, refusals, run_with_flags, set_log_level
 from .run.terminal import terminal

@@ -17,20 +17,21 @@ from absl import flags
 
 from jaxsms import checkpoint, export, pretrained, sparsity
 from jaxsms.disk import storage
+from jaxsms.disk.files import output_file
 from jaxsms.disk.safetensors import save_safetensors, write_safetensors
 from jaxsms.export import save_compact
 from jaxsms.trees import PyTree
 
-from .config import export_flags
+from .config import export_flags, out_flags
 from .config.export_flags import ExportConfig
+from .config.pruning_criteria import removes_channels
 from .costs.inference_times import with_all_kept
-from .methods.pruning_criteria import removes_channels
-from .run import exporting, outputs, run_directory
+from .run import exporting, run_directory
 from .run.exporting import variables_of
 from .run.flag_files import refusals, run_with_flags, set_log_level
 
 PROGRAMS = ("stablehlo", "onnx")
-for module in (export_flags, outputs):
+for module in (export_flags, out_flags):
   flags.adopt_module_key_flags(module)
 flags.declare_key_flag("seed")
 flags.declare_key_flag("data_dir")
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
       config = export_flags.read_config()
       endings = export_flags.FORMATS[config.format]
       if not config.in_run:
-        out = outputs.check_out(out, endings, f"soup{endings[0]}")
+        out = out_flags.check_out(out, endings, f"soup{endings[0]}")
       soup = read_soup(argv[1], config)
       out = exporting.onnx_place(argv[1]) if config.in_run else out
       lines = write(config, out, argv[1], soup)
@@ -131,12 +132,25 @@ def write(config: ExportConfig, out: str, path: str, soup: dict[str, PyTree]) ->
 
 
 def write_torch(out: str, state: dict[str, np.ndarray]) -> None:
-  """Writes arrays as PyTorch's state dict, or as a safetensors file of one."""
-  state = {name: np.array(array, order="C") for name, array in state.items()}
+  """Writes arrays as PyTorch's state dict, or as a safetensors file of one.
+
+  Raises:
+    ImportError: PyTorch, which writes the former, is not installed.
+  """
+  arrays = {name: np.array(array, order="C") for name, array in state.items()}
   if out.endswith(".safetensors"):
-    write_safetensors(out, state, {"format": "pt"})
-  else:
-    outputs.write_torch(out, state)
+    write_safetensors(out, arrays, {"format": "pt"})
+    return
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{out} is written by PyTorch, which is not installed: run `pip install torch`, or "
+      "let --out end in .safetensors"
+    ) from error
+  tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+  with output_file(out) as file:
+    torch.save(tensors, file)
 
 
 def write_program(

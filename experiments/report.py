@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from jaxsms.disk import storage
 
 from . import reporting
+from .comparison.run_results import read
 from .reporting import Case
-from .reporting.run_results import read
 from .run.flag_files import refusals
 
 

@@ -38,11 +38,11 @@ from jaxsms.disk import storage
 
 from . import methods, reporting
 from .config import keeping_flags, run_config
-from .costs.inference_times import inference
 from .report import write_report
 from .run import checkpointing, run_directory, running
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
+from .run.network_costs import inference
 from .run.progress import RunProgress, clock
 from .run.signals import Stopped, StopSignals
 from .run.terminal import print_line, terminal

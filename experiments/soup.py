@@ -33,7 +33,7 @@ from jaxsms.disk.storage import first_sentence
 from jaxsms.disk.tensors import Spec, Tensors, prunable_names
 from jaxsms.merges import MERGES
 
-from .config import run_config
+from .config import out_flags, run_config
 from .merging import merge_flags
 from .merging.barrier import print_barrier
 from .merging.bytes_progress import BytesProgress
@@ -49,12 +49,11 @@ from .merging.model_checks import (
 from .merging.model_table import show
 from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
-from .run import outputs
 from .run.flag_files import refusals, run_with_flags, set_log_level
 from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
-for module in (merge_flags, outputs, run_config):
+for module in (merge_flags, out_flags, run_config):
   flags.adopt_module_key_flags(module)
 
 

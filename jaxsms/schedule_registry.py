@@ -185,3 +185,8 @@ RETRAIN_SCHEDULES: dict[str, RetrainSchedule] = {
     needs=("relative_norm_drop", "pruned_fraction"),
   ),
 }
+
+
+def starting_anywhere() -> str:
+  """Names of the retraining schedules whose first value may be given, for messages."""
+  return " or ".join(name for name, one in RETRAIN_SCHEDULES.items() if one.initial_lr)

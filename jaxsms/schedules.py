@@ -13,7 +13,12 @@ import numpy as np
 import optax
 
 from jaxsms.names import check_name
-from jaxsms.schedule_registry import PRETRAIN_SCHEDULES, RETRAIN_SCHEDULES, Retraining
+from jaxsms.schedule_registry import (
+  PRETRAIN_SCHEDULES,
+  RETRAIN_SCHEDULES,
+  Retraining,
+  starting_anywhere,
+)
 from jaxsms.trees import is_concrete
 
 
@@ -145,7 +150,9 @@ def retrain_schedule(
   if any(given[need] is None for need in this.needs):
     raise ValueError(f"{name} needs {' and '.join(this.needs)} of this phase")
   if initial_lr is not None and not this.initial_lr:
-    raise ValueError(f"initial_lr is LLR's first value: {name} has its own")
+    raise ValueError(
+      f"initial_lr is the first value of {starting_anywhere()}: {name} has its own"
+    )
 
   lrs = jnp.asarray(pretrain_lrs, jnp.float32)
   warmup = _whole_steps(warmup_fraction, steps) if this.warmup else 0

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 
 from experiments import bench
 from experiments.benchmarks import bench_jax, bench_settings
-from experiments.benchmarks.bench_statistics import (
-  Contender,
-  alternate,
-  calls_for,
-  ratio,
-  spread,
-)
 from experiments.config.fields import define_flags
+from experiments.costs.timing import Contender, alternate, calls_for, ratio, spread
 from jaxsms import models
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -4,8 +4,8 @@ import pytest
 from main_job import flag_values
 
 from experiments.benchmarks import bench_cut
-from experiments.benchmarks.bench_statistics import spread
 from experiments.benchmarks.usual_networks import read_training_flags
+from experiments.costs.timing import spread
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -5,9 +5,9 @@ from absl import flags
 from main_job import flag_values
 
 from experiments.benchmarks import bench_saving
-from experiments.benchmarks.bench_statistics import spread
 from experiments.benchmarks.usual_networks import read_training_flags
 from experiments.config import keeping_flags  # noqa: F401, whose flag it is
+from experiments.costs.timing import spread
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -21,7 +21,7 @@ from test_training import (
   make_programs,
 )
 
-from experiments.methods.pruning_criteria import classifier
+from experiments.config.pruning_criteria import classifier
 from jaxsms import models, training
 from jaxsms.training import Model
 from jaxsms.training.classifier import classifier_alone, log_prior, logit_adjusted

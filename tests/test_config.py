@@ -11,10 +11,10 @@ from main_job import config_of
 
 from experiments.config import fields
 from experiments.config.dense_flags import dense_schedule
+from experiments.config.pruning_criteria import CRITERIA
 from experiments.config.run_config import NEWER, Config
 from experiments.config.run_config import config_of as restored
 from experiments.methods import METHODS, baselines
-from experiments.methods.pruning_criteria import CRITERIA
 from jaxsms.schedule_registry import (
   PRETRAIN_SCHEDULES,
   RETRAIN_SCHEDULES,

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_training import MEAN, STD, make_programs
 
-from experiments.costs import channel_costs, costs
+from experiments.costs import channel_costs
 from experiments.costs.channel_costs import InferenceTimer, sensitivity_record, some_of
-from experiments.costs.costs import Moment, RunCosts
-from experiments.run.seed_state import SeedState
+from experiments.methods.seed_state import SeedState
+from experiments.run import network_costs, run_costs
+from experiments.run.run_costs import Moment, RunCosts
 from jaxsms import training
 from jaxsms.training import Data, Engine, Model, Splits
 from jaxsms.training.cutting import groups_of
@@ -26,8 +27,8 @@ def quick(quick_compilation):
 def at(monkeypatch):
   """`at(seconds, compiling)`: that moment is the present one from now on."""
   present = [Moment(0.0, 0.0)]
-  monkeypatch.setattr(costs, "moment", lambda: present[0])
-  monkeypatch.setattr(costs, "compiling_seconds", lambda: present[0].compiling)
+  monkeypatch.setattr(run_costs, "moment", lambda: present[0])
+  monkeypatch.setattr(run_costs, "compiling_seconds", lambda: present[0].compiling)
 
   def move(seconds, compiling):
     present[0] = Moment(float(seconds), float(compiling))
@@ -109,13 +110,13 @@ def test_models_of_one_training_are_no_rows_of_their_own(at):
 
 @pytest.mark.parametrize(("first_seed", "measured"), [(0, None), (1, {"groups": []})])
 def test_channels_are_measured_in_the_first_seed(first_seed, measured, monkeypatch):
-  monkeypatch.setattr(channel_costs, "sensitivity_record", lambda *args: {"groups": []})
+  monkeypatch.setattr(network_costs, "sensitivity_record", lambda *args: {"groups": []})
   task = types.SimpleNamespace(
     module=Wide(), image_shape=(4, 4, 1), engine=None, groups=lambda: None
   )
   config = types.SimpleNamespace(seed=1, criterion="channels", split_params=False)
   found = RunCosts()
-  channels = channel_costs.ChannelCosts(task, config, found, first_seed)
+  channels = network_costs.ChannelCosts(task, config, found, first_seed)
   channels.note(SeedState(1), "sms", None)
   assert found.sensitivity == measured
 
@@ -159,7 +160,7 @@ def test_sizes_of_a_cut_network_are_those_of_its_widths(monkeypatch):
   assert found["dense_milliseconds"] == {"median": 4.0, "min": 3.0, "max": 8.0}
   assert found["milliseconds"] == {"median": 2.0, "min": 1.0, "max": 4.0}
   task = types.SimpleNamespace(module=Wide(), image_shape=(4, 4, 1))
-  whole = channel_costs.dense_size(task, jax.device_get(model))
+  whole = channel_costs.dense_size(task.module, task.image_shape, jax.device_get(model))
   assert whole["parameters"] == 16 * 8 + 8 + 2 * 8 + 8 * 3 + 3
   assert whole["multiply_adds"] == 16 * 8 + 8 * 3
   assert whole["bytes"] == 4 * (whole["parameters"] + 2 * 8)

@@ -19,9 +19,8 @@ from jaxsms import (
   training,
   uniform_soup,
 )
-from jaxsms.devices import memory
 from jaxsms.devices.meshes import params_sharding
-from jaxsms.training import Model
+from jaxsms.training import Model, memory
 from jaxsms.training.state import start
 
 # All optimizations: these tests read what is compiled for users.

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from experiments import methods, sms
 from experiments.config.dense_flags import dense_schedule
+from experiments.methods.planning import MEASURED
 from experiments.run import run_directory, running
-from experiments.run.progress import MEASURED, RunProgress, TimeLeft, clock
+from experiments.run.progress import RunProgress, TimeLeft, clock
 from experiments.setup.task import make_task
 from jaxsms import checkpoint, data, prunable, training
 from jaxsms.training.engine import one_model

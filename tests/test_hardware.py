@@ -13,7 +13,7 @@ from experiments.config.fields import define_flags
 from experiments.config.run_config import Config, read_config
 from experiments.setup import hardware, task, tuning
 from jaxsms import convolution, data
-from jaxsms.devices.memory import OutOfMemory
+from jaxsms.training.memory import OutOfMemory
 
 
 def read(*given, model="resnet8", batch_size=8):

@@ -6,9 +6,9 @@ import pytest
 from main_job import SMALL, results, run
 
 from experiments.costs import latency_budget
-from experiments.costs.costs import RunCosts
 from experiments.costs.latency_budget import NetworkClock
 from experiments.run import running
+from experiments.run.run_costs import RunCosts
 from jaxsms import models
 from jaxsms.training import Model, init_variables
 from jaxsms.training.cutting import groups_of

@@ -11,8 +11,8 @@ from test_data import prepare
 from test_experiments import SMALL
 
 from experiments import methods
+from experiments.config.pruning_criteria import CRITERIA, Criterion, classifier, pruning
 from experiments.methods.epochs import bimp_epochs
-from experiments.methods.pruning_criteria import CRITERIA, Criterion, classifier, pruning
 from experiments.methods.registry import looks
 from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients

@@ -11,8 +11,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import export as binary
-from experiments.costs import onnx_latency
 from experiments.report import write_report
+from experiments.run import latency_file
 from jaxsms import channel_groups, channel_masks, compact, export, models
 from jaxsms.disk import onnx_files, storage
 
@@ -44,22 +44,22 @@ def timed_run(tmp_path):
 @pytest.mark.slow
 def test_the_report_has_the_times_of_onnx_files(timed_run, monkeypatch):
   monkeypatch.setattr(
-    onnx_latency, "times_of", lambda files: times_of(dense=4000, soup=1000)
+    latency_file, "times_of", lambda files: times_of(dense=4000, soup=1000)
   )
-  monkeypatch.setattr(onnx_latency.importlib.util, "find_spec", lambda name: True)
+  monkeypatch.setattr(latency_file.importlib.util, "find_spec", lambda name: True)
   page = write_report([timed_run]).read_text()
   assert "Time of an inference in ONNX Runtime" in page
   rows = (timed_run / "report.md").read_text().splitlines()
   row = next(line for line in rows if "| soup | 1.0 |" in line)
   assert "1 [0.9, 1.2]" in row and "4.00" in row
   # Measured once: a second report reads what the first one wrote.
-  monkeypatch.setattr(onnx_latency, "times_of", None)
+  monkeypatch.setattr(latency_file, "times_of", None)
   assert "ONNX Runtime 1" in write_report([timed_run]).read_text()
   # Other files of the same size are measured.
   (timed_run / "onnx" / "soup.onnx").write_bytes(b"1" * 1000)
   other = times_of(dense=4000, soup=1000) | {"runtime": "ONNX Runtime 2"}
-  monkeypatch.setattr(onnx_latency, "times_of", lambda files: other)
-  assert onnx_latency.run_latency(timed_run)["runtime"] == "ONNX Runtime 2"
+  monkeypatch.setattr(latency_file, "times_of", lambda files: other)
+  assert latency_file.run_latency(timed_run)["runtime"] == "ONNX Runtime 2"
 
 
 @pytest.mark.slow
@@ -70,8 +70,8 @@ def test_times_of_other_files_are_not_shown(timed_run, monkeypatch, damage):
   found = times_of(dense=4000, soup=1000)
   damage(found)
   storage.write_json(storage.as_path(timed_run / "onnx" / "latency.json"), found)
-  monkeypatch.setattr(onnx_latency.importlib.util, "find_spec", lambda name: None)
-  assert onnx_latency.run_latency(timed_run) is None
+  monkeypatch.setattr(latency_file.importlib.util, "find_spec", lambda name: None)
+  assert latency_file.run_latency(timed_run) is None
   assert "in ONNX Runtime" not in write_report([timed_run]).read_text()
 
 

@@ -21,8 +21,8 @@ from absl import flags
 from pages import ALL, CHAPTERS, PAGES, README, ROOT, blocks, snippets
 
 import jaxsms
+from experiments.config.pruning_criteria import CRITERIA
 from experiments.methods import METHODS
-from experiments.methods.pruning_criteria import CRITERIA
 from jaxsms import prunable
 from jaxsms.disk.by_name import by_path
 from jaxsms.disk.safetensors import read_safetensors

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from experiments import report as binary
+from experiments.comparison import run_results
 from experiments.report import write_report
-from experiments.reporting import Case, run_results, summarize
+from experiments.reporting import Case, summarize
 from experiments.reporting.document import Document, Section, Table
 from experiments.reporting.page import html, markdown
 from experiments.reporting.summary import sentences

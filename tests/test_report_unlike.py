@@ -5,8 +5,8 @@ import json
 import fake_runs
 import pytest
 
+from experiments.comparison import run_results
 from experiments.report import write_report
-from experiments.reporting import run_results
 from experiments.run.metrics_file import read_lines
 from jaxsms.disk import storage
 

@@ -18,7 +18,7 @@ from main_job import ROOT, SMALL, run
 from experiments import report
 from experiments import reporting as pages
 from experiments.comparison import parts as comparison
-from experiments.reporting import run_results
+from experiments.comparison import run_results
 from experiments.run import run_directory
 from experiments.run.metrics_file import read_lines
 from experiments.schemas.results_check import check_results

@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from experiments.costs.costs import RunCosts
 from experiments.run import running
+from experiments.run.run_costs import RunCosts
 from jaxsms.training import Chunk
 
 

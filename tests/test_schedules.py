@@ -311,7 +311,7 @@ def test_rejects(rejects):
     with rejects("ALLR needs relative_norm_drop and pruned_fraction"):
       retrain_schedule("ALLR", LRS, 5, **part)
   for name in ("FT", "CLR"):
-    with rejects(f"initial_lr is LLR's first value: {name} has its own"):
+    with rejects(f"initial_lr is the first value of LLR: {name} has its own"):
       retrain_schedule(name, LRS, 5, initial_lr=0.1)
   with rejects("unknown pretraining schedule 'cosine': did you mean Cosine?"):
     pretrain_schedule("cosine", 0.1, 5)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import methods
-from experiments.costs.costs import RunCosts
 from experiments.methods import in_phases
+from experiments.methods.seed_state import SeedState, packed, unpacked
 from experiments.run import checkpointing
-from experiments.run.seed_state import SeedState, packed, unpacked
+from experiments.run.run_costs import RunCosts
 from experiments.run.signals import StopSignals
 from jaxsms import training
 from jaxsms.disk import storage

@@ -12,10 +12,10 @@ from main_job import assert_same_run, config_of, results, run
 from test_report_page import Page
 
 import jaxsms
+from experiments.config import pruning_criteria
 from experiments.config.run_config import NEWER
-from experiments.costs.costs import RunCosts
-from experiments.methods import pruning_criteria
 from experiments.run import checkpointing
+from experiments.run.run_costs import RunCosts
 from jaxsms import checkpoint
 from jaxsms.disk import storage
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from main_job import config_of, parse, run
 
-from experiments.run import tensorboard
+from experiments.config import keeping_flags
 from experiments.run.tensorboard import Board
 
 SMALL = (
@@ -168,7 +168,7 @@ def test_a_run_writes_what_its_metrics_say(tmp_path):
 def test_refused_before_any_work(rejects, monkeypatch):
   with rejects("gs://bucket/run is an object store"):
     config_of("--tensorboard", "--workdir=gs://bucket/run")
-  monkeypatch.setattr(tensorboard.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(keeping_flags.util, "find_spec", lambda name: None)
   with rejects("--tensorboard needs tensorboardX, which is not installed"):
     config_of("--tensorboard")
   assert not config_of().tensorboard

@@ -33,10 +33,10 @@ from ..config.fields import (
   read_fields,
   whole_numbers,
 )
+from ..costs.timing import Contender, alternate, calls_for, repeated, scaled, seconds
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
-from .bench_statistics import Contender, alternate, calls_for, repeated, scaled, seconds
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01

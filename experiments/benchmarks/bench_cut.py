@@ -26,10 +26,10 @@ from jaxsms.training.cutting import (
 
 from ..config import device_flags
 from ..config.fields import at_least, define_flags, ensure, flag, one_of
+from ..costs.timing import Contender, Spread, alternate, cores, ratio, shown
 from ..run.environment import environment
 from ..setup import hardware
 from . import bench_jax
-from .bench_statistics import Contender, Spread, alternate, cores, ratio, shown
 from .usual_networks import prepared, usual_network
 
 DENSE, CUT, BUILT = "dense", "cut", "built at that size"

@@ -30,7 +30,7 @@ from jaxsms.training.programs import MeshOf
 from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import PyTree
 
-from .bench_statistics import ROUND_SECONDS, seconds
+from ..costs.timing import ROUND_SECONDS, seconds
 
 NUM_CLASSES = 10
 MEAN, STD = 0.5, 0.25  # of every channel of the synthetic images
@@ -161,7 +161,6 @@ def programs_of(
     evaluation_images=lambda batch: batch,  # nothing is evaluated
     batch_size=batch_size,
     at_once=at_once,
-    skip_inactive=jax.default_backend() == "cpu",
     mesh=mesh_of,
     micro_batches=micro_batches,
   )

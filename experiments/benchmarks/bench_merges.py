@@ -31,11 +31,12 @@ from jaxsms.trees import number_of_models
 
 from ..config import device_flags, run_config
 from ..config.fields import define_flags, flag, numbers, one_of, read_fields
-from ..methods.seeds import PRETRAIN, RETRAIN, Run, retraining_plan, train_dense
+from ..methods.seeds import Run, retraining_plan, train_dense
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals, run_with_flags, set_log_level
 from ..run.terminal import print_line, terminal
 from ..setup import hardware
+from ..setup.seed_streams import PRETRAIN, RETRAIN
 from ..setup.task import Task, load, make_task, with_data
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
 from .bench_settings import writable

@@ -27,11 +27,11 @@ from ..config.fields import (
   flag,
   one_of,
 )
+from ..costs.timing import Spread, calls_for, cores, scaled, seconds, shown, spread
+from ..methods.seed_state import SeedState, packed
 from ..run.environment import environment
-from ..run.seed_state import SeedState, packed
 from ..setup import hardware
 from . import bench_jax
-from .bench_statistics import Spread, calls_for, cores, scaled, seconds, shown, spread
 from .usual_networks import prepared, usual_network
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save

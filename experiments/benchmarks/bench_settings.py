@@ -10,7 +10,7 @@ from jaxsms import models
 
 from ..config import device_flags
 from ..config.fields import above_zero, at_least, flag, one_of, read_fields
-from .bench_statistics import ROUND_SECONDS
+from ..costs.timing import ROUND_SECONDS
 
 AUGMENTATIONS = ("none", "crop_flip", "noise")
 TORCH_MODELS = ("mlp", "resnet8", "resnet20", "resnet56", "resnet18")

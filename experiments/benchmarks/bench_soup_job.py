@@ -22,8 +22,8 @@ from jaxsms.disk.tensors import Spec
 from jaxsms.disk.writing import ToSafetensors, split_shards
 
 from ..config.fields import at_least, define_flags, ensure, flag, one_of, read_fields
+from ..costs.timing import Spread, cores, shown, spread
 from ..run.flag_files import check_no_arguments, refusals
-from .bench_statistics import Spread, cores, shown, spread
 
 MODELS, SHARDS, TENSORS, COLUMNS = 5, 4, 4, 1024  # tensors of a shard
 COPY = 'out=$1; shift; for model; do cat "$model"/*; done; cp -r "$1" "$out"'

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .bench_statistics import shown
+from ..costs.timing import shown
 
 Results = dict[str, Any]
 PEERS = {"eager": "eager", "compiled": "torch.compile", "ensemble": "vmap"}

@@ -14,18 +14,12 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from jaxsms.pretrained import to_torch
 
+from ..costs.timing import ROUND_SECONDS, Contender, calls_for, cores, seconds
 from .bench_jax import (
   LEARNING_RATE,
   MOMENTUM,
   WEIGHT_DECAY,
   Task,
-)
-from .bench_statistics import (
-  ROUND_SECONDS,
-  Contender,
-  calls_for,
-  cores,
-  seconds,
 )
 from .torch_batches import Batches, resident
 from .torch_models import Dense, make_network

@@ -13,13 +13,14 @@ from jaxsms.training import Model
 
 from .. import methods
 from ..config.run_config import Config
-from ..costs.inference_times import inference
 from ..methods import DENSE
+from ..methods.planning import MEASURED
+from ..methods.seed_state import SeedState
 from ..run import checkpointing, run_directory, running
 from ..run.lock import Busy, Lock
-from ..run.progress import MEASURED, RunProgress
+from ..run.network_costs import inference
+from ..run.progress import RunProgress
 from ..run.run_directory import agreed, is_writer
-from ..run.seed_state import SeedState
 from ..run.signals import StopSignals
 from ..setup.task import Task
 from . import parts as comparison

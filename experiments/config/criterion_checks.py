@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
 from .fields import default_values
+from .pruning_criteria import CRITERIA
 
 
 def check_criterion(config: Any) -> None:

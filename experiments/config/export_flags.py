@@ -4,8 +4,8 @@ import dataclasses
 
 from absl import flags
 
-from ..run.outputs import OutFlags
 from .fields import define_flags, flag, one_of, read_fields, shared
+from .out_flags import OutFlags
 
 FORMATS = {
   "compact": (".safetensors",),

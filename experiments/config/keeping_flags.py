@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from importlib import util
 from typing import Any
 
-from ..run.tensorboard import check_available
+from jaxsms.disk import storage
+
 from .fields import at_least, define_flags, ensure, flag
 
 
@@ -55,4 +57,18 @@ def check(config: Any) -> None:
       "--save_candidates saves copies in full shapes, and --shrink cuts them: leave one out"
     )
   if config.tensorboard:
-    check_available(config.workdir)
+    _check_tensorboard(config.workdir)
+
+
+def _check_tensorboard(workdir):
+  """Raises ValueError where no event files can be written."""
+  if not util.find_spec("tensorboardX"):
+    raise ValueError(
+      "--tensorboard needs tensorboardX, which is not installed: run "
+      "`pip install tensorboardX`"
+    )
+  if workdir is not None and storage.is_remote(storage.as_path(workdir)):
+    raise ValueError(
+      f"--tensorboard writes into --workdir, and {workdir} is an object store: give a "
+      "folder of this machine, or leave it out"
+    )

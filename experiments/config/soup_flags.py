@@ -10,11 +10,10 @@ from jaxsms.data.long_tail import check_ratio
 from jaxsms.merges import MERGES
 from jaxsms.names import quantity
 from jaxsms.pruning import SCOPES
-from jaxsms.schedule_registry import RETRAIN_SCHEDULES
+from jaxsms.schedule_registry import RETRAIN_SCHEDULES, starting_anywhere
 from jaxsms.sms import phase_sparsities
 from jaxsms.training.merging import GIVEN, candidate_merges
 
-from ..methods.pruning_criteria import CRITERIA
 from .baseline_flags import refuse_baselines
 from .criterion_checks import check_criterion
 from .fields import (
@@ -27,6 +26,7 @@ from .fields import (
   one_of,
   titles,
 )
+from .pruning_criteria import CRITERIA
 from .search_flags import EXAMPLE, SEARCHED
 
 # What may differ between the copies, and the type of its values.
@@ -109,7 +109,8 @@ class SoupFlags:
   )
   vary: str = flag(
     "What differs between the copies: seed (batch order, augmentation, dropout); "
-    "weight_decay, epochs (of each phase) or learning_rate (the first of LLR), with "
+    f"weight_decay, epochs (of each phase) or learning_rate (the first of "
+    f"{starting_anywhere()}), with "
     "the same seed; or subset (the share of the training data, see --subsets, and the "
     "seed). With --ranges also several of learning_rate, weight_decay and seed.",
     _known_variables,
@@ -222,7 +223,7 @@ def _check_values(config):
     return
   if "learning_rate" in vary.split(",") and not schedule.initial_lr:
     raise ValueError(
-      "--vary=learning_rate sets the first rate of LLR: "
+      f"--vary=learning_rate sets the first rate of {starting_anywhere()}: "
       f"{config.retrain_schedule} has its own"
     )
   if config.ranges is not None:  # see search_flags

@@ -1,14 +1,12 @@
-"""What the channels of a network cost: of each phase cut, and of each group."""
+"""What the channels of a network cost: cut networks, and each group of channels."""
 
 import functools
 import time
 from typing import Any
 
-import jax
 import numpy as np
-from absl import logging
 
-from jaxsms import GroupSensitivity, Phase, sensitivity
+from jaxsms import GroupSensitivity, sensitivity
 from jaxsms.channels.latency import ready, rounds_by_turns
 from jaxsms.devices.meshes import fetch
 from jaxsms.training import Data, Engine, Model, StreamedData
@@ -24,85 +22,18 @@ from jaxsms.training.landscape import evenly
 from jaxsms.training.measurements import predict, score
 from jaxsms.trees import PyTree
 
-from ..benchmarks.bench_statistics import in_milliseconds
-from ..config.run_config import Config
-from ..methods import SOUP
-from ..methods.pruning_criteria import removes_channels
-from ..run.run_directory import is_writer
-from ..run.seed_state import SeedState
-from ..setup.task import Task
-from .costs import RunCosts
 from .inference_times import filled, size
 from .latency_budget import BATCH
+from .timing import in_milliseconds
 
 IMAGES = 1000  # of the validation data, for the table of groups
 SHARE = 0.25  # of a group's channels, that go for it
 
 
-class ChannelCosts:
-  """Measures, in the first seed of a run that prunes channels, what they cost."""
-
-  def __init__(self, task: Task, config: Config, costs: RunCosts, first_seed: int):
-    """Measures nothing yet.
-
-    Args:
-      task: of the run.
-      config: of it.
-      costs: where it is noted.
-      first_seed: the seed in which it measures.
-    """
-    self._task, self._config, self._costs = task, config, costs
-    self._first_seed = first_seed
-    self._timer = InferenceTimer(task.module, task.image_shape)
-
-  def note(self, seed_state: SeedState, method: str, event: Any) -> None:
-    """Measures what an event of the soup gives occasion to, before it is saved.
-
-    All processes have to call it. Where something cannot be measured, the run is no worse.
-
-    Args:
-      seed_state: the seed under way.
-      method: whose event it is.
-      event: see `methods.seed_events`.
-    """
-    config = self._config
-    channels = removes_channels(config)
-    begins = event is None and self._costs.sensitivity is None
-    if method != SOUP or not channels or seed_state.seed != self._first_seed:
-      return
-    if not begins and not isinstance(event, Phase):
-      return
-    try:
-      if begins:
-        self._sensitivity(seed_state.dense)
-      else:
-        self._costs.phase(method, event.record["phase"])
-        self._phase(event.record["phase"], *fetch((event.params, event.masks)))
-    except (ValueError, RuntimeError) as error:
-      logging.warning("channels are not timed: %s", error)
-    self._costs.skip()
-
-  def _sensitivity(self, dense):
-    task = self._task
-    if task.groups is not None and not self._config.split_params:
-      self._costs.sensitivity = sensitivity_record(task.engine, task.groups(), dense)
-
-  def _phase(self, number, model, masks):
-    if not is_writer():
-      return
-    found = self._costs.inference or {
-      "device": jax.local_devices()[0].device_kind, "batch": BATCH,
-      "dense": dense_size(self._task, model), "phases": [],
-    }  # fmt: skip
-    before = [one for one in found["phases"] if one["phase"] < number]
-    phase = {"phase": number, **self._timer.phase(model, masks)}
-    self._costs.inference = {**found, "phases": [*before, phase]}
-
-
-def dense_size(task: Task, model: Model) -> dict[str, int]:
+def dense_size(module: Any, image_shape: tuple[int, ...], model: Model) -> dict[str, int]:
   """Parameters, multiply-adds and bytes of the network before it is cut."""
-  apply = functools.partial(task.module.apply, train=False)
-  costs = image_multiply_adds(apply, model._asdict(), task.image_shape)
+  apply = functools.partial(module.apply, train=False)
+  costs = image_multiply_adds(apply, model._asdict(), image_shape)
   return {
     "parameters": parameter_count(model.params),
     "multiply_adds": sum(costs.values()),

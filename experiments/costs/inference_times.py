@@ -8,38 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from jaxsms import checkpoint
 from jaxsms.export import apply_bcoo, save_compact, to_bcoo
 from jaxsms.pruning import prunable_flags
 from jaxsms.trees import PyTree
 
-from ..benchmarks.bench_statistics import milliseconds
-from ..run.run_directory import soup_folder
-from ..setup.task import Task
 from .latency_budget import BATCH
+from .timing import milliseconds
 
 ROUND_SECONDS = 0.02  # of each model
-
-
-def inference(task: Task, workdir: str | os.PathLike, seed: int) -> dict[str, Any] | None:
-  """Sizes and times of a run's last soup, for results.json.
-
-  Args:
-    task: of the run.
-    workdir: its directory.
-    seed: whose soup.
-
-  Returns:
-    See `measure_inference`; None where that soup cannot be read or used.
-  """
-  try:
-    soup = checkpoint.restore(soup_folder(workdir, seed))
-    return measure_inference(task.module, task.image_shape, soup)
-  except (ValueError, OSError, RuntimeError) as error:  # the run is no worse for it
-    logging.warning("inference is not timed: %s", error)
-    return None
 
 
 def measure_inference(

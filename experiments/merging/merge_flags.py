@@ -27,7 +27,7 @@ from ..config.fields import (
   read_fields,
   shared,
 )
-from ..run.outputs import OutFlags, check_out
+from ..config.out_flags import OutFlags, check_out
 from .model_checks import DTYPES
 from .output import TO_PYTORCH, read_size
 

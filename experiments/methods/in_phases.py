@@ -17,10 +17,9 @@ from jaxsms.training.distilling import Distillation
 from jaxsms.training.engine import Plan
 from jaxsms.training.phases import PhaseRecipe, Start, training_phases
 
-from .pruning_criteria import classifier
+from ..config.pruning_criteria import classifier
+from ..setup.seed_streams import CLASSIFIER, RETRAIN
 from .seeds import (
-  CLASSIFIER,
-  RETRAIN,
   SOUP,
   Events,
   Run,

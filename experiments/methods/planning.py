@@ -10,16 +10,16 @@ import jax
 from jaxsms.training.engine import Record
 from jaxsms.training.loop import map_events
 
-from ..run.progress import MEASURED
 from .epochs import by_copies
 from .registry import METHODS
 from .seeds import DENSE, SOUP, Run, dense_model
 
 if TYPE_CHECKING:
   from ..config.run_config import Config
-  from ..run.seed_state import SeedState
   from ..setup.task import Task
+  from .seed_state import SeedState
 
+MEASURED = 0  # in a plan, beside the numbers of copies: models to be measured
 STATISTICS = 0.2  # share of the training images that batch statistics come from
 PASSES = 3  # forward passes that a training step is worth
 

@@ -40,17 +40,16 @@ from jaxsms.training.search import Rung
 from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import model_at
 
-from .pruning_criteria import pruning
+from ..config.pruning_criteria import pruning
+from ..setup.seed_streams import INIT, PRETRAIN, PRUNE, RETRAIN, SHARES, stream
 from .searching import search_of
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
-  from ..run.seed_state import SeedState
   from ..setup.task import Task
+  from .seed_state import SeedState
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
-# Independent streams of a seed's key.
-INIT, PRETRAIN, RETRAIN, PRUNE, SCRATCH, SHARES, CLASSIFIER = 0, 1, 2, 3, 4, 5, 6
 # What a method yields: chunks of training, states to be saved, and phases.
 Events = Generator[Any, None, Any]
 
@@ -94,8 +93,7 @@ class Run(NamedTuple):
   @property
   def prune(self) -> Prune:
     """The criterion."""
-    key = jax.random.fold_in(self.key, PRUNE)
-    prune = pruning(self.config, key, self.task.groups)
+    prune = pruning(self.config, self.stream(PRUNE), self.task.groups)
     if self.task.clock is None:
       return prune
     return functools.partial(prune, measure=self.task.clock)
@@ -118,7 +116,7 @@ class Run(NamedTuple):
 
   def stream(self, number: int) -> jax.Array:
     """One of the independent keys of the seed."""
-    return jax.random.fold_in(self.key, number)
+    return stream(self.key, number)
 
   def anew(self) -> Run:
     """The same for a method that cannot be taken up in its midst."""

@@ -10,10 +10,9 @@ from jaxsms.baselines import swamp
 from jaxsms.dynamic import GradualPruning, prune_during_training
 from jaxsms.training import Model
 
+from ..setup.seed_streams import RETRAIN, SCRATCH
 from .epochs import bimp_epochs
 from .seeds import (
-  RETRAIN,
-  SCRATCH,
   Events,
   Run,
   averaged,

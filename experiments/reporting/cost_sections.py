@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmarks.bench_statistics import shown
+from ..costs.timing import shown
 from ..schemas.results_check import models_of
 from .cases import Case, Origin
 from .document import Block, Code, Folded, Table, table_of_cases

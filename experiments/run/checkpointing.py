@@ -16,14 +16,14 @@ from jaxsms.disk.series import NewestCheckpoint, Series
 from jaxsms.disk.storage import first_sentence
 
 from ..config.run_config import Config
-from ..costs.costs import RunCosts
+from ..methods.seed_state import SeedState, packed, unpacked
 from ..setup.task import Task
 from . import run_directory
 from .environment import check_version, environment, environments_of
 from .lock import Busy, Lock, Moved
 from .metrics_file import MetricsFile
+from .run_costs import RunCosts
 from .run_directory import agreed, is_writer
-from .seed_state import SeedState, packed, unpacked
 from .signals import Stopped, StopSignals
 from .tensorboard import Board
 

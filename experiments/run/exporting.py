@@ -19,9 +19,9 @@ from jaxsms.trees import PyTree
 
 from ..config.run_config import Config, config_of
 from ..costs.inference_times import filled
-from ..costs.onnx_latency import FOLDER, LATENCY_FILE
 from ..setup.task import load
 from . import run_directory
+from .latency_file import FOLDER, LATENCY_FILE
 
 VARIABLES = ("params", "batch_stats")
 BATCH, CALIBRATION_BATCHES = 100, 5

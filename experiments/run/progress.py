@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress
 
 from jaxsms.training import Chunk
 
+from ..methods.planning import MEASURED
 from .terminal import print_line, terminal, text_column
 
-MEASURED = 0  # in a plan, beside the numbers of copies: models to be measured
 LINE_SECONDS = 60  # between two lines, where there is no bar
 
 

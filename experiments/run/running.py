@@ -18,13 +18,14 @@ from jaxsms.trees import model_at, number_of_models
 
 from .. import methods, reporting
 from ..config.run_config import Config, read_config
-from ..costs.channel_costs import ChannelCosts
+from ..methods.planning import MEASURED
 from ..setup import hardware
 from ..setup.task import Task, load, with_data
 from . import checkpointing
 from .environment import environment
 from .flag_files import check_no_arguments, set_log_level
-from .progress import MEASURED, RunProgress
+from .network_costs import ChannelCosts
+from .progress import RunProgress
 from .run_directory import candidate_folder, save_model, soup_folder
 
 

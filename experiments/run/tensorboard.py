@@ -9,12 +9,9 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from importlib import util
 from typing import Any
 
 import numpy as np
-
-from jaxsms.disk import storage
 
 from .metrics_file import read_lines
 
@@ -22,24 +19,6 @@ FOLDER = "tensorboard"
 SERIES = ("loss", "accuracy", "learning_rate")  # by epoch, of every copy
 MODELS = ("soup", "prediction_ensemble")  # of a phase, beside its candidates
 Line = dict[str, Any]
-
-
-def check_available(workdir: str | os.PathLike | None) -> None:
-  """Raises ValueError where no event files can be written.
-
-  Args:
-    workdir: the run directory; None for one that is still to be named.
-  """
-  if not util.find_spec("tensorboardX"):
-    raise ValueError(
-      "--tensorboard needs tensorboardX, which is not installed: run "
-      "`pip install tensorboardX`"
-    )
-  if workdir is not None and storage.is_remote(storage.as_path(workdir)):
-    raise ValueError(
-      f"--tensorboard writes into --workdir, and {workdir} is an object store: give a "
-      "folder of this machine, or leave it out"
-    )
 
 
 class Board:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsms import fit_mesh, make_mesh
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.devices.memory import OutOfMemory
+from jaxsms.training.memory import OutOfMemory
 from jaxsms.training.programs import check_batch
 
 from ..config.device_flags import check_process_count

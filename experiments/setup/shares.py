@@ -18,12 +18,12 @@ from jaxsms.data import (
 from jaxsms.data.subsets import Shares, check_sizes
 
 from ..config.run_config import Config
-from ..methods.seeds import SHARES
+from .seed_streams import SHARES, stream
 
 
 def shares_key(key: jax.Array) -> jax.Array:
   """What draws the shares of a seed, from the key of the seed."""
-  return jax.random.fold_in(key, SHARES)
+  return stream(key, SHARES)
 
 
 def draw_shares(

@@ -45,9 +45,9 @@ from jaxsms.training.cutting import Cut, cut_engine, groups_of, image_multiply_a
 from jaxsms.training.measurements import describe_weights
 
 from ..config.dense_flags import dense_schedule
+from ..config.pruning_criteria import pruning, removes_channels
 from ..config.run_config import Config
 from ..costs.latency_budget import NetworkClock
-from ..methods.pruning_criteria import pruning, removes_channels
 from .hardware import copies_at_once, mesh_of, network_options
 from .ood import corrupted_test_data
 from .shares import (
@@ -313,7 +313,6 @@ def network_programs(
     batch_size=config.batch_size,
     mesh=mesh_of(config),
     at_once=copies_at_once(config, config.ingredients * parameters),
-    skip_inactive=jax.default_backend() == "cpu",
     micro_batches=config.micro_batches,
     split_params=config.split_params,
     metrics=metrics_of(config, dataset),

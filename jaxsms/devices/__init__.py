@@ -1,1 +1,1 @@
-"""Meshes, mapping over copies, counts, and advice where memory runs out."""
+"""Meshes, mapping over copies, and counts of devices."""

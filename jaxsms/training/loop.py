@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxsms.devices.ingredients import first_ingredients, pad_ingredients
-from jaxsms.devices.memory import explain_out_of_memory
 from jaxsms.devices.meshes import INGREDIENT_AXIS, fetch, params_sharding, place, release
 from jaxsms.phases import finite_models
 from jaxsms.training.averaging import begin_average
 from jaxsms.training.engine import Engine
+from jaxsms.training.memory import explain_out_of_memory
 from jaxsms.training.programs import Programs
 from jaxsms.training.state import Data, Ingredients, TrainState
 from jaxsms.training.streamed import StreamedData, training_batches

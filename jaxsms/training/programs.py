@@ -116,7 +116,6 @@ def make_programs(
   at_once: int | None = None,
   micro_batches: int = 1,
   split_params: bool = False,
-  skip_inactive: bool = False,
   metrics: Mapping[str, Metric] = METRICS,
 ) -> Programs:
   """Makes the programs of one network on one data set.
@@ -138,8 +137,6 @@ def make_programs(
     micro_batches: parts of a batch whose gradients are accumulated, see `Recipe`.
     split_params: whether each copy's parameters and optimizer state are split over the
       mesh's data axis, for models that do not fit on one device.
-    skip_inactive: whether copies that are not vmapped skip steps that change nothing, by
-      a condition: free on a CPU, a wait for the host in every step on a GPU.
     metrics: what models are measured by, functions of logits [n, classes] and labels [n]
       by name.
 
@@ -171,8 +168,10 @@ def make_programs(
     return of_params(state), whole(metrics)
 
   def recipe(alone):
+    # Skipping is a condition: free on a CPU, a wait for the host in every step on a GPU.
+    skip_inactive = alone and jax.default_backend() == "cpu"
     return step.Recipe(
-      module, optimizer, training_images, micro_batches, feedback, skip_inactive and alone
+      module, optimizer, training_images, micro_batches, feedback, skip_inactive
     )
 
   def train(alone, data, *copy):

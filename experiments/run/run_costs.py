@@ -7,7 +7,7 @@ import time
 from typing import Any, NamedTuple
 
 from ..methods import DENSE, SOUP
-from ..run.progress import compiling_seconds
+from .progress import compiling_seconds
 
 KINDS = ("steps", "seconds", "first_steps", "first_seconds", "compiling_seconds")
 
@@ -28,7 +28,7 @@ class RunCosts:
   """Seconds of each phase, all seeds and processes that took turns together.
 
   Attributes:
-    inference: times of inferences, see `channel_costs.ChannelCosts`; None where none are.
+    inference: times of inferences, see `network_costs.ChannelCosts`; None where none are.
     sensitivity: of the dense network to the loss of channels, see
       `channel_costs.sensitivity_record`; None where it was not measured.
     latencies: the seconds in `latency_budget.NetworkClock`.

@@ -26,7 +26,7 @@ from jaxsms.phases import Prune
 from jaxsms.trees import path_names
 
 if TYPE_CHECKING:
-  from ..config.run_config import Config
+  from .run_config import Config
 
 
 Groups = Callable[[], ChannelGroups] | None  # gives the network's groups of channels

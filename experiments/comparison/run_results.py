@@ -9,15 +9,15 @@ from absl import flags
 
 from jaxsms.disk import storage
 
-from ..comparison import parts as comparison
-from ..costs.onnx_latency import run_latency
 from ..methods import DENSE, SOUP, having
+from ..reporting import Case, Origin, flag_text
 from ..run import run_directory
 from ..run.environment import environments_of
+from ..run.latency_file import run_latency
 from ..run.metrics_file import read_lines
 from ..schemas.json_checks import Unfit
 from ..schemas.results_check import KNOWN_FLAGS
-from . import Case, Origin, flag_text
+from . import parts as comparison
 
 
 def read(path: str | os.PathLike, with_name: bool = False) -> tuple[list[Case], Origin]:

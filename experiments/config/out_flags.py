@@ -1,15 +1,11 @@
-"""The --out of the binaries that write a model: what it may be, and its formats."""
+"""The --out of the binaries that write a model, and what it may be."""
 
 import dataclasses
 import os
-from collections.abc import Mapping
-
-import numpy as np
 
 from jaxsms.disk import storage
-from jaxsms.disk.files import output_file
 
-from ..config.fields import define_flags, flag
+from .fields import define_flags, flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,21 +48,3 @@ def check_out(out: str | None, endings: tuple[str, ...], example: str) -> str:
     if not above.is_dir():
       raise ValueError(f"--out {out} lies in {above}, which is no folder: choose another")
   return str(path)
-
-
-def write_torch(path: str, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays as PyTorch's state dict.
-
-  Raises:
-    ImportError: PyTorch is not installed.
-  """
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(
-      f"{path} is written by PyTorch, which is not installed: run `pip install torch`, or "
-      "let --out end in .safetensors"
-    ) from error
-  state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-  with output_file(path) as file:
-    torch.save(state, file)
