@@ -23,16 +23,11 @@ def path_names(path: Path) -> list[str]:
   A Flax NNX variable's own "value" is left out, and Haiku's "mlp/~/linear_0" counts as
   three names.
   """
-  names = []
-  for entry in path:
-    for attribute in ("key", "name", "idx"):
-      if hasattr(entry, attribute):
-        names += str(getattr(entry, attribute)).split("/")
-        break
-    else:
-      names.append(str(entry))
-  wrapper = path and getattr(path[-1], "name", None) == "value"
-  return names[:-1] if wrapper and len(names) > 1 else names
+  if not path:
+    return []
+  names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+  is_wrapped = len(names) > 1 and getattr(path[-1], "name", None) == "value"
+  return names[:-1] if is_wrapped else names
 
 
 def path_string(path: Path) -> str:
