@@ -106,7 +106,7 @@ def prune_phase(
     )
     if is_parameter(path, leaf)
   ]
-  norm, drop = fetch(_norm_and_drop(parameters))
+  norm, drop = fetch(norm_and_drop(parameters))
   record = {
     "sparsity": 1 - after / total,
     "pruned_fraction": (before - after) / before if before else 0.0,
@@ -251,7 +251,9 @@ _count_true = jax.jit(counts.count)
 
 
 @jax.jit
-def _norm_and_drop(pairs):
+def norm_and_drop(
+  pairs: list[tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:
   """The norm of the first of each pair, and of the difference of both."""
 
   def square(x):  # float16 would overflow

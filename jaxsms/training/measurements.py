@@ -11,6 +11,7 @@ import numpy as np
 from jaxsms.devices.meshes import fetch
 from jaxsms.flops import layer_sparsities, sparse_multiply_adds
 from jaxsms.geometry import soup_geometry
+from jaxsms.phases import norm_and_drop
 from jaxsms.pruning import apply_masks, magnitude_masks, prunable_flags
 from jaxsms.soups import prediction_ensemble
 from jaxsms.training import streamed
@@ -267,22 +268,12 @@ def distances(params: PyTree, goal_sparsity: float) -> dict[str, float]:
     )
     if flag
   ]
-  origin, removed = (float(x) for x in fetch(_distances(pairs)))
+  origin, removed = (float(x) for x in fetch(norm_and_drop(pairs)))
   return {
     "distance_to_origin": origin,
     "distance_to_pruned": removed,
     "relative_distance_to_pruned": removed / origin if origin else 0.0,
   }
-
-
-@jax.jit
-def _distances(pairs):
-  """The norm of the first of each pair, and of the difference of both."""
-
-  def norm(arrays):
-    return jnp.sqrt(sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in arrays))
-
-  return norm([x for x, _ in pairs]), norm([x - y for x, y in pairs])
 
 
 def predict(programs: Programs, data: Data | StreamedData, models: Model) -> Predictions:
