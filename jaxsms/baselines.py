@@ -17,10 +17,9 @@ from jaxsms.sms import soup_phases
 from jaxsms.soups import uniform_soup
 from jaxsms.training.averaging import averaged_ingredients
 from jaxsms.training.candidates import merge_candidates
-from jaxsms.training.engine import Engine, Model, Plan, Record, trained
+from jaxsms.training.engine import Engine, Model, Plan, Record, start_each, trained
 from jaxsms.training.loop import train_copies
 from jaxsms.training.merging import Merging
-from jaxsms.training.state import start_each
 from jaxsms.trees import PyTree, stack, unstack
 
 
@@ -100,13 +99,11 @@ def imp_reprune(
 
   def retrain_each(key, runs, masks, record):
     plans = [plan({**record, **pruning}) for pruning in runs.pruning]
-    models = stack(runs.models)
-    optimizer = engine.programs.optimizer(0.0, 0.0)
     end = yield from train_copies(
       engine,
       stack(masks),
       key,
-      start_each(models.params, models.batch_stats, optimizer),
+      start_each(engine, stack(runs.models)),
       plans[0][0],
       np.stack([rates[i] for i, (_, rates) in enumerate(plans)]),
       phase=record["phase"],

@@ -12,11 +12,10 @@ from jaxsms.phases import Prune
 from jaxsms.pruning import magnitude_masks
 from jaxsms.sms import soup_phases
 from jaxsms.training.candidates import merge_candidates
-from jaxsms.training.engine import Engine, Model, Plan, Record, trained
+from jaxsms.training.engine import Engine, Model, Plan, Record, start_each, trained
 from jaxsms.training.loop import train_copies
 from jaxsms.training.merging import Merging
 from jaxsms.training.pruned import accuracy_on_test, prune_and_measure
-from jaxsms.training.state import start_each
 from jaxsms.trees import PyTree, number_of_models, stack
 
 
@@ -94,13 +93,11 @@ def one_shot_soups(
     plans = [plan(one) for one in nested.records.values()]
     m = number_of_models(plans[0][0], "ingredients")
     each = jax.tree.map(lambda x: jnp.repeat(x, m, axis=0), stack(nested.models))
-    optimizer = engine.programs.optimizer(0.0, 0.0)
-    state = start_each(each.params, each.batch_stats, optimizer)
     end = yield from train_copies(
       engine,
       jax.tree.map(lambda x: jnp.repeat(x, m, axis=0), stack(masks)),
       key,
-      state,
+      start_each(engine, each),
       jax.tree.map(lambda *x: np.concatenate(x), *[chosen for chosen, _ in plans]),
       np.concatenate([rates for _, rates in plans]),
       phase=record["phase"],

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.devices.ingredients import repeat_model
@@ -20,7 +21,7 @@ from jaxsms.training.state import (
   start,
 )
 from jaxsms.training.streamed import StreamedData
-from jaxsms.trees import PyTree
+from jaxsms.trees import PyTree, number_of_models
 
 # From a phase's pruning record: ingredients of m copies, and learning rates [m, steps]. A
 # search adds the values that its copies are to have, [m] by variable.
@@ -131,6 +132,13 @@ class Engine(NamedTuple):
       return start(*model, optimizer, copies)
     first = functools.partial(start, optimizer=optimizer, m=copies)
     return make_in_parts(first, mesh, True, *model)
+
+
+def start_each(engine: Engine, models: Model) -> TrainState:
+  """As `Engine.start`, from m models that differ, leaves [m, ...]."""
+  optimizer = engine.programs.optimizer(0.0, 0.0)
+  step = jnp.zeros([number_of_models(models.params)], jnp.int32)
+  return TrainState(*models, jax.vmap(optimizer.init)(models.params), step)
 
 
 def trained(state: TrainState) -> Model:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsms.devices.ingredients import repeat_model
 from jaxsms.devices.meshes import params_sharding, place
-from jaxsms.trees import PyTree, number_of_models, wait_on_cpu
+from jaxsms.trees import PyTree, wait_on_cpu
 
 Scalar = float | np.ndarray | jax.Array
 
@@ -231,11 +231,3 @@ def start(
   """
   step = jnp.zeros((), jnp.int32)
   return repeat_model(TrainState(params, batch_stats, optimizer.init(params), step), m)
-
-
-def start_each(
-  params: PyTree, batch_stats: PyTree, optimizer: optax.GradientTransformation
-) -> TrainState:
-  """As `start`, from m models that differ, leaves [m, ...]."""
-  step = jnp.zeros([number_of_models(params)], jnp.int32)
-  return TrainState(params, batch_stats, jax.vmap(optimizer.init)(params), step)
