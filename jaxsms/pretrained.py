@@ -219,12 +219,7 @@ def fit_model(
   if any(name.startswith("params/") for name in found):
     problem = f"{what} does not fit {type(module).__name__}"
     check_fit(problem, by_path(template), found, fitting_options(module, found))
-    leaves, structure = jax.tree.flatten(template)
-    arrays = [
-      np.asarray(found[name], like.dtype)
-      for name, like in zip(by_path(template), leaves, strict=True)
-    ]
-    model = jax.tree.unflatten(structure, arrays)
+    model = checkpoint.fill(template, found, what)
   else:
     model = from_torch(found, module, image_shape)
   check_finite(model, what)
