@@ -11,7 +11,7 @@ import pytest
 from cut_networks import masks_of, random_kept
 
 from jaxsms import channel_groups, compact, export, models, pretrained
-from jaxsms.disk import cut_files
+from jaxsms.disk import cut_files, npz
 from jaxsms.disk.safetensors import save_safetensors, write_safetensors
 
 KEY = jax.random.key(0)
@@ -201,7 +201,7 @@ def test_what_does_not_fit_into_memory_in_full_is_refused(tmp_path, rejects, mon
   write_safetensors(path, arrays, {"format": cut_files.FORMAT, "layout": layout})
   full = pretrained.load_weights(path)["a"]
   assert full[2, 3] == full.sum() == 7
-  monkeypatch.setattr(cut_files, "available_memory", lambda: 3e6)
+  monkeypatch.setattr(npz, "available_memory", lambda: 3e6)
   with rejects("it would take 0.0 GB, and 0.0 GB of memory"):
     pretrained.load_weights(path)
   assert export.load_cut(path, lambda params, x: x).params["a"].shape == (1, 1)

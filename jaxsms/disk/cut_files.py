@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsms.channels import Compact, compact_from
 from jaxsms.disk.by_name import by_path, nested
-from jaxsms.disk.npz import available_memory
+from jaxsms.disk.npz import check_memory
 from jaxsms.disk.safetensors import (
   arrays_of,
   digest_of,
@@ -116,9 +116,8 @@ def expand_cut(
   full = {}
   with _whole(path):
     rows = _layout_of(arrays, metadata)
-    _check_memory(
-      sum(math.prod(rows[name]["shape"]) * x.dtype.itemsize for name, x in arrays.items())
-    )
+    sizes = (math.prod(rows[name]["shape"]) * x.itemsize for name, x in arrays.items())
+    check_memory(sum(sizes), "it would take")
     for name, array in arrays.items():
       full[name] = np.zeros(rows[name]["shape"], array.dtype)
       kept = [_kept(rows[name], axis) for axis in range(array.ndim)]
@@ -158,7 +157,7 @@ def _layout_of(
     raise ValueError("its layout names other arrays")
   for name, array in arrays.items():
     _check_row(name, rows[name], array)
-  _check_memory(8 * sum(n for row in rows.values() for n in row["shape"]))
+  check_memory(8 * sum(n for row in rows.values() for n in row["shape"]), "it would take")
   return rows
 
 
@@ -182,16 +181,6 @@ def _check_row(name: str, row: Mapping[str, Any], array: np.ndarray) -> None:
 def _kept(row, axis):
   """The positions along an axis that a row of the layout keeps."""
   return np.asarray(row["kept"].get(str(axis), range(row["shape"][axis])), int)
-
-
-def _check_memory(needed: int) -> None:
-  """Raises ValueError where less memory than that is available."""
-  available = available_memory()
-  if available is not None and needed > available:
-    raise ValueError(
-      f"it would take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are "
-      "available"
-    )
 
 
 def cut_to_torch(

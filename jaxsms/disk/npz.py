@@ -3,7 +3,6 @@
 import math
 import os
 import zipfile
-from typing import IO
 
 import numpy as np
 
@@ -71,31 +70,34 @@ def _check_sizes(path, names):
       for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if names is None or name in names:
-          needed += max(member.file_size, _declared(archive, member))
+          shape, _, dtype, _ = read_header(archive, member)
+          needed += max(member.file_size, math.prod(shape) * dtype.itemsize)
   except Exception:  # zlib, zipfile and numpy raise a dozen kinds
     return
+  advice = ": give fewer or smaller arrays, or stream the data from TFDS"
+  check_memory(needed, f"{path} unpacks to", advice)
+
+
+def read_header(
+  archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+  """Shape, whether columns come first, dtype and length of the header of an .npy."""
+  with archive.open(member) as file:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+      read = np.lib.format.read_array_header_2_0
+    return *read(file), file.tell()
+
+
+def check_memory(needed: int, problem: str, advice: str = "") -> None:
+  """Raises ValueError where less memory than that is available, in bytes."""
   available = available_memory()
   if available is not None and needed > available:
     raise ValueError(
-      f"{path} unpacks to {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
-      "are available: give fewer or smaller arrays, or stream the data from TFDS"
+      f"{problem} {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are "
+      f"available{advice}"
     )
-
-
-def _declared(archive, member):
-  """Bytes of an array, as the header of its .npy says."""
-  with archive.open(member) as file:
-    shape, _, dtype = read_header(file)
-  return math.prod(shape) * dtype.itemsize
-
-
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """Shape, whether columns come first, and dtype, from the beginning of an .npy."""
-  version = np.lib.format.read_magic(file)
-  read = np.lib.format.read_array_header_1_0
-  if version != (1, 0):
-    read = np.lib.format.read_array_header_2_0
-  return read(file)
 
 
 def available_memory():

@@ -57,9 +57,7 @@ def open_npz(file: str, path: str | os.PathLike) -> Tensors:
         name = info.filename.removesuffix(".npy")
         if name in specs:
           raise zipfile.BadZipFile(f"{name} comes twice")
-        with archive.open(info) as member:
-          shape, fortran, dtype = read_header(member)
-          header = member.tell()
+        shape, fortran, dtype, header = read_header(archive, info)
         if dtype.kind not in "biuf":
           raise zipfile.BadZipFile(f"{name} is {dtype}, not numbers")
         spec = Spec(shape, dtype)
