@@ -27,11 +27,10 @@ _ENTERED = {
   "while": ("body_jaxpr",),
   "cond": ("branches",),
   "jit": ("jaxpr",),
-  "pjit": ("jaxpr",),
   "closed_call": ("call_jaxpr",),
 }
 if jax.__version_info__ < (0, 11):  # 0.12 fails where they are bound anew
-  _ENTERED |= {"checkpoint": ("jaxpr",), "remat2": ("jaxpr",)}  # open ones
+  _ENTERED |= {"remat2": ("jaxpr",)}  # an open one
 
 
 def with_own_convolutions(function: Callable, *arguments: Any) -> tuple[Any, int]:

@@ -13,9 +13,8 @@ _KEEP_ZERO = (
   "neg", "sign", "floor", "ceil", "round", "sin", "tan", "asin", "atan", "sinh",
   "tanh", "asinh", "atanh", "expm1", "log1p", "sqrt", "cbrt", "abs", "erf", "erf_inv",
   "square", "real", "imag", "conj", "convert_element_type", "reduce_precision", "copy",
-  "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint",
-  "device_put", "pcast", "pvary", "reshard", "mesh_cast", "population_count",
-  "bessel_i1e", "preventing_cse", "name", "layout_constraint", "to_edtype",
+  "stop_gradient", "optimization_barrier", "sharding_constraint", "device_put", "pvary",
+  "reshard", "population_count", "bessel_i1e", "name", "layout_constraint", "to_edtype",
   "from_edtype",
 )  # fmt: skip
 # f(0) is some number.
@@ -35,7 +34,7 @@ _ALL_ZERO = (
 _NUMBERS = (
   "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "nextafter", "complex",
   "igamma", "igammac", "igamma_grad_a", "regularized_incomplete_beta", "zeta", "polygamma",
-  "mulhi", "random_gamma_grad",
+  "mulhi",
 )  # fmt: skip
 
 
@@ -97,7 +96,7 @@ _FOLD: dict[str, Callable[..., Any]] = {
   "convert_element_type": float, "copy": float, "stop_gradient": float, "neg": np.negative,
   "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide,
   "max": np.maximum, "min": np.minimum, "sqrt": np.sqrt,
-  "square": np.square, "copy_p": float,
+  "square": np.square,
 }  # fmt: skip
 
 

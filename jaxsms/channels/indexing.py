@@ -38,7 +38,7 @@ def gather(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   value, indices = ins
   d, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
   shape = equation.invars[0].aval.shape
-  batching = tuple(getattr(d, "operand_batching_dims", ()))
+  batching = d.operand_batching_dims
   text = "positions are taken from it by index"
   kept = [i for i in range(len(shape)) if i not in (*d.collapsed_slice_dims, *batching)]
   for i in range(len(shape)):
@@ -49,7 +49,7 @@ def gather(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     axes[j] = value.axes[i] if sizes[i] == shape[i] else walk.labels.fixed(text)
   walk.freeze(indices, len(indices.axes) - 1, text)
   rest = iter(indices.axes[:-1])
-  for i in getattr(d, "start_indices_batching_dims", ()):
+  for i in d.start_indices_batching_dims:
     walk.freeze(indices, i, text)
   return [Value(tuple(next(rest) if a is None else a for a in axes))]
 
@@ -59,7 +59,7 @@ def scatter(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
   value, indices, update = ins
   d = equation.params["dimension_numbers"]
   shapes = [v.aval.shape for v in equation.invars]
-  batching = tuple(getattr(d, "operand_batching_dims", ()))
+  batching = d.operand_batching_dims
   text = "positions of it are replaced by index"
   window = [
     i for i in range(len(shapes[0])) if i not in (*d.inserted_window_dims, *batching)
