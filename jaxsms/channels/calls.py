@@ -4,33 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
 from jaxsms.channels.derivatives import walk_derivative
 from jaxsms.channels.labels import Axis
+from jaxsms.channels.operations import inner_function, opened
 from jaxsms.channels.products import own_convolution, stacked_convolution
 from jaxsms.channels.shapes import joined
 from jaxsms.channels.values import Record, Value, Walk, common_number
 
 # Operations that stand for the one function that they hold.
-CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
-         "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
-         "named_call", "xla_call", "core_closed_call", "composite")  # fmt: skip
-
-WITH_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-
-
-def inner_function(equation: Any) -> tuple[Any, Sequence[Any]]:
-  """The jaxpr that a call stands for, and its constants."""
-  for name in ("call_jaxpr", "fun_jaxpr", "jaxpr", "call"):
-    if name in equation.params:
-      return opened(equation.params[name])
-  raise KeyError(equation.primitive.name)
-
-
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-  """A closed or open jaxpr as a jaxpr and its constants."""
-  return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
+WITH_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
+CALLS = ("jit", "closed_call", "remat2", "custom_vmap_call", "composite", *WITH_DERIVATIVES)
 
 
 def used(jaxpr: Any) -> list[bool]:
@@ -38,7 +23,7 @@ def used(jaxpr: Any) -> list[bool]:
   found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
   for equation in jaxpr.eqns:
     operands = equation.invars
-    if equation.primitive.name in ("jit", "pjit"):
+    if equation.primitive.name == "jit":
       flags = used(opened(equation.params["jaxpr"])[0])
       operands = [v for v, flag in zip(operands, flags, strict=True) if flag]
     found |= {v for v in operands if not isinstance(v, Literal)}

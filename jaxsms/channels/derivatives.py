@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
 
 from jaxsms.channels.labels import FINITE, Axis
+from jaxsms.channels.operations import inner_function, run_alone
 from jaxsms.channels.values import Record, Value, Walk
 from jaxsms.trees import shape_of
 
@@ -68,7 +68,11 @@ def walk_derivative(
   avals = [shape_of(v.aval) for v in equation.invars]
   out_avals = [shape_of(v.aval) for v in equation.outvars]
   floating, floating_outs = [[_is_floating(x) for x in some] for some in (avals, out_avals)]
-  function = _function(equation)
+  jaxpr, _ = inner_function(equation)
+
+  def function(*operands):  # with its own derivative
+    return run_alone(jaxpr, equation, operands)
+
   if equation.primitive.name == "custom_jvp_call":
     records = _walk_jvp(walk, function, avals, floating, floating_outs, ins, outs)
   else:
@@ -126,28 +130,6 @@ def _filled(some, like, flags):
   return [
     next(rest) if flag else _no_tangent(x) for x, flag in zip(like, flags, strict=True)
   ]
-
-
-def _function(equation):
-  """The operation as a function of its operands, with its own derivative."""
-  operands = [v for v in equation.invars if not isinstance(v, Literal)]
-  operands = list(dict.fromkeys(operands))
-  jaxpr = _inner(equation).replace(
-    eqns=[equation], invars=operands, outvars=list(equation.outvars), constvars=[]
-  )
-
-  def function(*args):
-    by_variable = {
-      v: x for v, x in zip(equation.invars, args, strict=True) if not isinstance(v, Literal)
-    }
-    return jax.core.eval_jaxpr(jaxpr, (), *(by_variable[v] for v in operands))
-
-  return function
-
-
-def _inner(equation):
-  closed = equation.params.get("call_jaxpr", equation.params.get("fun_jaxpr"))
-  return getattr(closed, "jaxpr", closed)
 
 
 def _tie(walk, values, others):

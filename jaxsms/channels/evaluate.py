@@ -15,6 +15,7 @@ from jaxsms.channels import smaller
 from jaxsms.channels.arrays import left_shape, take
 from jaxsms.channels.calls import CALLS, own_operation, split_operands, stacked_operation
 from jaxsms.channels.labels import Axis, Fixed
+from jaxsms.channels.operations import run_alone
 from jaxsms.channels.values import Record, Value, Walk
 from jaxsms.compat import jaxprs_in_params
 from jaxsms.nn.lowerings import vary_alike, varying
@@ -85,7 +86,7 @@ def evaluate(cut: Cut, record: Record, args: Sequence[Any]) -> list[Any]:
       with layer_scope(equation):
         outs = _RULES.get(equation.primitive.name, smaller.same)(step, ins)
     else:
-      outs = jax.core.eval_jaxpr(alone(jaxpr, equation), (), *_of_variables(equation, ins))
+      outs = run_alone(jaxpr, equation, ins)
     env |= zip(equation.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
 
@@ -98,20 +99,6 @@ def layer_scope(equation: Any) -> AbstractContextManager:
 
 def _varies(x):
   return not isinstance(x, np.generic | float | int) and varying(x)
-
-
-def alone(jaxpr: Any, equation: Any) -> Any:
-  """A function of one operation."""
-  variables = _of_variables(equation, equation.invars)
-  return jaxpr.replace(
-    eqns=[equation], invars=variables, outvars=list(equation.outvars), constvars=[]
-  )
-
-
-def _of_variables(equation, values):
-  """Of values that belong to the operands, those of each variable, once."""
-  pairs = zip(equation.invars, values, strict=True)
-  return list({v: x for v, x in pairs if not isinstance(v, Literal)}.values())
 
 
 def _has_convolution(equation):
@@ -202,7 +189,7 @@ def _while(step, ins):
 _RULES: dict[str, Callable] = {
   **smaller.RULES,
   **dict.fromkeys(CALLS, _call),
-  **dict.fromkeys(("remat", "remat2", "checkpoint"), _remat),
+  "remat2": _remat,
   "cond": _cond,
   "scan": _scan,
   "while": _while,

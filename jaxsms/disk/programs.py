@@ -11,8 +11,9 @@ import numpy as np
 from jax import export
 from jax.extend.core import Literal
 
-from jaxsms.channels.calls import WITH_DERIVATIVES, inner_function
-from jaxsms.channels.evaluate import alone, layer_scope
+from jaxsms.channels.calls import WITH_DERIVATIVES
+from jaxsms.channels.evaluate import layer_scope
+from jaxsms.channels.operations import inner_function, run_alone
 from jaxsms.disk import storage
 from jaxsms.disk.files import output_file
 from jaxsms.disk.storage import first_sentence
@@ -83,7 +84,7 @@ def traced(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> 
 
 
 # Calls whose function is entered.
-_CALLS = ("jit", "pjit", "closed_call", *WITH_DERIVATIVES)
+_CALLS = ("jit", "closed_call", *WITH_DERIVATIVES)
 
 
 def evaluate(
@@ -112,8 +113,7 @@ def evaluate(
       elif name in rules:
         outs = rules[name](equation, ins)
     if outs is None:
-      one = alone(jaxpr, equation)
-      outs = jax.core.eval_jaxpr(one, (), *(env[v] for v in one.invars))
+      outs = run_alone(jaxpr, equation, ins)
     env |= zip(equation.outvars, outs, strict=True)
   return [read(v) for v in jaxpr.outvars]
 
@@ -124,10 +124,9 @@ def _folded(closed):
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   left = []
   for equation in jaxpr.eqns:
-    one = alone(jaxpr, equation)
-    if all(v in known for v in one.invars) and _is_small(equation):
-      outs = jax.core.eval_jaxpr(one, (), *(known[v] for v in one.invars))
-      known |= zip(equation.outvars, outs, strict=True)
+    ins = [v.val if isinstance(v, Literal) else known.get(v) for v in equation.invars]
+    if not any(x is None for x in ins) and _is_small(equation):
+      known |= zip(equation.outvars, run_alone(jaxpr, equation, ins), strict=True)
     else:
       left.append(equation)
   read = {v for e in left for v in e.invars if not isinstance(v, Literal)}
