@@ -103,7 +103,6 @@ def training_images(
 
 def none(key, images, mean, std):
   """Normalised images, unchanged."""
-  del key
   return normalize(images, mean, std)
 
 

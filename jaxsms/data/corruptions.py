@@ -131,15 +131,8 @@ def speckle_noise(key, image, std):
   return image + image * std * jax.random.normal(key, image.shape)
 
 
-def gaussian_blur(key, image, sigma):
-  """A Gaussian of `sigma` pixels."""
-  del key
-  return filters.gaussian_blur(image, sigma)
-
-
-def defocus_blur(key, image, constants):
+def defocus_blur(image, constants):
   """A lens out of focus: a disk."""
-  del key
   return filters.disk_blur(image, *constants)
 
 
@@ -164,9 +157,8 @@ def motion_blur(key, image, constants):
   return filters.motion_blur(image, angle, *constants)
 
 
-def zoom_blur(key, image, end):
+def zoom_blur(image, end):
   """A camera moved towards the scene: the mean over zooms in steps of 0.01."""
-  del key
   # As published, since the last bits decide how many zooms there are and their sizes.
   zooms = np.arange(1, end, 0.01)
   return (image + sum(filters.zoom(image, z) for z in zooms)) / (len(zooms) + 1)
@@ -196,24 +188,21 @@ def fog(key, image, constants):
   return (image + density * cloud) * largest / (largest + density)
 
 
-def brightness(key, image, more):
+def brightness(image, more):
   """Adds to the value of HSV; with hue and saturation kept, that scales all channels."""
-  del key
   value = image.max(-1, keepdims=True)
   brighter = jnp.minimum(value + more, 1)
   return jnp.where(value > 0, image * brighter / jnp.where(value > 0, value, 1), brighter)
 
 
-def contrast(key, image, factor):
+def contrast(image, factor):
   """Pulls each channel towards its mean."""
-  del key
   mean = image.mean((0, 1), keepdims=True)
   return (image - mean) * factor + mean
 
 
-def saturate(key, image, constants):
+def saturate(image, constants):
   """Changes the saturation of HSV; gray has hue 0 there, so added colour is red."""
-  del key
   factor, more = constants
   largest, smallest = image.max(-1, keepdims=True), image.min(-1, keepdims=True)
   spread = largest - smallest
@@ -222,18 +211,6 @@ def saturate(key, image, constants):
   hue = (largest - image) / jnp.where(spread > 0, spread, 1)
   hue = jnp.where(spread > 0, hue, jnp.array([0.0, 1.0, 1.0]))
   return largest * (1 - saturation * hue)
-
-
-def pixelate(key, image, share):
-  """Fewer and larger pixels."""
-  del key
-  return filters.pixelate(image, share)
-
-
-def jpeg_compression(key, image, quality):
-  """What a JPEG file of this quality keeps."""
-  del key
-  return filters.jpeg(image, quality)
 
 
 def elastic_transform(key, image, constants):
@@ -250,6 +227,11 @@ def elastic_transform(key, image, constants):
   return filters.resample(image, rows + steps[..., 0], columns + steps[..., 1], "reflect")
 
 
+def _drawless(function):
+  """A function of an image and constants, as a corruption that has no use for its key."""
+  return lambda key, image, constants: function(image, constants)
+
+
 # name: (function of key, image float32 [height, width, channels] in [0, 1] and one of
 # the constants; the constants of severities 1 to 5). Results are clipped to [0, 1].
 CORRUPTIONS: dict[str, tuple[Callable[..., jax.Array], tuple]] = {
@@ -257,9 +239,9 @@ CORRUPTIONS: dict[str, tuple[Callable[..., jax.Array], tuple]] = {
   "shot_noise": (shot_noise, (500, 250, 100, 75, 50)),
   "impulse_noise": (impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
   "speckle_noise": (speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
-  "gaussian_blur": (gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
+  "gaussian_blur": (_drawless(filters.gaussian_blur), (0.4, 0.6, 0.7, 0.8, 1.0)),
   "defocus_blur": (
-    defocus_blur,
+    _drawless(defocus_blur),
     ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)),  # radius, smoothing
   ),
   "glass_blur": (
@@ -270,7 +252,7 @@ CORRUPTIONS: dict[str, tuple[Callable[..., jax.Array], tuple]] = {
     motion_blur,
     ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5)),  # radius, sigma
   ),
-  "zoom_blur": (zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26)),
+  "zoom_blur": (_drawless(zoom_blur), (1.06, 1.11, 1.16, 1.21, 1.26)),
   "snow": (
     snow,
     (  # mean, std and zoom of the flakes, threshold, radius, sigma, share of the scene
@@ -282,14 +264,14 @@ CORRUPTIONS: dict[str, tuple[Callable[..., jax.Array], tuple]] = {
     ),
   ),
   "fog": (fog, ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))),
-  "brightness": (brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-  "contrast": (contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+  "brightness": (_drawless(brightness), (0.05, 0.1, 0.15, 0.2, 0.3)),
+  "contrast": (_drawless(contrast), (0.75, 0.5, 0.4, 0.3, 0.15)),
   "saturate": (
-    saturate,
+    _drawless(saturate),
     ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2)),  # factor, added
   ),
-  "pixelate": (pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
-  "jpeg_compression": (jpeg_compression, (80, 65, 58, 50, 40)),
+  "pixelate": (_drawless(filters.pixelate), (0.95, 0.9, 0.85, 0.75, 0.65)),
+  "jpeg_compression": (_drawless(filters.jpeg), (80, 65, 58, 50, 40)),
   "elastic_transform": (
     elastic_transform,
     (  # displacement, its sigma and the affine map's shift, all times the shorter side
