@@ -150,6 +150,6 @@ def layer_sparsities(params: PyTree, prunable: Prunable | None = None) -> dict[s
 
 def _weights(params: PyTree, prunable: Prunable | None) -> dict[str, Any]:
   """The prunable leaves by their paths."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   flags = prunable_flags(params, prunable)
   return {path_string(p): x for (p, x), flag in zip(leaves, flags, strict=True) if flag}

@@ -66,7 +66,7 @@ def mask_leaves(params: PyTree, masks: PyTree) -> list[Any]:
 
 def _by_names(tree: PyTree) -> list[tuple[tuple[str, ...], Path, Any]]:
   """The names, the path and the value of each leaf, and of what is empty."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty)
+  leaves = jax.tree.leaves_with_path(tree, is_leaf=_is_empty)
   return [
     (tuple(path_names(path)), path, None if _is_empty(leaf) else leaf)
     for path, leaf in leaves

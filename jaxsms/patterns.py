@@ -220,7 +220,7 @@ def _layers(
   """The prunable leaves, with their earlier masks (or None) and the axis of each."""
   flags = prunable_flags(params, prunable)
   warn_of_unpruned_matrices(params, prunable)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   old = [None] * len(leaves) if masks is None else mask_leaves(params, masks)
   layers = []
   for i, (path, leaf) in enumerate(leaves):

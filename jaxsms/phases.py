@@ -99,14 +99,9 @@ def prune_phase(
       f"prune removed all {total:,} prunable weights at sparsity {float(sparsity):g}: ask "
       "for less"
     )
-  parameters = [
-    (leaf, pruned_leaf)
-    for (path, leaf), pruned_leaf in zip(
-      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruned), strict=True
-    )
-    if is_parameter(path, leaf)
-  ]
-  norm, drop = fetch(norm_and_drop(parameters))
+  leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(pruned), strict=True)
+  pairs = [(leaf, left) for (path, leaf), left in leaves if is_parameter(path, leaf)]
+  norm, drop = fetch(norm_and_drop(pairs))
   record = {
     "sparsity": 1 - after / total,
     "pruned_fraction": (before - after) / before if before else 0.0,

@@ -104,9 +104,7 @@ def _rounded(shares: jax.Array) -> jax.Array:
 def _check_momentum(batch_stats: PyTree, momentum: list[jax.Array]) -> None:
   """Raises ValueError where concrete values are no running average's."""
   paths = [
-    path
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch_stats)
-    if is_floating(leaf)
+    path for path, leaf in jax.tree.leaves_with_path(batch_stats) if is_floating(leaf)
   ]
   for path, shares in zip(paths, momentum, strict=True):
     if not is_concrete(shares) or not shares.size:

@@ -53,7 +53,7 @@ def weight_uses(
   """
   arrays, filled = split_leaves(params, lambda path, leaf: is_array(leaf))
   function = jax.make_jaxpr(lambda arrays, *inputs: apply(filled(arrays), *inputs))
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   names = [path_string(path) for path, leaf in leaves if is_array(leaf)]
   return uses_in(function(arrays, *inputs).jaxpr, names)
 

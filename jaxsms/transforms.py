@@ -116,7 +116,7 @@ def assert_sparse(params: PyTree, masks: PyTree) -> None:
     raise ValueError(
       "assert_sparse got traced values: call it outside of jit, on what the program gives"
     )
-  names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  names = [path_string(path) for path, _ in jax.tree.leaves_with_path(params)]
   counts = _count_left(params, mask_leaves(params, masks))
   wrong = [f"{n} of {name}" for name, n in zip(names, counts, strict=True) if n]
   if wrong:
@@ -202,9 +202,7 @@ def _mask_state(state: PyTree, params: PyTree, masks: list[Any]) -> PyTree:
   """Zeros the removed entries of all state leaves shaped and named like a parameter."""
   by_path = {
     tuple(path_names(path)): (leaf, mask)
-    for (path, leaf), mask in zip(
-      jax.tree_util.tree_leaves_with_path(params), masks, strict=True
-    )
+    for (path, leaf), mask in zip(jax.tree.leaves_with_path(params), masks, strict=True)
     if mask is not None
   }
   lengths = sorted({len(names) for names in by_path}, reverse=True)
@@ -220,4 +218,4 @@ def _mask_state(state: PyTree, params: PyTree, masks: list[Any]) -> PyTree:
         return leaf
     return leaf
 
-  return jax.tree_util.tree_map_with_path(mask_leaf, state)
+  return jax.tree.map_with_path(mask_leaf, state)

@@ -60,7 +60,7 @@ def split_leaves(
     tree: any tree.
     chosen: of key path and leaf.
   """
-  with_paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+  with_paths, structure = jax.tree.flatten_with_path(tree)
   flags = [chosen(path, leaf) for path, leaf in with_paths]
   leaves = [leaf for _, leaf in with_paths]
 
@@ -128,14 +128,14 @@ def prunable(path: Path, leaf: Any) -> bool:
   (W, b) or a dict of one's own, are prunable from rank 2 on.
 
   Args:
-    path: key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+    path: key path of the leaf, as `jax.tree.map_with_path` passes it.
     leaf: the leaf, of one model (not stacked).
 
   Returns:
     True for a weight.
 
   >>> layers = [(jnp.ones((4, 3)), jnp.ones(3))]
-  >>> jax.tree_util.tree_map_with_path(prunable, layers)
+  >>> jax.tree.map_with_path(prunable, layers)
   [(True, False)]
   """
   return is_parameter(path, leaf) and is_weight(path_names(path), leaf.shape)
@@ -161,7 +161,7 @@ def stack(models: Sequence[PyTree]) -> PyTree:
   """
   if isinstance(models, dict) or not (models := list(models)):
     raise ValueError("got no models to stack: pass a list of at least one")
-  first = jax.tree_util.tree_leaves_with_path(models[0])
+  first = jax.tree.leaves_with_path(models[0])
   columns = []
   for number, model in enumerate(models):
     leaves = jax.tree.leaves(model)
@@ -249,7 +249,7 @@ def number_of_models(stacked: PyTree, what: str = "models") -> int:
   """
   m: int | None = None
   first_path: Path = ()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+  for path, leaf in jax.tree.leaves_with_path(stacked):
     if not is_array(leaf):
       continue
     if leaf.ndim == 0:
@@ -296,11 +296,8 @@ def is_concrete(tree: PyTree) -> bool:
 
 def check_finite(params: PyTree, what: str = "params") -> None:
   """Raises ValueError, naming the leaf, where concrete values are not all finite."""
-  floating = [
-    (path, leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if is_floating(leaf) and is_concrete(leaf)
-  ]
+  leaves = jax.tree.leaves_with_path(params)
+  floating = [(path, x) for path, x in leaves if is_floating(x) and is_concrete(x)]
   with jax.ensure_compile_time_eval():  # concrete values stay so inside a jit
     flags = jax.device_get(_all_finite([leaf for _, leaf in floating]))
   for (path, _), finite in zip(floating, flags, strict=True):

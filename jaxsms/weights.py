@@ -62,7 +62,7 @@ def prunable_flags(params: PyTree, prunable: Prunable | None = None) -> list[boo
   """
   if isinstance(prunable, Weights):
     prunable = prunable.prunable
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   if prunable is None:
     passed_over = _in_other_modules(params)
     flags = [
@@ -93,7 +93,7 @@ def warn_of_unpruned_matrices(params: PyTree, prunable: Prunable | None) -> None
     prunable = prunable.prunable
   if prunable is not None:
     return
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   flags = prunable_flags(params)
   left_out = tuple(
     f"{path_string(path)} {list(leaf.shape)}"
@@ -147,7 +147,7 @@ def _reject(path: Path, leaf: Any, why: str) -> None:
 
 
 def _first_names(params: PyTree) -> str:
-  paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  paths = [path_string(path) for path, _ in jax.tree.leaves_with_path(params)]
   return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
 
 

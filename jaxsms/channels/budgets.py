@@ -197,7 +197,7 @@ def _cost_of_entries(params, groups, budget, prunable) -> list[float]:
       "budget is 'multiply_adds', but groups have no multiply_adds: find the groups with "
       "jaxsms.channel_groups, or choose another budget"
     )
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   # Exact: each entry is used equally often.
   return [counts.get(path_string(path), 0) / max(np.size(x), 1) for path, x in leaves]
 

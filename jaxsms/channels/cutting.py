@@ -110,7 +110,7 @@ class Compact:
 
   def _leaves_and_full(self, params):
     """The arrays of cut params, and the tree of the shapes that they had."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    flat, structure = jax.tree.flatten_with_path(params)
     self._check(flat)
     full = iter(self._leaves)
     every = [next(full) if is_array(x) else x for _, x in flat]
@@ -209,7 +209,7 @@ class Compact:
       place = places.get(path_string(path))
       return x if place is None or not is_array(x) else function(path, x, *place)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree.map_with_path(one, tree)
 
 
 def compact(

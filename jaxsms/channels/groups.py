@@ -140,7 +140,7 @@ class Trace:
     unused_stay: bool = True,
   ):
     arrays, filled = split_leaves(params, lambda path, leaf: is_array(leaf))
-    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    with_paths = jax.tree.leaves_with_path(params)
     self.paths = [path for path, leaf in with_paths if is_array(leaf)]
     self.leaves = list(map(shape_of, arrays))
 
@@ -201,7 +201,7 @@ class Trace:
 
   def _outputs(self, outs):
     """Outputs stay, but for those that are new values of a leaf of params."""
-    flat = jax.tree_util.tree_leaves_with_path(outs)
+    flat = jax.tree.leaves_with_path(outs)
     for (path, out), value in zip(flat, self.record.outs, strict=True):
       leaf = self._same_leaf(path, out, value)
       for i, axis in enumerate(value.axes):

@@ -134,7 +134,7 @@ def channel_leaves(params: PyTree, groups: Sequence) -> list[ChannelLeaf]:
   Raises:
     ValueError: a place that `params` does not have.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   numbers = {path_string(path): i for i, (path, _) in enumerate(leaves)}
   found: dict[int, dict[int, list[tuple[int, np.ndarray]]]] = {}
   for g, group in enumerate(groups):

@@ -16,7 +16,7 @@ def by_path(tree: PyTree) -> dict[str, jax.Array]:
     ValueError: a leaf is no array, or two have the same name.
   """
   arrays = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+  for path, leaf in jax.tree.leaves_with_path(tree):
     name = path_string(path)
     if not is_array(leaf) or name in arrays:
       problem = "comes twice" if name in arrays else f"is {type(leaf).__name__}"

@@ -176,5 +176,5 @@ def _array_metadata(folder):
 
   with checkpoint.quiet(), ocp.PyTreeCheckpointer() as checkpointer:
     tree = checkpointer.metadata(folder).item_metadata.tree
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  leaves = jax.tree.leaves_with_path(tree)
   return {path_string(path): leaf for path, leaf in leaves if is_array(leaf)}

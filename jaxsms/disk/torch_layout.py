@@ -115,7 +115,7 @@ def tensors_of(
     ValueError: the network is another one.
   """
   layers, tensors = _layers(module), []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+  for path, leaf in jax.tree.leaves_with_path(variables):
     _, *owners, last = path_names(path)
     layer = [layers["/".join(owners)]] if owners else []
     name = ".".join([*layer, _LEAVES.get(last, last)])

@@ -158,9 +158,7 @@ def _learn(stacked, data, learning_rate, loss, by, steps):
 
 def _layers(stacked):
   """A number for each leaf, the same for those that lie side by side."""
-  owners = [
-    path_names(path)[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(stacked)
-  ]
+  owners = [path_names(path)[:-1] for path, _ in jax.tree.leaves_with_path(stacked)]
   numbers: dict[tuple[str, ...], int] = {}
   return [numbers.setdefault(tuple(owner), len(numbers)) for owner in owners]
 

@@ -93,7 +93,7 @@ def _fisher(stacked, squares, weights, prior):
       precision = weight * (square.astype(wide) + prior)
     return precision_average(jnp, leaf.astype(wide), precision, weight).astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, stacked, squares)
+  return jax.tree.map_with_path(one, stacked, squares)
 
 
 def precision_average(numpy: Any, values: Any, precision: Any, weight: Any) -> Any:

@@ -60,7 +60,7 @@ def _slerp(stacked, finite, t):
       a, b = arc_weights(jnp, products[0], products[1], products[2], t)
     return (a * first + b * second).astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, stacked)
+  return jax.tree.map_with_path(one, stacked)
 
 
 def arc_weights(numpy: Any, first: Any, both: Any, second: Any, t: Any) -> tuple[Any, Any]:

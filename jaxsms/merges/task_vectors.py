@@ -91,7 +91,7 @@ def ties(
 
 @functools.partial(jax.jit, static_argnames="density")
 def _ties(stacked, base, finite, density, scale):
-  flat = jax.tree_util.tree_leaves_with_path(stacked)
+  flat = jax.tree.leaves_with_path(stacked)
   numbers = [i for i, (path, leaf) in enumerate(flat) if is_parameter(path, leaf)]
   bases = jax.tree.leaves(base)
   tasks = []
@@ -151,4 +151,4 @@ def _moved(stacked, base, mean, scale):
     value = origin + scale * (target - origin)
     return jnp.where((leaf != 0).any(0), value, 0).astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, stacked, base, mean)
+  return jax.tree.map_with_path(one, stacked, base, mean)

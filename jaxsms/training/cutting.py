@@ -172,7 +172,7 @@ def image_multiply_adds(
 
 def parameter_count(params: PyTree) -> int:
   """How many numbers of a tree are trained, batch statistics and keys left out."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   return sum(x.size for path, x in leaves if is_parameter(path, x))
 
 

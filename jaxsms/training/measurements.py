@@ -234,7 +234,7 @@ def describe_weights(
     magnitude to the goal) and `relative_distance_to_pruned` (to the former).
   """
   flags = prunable_flags(params)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+  leaves = jax.tree.leaves_with_path(params)
   sizes = [np.size(x) for _, x in leaves]
   nonzero = [int(np.count_nonzero(x)) for _, x in leaves]
   trained = [is_parameter(path, x) for path, x in leaves]
@@ -261,13 +261,8 @@ def distances(params: PyTree, goal_sparsity: float) -> dict[str, float]:
   """How far a model's prunable weights are from 0, and from being pruned to a goal."""
   flags = prunable_flags(params)
   pruned = apply_masks(params, magnitude_masks(params, goal_sparsity))
-  pairs = [
-    (x, y)
-    for x, y, flag in zip(
-      jax.tree.leaves(params), jax.tree.leaves(pruned), flags, strict=True
-    )
-    if flag
-  ]
+  leaves = zip(jax.tree.leaves(params), jax.tree.leaves(pruned), strict=True)
+  pairs = list(itertools.compress(leaves, flags))
   origin, removed = (float(x) for x in fetch(norm_and_drop(pairs)))
   return {
     "distance_to_origin": origin,
