@@ -2,11 +2,8 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import IO
-
-from etils import epath
 
 from jaxsms.disk import storage
 
@@ -26,8 +23,7 @@ def output_file(path: storage.Path) -> Iterator[IO[bytes]]:
     yield file
 
 
-@contextlib.contextmanager
-def on_disk(path: storage.Path) -> Iterator[str]:
+def on_disk(path: storage.Path) -> contextlib.AbstractContextManager[str]:
   """The name of a file on a disk: itself, or a copy for as long as it is read.
 
   What is mapped of the copy stays readable: its bytes go when nobody has them open.
@@ -36,10 +32,6 @@ def on_disk(path: storage.Path) -> Iterator[str]:
     OSError: it cannot be read.
   """
   source = storage.as_path(path)
-  if not storage.is_remote(source):
-    yield os.fspath(source)
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    local = os.path.join(folder, source.name)
-    storage.copy(source, epath.Path(local))
-    yield local
+  if storage.is_remote(source):
+    return storage.local_copy(source)
+  return contextlib.nullcontext(os.fspath(source))

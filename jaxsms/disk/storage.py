@@ -171,17 +171,18 @@ def written_to(path: epath.Path) -> Iterator[str]:
     copy(epath.Path(local), path)
 
 
-@contextlib.contextmanager
-def read_from(path: epath.Path) -> Iterator[str]:
+def read_from(path: epath.Path) -> contextlib.AbstractContextManager[str]:
   """A folder on a disk: itself, or a temporary copy of one in an object store."""
-  if not is_remote(path):
-    with _plainly_named(path) as folder:
-      yield folder
-    return
+  return local_copy(path) if is_remote(path) else _plainly_named(path)
+
+
+@contextlib.contextmanager
+def local_copy(path: epath.Path) -> Iterator[str]:
+  """The name on a disk of a temporary copy of a file, or of a folder with all in it."""
   with tempfile.TemporaryDirectory() as temporary:
-    local = epath.Path(temporary) / path.name
-    copy(path, local)
-    yield os.fspath(local)
+    local = os.path.join(temporary, path.name)
+    copy(path, epath.Path(local))
+    yield local
 
 
 @contextlib.contextmanager
