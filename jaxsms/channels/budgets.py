@@ -1,5 +1,6 @@
 """Which channels go: the weakest, until a budget of weights or multiply-adds is reached."""
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,19 +101,14 @@ def channel_masks(
   units = len(order.ends) - 1
   goal = (sparsity - 1e-9) * cost.total  # shares are rounded numbers
   if cost.removed(order.without(units)) < goal or (sparsity and not cost.total):
-    text = _unreachable(groups, order, cost, sparsity, budget)
     options |= {"budget": budget, "round_to": 1}
-    if round_to > 1 and _is_reachable(params, sparsity, **options):
-      text = _blocks_too_large(groups, order, cost, sparsity, budget, round_to)
-    raise ValueError(text)
-  low, high = 0, units  # the fewest that are enough
-  while low < high:
-    middle = (low + high) // 2
-    if cost.removed(order.without(middle)) < goal:
-      low = middle + 1
-    else:
-      high = middle
-  return masks_with(params, groups, order.without(low), masks)
+    in_blocks = round_to > 1 and _is_reachable(params, sparsity, **options)
+    block = round_to if in_blocks else 0
+    raise ValueError(_unreachable(groups, order, cost, sparsity, budget, block))
+  fewest = bisect.bisect_left(
+    range(units), goal, key=lambda number: cost.removed(order.without(number))
+  )
+  return masks_with(params, groups, order.without(fewest), masks)
 
 
 def check_reachable(
@@ -210,35 +206,29 @@ def _is_reachable(params, sparsity, **options) -> bool:
   return True
 
 
-def _blocks_too_large(groups, order, cost, sparsity, budget, round_to) -> str:
-  most, layer = _most(groups, order, cost)
-  return (
-    f"sparsity {sparsity:g} of the {budget.replace('_', '-')} cannot be reached with "
-    f"round_to={round_to}, as a group that loses channels keeps at least so many: at most "
-    f"{most:.4g} can go, and most of what is left is in {layer}, so give a smaller "
-    "round_to or a lower sparsity"
-  )
-
-
-def _most(groups, order: RemovalOrder, cost: Cost) -> tuple[float, str]:
-  """The largest share that can be removed, and the layer that has most of the rest."""
-  kept = order.without(len(order.ends) - 1)
-  most = cost.removed(kept) / cost.total if cost.total else 0.0
-  largest = cost.largest(kept)
-  if not largest and kept:
-    largest = groups[int(np.argmax([k.sum() for k in kept]))].places[0][0]
-  return most, largest
-
-
-def _unreachable(groups, order: RemovalOrder, cost: Cost, sparsity, budget) -> str:
-  if len(order.ends) == 1:
+def _unreachable(
+  groups, order: RemovalOrder, cost: Cost, sparsity: float, budget: str, block: int
+) -> str:
+  """Why a budget cannot be reached; `block` is a `round_to` that is too large, or 0."""
+  if len(order.ends) == 1 and not block:
     return (
       f"sparsity is {sparsity:g}, but no channel may go: groups are empty, or each has "
       "its last channels, or a layer that prunable leaves out"
     )
-  most, layer = _most(groups, order, cost)
+  problem = "would empty a group of channels"
+  advice = "lower the sparsity or let more layers be pruned"
+  if block:
+    problem = (
+      f"cannot be reached with round_to={block}, as a group that loses channels keeps at "
+      "least so many"
+    )
+    advice = "give a smaller round_to or a lower sparsity"
+  kept = order.without(len(order.ends) - 1)
+  most = cost.removed(kept) / cost.total if cost.total else 0.0
+  layer = cost.largest(kept)
+  if not layer and kept:
+    layer = groups[int(np.argmax([k.sum() for k in kept]))].places[0][0]
   return (
-    f"sparsity {sparsity:g} of the {budget.replace('_', '-')} would empty a group of "
-    f"channels: at most {most:.4g} can go, and most of what is left is in {layer}, so "
-    "lower the sparsity or let more layers be pruned"
+    f"sparsity {sparsity:g} of the {budget.replace('_', '-')} {problem}: at most "
+    f"{most:.4g} can go, and most of what is left is in {layer}, so {advice}"
   )
