@@ -214,19 +214,10 @@ def several(rule: Callable) -> Callable:
   def each(walk: Walk, equation: Any, ins: list[Value]) -> list[Value]:
     outs = []
     for value, invar, outvar in zip(ins, equation.invars, equation.outvars, strict=True):
-      one = _One(equation.primitive, equation.params, [invar], [outvar])
-      outs += rule(walk, one, [value])
+      outs += rule(walk, equation.replace(invars=[invar], outvars=[outvar]), [value])
     return outs
 
   return each
-
-
-class _One:
-  """One of the operands of an equation, as if it were alone."""
-
-  def __init__(self, primitive, params, invars, outvars):
-    self.primitive, self.params = primitive, params
-    self.invars, self.outvars = invars, outvars
 
 
 for _name in ("optimization_barrier", "device_put"):

@@ -124,7 +124,8 @@ def _call(step, ins):
     how, index = own
     return [_stacked(functools.partial(convolution.OPERATIONS[index], how), *ins[-2:])]
   if len(step.inner) > 1:
-    return _custom(step, ins)
+    primal, derivative = step.inner
+    return derivative.function(functools.partial(evaluate, step.cut), primal)(*ins)
   return evaluate(step.cut, step.inner[0], ins)
 
 
@@ -135,12 +136,6 @@ def _stacked(operation, a, b):
   axes = tuple(0 if len(x) > 1 else None for x in (a, b))
   a, b = (x if axis == 0 else x[0] for x, axis in zip((a, b), axes, strict=True))
   return jax.vmap(operation, axes)(a, b)
-
-
-def _custom(step, ins):
-  primal, derivative = step.inner
-  run = functools.partial(evaluate, step.cut)
-  return derivative.function(run, primal)(*ins)
 
 
 def _remat(step, ins):
