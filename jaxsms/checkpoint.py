@@ -320,10 +320,9 @@ def _native(leaf: Any) -> Any:
 
 def _check_dtypes(leaves: dict[str, Any]) -> None:
   """Raises ValueError where a leaf holds something else than numbers."""
+  kinds = (np.number, np.bool_, jax.dtypes.prng_key)
   for name, leaf in leaves.items():
-    known = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    known = known or np.dtype(leaf.dtype).kind in "biufc"
-    if not known and not jax.dtypes.issubdtype(leaf.dtype, np.number):
+    if not any(jax.dtypes.issubdtype(leaf.dtype, kind) for kind in kinds):
       raise ValueError(f"leaf {name} is {leaf.dtype}: give arrays of numbers or bools")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxsms.channels.labels import FINITE, Axis
 from jaxsms.channels.operations import inner_function, run_alone
 from jaxsms.channels.values import Record, Value, Walk
-from jaxsms.trees import shape_of
+from jaxsms.trees import is_floating, shape_of
 
 
 class Derivative(NamedTuple):
@@ -67,7 +67,7 @@ def walk_derivative(
   """Walks the derivative that a custom_jvp or custom_vjp has."""
   avals = [shape_of(v.aval) for v in equation.invars]
   out_avals = [shape_of(v.aval) for v in equation.outvars]
-  floating, floating_outs = [[_is_floating(x) for x in some] for some in (avals, out_avals)]
+  floating, floating_outs = [list(map(is_floating, some)) for some in (avals, out_avals)]
   jaxpr, _ = inner_function(equation)
 
   def function(*operands):  # with its own derivative
@@ -145,10 +145,6 @@ def _unknown(value):
     for a in value.axes
   )
   return Value(axes, layer=value.layer)
-
-
-def _is_floating(aval):
-  return jax.dtypes.issubdtype(aval.dtype, np.inexact)
 
 
 def _no_tangent(x):

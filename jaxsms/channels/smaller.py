@@ -41,9 +41,8 @@ def same(step: Step, ins: Sequence[Any]) -> list[Any]:
 
 
 def _broadcast(step, ins):
-  return [lax.broadcast_in_dim(
-    ins[0], step.out_shape(), step.params["broadcast_dimensions"]
-  )]  # fmt: skip
+  dimensions = step.params["broadcast_dimensions"]
+  return [lax.broadcast_in_dim(ins[0], step.out_shape(), dimensions)]
 
 
 def _reshape(step, ins):
