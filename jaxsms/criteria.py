@@ -8,7 +8,7 @@ from jaxsms.checks import check_sparsity
 from jaxsms.mask_trees import mask_leaves
 from jaxsms.pruning import magnitude_sort_key, masks_of_groups, removal_count, scope_groups
 from jaxsms.selection import keep_largest, magnitude_key
-from jaxsms.trees import Prunable, PyTree, check_finite, is_concrete
+from jaxsms.trees import Prunable, PyTree, check_finite, is_concrete, widened
 from jaxsms.weights import prunable_flags, warn_of_unpruned_matrices
 
 
@@ -144,7 +144,7 @@ def lamp_masks(
 @jax.jit
 def _magnitudes(leaf, mask) -> tuple[jax.Array, jax.Array | int]:
   """The magnitudes [n] of a leaf, 0 where it is removed, and how many entries are."""
-  size = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+  size = widened(jnp.abs(leaf))
   if mask is None:
     return size.ravel(), 0
   return jnp.where(mask, size, 0).ravel(), mask.size - jnp.count_nonzero(mask)
@@ -177,6 +177,6 @@ def _count_removed(masks):
 
 def over_largest(values: jax.Array) -> jax.Array:
   """float32, scaled so that the largest is 1, where it is not 0."""
-  values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+  values = widened(values)
   largest = jnp.max(values)
   return (values / jnp.where(largest > 0, largest, 1)).astype(jnp.float32)

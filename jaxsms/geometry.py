@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.soups import uniform_soup
-from jaxsms.trees import PyTree, is_floating, number_of_models, small_leaves_joined
+from jaxsms.trees import PyTree, is_floating, number_of_models, small_leaves_joined, widened
 
 
 def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
@@ -43,8 +43,7 @@ def soup_geometry(stacked: PyTree) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _geometry(leaves: list[jax.Array], m: int) -> dict[str, jax.Array]:
-  leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
-  leaves = small_leaves_joined(leaves)
+  leaves = small_leaves_joined(list(map(widened, leaves)))
   norms = jax.lax.map(lambda i: _norm([x[i] for x in leaves]), jnp.arange(m))
   # Directions of all-zero models are taken as 0, not NaN.
   inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)

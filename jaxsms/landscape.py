@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsms.devices.meshes import fetch
-from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models
+from jaxsms.trees import PyTree, is_concrete, is_floating, number_of_models, widened
 
 FLAT = 1e-6  # of the length of a side: what float32 leaves of three models on one line
 
@@ -198,8 +198,8 @@ def affine_combination(models: PyTree, weights: jax.Array) -> PyTree:
   def leaf(x):
     if not is_floating(x):
       return x[0]
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    terms: Sequence[jax.Array] = [w * one for w, one in zip(weights, wide, strict=True)]
+    pairs = zip(weights, widened(x), strict=True)
+    terms: Sequence[jax.Array] = [weight * one for weight, one in pairs]
     return sum(terms[1:], terms[0]).astype(x.dtype)
 
   return jax.tree.map(leaf, models)
@@ -207,11 +207,7 @@ def affine_combination(models: PyTree, weights: jax.Array) -> PyTree:
 
 def _floating(tree):
   """Its floating leaves, in float32 or wider."""
-  return [
-    x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    for x in jax.tree.leaves(tree)
-    if is_floating(x)
-  ]
+  return [widened(x) for x in jax.tree.leaves(tree) if is_floating(x)]
 
 
 def _dot(a, b):

@@ -26,6 +26,7 @@ from jaxsms.trees import (
   number_of_models,
   same_structure,
   small_leaves_joined,
+  widened,
 )
 
 Prune = Callable[..., PyTree]
@@ -252,7 +253,7 @@ def norm_and_drop(
   """The norm of the first of each pair, and of the difference of both."""
 
   def square(x):  # float16 would overflow
-    return jnp.sum(jnp.abs(x).astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2)
+    return jnp.sum(widened(jnp.abs(x)) ** 2)
 
   norm = sum(square(a) for a, _ in pairs)
   drop = sum(square(a - b) for a, b in pairs)

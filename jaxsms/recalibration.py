@@ -14,6 +14,7 @@ from jaxsms.trees import (
   number_of_models,
   path_string,
   split_leaves,
+  widened,
 )
 
 
@@ -61,7 +62,7 @@ def recalibrate(
     new = update(tree_of(values), batch)
     _check_fits(batch_stats, new)
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(batch_stats), strict=True)
-    return [_wide(leaf) for leaf, like in pairs if is_floating(like)]
+    return [widened(leaf) for leaf, like in pairs if is_floating(like)]
 
   zeros = [jnp.zeros_like(leaf) for leaf in old]
   momentum = _momentum(step, zeros, jax.tree.map(lambda x: x[0], batches))
@@ -70,7 +71,7 @@ def recalibrate(
   def add(total, batch):
     return [t + x for t, x in zip(total, step(zeros, batch), strict=True)], None
 
-  total, _ = jax.lax.scan(add, [_wide(leaf) for leaf in zeros], batches)
+  total, _ = jax.lax.scan(add, [widened(leaf) for leaf in zeros], batches)
 
   def mean(old, total, shares):
     kept = _rounded(shares)
@@ -91,7 +92,7 @@ def _momentum(step, zeros: list[jax.Array], batch: PyTree) -> list[jax.Array]:
   scales = [jnp.maximum(1, jnp.max(jnp.abs(x), initial=0)) for x in without]
   others = [jnp.full_like(x, s) for x, s in zip(zeros, scales, strict=True)]
   return [
-    (b - a) / _wide(other)
+    (b - a) / widened(other)
     for a, b, other in zip(without, step(others, batch), others, strict=True)
   ]
 
@@ -128,7 +129,3 @@ def _check_fits(batch_stats: PyTree, new: PyTree) -> None:
       "update must give batch statistics as it got them: it got "
       f"{jax.tree.map(np.shape, batch_stats)} and gave {jax.tree.map(np.shape, new)}"
     )
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-  return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))

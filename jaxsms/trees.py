@@ -110,6 +110,11 @@ def is_floating(leaf: Any) -> bool:
   return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def widened(array: Any) -> Any:
+  """An array in float32, or in its own dtype where that is wider: what sums are made in."""
+  return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
 def is_parameter(path: Path, leaf: Any) -> bool:
   """Whether a leaf is trained: floating, and no batch statistic."""
   names = path_names(path) or [""]

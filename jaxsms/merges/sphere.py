@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsms.merges.finite import check_some_finite, without_others
-from jaxsms.trees import PyTree, is_floating, is_parameter, number_of_models
+from jaxsms.trees import PyTree, is_floating, is_parameter, number_of_models, widened
 
 
 def slerp(stacked: PyTree, t: float = 0.5) -> PyTree:
@@ -51,7 +51,7 @@ def _slerp(stacked, finite, t):
   def one(path, leaf):
     if not is_floating(leaf):
       return leaf[0]
-    first, second = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    first, second = widened(leaf)
     a, b = 1 - t, t
     if is_parameter(path, leaf):
       products = [

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsms.trees import widened
+
 
 class BatchNorm(nn.Module):
   """Batch normalization over all axes but the last, with or without a relu after it.
@@ -39,13 +41,8 @@ class BatchNorm(nn.Module):
     return y
 
 
-def _wide(x):
-  """At least float32: what sums and statistics are worked out in."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _affine(x, factor, offset, relu):
-  y = _wide(x) * factor + offset
+  y = widened(x) * factor + offset
   return (jnp.maximum(y, 0) if relu else y).astype(x.dtype)
 
 
@@ -55,7 +52,7 @@ def _sum(x):
 
 def _forward(relu, epsilon, x, scale, bias):
   n = x.size // x.shape[-1]
-  wide = _wide(x)
+  wide = widened(x)
   mean = _sum(wide) / n
   var = jnp.maximum(_sum(wide * wide) / n - mean**2, 0)
   inverse = jax.lax.rsqrt(var + epsilon)
@@ -66,8 +63,8 @@ def _forward(relu, epsilon, x, scale, bias):
 
 def _backward(relu, epsilon, residuals, cotangents):
   x, scale, bias, mean, inverse = residuals
-  dy = _wide(cotangents[0])  # running statistics have no gradient
-  wide = _wide(x)
+  dy = widened(cotangents[0])  # running statistics have no gradient
+  wide = widened(x)
   factor = scale * inverse
   if relu:
     dy = jnp.where(wide * factor + (bias - mean * factor) > 0, dy, 0)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.trees import widened
+
 
 def is_small(geometry: Any) -> bool:
   """Whether an image has fewer pixels than the kernel.
@@ -70,12 +72,11 @@ def _taps(geometry):
 def _matrix(geometry, kernels):
   """[m, pixels * c, outputs * o], 0 where no tap joins a pixel and an output."""
   m, _, _, c, o = kernels.shape
-  wide = jnp.promote_types(kernels.dtype, jnp.float32)
-  taps = kernels.astype(wide).reshape(m, -1, c, o)
+  taps = widened(kernels).reshape(m, -1, c, o)
   taps = jnp.pad(taps, [(0, 0), (0, 1), (0, 0), (0, 0)])[:, _taps(geometry)]
   return taps.swapaxes(2, 3).reshape(m, math.prod(geometry.image) * c, -1)
 
 
 def _flat(x):
   """[m, n, h, w, c] -> [m, n, h * w * c], in float32 at least."""
-  return x.reshape(*x.shape[:2], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+  return widened(x.reshape(*x.shape[:2], -1))
