@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from jaxsms.data.examples import Examples, chosen, grain, read_ahead, read_example
 from jaxsms.data.placement import place, process_block, spread
@@ -68,73 +68,31 @@ def evaluation_batches(
   threads = integer("threads", threads, 0)
   used = chosen(source, indices)
   sharding = spread(mesh, (DATA_AXIS,), (batch_size,))
-  plan = _Plan(
-    source=source,
-    transform=transform,
-    indices=used,
-    batch_size=batch_size,
-    rows=range(batch_size)[process_block(sharding, (batch_size,))[0]],
-    image_shape=read_example(source, int(used[0]), transform)[0].shape,
-  )
-  return _batches(plan, sharding, threads)
+  rows = range(batch_size)[process_block(sharding, (batch_size,))[0]]
+  starts = range(0, len(used), batch_size)
+  wanted = [start + row for start in starts for row in rows]  # those here, in order
+  shape = read_example(source, int(used[0]), transform)[0].shape
 
-
-class _Plan(NamedTuple):
-  """Which examples are in a batch, and which of them are read here.
-
-  Attributes:
-    source: random access to the examples.
-    transform: of each image, if any.
-    indices: int [n], the examples to use, in order.
-    batch_size: examples at a time.
-    rows: the part of each batch that this process reads.
-    image_shape: height, width and channels after the transform.
-  """
-
-  source: Examples
-  transform: Callable[[Any], np.ndarray] | None
-  indices: np.ndarray
-  batch_size: int
-  rows: range
-  image_shape: tuple[int, ...]
-
-  @property
-  def starts(self) -> range:
-    return range(0, len(self.indices), self.batch_size)
-
-
-def _batches(
-  plan: _Plan, sharding: Sharding | None, threads: int
-) -> Iterator[EvaluationBatch]:
-  own, shape = len(plan.rows), (plan.batch_size,)
-  reads = read_ahead(_Reads(plan), threads)
-  try:
-    for _ in plan.starts:
-      images = np.zeros((own, *plan.image_shape), np.uint8)
-      labels, valid = np.zeros(own, np.int32), np.zeros(own, bool)
-      for at in range(own):
-        example = next(reads)
-        if example is not None:
-          (images[at], labels[at]), valid[at] = example, True
-      arrays = (place(x, sharding, shape) for x in (images, labels, valid))
-      yield EvaluationBatch(*arrays)
-  finally:
-    reads.close()
-
-
-class _Reads:
-  """Examples that one process evaluates; None where a batch is to be filled up."""
-
-  def __init__(self, plan: _Plan):
-    self._plan = plan
-    self._wanted = [start + row for start in plan.starts for row in plan.rows]
-
-  def __len__(self) -> int:
-    return len(self._wanted)
-
-  def __getitem__(self, position: int) -> tuple[np.ndarray, int] | None:
-    at, plan = self._wanted[position], self._plan
-    if at >= len(plan.indices):
+  def read(position):
+    """An example that is evaluated here; None where a batch is to be filled up."""
+    at = wanted[position]
+    if at >= len(used):
       return None
-    index = int(plan.indices[at])
-    return read_example(plan.source, index, plan.transform, plan.image_shape)
+    return read_example(source, int(used[at]), transform, shape)
+
+  def batches():
+    reads = read_ahead(read, len(wanted), threads)
+    try:
+      for _ in starts:
+        images = np.zeros((len(rows), *shape), np.uint8)
+        labels, valid = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
+        for row in range(len(rows)):
+          example = next(reads)
+          if example is not None:
+            (images[row], labels[row]), valid[row] = example, True
+        arrays = (place(x, sharding, (batch_size,)) for x in (images, labels, valid))
+        yield EvaluationBatch(*arrays)
+    finally:
+      reads.close()
+
+  return batches()

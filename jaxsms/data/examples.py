@@ -25,16 +25,6 @@ class Examples(Protocol):
     """A Pillow image or uint8 [height, width, channels], and its class."""
 
 
-class Reads(Protocol):
-  """Random access to what `read_ahead` reads, from several threads at once."""
-
-  def __len__(self) -> int:
-    """How many there are."""
-
-  def __getitem__(self, position: int) -> Any:
-    """One of them; it may take long."""
-
-
 class ReadAhead(Protocol):
   """What has been read, in order."""
 
@@ -135,11 +125,25 @@ def read_example(
   return image, label
 
 
-def read_ahead(reads: Reads, threads: int) -> ReadAhead:
-  """An iterator over all of `reads`, in order, that threads read ahead of it.
+class _Reads:
+  """What a function gives for each position, as grain's data sources do."""
+
+  def __init__(self, read: Callable[[int], Any], count: int):
+    self._read, self._count = read, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, position: int) -> Any:
+    return self._read(position)
+
+
+def read_ahead(read: Callable[[int], Any], count: int, threads: int) -> ReadAhead:
+  """An iterator over what a function reads, in order, that threads read ahead of it.
 
   Args:
-    reads: what is read; None is allowed among it.
+    read: of a position, from 0 on, what is there, or None; from several threads at once.
+    count: how many positions there are.
     threads: how many; 0 reads in line.
 
   Returns:
@@ -147,7 +151,8 @@ def read_ahead(reads: Reads, threads: int) -> ReadAhead:
   """
   g = grain()
   options = g.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-  return iter(g.MapDataset.source(reads).to_iter_dataset(options, allow_nones=True))
+  reads = g.MapDataset.source(_Reads(read, count))
+  return iter(reads.to_iter_dataset(options, allow_nones=True))
 
 
 def grain() -> ModuleType:

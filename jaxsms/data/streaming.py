@@ -157,7 +157,9 @@ class Stream:
 
   def _start(self, step: int) -> concurrent.futures.Future[Batches]:
     if self._reads is None:
-      self._reads = read_ahead(_Reads(self._plan, step), self._threads)
+      plan = self._plan
+      count = (plan.total - step) * len(plan.copies) * len(plan.rows)
+      self._reads = read_ahead(_reader(plan, step), count, self._threads)
     try:
       return self._worker.submit(self._read, self._reads, step)
     except RuntimeError:
@@ -334,35 +336,29 @@ class _Plan(NamedTuple):
     )
 
 
-class _Reads:
-  """Examples that one process reads from a step on, in the order of their use."""
+def _reader(plan: _Plan, first: int) -> Callable[[int], tuple[np.ndarray, int] | None]:
+  """Reads the examples of one process from a step on, in the order of their use."""
+  lock = threading.Lock()  # so that no two threads permute the same epoch
+  order_of = functools.lru_cache(maxsize=2 * len(plan.copies))(plan.order)
 
-  def __init__(self, plan: _Plan, first: int):
-    self._plan, self._first = plan, first
-    self._lock = threading.Lock()  # so that no two threads permute the same epoch
-    self._order = functools.lru_cache(maxsize=2 * len(plan.copies))(plan.order)
-
-  def __len__(self) -> int:
-    plan = self._plan
-    return (plan.total - self._first) * len(plan.copies) * len(plan.rows)
-
-  def __getitem__(self, position: int) -> tuple[np.ndarray, int] | None:
-    plan = self._plan
+  def read(position):
     position, row = divmod(position, len(plan.rows))
     step, copy = divmod(position, len(plan.copies))
-    step, copy, row = step + self._first, plan.copies[copy], plan.rows[row]
+    step, copy, row = step + first, plan.copies[copy], plan.rows[row]
     if step >= plan.steps[copy]:
       return None
     epoch, batch = divmod(step, plan.per_epoch)
     seed = plan.seeds[copy]
-    with self._lock:
-      order = self._order(seed, epoch)
+    with lock:
+      order = order_of(seed, epoch)
     index = int(order[batch * plan.batch_size + row])
     transform = None
     if plan.transform is not None:
       rng = np.random.default_rng([*plan.key, seed, CROP, epoch, index])
       transform = functools.partial(plan.transform, rng)
     return read_example(plan.source, index, transform, plan.image_shape)
+
+  return read
 
 
 def _qualified_name(function: Callable | None) -> str:
