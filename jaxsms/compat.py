@@ -8,19 +8,6 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def enable_x64() -> AbstractContextManager[None]:
-  """A context in which float64 and int64 stay what they are.
-
-  It is `jax.enable_x64(True)` of jax 0.8 and later.
-  """
-  if hasattr(jax, "enable_x64"):
-    return jax.enable_x64(True)
-  # Later versions lack this one.
-  from jax.experimental import enable_x64  # type: ignore[attr-defined]
-
-  return enable_x64()
-
-
 def constraint_mesh(mesh: jax.sharding.Mesh) -> AbstractContextManager:
   """A context for the body of a `shard_map` over this mesh.
 

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from x64 import enable_x64
 
 from jaxsms import (
   channel_groups,
@@ -35,7 +36,6 @@ from jaxsms import (
   map_ingredients,
   models,
 )
-from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

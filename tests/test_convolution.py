@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export, lax
 from jax.sharding import NamedSharding
+from x64 import enable_x64
 
 import jaxsms
 from jaxsms import convolution, make_mesh, map_ingredients
-from jaxsms.compat import enable_x64
 from jaxsms.convolution import conv_general_dilated
 from jaxsms.devices.meshes import split_batch
 from jaxsms.nn import lowerings

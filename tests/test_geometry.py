@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from x64 import enable_x64
 
 from jaxsms import interpolate, loss_along_line, loss_barrier, soup_geometry
-from jaxsms.compat import enable_x64
 
 M = 4
 

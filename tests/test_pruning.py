@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from x64 import enable_x64
 
 from jaxsms import (
   apply_masks,
@@ -21,7 +22,6 @@ from jaxsms import (
   uniform_soup,
   unstack,
 )
-from jaxsms.compat import enable_x64
 from jaxsms.counts import digits
 from jaxsms.selection import magnitude_key, select
 

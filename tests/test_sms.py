@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import soup_of_processes
+from x64 import enable_x64
 
 from jaxsms import (
   Phase,
@@ -26,7 +27,6 @@ from jaxsms import (
   sparsity,
   unstack,
 )
-from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.test_util import check_grads
+from x64 import enable_x64
 
 from jaxsms import greedy_soup, prediction_ensemble, stack, uniform_soup
-from jaxsms.compat import enable_x64
 
 M = 4
 NUMBERS = st.floats(-1000, 1000, width=32, allow_subnormal=False)
@@ -223,7 +223,7 @@ def test_prediction_ensemble_of_half_precision_and_under_transformations():
 def test_gradient_in_the_weights(weights):
   rng = np.random.default_rng(0)
   stacked = {"a": rng.standard_normal((3, 4)), "b": [rng.standard_normal((3, 2, 2))]}
-  with jax.enable_x64(True):
+  with enable_x64():
 
     def soup(weights, stacked=stacked):
       leaves = jax.tree.leaves(uniform_soup(stacked, weights))

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import strategies
+from x64 import enable_x64
 
 from jaxsms import (
   apply_masks,
@@ -17,7 +18,6 @@ from jaxsms import (
   stack,
   unstack,
 )
-from jaxsms.compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+from x64 import enable_x64
 
 from jaxsms import prunable, stack, unstack
-from jaxsms.compat import enable_x64
 from jaxsms.mask_trees import match_masks
 from jaxsms.trees import (
   check_finite,
