@@ -27,8 +27,8 @@ class Step:
   def out_shape(self, i=0):
     return self.cut.shape(self.outs[i], self.equation.outvars[i].aval.shape)
 
-  def out_masks(self, i=0):
-    return self.cut.masks(self.outs[i])
+  def out_masks(self):
+    return self.cut.masks(self.outs[0])
 
   def bind(self, ins, **params):
     out = self.equation.primitive.bind(*ins, **{**self.params, **params})

@@ -10,6 +10,8 @@ from jaxsms.devices.meshes import split_batch
 from jaxsms.training.state import Data
 from jaxsms.trees import PyTree
 
+SHARE = 0.2  # of the batches of an epoch
+
 
 def recalibrate(
   module: nn.Module,
@@ -19,7 +21,6 @@ def recalibrate(
   key: jax.Array,
   params: PyTree,
   batch_stats: PyTree,
-  share: float = 0.2,
 ) -> PyTree:
   """Estimates one model's batch statistics anew.
 
@@ -34,14 +35,13 @@ def recalibrate(
     key: for augmentation and dropout.
     params: of one model.
     batch_stats: gives the structure; returned as it is where it is empty.
-    share: of the batches to use.
 
   Returns:
     New batch statistics.
   """
   if not jax.tree.leaves(batch_stats):
     return batch_stats
-  batches = recalibration_batches(len(data.labels), batch_size, share)
+  batches = recalibration_batches(len(data.labels), batch_size)
   images = data.images[: batches * batch_size]
   images = images.reshape(batches, batch_size, *images.shape[1:])
 
@@ -54,9 +54,9 @@ def recalibrate(
   return jax.tree.map(lambda x: x / batches, total)
 
 
-def recalibration_batches(n: int, batch_size: int, share: float = 0.2) -> int:
-  """How many batches of n examples make up a share of them, at least one."""
-  return max(1, int(share * (n // batch_size)))
+def recalibration_batches(n: int, batch_size: int) -> int:
+  """How many of the batches of n examples statistics are estimated from, at least one."""
+  return max(1, int(SHARE * (n // batch_size)))
 
 
 def batch_statistics(
