@@ -254,19 +254,13 @@ def to_bcoo(params: PyTree, prunable: Prunable | None = None) -> PyTree:
   if not is_concrete(params):
     raise ValueError("to_bcoo counts what is not 0: call it outside of jit")
   leaves, structure = jax.tree.flatten(params)
-  chosen = [
-    flag and leaf.ndim == 2
-    for leaf, flag in zip(leaves, prunable_flags(params, prunable), strict=True)
-  ]
-  if not any(chosen):
+  pairs = zip(leaves, prunable_flags(params, prunable), strict=True)
+  kernels = [i for i, (leaf, flag) in enumerate(pairs) if flag and leaf.ndim == 2]
+  if not kernels:
     raise ValueError("no weight has two axes: there is no dense layer to make sparse")
-  return jax.tree.unflatten(
-    structure,
-    [
-      _to_bcoo(np.asarray(leaf)) if flag else leaf
-      for leaf, flag in zip(leaves, chosen, strict=True)
-    ],
-  )
+  for i in kernels:
+    leaves[i] = _to_bcoo(np.asarray(leaves[i]))
+  return jax.tree.unflatten(structure, leaves)
 
 
 def _to_bcoo(kernel):

@@ -186,11 +186,10 @@ def _hashed_retrain_program(
           f"retrain turned a leaf {jnp.result_type(old)}{list(jnp.shape(old))} into "
           f"{jnp.result_type(new)}{list(jnp.shape(new))}: it must keep shapes and dtypes"
         )
+    pairs = zip(jax.tree.leaves(result), mask_leaves(result, masks), strict=True)
     moved = [
       jnp.any(~mask & (leaf != 0) & jnp.isfinite(leaf))
-      for leaf, mask in zip(
-        jax.tree.leaves(result), mask_leaves(result, masks), strict=True
-      )
+      for leaf, mask in pairs
       if is_floating(leaf) and mask is not None
     ]
     return Arrays(apply_masks(result, masks)), report, jnp.stack(moved).any()

@@ -165,6 +165,7 @@ def lines_between(chosen: list[int], on_points: OnPoints) -> list[LineRecord]:
              for i, j in pairs]  # fmt: skip
   losses, accuracies = on_points(np.concatenate(weights))
   shape = (len(pairs), LINE_POINTS)
+  found = zip(pairs, losses.reshape(shape), accuracies.reshape(shape), strict=True)
   return [
     {
       "between": [chosen[i], chosen[j]],
@@ -173,9 +174,7 @@ def lines_between(chosen: list[int], on_points: OnPoints) -> list[LineRecord]:
       "accuracy": accuracy.tolist(),
       "barrier": float(loss_barrier(loss)),
     }
-    for (i, j), loss, accuracy in zip(
-      pairs, losses.reshape(shape), accuracies.reshape(shape), strict=True
-    )
+    for (i, j), loss, accuracy in found
   ]
 
 
