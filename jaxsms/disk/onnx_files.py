@@ -175,14 +175,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _operations(jaxpr: Any) -> Iterator[tuple[str, str]]:
-  """(name, layer) of each operation, those inside others included.
-
-  Args:
-    jaxpr: of a traced function.
-
-  Returns:
-    The layer is the path that Flax and `jax.named_scope` give, or "".
-  """
+  """(name, layer) of each operation, inner ones too; the layer as Flax names it, or ""."""
   for equation in jaxpr.eqns:
     yield equation.primitive.name, str(equation.source_info.name_stack)
     for inner in jaxprs_in_params(equation.params):
