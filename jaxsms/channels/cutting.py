@@ -1,6 +1,6 @@
 """Networks cut to the channels that their masks leave."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -305,9 +305,7 @@ def compact_from(
   leaves = [
     jax.ShapeDtypeStruct(tuple(row["shape"]), _dtype(row["dtype"])) for row in layout
   ]
-  kept, zeros = (
-    [_masks(row[name], row["shape"]) for row in layout] for name in ("kept", "empty")
-  )
+  kept, zeros = ([masks_of_row(row, name) for row in layout] for name in ("kept", "empty"))
   network = Compact(apply, paths, leaves, zeros, kept, params, convolution)
   network._leaves_and_full(params)
   return network
@@ -318,10 +316,11 @@ def _listed(masks):
   return {str(i): np.flatnonzero(m).tolist() for i, m in enumerate(masks) if m is not None}
 
 
-def _masks(listed, shape):
-  masks: list[np.ndarray | None] = [None] * len(shape)
-  for axis, positions in listed.items():
-    masks[int(axis)] = np.isin(np.arange(shape[int(axis)]), positions)
+def masks_of_row(row: Mapping[str, Any], name: str) -> list[np.ndarray | None]:
+  """By axis, which positions a row of a layout lists under a name; None without a list."""
+  masks: list[np.ndarray | None] = [None] * len(row["shape"])
+  for axis, positions in row[name].items():
+    masks[int(axis)] = np.isin(np.arange(row["shape"][int(axis)]), positions)
   return masks
 
 

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxsms.channels import Compact, compact_from
+from jaxsms.channels.arrays import expanded
+from jaxsms.channels.cutting import Compact, compact_from, masks_of_row
 from jaxsms.disk.by_name import by_path, nested
 from jaxsms.disk.npz import check_memory
 from jaxsms.disk.safetensors import (
@@ -113,16 +114,12 @@ def expand_cut(
   Raises:
     ValueError: they do not fit the layout.
   """
-  full = {}
   with _whole(path):
     rows = _layout_of(arrays, metadata)
     sizes = (math.prod(rows[name]["shape"]) * x.itemsize for name, x in arrays.items())
     check_memory(sum(sizes), "it would take")
-    for name, array in arrays.items():
-      full[name] = np.zeros(rows[name]["shape"], array.dtype)
-      kept = [_kept(rows[name], axis) for axis in range(array.ndim)]
-      full[name][np.ix_(*kept)] = array
-  return full
+    masks = {name: masks_of_row(row, "kept") for name, row in rows.items()}
+    return {name: expanded(array, masks[name]) for name, array in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -178,11 +175,6 @@ def _check_row(name: str, row: Mapping[str, Any], array: np.ndarray) -> None:
     raise ValueError(f"{name!r} is {list(array.shape)} and should be {left}")
 
 
-def _kept(row, axis):
-  """The positions along an axis that a row of the layout keeps."""
-  return np.asarray(row["kept"].get(str(axis), range(row["shape"][axis])), int)
-
-
 def cut_to_torch(
   network: Compact, module: nn.Module, image_shape: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
@@ -229,7 +221,7 @@ def _pads(module: CifarResNet, rows: Mapping[str, Any]) -> dict[str, np.ndarray]
     for block in (stage * blocks - 1, stage * blocks):  # the last before, and the first
       row = rows[f"params/BasicBlock_{block}/BatchNorm_1/scale"]
       sizes.append(row["shape"][0])
-      kept.append(_kept(row, 0))
+      kept.append(np.asarray(row["kept"].get("0", range(sizes[-1])), int))
     low = (sizes[1] - sizes[0]) // 2
     counts = [np.sum(kept[1] < low), np.sum(kept[1] >= low + sizes[0])]
     pads[f"layer{stage + 1}.0.pads"] = np.asarray(counts, np.int64)
