@@ -68,11 +68,8 @@ def expanded(x, masks):
     return x
   if _on_host(x):
     pairs = zip(x.shape, masks, strict=True)
-    full = np.zeros([n if mask is None else len(mask) for n, mask in pairs], x.dtype)
-    stays = [
-      np.arange(n) if mask is None else np.flatnonzero(mask)
-      for n, mask in zip(full.shape, masks, strict=True)
-    ]
+    stays = [np.ones(n, bool) if mask is None else mask for n, mask in pairs]
+    full = np.zeros([len(mask) for mask in stays], x.dtype)
     full[np.ix_(*stays)] = np.asarray(x)
     return _placed_like(x, full)
   for axis, mask in enumerate(masks):
