@@ -177,11 +177,7 @@ def prunable_names(specs: Mapping[str, Spec]) -> list[str]:
   Args:
     specs: by names of ours, "a/kernel", or of PyTorch's, "a.weight".
   """
-  return [
-    name
-    for name, spec in sorted(specs.items())
-    if prunable(key_path(name), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
-  ]
+  return sorted(name for name, spec in specs.items() if prunable(key_path(name), spec))
 
 
 def key_path(name: str) -> tuple[jax.tree_util.DictKey, ...]:
