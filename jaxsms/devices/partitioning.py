@@ -26,17 +26,11 @@ def unless_partitioned(whole: Callable, parts: Callable) -> Callable[..., jax.Ar
   """
 
   def either(*arrays):
-    ways = {
-      name: jax.make_jaxpr(function)(*arrays)
-      for name, function in (("whole", whole), ("parts", parts))
-    }
-    return _bind(tuple(ways.items()))(*arrays)[0]
+    in_whole, in_parts = (jax.make_jaxpr(way)(*arrays) for way in (whole, parts))
+    bound = functools.partial(_either.bind, whole=in_whole, parts=in_parts)
+    return jax.jit(bound, inline=True)(*arrays)[0]
 
   return either
-
-
-def _bind(ways):
-  return jax.jit(functools.partial(_either.bind, **dict(ways)), inline=True)
 
 
 _either = Primitive("unless_partitioned")
