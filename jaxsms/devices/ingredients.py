@@ -100,17 +100,14 @@ def map_ingredients(
 
 def _map_in_groups(function, axes, at_once, *args):
   """vmap, or groups of `at_once` copies one after another."""
-  m = number_of_models([a for a, axis in zip(args, axes, strict=True) if axis == 0])
-  if at_once is None or at_once >= m > 1:
+  stacked = [a for a, axis in zip(args, axes, strict=True) if axis == 0]
+  if at_once is None or at_once >= number_of_models(stacked) > 1:
     return jax.vmap(function, in_axes=axes)(*args)
 
-  def one(stacked):
-    stacked = iter(stacked)
-    return function(
-      *(a if axis is None else next(stacked) for a, axis in zip(args, axes, strict=True))
-    )
+  def one(own):
+    own, pairs = iter(own), zip(args, axes, strict=True)
+    return function(*(a if axis is None else next(own) for a, axis in pairs))
 
-  stacked = [a for a, axis in zip(args, axes, strict=True) if axis == 0]
   # Without vmap where it would be over one: there a `cond` skips what it need not do.
   return jax.lax.map(one, stacked, batch_size=at_once if at_once > 1 else None)
 
