@@ -18,8 +18,8 @@ class Step:
     self.values, self.outs = values, outs
     self.params = equation.params
 
-  def in_shape(self, i):
-    return self.equation.invars[i].aval.shape
+  def in_shape(self):
+    return self.equation.invars[0].aval.shape
 
   def in_masks(self, i):
     return self.cut.masks(self.values[i])
@@ -66,14 +66,14 @@ def _stack(step, ins):
 
 
 def _random_bits(step, ins):
-  keys = len(step.in_shape(0))
+  keys = len(step.in_shape())
   return step.bind(ins, shape=step.out_shape()[keys:])
 
 
 def _pad(step, ins):
   config = []
   for old, new, n, (low, high, inside) in zip(
-    step.in_masks(0), step.out_masks(), step.in_shape(0), step.params["padding_config"],
+    step.in_masks(0), step.out_masks(), step.in_shape(), step.params["padding_config"],
     strict=True,
   ):  # fmt: skip
 

@@ -45,7 +45,7 @@ def random_resized_crop(
     >>> jaxsms.data.random_resized_crop(rng, np.zeros((20, 30, 3), np.uint8), size=8).shape
     (8, 8, 3)
   """
-  _check_size("size", size)
+  _check_size(size)
   _check_range("scale", scale, 1.0)
   _check_range("ratio", ratio, math.inf)
   image = _as_pillow(image)
@@ -80,7 +80,7 @@ def resize_centre_crop(image: Any, size: int = 224, resize: int = 256) -> np.nda
     >>> jaxsms.data.resize_centre_crop(image, size=4, resize=4)[0, :, 0].tolist()
     [255, 255, 255, 255]
   """
-  _check_size("size", size)
+  _check_size(size)
   if resize < size:
     raise ValueError(f"resize is {resize} for crops of {size}: give at least {size}")
   image = _as_pillow(image)
@@ -151,9 +151,9 @@ def _bilinear():
   return Image.Resampling.BILINEAR
 
 
-def _check_size(what, size):
+def _check_size(size):
   if size < 1:
-    raise ValueError(f"{what} is {size}: give a number of pixels, at least 1")
+    raise ValueError(f"size is {size}: give a number of pixels, at least 1")
 
 
 def _check_range(what, pair, most):
