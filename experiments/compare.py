@@ -22,12 +22,13 @@ from absl import flags
 
 from jaxsms.disk import storage
 
-from . import methods, reporting
+from . import methods
 from .comparison import parts as comparison
 from .comparison.part_runs import Comparison, planned, run_part, write
 from .comparison.parts import DENSE, Part, is_finished
 from .config import grid_flags, keeping_flags, run_config
 from .report import write_report
+from .reporting import tables
 from .run import checkpointing, run_directory, running
 from .run.environment import check_version, environment
 from .run.flag_files import refusals, run_with_flags
@@ -213,11 +214,11 @@ def show(shared: Comparison, results: dict[str, Any]) -> None:
     header += comparison.OOD_HEADER
   console = terminal()
   console.print(
-    reporting.console_table(comparison.table(cells), comparison.caption(results), header)
+    tables.console_table(comparison.table(cells), comparison.caption(results), header)
   )
   for cell in cells:
     where = f"{100 * cell['goal_sparsity']:g} %, m = {cell['ingredients']}"
-    for note in reporting.notes(cell["seeds"]):
+    for note in tables.notes(cell["seeds"]):
       print_line(console, f"{where}: {note}", "bold red")
   write_report([shared.workdir])
   print_line(

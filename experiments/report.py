@@ -14,9 +14,11 @@ from collections.abc import Sequence
 
 from jaxsms.disk import storage
 
-from . import reporting
 from .comparison.run_results import read
-from .reporting import Case
+from .reporting.cases import Case, Origin
+from .reporting.page import files
+from .reporting.sections import document
+from .reporting.statistics import dataset_title
 from .run.flag_files import refusals
 
 
@@ -48,20 +50,18 @@ def write_report(
   cases = [case for of_one, _ in found for case in of_one]
   origins = [origin for _, origin in found]
   cases = _with_unique_titles(cases)
-  document = reporting.document(*headings(cases, origins), cases, origins)
-  written = reporting.files(document)
+  written = files(document(*headings(cases, origins), cases, origins))
   (out / "figures").mkdir(parents=True, exist_ok=True)
   for name, data in written.items():
     storage.write_bytes(out / name, data)
   return out / "report.html"
 
 
-def headings(cases: Sequence[Case], origins: Sequence[reporting.Origin]) -> tuple[str, str]:
+def headings(cases: Sequence[Case], origins: Sequence[Origin]) -> tuple[str, str]:
   """Title and subtitle."""
   what = list(
     dict.fromkeys(
-      f"{case.flags['model']} on {reporting.dataset_title(case.flags['dataset'])}"
-      for case in cases
+      f"{case.flags['model']} on {dataset_title(case.flags['dataset'])}" for case in cases
     )
   )
   title = "Sparse Model Soups: " + (

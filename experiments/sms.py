@@ -36,9 +36,10 @@ from absl import flags
 
 from jaxsms.disk import storage
 
-from . import methods, reporting
+from . import methods
 from .config import keeping_flags, run_config
 from .report import write_report
+from .reporting import figures, statistics, tables
 from .run import checkpointing, run_directory, running
 from .run.environment import environment
 from .run.flag_files import refusals, run_with_flags
@@ -110,7 +111,7 @@ def write_results(
   """Writes results.json, once a seed is finished; gives what it holds."""
   results = running.results_of(task, checkpointer) | more
   if checkpointer.seeds:
-    results["summary"] = reporting.summarize(checkpointer.seeds)
+    results["summary"] = statistics.summarize(checkpointer.seeds)
     checkpointer.check()
     run_directory.write_results(checkpointer.workdir, results)
   return results
@@ -148,15 +149,15 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   if not run_directory.is_writer():
     return
   console = terminal()
-  summary = reporting.summarize(results["seeds"])
-  tables = reporting.rows(summary, results["flags"]["ingredients"])
-  console.print(reporting.console_table(tables, reporting.caption(results)))
-  for note in reporting.notes(results["seeds"]):
+  summary = statistics.summarize(results["seeds"])
+  rows = tables.rows(summary, results["flags"]["ingredients"])
+  console.print(tables.console_table(rows, tables.caption(results)))
+  for note in tables.notes(results["seeds"]):
     print_line(console, note, "bold red")
   with tempfile.TemporaryDirectory() as folder:
     for ending in ("png", "svg"):
       name = f"accuracy.{ending}"
-      reporting.accuracy_figure(results, os.path.join(folder, name))
+      figures.accuracy_figure(results, os.path.join(folder, name))
       storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
   write_report([workdir])
   print_line(

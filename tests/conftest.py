@@ -82,7 +82,7 @@ def quick_figures():
   """Drawing takes longer than the runs."""
   with pytest.MonkeyPatch.context() as monkeypatch:
     touch = lambda results, path: pathlib.Path(path).touch()  # noqa: E731
-    monkeypatch.setattr("experiments.reporting.accuracy_figure", touch)
+    monkeypatch.setattr("experiments.reporting.figures.accuracy_figure", touch)
     monkeypatch.setattr("experiments.sms.write_report", lambda paths: None)
     yield
 

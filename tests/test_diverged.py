@@ -7,7 +7,8 @@ import pytest
 from engine import finish, run_phases
 from engine import train as train_to_the_end
 
-from experiments import reporting
+from experiments.reporting import tables
+from experiments.reporting.cases import Case
 from experiments.reporting.summary import sentences
 from jaxsms import Phase, models, training
 from jaxsms.baselines import imp_reprune
@@ -254,7 +255,7 @@ def test_a_collapsed_copy_is_left_out_of_everything_but_its_own_figures(
   ):  # fmt: skip
     assert record[name] == pytest.approx(expected[name], rel=1e-5), name
   assert "averaging_failed" not in record
-  (first, second) = reporting.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
+  (first, second) = tables.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
   assert first == "Seed 7, phase 1: 1 of 4 copies diverged and is left out (from 0: 0)."
   assert second == "Seed 7, phase 1: 1 of 4 copies collapsed and is left out (from 0: 2)."
 
@@ -285,7 +286,7 @@ def test_where_all_collapsed_they_are_merged_and_said(programs, trained):
   assert record["all_collapsed"]
   assert record["weights"] == [0.25] * 4
   assert merged_copies(record) == [0, 1, 2, 3]
-  (note,) = reporting.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
+  (note,) = tables.notes([{"seed": 7, "phases": [{"phase": 1, **record}]}])
   assert "all its copies collapsed on validation data (from 0: 0, 1, 2, 3)" in note
   _, record = merged(programs, copies_of(trained, {}), start=1)
   assert record["collapsed"] == []
@@ -333,16 +334,16 @@ def test_a_method_that_collapsed_is_named_wherever_it_is_compared():
   imp = {"test_accuracy": 0.12, "collapsed": [0], "all_collapsed": True}
   soup = {"test_accuracy": 0.97}
   entry["phases"] = [{"phase": 1, "sparsity": 0.5, "soup": soup, "imp": imp}]
-  (note,) = reporting.notes([entry])
+  (note,) = tables.notes([entry])
   assert note.startswith("Seed 5, phase 1, IMP: its copy collapsed on validation data")
   flags = {"ingredients": 3}
-  text = " ".join(sentences(reporting.Case("", flags, [entry])))
+  text = " ".join(sentences(Case("", flags, [entry])))
   assert (
     "above IMP, which trains as many steps as one copy, which collapsed with seed 5"
     in (text)
   )
   entry["phases"][0]["all_collapsed"] = True
-  text = " ".join(sentences(reporting.Case("", flags, [entry])))
+  text = " ".join(sentences(Case("", flags, [entry])))
   assert "With seed 5 all its copies collapsed: the soup is not to be trusted." in text
 
 
@@ -454,11 +455,11 @@ def test_a_failed_average_is_in_the_record_and_below_the_table(programs, dense):
   for i, end in ((0, 0), (1, -1)):
     expected = record["candidates"][i]["validation_loss"]
     assert failed["losses"][end] == pytest.approx(expected, rel=1e-5)
-  notes = reporting.notes([{"seed": 7, "phases": [record]}])
+  notes = tables.notes([{"seed": 7, "phases": [record]}])
   assert notes[0].startswith("Seed 7, phase 1: 1 of 3 copies diverged")
   assert "averaging failed" in notes[1]
   assert f"the loss rises by {failed['barrier']:.3g}" in notes[1]
   phase = {"phase": 2, "candidates": [{}] * 3, "imp_reprune": {"diverged": [0, 2]}}
-  (note,) = reporting.notes([{"seed": 8, "phases": [phase]}])
+  (note,) = tables.notes([{"seed": 8, "phases": [phase]}])
   assert note.startswith("Seed 8, phase 2, IMP-RePrune: ")
   assert "left out (from 0: 0, 2)" in note

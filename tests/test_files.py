@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import store
 
-from experiments.reporting import accuracy_figure
+from experiments.reporting.figures import accuracy_figure
 from jaxsms import checkpoint, export, pretrained
 from jaxsms.disk import storage, writing
 from jaxsms.disk.files import on_disk, output_file

@@ -17,7 +17,8 @@ from main_job import SMALL, assert_no_traceback, assert_same_run, run, start
 from test_data import pairs_of_several_sizes, prepare
 from test_processes import free_port
 
-from experiments import reporting, sms
+from experiments import sms
+from experiments.reporting import figures
 from jaxsms import checkpoint
 from jaxsms.disk import faults
 
@@ -41,7 +42,7 @@ def job(fault, said, *flags):
   for stream in (1, 2):
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   jax.config.update("jax_disable_most_optimizations", True)
-  reporting.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
+  figures.accuracy_figure = lambda results, path: pathlib.Path(path).touch()
   sms.write_report = lambda paths: None
   sys.exit(run(*flags))
 

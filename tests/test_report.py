@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import reporting
 from experiments.methods.registry import looks
-from experiments.reporting import figures
+from experiments.reporting import figures, tables
+from experiments.reporting.cases import Case
+from experiments.reporting.statistics import summarize
 from experiments.reporting.uncertainty_section import uncertainty_section
 
 
@@ -36,7 +37,7 @@ def results(seeds, phases=2, m=3, methods=None):
 
 def test_paired_differences_are_scipys():
   run = results(6)
-  summary = reporting.summarize(run["seeds"])
+  summary = summarize(run["seeds"])
   for t, row in enumerate(summary):
     soup = [s["phases"][t]["soup"]["test_accuracy"] for s in run["seeds"]]
     imp = [s["phases"][t]["imp"]["test_accuracy"] for s in run["seeds"]]
@@ -50,14 +51,14 @@ def test_paired_differences_are_scipys():
 
 
 def test_one_seed_has_no_spread():
-  summary = reporting.summarize(results(1, methods=("soup", "imp", "imp_mx"))["seeds"])
+  summary = summarize(results(1, methods=("soup", "imp", "imp_mx"))["seeds"])
   assert summary[0]["soup"]["std"] is None
   assert summary[0]["imp"]["soup_minus"]["half_width"] is None
-  tables = reporting.rows(summary, 3)
-  assert [table[0][0] for table in tables] == ["1", "2"]
-  assert tables[0][-1][2] == "IMP 3x"
+  found = tables.rows(summary, 3)
+  assert [table[0][0] for table in found] == ["1", "2"]
+  assert found[0][-1][2] == "IMP 3x"
   gain = summary[0]["imp_mx"]["soup_minus"]["mean"]
-  assert tables[0][-1][4] == f"{100 * gain:+.2f}"
+  assert found[0][-1][4] == f"{100 * gain:+.2f}"
 
 
 def test_rows_say_percent_and_intervals():
@@ -65,9 +66,9 @@ def test_rows_say_percent_and_intervals():
   for seed, (soup, imp) in zip(run["seeds"], ((0.9, 0.8), (0.94, 0.82)), strict=True):
     seed["phases"][0]["soup"]["test_accuracy"] = soup
     seed["phases"][0]["imp"]["test_accuracy"] = imp
-  tables = reporting.rows(reporting.summarize(run["seeds"]), 3)
+  found = tables.rows(summarize(run["seeds"]), 3)
   # Differences 10 and 12 points: 11 ± 12.706 * sqrt(2) / sqrt(2), 12.706 the t quantile.
-  assert tables == [
+  assert found == [
     [
       ["1", "70.00 %", "Sparse soup", "92.00 ± 2.83", ""],
       ["", "", "IMP", "81.00 ± 1.41", "+11.00 [-1.71, +23.71]"],
@@ -79,15 +80,15 @@ def test_rows_say_percent_and_intervals():
 def test_figure_and_caption(tmp_path, seeds):
   run = results(seeds)
   for ending in ("png", "svg"):
-    reporting.accuracy_figure(run, tmp_path / f"a.{ending}")
+    figures.accuracy_figure(run, tmp_path / f"a.{ending}")
   drawn = (tmp_path / "a.svg").read_text()
   assert "<svg" in drawn
-  assert ("3 seeds" in reporting.caption(run)) == (seeds == 3)
+  assert ("3 seeds" in tables.caption(run)) == (seeds == 3)
 
 
 def test_a_run_with_one_phase_and_no_baselines_can_be_drawn(tmp_path):
   run = results(1, phases=1, methods=("soup", "mean_candidate", "best_candidate"))
-  reporting.accuracy_figure(run, tmp_path / "a.png")
+  figures.accuracy_figure(run, tmp_path / "a.png")
   assert (tmp_path / "a.png").stat().st_size > 1000
 
 
@@ -97,9 +98,9 @@ def test_products_that_soups_keep_are_shares_of_the_dense_network():
     phases = [{"phase": i, "soup": soup} for i, soup in enumerate(soups, 1)]
     return {"dense": {"multiply_adds": 200}, "phases": [*phases, {"phase": 3}]}
 
-  case = reporting.Case("run", {}, [seed([100, 40]), seed([80, 50])])
+  case = Case("run", {}, [seed([100, 40]), seed([80, 50])])
   assert figures.products_kept(case) == pytest.approx({1: 0.45, 2: 0.225})
-  case = reporting.Case("run", {}, [{"dense": {}, "phases": [{"phase": 1, "soup": {}}]}])
+  case = Case("run", {}, [{"dense": {}, "phases": [{"phase": 1, "soup": {}}]}])
   assert figures.products_kept(case) == {}
 
 
@@ -110,7 +111,7 @@ def test_a_figure_over_multiply_adds_has_the_phases_that_have_some():
     for phase in seed["phases"][1:]:
       phase["soup"]["sparse_multiply_adds"] = 1000 >> phase["phase"]
       phase["imp"]["sparse_multiply_adds"] = 500
-  case = reporting.Case("run", results(2)["flags"], seeds)
+  case = Case("run", results(2)["flags"], seeds)
   (axes,) = figures.over_multiply_adds(case, "test_accuracy").axes
   assert {label.get_text() for label in axes.get_xticklabels()} == {"25 %", "12.5 %"}
   (soup,) = (line for line in axes.lines if line.get_label() == "Sparse soup")
@@ -130,12 +131,12 @@ def test_uncertainty_is_the_mean_over_seeds_and_corruptions():
       "snow": {"auroc_of_entropy": share + 0.7, "auroc_of_information": 0.5},
     }
     seed["phases"][1]["uncertainty"] = {"test": spread, "corrupted": corrupted}
-  case = reporting.Case("run", fake_runs.run_flags(), seeds)
+  case = Case("run", fake_runs.run_flags(), seeds)
   words, table = uncertainty_section([case])
   assert "0.5 tells nothing" in words
   assert table.header[0] == "Phase"
   assert table.rows == [[["2", "3.00", "0.300", "0.100", "-", "0.750", "0.630", "0.500"]]]
   header, rows = list(uncertainty_section([case, case]))[1][:2]
   assert header[0] == "Run" and [group[0][0] for group in rows] == ["run", "run"]
-  plain = reporting.Case("run", fake_runs.run_flags(), [fake_runs.entry(0)])
+  plain = Case("run", fake_runs.run_flags(), [fake_runs.entry(0)])
   assert not list(uncertainty_section([plain]))

@@ -12,9 +12,10 @@ from scipy import stats
 from experiments import report as binary
 from experiments.comparison import run_results
 from experiments.report import write_report
-from experiments.reporting import Case, summarize
+from experiments.reporting.cases import Case
 from experiments.reporting.document import Document, Section, Table
 from experiments.reporting.page import html, markdown
+from experiments.reporting.statistics import summarize
 from experiments.reporting.summary import sentences
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from main_job import ROOT, SMALL, run
 
 from experiments import report
-from experiments import reporting as pages
 from experiments.comparison import parts as comparison
 from experiments.comparison import run_results
+from experiments.reporting import sections
+from experiments.reporting.statistics import summarize
+from experiments.reporting.tables import console_table, rows
 from experiments.run import run_directory
 from experiments.run.metrics_file import read_lines
 from experiments.schemas.results_check import check_results
@@ -288,10 +290,10 @@ def test_any_edits_are_read_or_refused_in_one_sentence(real, tmp_path_factory, d
     assert str(folder) in str(error)
     return
   # All that a page says and draws; files alone are not written.
-  pages.document("", "", cases, [origins])
+  sections.document("", "", cases, [origins])
   report.headings(cases, [origins])
   for case in cases:
-    pages.console_table(pages.rows(pages.summarize(case.seeds), case.m), "")
+    console_table(rows(summarize(case.seeds), case.m), "")
 
 
 def test_the_notebook_reads_through_the_same_check():

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from experiments import report, soup
 from experiments.benchmarks import bench_tables
-from experiments.reporting import console_table
+from experiments.reporting.tables import console_table
 from experiments.run.progress import RunProgress
 from experiments.run.terminal import print_line, terminal
 from jaxsms import checkpoint

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from jaxsms.disk import storage
 
-from .. import reporting
 from ..config.run_config import Config
 from ..methods import DENSE, SOUP, having
 from ..methods.registry import looks
 from ..reporting import tables
+from ..reporting.statistics import dataset_title, summarize
 from ..run import run_directory
 from ..run.environment import environments_of
 
@@ -179,7 +179,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     For each goal sparsity and number of copies with a soup: `goal_sparsity`,
     `ingredients`, `seeds` (as in the results of a run, each phase of the soup with the
-    metrics of every method) and `summary`, see `experiments.reporting.summarize`.
+    metrics of every method) and `summary`, see `summarize`.
   """
   cells: dict[tuple[float, int], dict[int, dict]] = {}
   for part, results in parts.items():
@@ -201,7 +201,7 @@ def cells_of(parts: dict[Part, dict[str, Any]]) -> list[dict[str, Any]]:
   for goal, m in sorted(cells):
     seeds = [cells[goal, m][seed] for seed in sorted(cells[goal, m])]
     cell = {"goal_sparsity": goal, "ingredients": m, "seeds": seeds}
-    found.append(cell | {"summary": reporting.summarize(seeds)})
+    found.append(cell | {"summary": summarize(seeds)})
   return found
 
 
@@ -228,7 +228,7 @@ def table(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
     row, m = cell["summary"][-1], cell["ingredients"]
     cells_of_row = tables.accuracy_and_gain(row)
     if has_ood(cells):
-      ood = reporting.summarize(cell["seeds"], "ood_accuracy")[-1]
+      ood = summarize(cell["seeds"], "ood_accuracy")[-1]
       cells_of_row += tables.accuracy_and_gain(ood)
     first = tables.percent(row), str(m)
     found.append(tables.method_rows(first, row, m, looks(), cells_of_row))
@@ -248,8 +248,8 @@ def has_ood(cells: list[dict[str, Any]]) -> bool:
 def caption(results: dict[str, Any]) -> str:
   """What the table says, in a sentence or two."""
   flags = results["flags"]
-  setting = f"{flags['model']} on {reporting.dataset_title(flags['dataset'])}"
-  return reporting.caption_of(
+  setting = f"{flags['model']} on {dataset_title(flags['dataset'])}"
+  return tables.caption_of(
     f"{setting} after {flags['phases']} phases",
     [model["test_accuracy"] for model in results["dense"].values()],
     max(len(cell["seeds"]) for cell in results["cells"]),

@@ -10,7 +10,8 @@ from absl import flags
 from jaxsms.disk import storage
 
 from ..methods import DENSE, SOUP, having
-from ..reporting import Case, Origin, flag_text
+from ..reporting.cases import Case, Origin
+from ..reporting.cost_sections import flag_text
 from ..run import run_directory
 from ..run.environment import environments_of
 from ..run.latency_file import run_latency

@@ -18,7 +18,7 @@ from jaxsms.disk import storage
 from ..config.device_flags import DeviceFlags
 from ..config.fields import names
 from ..config.run_config import Config, newer_flags
-from ..reporting import dataset_title
+from ..reporting.statistics import dataset_title
 from ..schemas.results_check import check_results, check_run
 from ..setup.hardware import bfloat16
 from ..setup.ood import prepared_digests

@@ -16,9 +16,10 @@ from jaxsms.disk import storage
 from jaxsms.training import Chunk, Engine, TrainState
 from jaxsms.trees import model_at, number_of_models
 
-from .. import methods, reporting
+from .. import methods
 from ..config.run_config import Config, read_config
 from ..methods.planning import MEASURED
+from ..reporting.statistics import method_title
 from ..setup import hardware
 from ..setup.task import Task, load, with_data
 from . import checkpointing
@@ -161,7 +162,7 @@ class Listener:
     checkpointer, config = self.checkpointer, self.checkpointer.config
     epoch, epochs = checkpointer.epoch, -(-chunk.steps // self._steps_per_epoch)
     titles = {methods.DENSE: "dense", methods.SOUP: "SMS"}
-    title = titles.get(method) or reporting.method_title(method, config.ingredients)
+    title = titles.get(method) or method_title(method, config.ingredients)
     title = f"{self._prefix}seed {checkpointer.seed_state.seed}  {title}"
     title += f" phase {chunk.phase}/{config.phases}" if chunk.phase else ""
     self._progress.chunk(title, epochs, chunk)
