@@ -33,8 +33,19 @@ WIDTH, HEIGHT = 4.8, 3.7  # inches: two beside each other on a page
 
 
 @contextlib.contextmanager
-def canvas(title: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any]]:
-  """A figure with one pair of axes, in the style of all; laid out at the end.
+def canvas(
+  title: str, x: str = "", y: str = "", *, height: float = HEIGHT, columns: int = 3
+) -> Iterator[tuple[Any, Any]]:
+  """A figure with one pair of axes, in the style of all.
+
+  At its end what has a label gets a legend below the axes, and all is laid out.
+
+  Args:
+    title: of the figure.
+    x: what lies along the horizontal axis.
+    y: what lies along the vertical axis.
+    height: in inches.
+    columns: of the legend.
 
   Raises:
     ImportError: matplotlib is not installed.
@@ -54,18 +65,16 @@ def canvas(title: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any]]:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.set_title(title, loc="left")
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     yield figure, axes
+    if axes.get_legend_handles_labels()[0]:
+      figure.legend(
+        loc="outside lower left", ncols=columns, handlelength=1.8, columnspacing=1.2
+      )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-
-
-def legend(figure: Any, columns: int = 3) -> None:
-  """A legend below the axes."""
-  figure.legend(
-    loc="outside lower left", ncols=columns, handlelength=1.8, columnspacing=1.2
-  )
 
 
 def colour(number: int) -> str:

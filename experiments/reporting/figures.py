@@ -16,7 +16,6 @@ from .drawing import (
   canvas,
   colour,
   file_of,
-  legend,
 )
 from .statistics import Results, method_title, summarize
 
@@ -85,15 +84,12 @@ def products_kept(case: Case, method: str = "soup") -> dict[int, float]:
 
 
 def _over_phases(case, metric, rows, positions, labels, what, own=None):
-  with canvas(case.setting, 4.2) as (figure, axes):
+  with canvas(case.setting, what, PERCENT[metric], height=4.2) as (figure, axes):
     dots = _dots(axes, case, metric, rows, positions)
     drawn = method_lines(axes, positions, rows, case.m, own)
     _dense_line(axes, rows)
     _limits(axes, drawn, dots, case.m)
     ticks(axes, positions, labels)
-    axes.set_xlabel(what)
-    axes.set_ylabel(PERCENT[metric])
-    legend(figure)
   return figure
 
 
@@ -116,21 +112,19 @@ def over_cases(
   cases = sorted(cases, key=value)
   rows = [summarize(case.seeds, metric)[-1] for case in cases]
   positions = np.arange(len(cases), dtype=float)
-  with canvas(title, 4.2) as (figure, axes):
+  with canvas(title, label, PERCENT[metric], height=4.2) as (figure, axes):
     m = cases[0].m if len({case.m for case in cases}) == 1 else None
     drawn = method_lines(axes, positions, rows, m)
     _dense_line(axes, rows)
     _limits(axes, drawn, [], m)
     axes.set_xticks(positions, [f"{value(case):g}" for case in cases])
-    axes.set_xlabel(label)
-    axes.set_ylabel(PERCENT[metric])
-    legend(figure)
   return figure
 
 
 def soups_of(cases: Sequence[Case], metric: str) -> Any:
   """The soups of several runs over sparsity, and IMP beside them as dashes."""
-  with canvas("Soups (lines) and IMP (dashes)", 4.2) as (figure, axes):
+  title, label = "Soups (lines) and IMP (dashes)", "Sparsity of the prunable weights"
+  with canvas(title, label, PERCENT[metric], height=4.2, columns=1) as (figure, axes):
     drawn, ticks_at = {"soup": []}, {}
     for number, case in enumerate(cases):
       rows = summarize(case.seeds, metric)
@@ -158,9 +152,6 @@ def soups_of(cases: Sequence[Case], metric: str) -> Any:
     _limits(axes, drawn, [], None)
     at = sorted(ticks_at)
     ticks(axes, np.array(at), [ticks_at[x] for x in at])
-    axes.set_xlabel("Sparsity of the prunable weights")
-    axes.set_ylabel(PERCENT[metric])
-    legend(figure, 1)
   return figure
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .drawing import FAINT, MIDDLE, canvas, colour, legend
+from .drawing import FAINT, MIDDLE, canvas, colour
 from .statistics import Results
 
 VARIABLES = {"learning_rate": "First learning rate", "weight_decay": "Weight decay"}
@@ -50,7 +50,9 @@ def lineage(rungs: Sequence[Results], title: str, variable: str | None = None) -
   def height(number, copy):
     return copy if variable is None else rungs[number]["values"][variable][copy]
 
-  with canvas(title, 4.1) as (figure, axes):
+  along = "Step of a phase at which copies are evaluated"
+  label = "Copy" if variable is None else VARIABLES.get(variable, variable)
+  with canvas(title, along, label, height=4.1, columns=2) as (figure, axes):
     axes.grid(False)
     for number, (rung, colours) in enumerate(zip(rungs, inks(rungs), strict=True)):
       for copy, parent in enumerate(rung["parents"]):
@@ -72,7 +74,6 @@ def lineage(rungs: Sequence[Results], title: str, variable: str | None = None) -
       m = len(rungs[0]["parents"])
       axes.set_yticks(range(0, m, -(-m // 16)))
       axes.set_ylim(-0.5, m - 0.2)
-      axes.set_ylabel("Copy")
     else:
       import matplotlib.ticker
 
@@ -82,8 +83,6 @@ def lineage(rungs: Sequence[Results], title: str, variable: str | None = None) -
       axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter("{x:g}")
       axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-      axes.set_ylabel(VARIABLES.get(variable, variable))
-    legend(figure, 2)
   return figure
 
 
@@ -102,4 +101,3 @@ def _name_rungs(axes, rungs):
   every = -(-len(rungs) // 10)
   shown = range(every, len(rungs) + 1, every)
   axes.set_xticks(list(shown), [str(rungs[i - 1]["step"]) for i in shown])
-  axes.set_xlabel("Step of a phase at which copies are evaluated")

@@ -1,5 +1,6 @@
 """Figures of how copies train, which weights go, and where the models lie."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from .drawing import (
   MIDDLE,
   canvas,
   colour,
-  legend,
 )
 
 CURVES = {
@@ -46,7 +46,7 @@ def curves(case: Case, name: str) -> Any:
   for line in lines:
     groups.setdefault((line["seed"], line["phase"]), []).append(line)
   scale = 100 if name == "accuracy" else 1
-  with canvas(case.setting) as (figure, axes):
+  with canvas(case.setting, "Epoch", CURVES[name], columns=4) as (figure, axes):
     labelled = set()
     for (seed, phase), group in groups.items():
       x = place([starts[phase] + line["epoch"] for line in group])
@@ -65,9 +65,6 @@ def curves(case: Case, name: str) -> Any:
         )
         labelled.add(label)
     _name_phases(axes, starts, last, place)
-    axes.set_xlabel("Epoch")
-    axes.set_ylabel(CURVES[name])
-    legend(figure, 4)
   return figure
 
 
@@ -122,9 +119,7 @@ def layers(case: Case) -> Any:
     for number, soups in case.soups("soup").items()
   }
   names = list(next(iter(found.values())))
-  step = 0.3 if len(names) <= 12 else 0.17
-  with canvas(case.setting, 1.7 + step * max(len(names), 3)) as (figure, axes):
-    y = np.arange(len(names))[::-1]
+  with _rows_of_layers(case.setting, names, columns=4) as (figure, axes, y):
     shades = _shades(len(found))
     shown = sorted(found)
     for number, shade in zip(shown, shades, strict=True):
@@ -133,8 +128,6 @@ def layers(case: Case) -> Any:
         [100 * found[number][name] for name in names], y, "o", color=shade,
         label=f"phase {number}" if few else None,
       )  # fmt: skip
-    _label_layers(axes, y, names)
-    legend(figure, 4)
   return figure
 
 
@@ -145,26 +138,29 @@ def layers_of(cases: Sequence[Case]) -> Any:
     soups = case.soups("soup")
     last.append(_mean_layers([soup["layer_sparsities"] for soup in soups[max(soups)]]))
   names = list(dict.fromkeys(name for found in last for name in found))
-  step = 0.3 if len(names) <= 12 else 0.17
-  height = 1.7 + step * max(len(names), 3) + 0.2 * len(cases)
-  with canvas("After the last phase", height) as (figure, axes):
-    y = np.arange(len(names))[::-1]
+  title, n = "After the last phase", len(cases)
+  with _rows_of_layers(title, names, columns=1, below=0.2 * n) as (figure, axes, y):
     for number, (case, found) in enumerate(zip(cases, last, strict=True)):
       at = [i for i, name in enumerate(names) if name in found]
       axes.plot(
         [100 * found[names[i]] for i in at], y[at], MARKERS[number % len(MARKERS)],
         color=colour(number), label=case.title,
       )  # fmt: skip
-    _label_layers(axes, y, names)
-    legend(figure, 1)
   return figure
 
 
-def _label_layers(axes, y, names):
-  axes.set_yticks(y, names, fontsize=9 if len(names) <= 12 else 7)
-  axes.set_ylim(-0.6, len(names) - 0.4)
-  axes.set_xlim(-2, 102)
-  axes.set_xlabel("Removed weights of the layer in percent")
+@contextlib.contextmanager
+def _rows_of_layers(title, names, columns, below=0.0):
+  """A canvas with a row for each layer, and where these lie."""
+  step, size = (0.3, 9) if len(names) <= 12 else (0.17, 7)
+  height = 1.7 + step * max(len(names), 3) + below
+  label = "Removed weights of the layer in percent"
+  with canvas(title, label, height=height, columns=columns) as (figure, axes):
+    y = np.arange(len(names))[::-1]
+    axes.set_yticks(y, names, fontsize=size)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_xlim(-2, 102)
+    yield figure, axes, y
 
 
 def _mean_layers(records):
@@ -192,8 +188,8 @@ def geometry(cases: Sequence[Case], name: str) -> Any:
     cases: one, with the range over its pairs and the distance to the soup; or several.
     name: a key of GEOMETRY.
   """
-  title, label = GEOMETRY[name]
-  with canvas(title) as (figure, axes):
+  (title, label), alone = GEOMETRY[name], len(cases) == 1
+  with canvas(title, "Phase", label, columns=2 if alone else 1) as (figure, axes):
     phases: set[int] = set()
     for number, case in enumerate(cases):
       found = case.soups("geometry")
@@ -205,7 +201,7 @@ def geometry(cases: Sequence[Case], name: str) -> Any:
           [np.mean([g[key] for g in found[t] if g[key] is not None]) for t in x]
         )
 
-      ink, alone = colour(number), len(cases) == 1
+      ink = colour(number)
       axes.plot(
         x, over(f"mean_{name}"), color=ink, marker=MARKERS[number % len(MARKERS)],
         label="mean over pairs" if alone else case.title,
@@ -223,9 +219,6 @@ def geometry(cases: Sequence[Case], name: str) -> Any:
     axes.set_ylim(bottom=0)
     step = -(-len(phases) // 10)
     axes.set_xticks(sorted(phases)[::step])
-    axes.set_xlabel("Phase")
-    axes.set_ylabel(label)
-    legend(figure, 2 if len(cases) == 1 else 1)
   return figure
 
 
@@ -235,7 +228,8 @@ LINES = {"loss": "loss", "accuracy": "accuracy in percent"}
 def lines_between(landscape: dict, title: str, name: str) -> Any:
   """Loss or accuracy on the straight lines between pairs of copies."""
   scale = 100 if name == "accuracy" else 1
-  with canvas(title) as (figure, axes):
+  label = f"{landscape['split'].capitalize()} {LINES[name]}"
+  with canvas(title, y=label) as (figure, axes):
     for number, line in enumerate(landscape["lines"]):
       i, j = line["between"]
       y = scale * np.array(line[name], float)
@@ -246,8 +240,6 @@ def lines_between(landscape: dict, title: str, name: str) -> Any:
     axes.set_xticks([0, 0.5, 1], ["first copy", "their mean", "second copy"])
     for tick, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
       tick.set_horizontalalignment(side)
-    axes.set_ylabel(f"{landscape['split'].capitalize()} {LINES[name]}")
-    legend(figure, 3)
   return figure
 
 
@@ -255,7 +247,7 @@ def plane(landscape: dict, title: str) -> Any:
   """The loss on the plane through three copies, and where the soup lies."""
   record = landscape["plane"]
   loss = np.array(record["loss"], float)
-  with canvas(title, 4.1) as (figure, axes):
+  with canvas(title, record["unit"], height=4.1) as (figure, axes):
     axes.grid(False)
     finite = loss[np.isfinite(loss)]
     # Equal steps of the logarithm where a plane goes from a valley far up its walls.
@@ -294,5 +286,4 @@ def plane(landscape: dict, title: str) -> Any:
           x, y, name, color=ON_COLOUR, fontsize=9, ha="center", va="center_baseline"
         )
     axes.set_aspect("equal")
-    axes.set_xlabel(record["unit"])
   return figure
