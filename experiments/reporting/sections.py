@@ -178,45 +178,38 @@ def _at_goal(case):
   )
 
 
+def _percent_at_goal(case):
+  return 100 * case.flags["goal_sparsity"]
+
+
+def _copies(case):
+  return case.m
+
+
 def _grids(cases, metric, name, what):
-  """Over goal sparsities for each number of copies; else over numbers of copies."""
+  """Over goal sparsities for each number of copies, and over these for each sparsity."""
   if not _is_grid(cases):
     return
   cases = [case for case in cases if _at_goal(case)]
-  goals = sorted({case.flags["goal_sparsity"] for case in cases})
-  copies = sorted({case.m for case in cases})
-  if len(goals) > 1:
-    for m in copies:
-      same = [case for case in cases if case.m == m]
+  for fixed, varied, label, over, end, title, where in (
+    (
+      _copies, _percent_at_goal, "Goal sparsity in percent", "the goal sparsity",
+      "m{:g}", "m = {:g}", "with {:g} copies",
+    ),
+    (
+      _percent_at_goal, _copies, "Number of copies m", "the number of copies",
+      "goal{:g}", "{:g} % sparsity", "at {:g} % sparsity",
+    ),
+  ):  # fmt: skip
+    for value in sorted(set(map(fixed, cases))):
+      same = [case for case in cases if fixed(case) == value]
       if len(same) > 1:
+        heading, at = f"{title.format(value)}, after the last phase", where.format(value)
         yield Picture(
-          f"{name}-m{m}",
-          figures.over_cases(
-            same,
-            metric,
-            lambda case: 100 * case.flags["goal_sparsity"],
-            "Goal sparsity in percent",
-            f"m = {m}, after the last phase",
-          ),
-          f"{what} with {m} copies over the goal sparsity.",
-          f"{what} over the goal sparsity, a line for each method, with {m} copies.",
-        )
-  if len(copies) > 1:
-    for goal in goals:
-      same = [case for case in cases if case.flags["goal_sparsity"] == goal]
-      if len(same) > 1:
-        yield Picture(
-          f"{name}-goal{100 * goal:g}".replace(".", "_"),
-          figures.over_cases(
-            same,
-            metric,
-            lambda case: case.m,
-            "Number of copies m",
-            f"{100 * goal:g} % sparsity, after the last phase",
-          ),
-          f"{what} at {100 * goal:g} % sparsity over the number of copies.",
-          f"{what} over the number of copies, a line for each method, at "
-          f"{100 * goal:g} % sparsity.",
+          f"{name}-{end.format(value)}".replace(".", "_"),
+          figures.over_cases(same, metric, varied, label, heading),
+          f"{what} {at} over {over}.",
+          f"{what} over {over}, a line for each method, {at}.",
         )
 
 
