@@ -18,7 +18,7 @@ from .comparison.run_results import read
 from .reporting.cases import Case, Origin
 from .reporting.page import files
 from .reporting.sections import document
-from .reporting.statistics import dataset_title
+from .reporting.statistics import network_on_data
 from .run.flag_files import refusals
 
 
@@ -59,11 +59,7 @@ def write_report(
 
 def headings(cases: Sequence[Case], origins: Sequence[Origin]) -> tuple[str, str]:
   """Title and subtitle."""
-  what = list(
-    dict.fromkeys(
-      f"{case.flags['model']} on {dataset_title(case.flags['dataset'])}" for case in cases
-    )
-  )
+  what = list(dict.fromkeys(network_on_data(case.flags) for case in cases))
   title = "Sparse Model Soups: " + (
     ", ".join(what) if len(what) < 4 else f"{len(cases)} runs"
   )

@@ -14,7 +14,7 @@ from ..config.run_config import Config
 from ..methods import DENSE, SOUP, having
 from ..methods.registry import looks
 from ..reporting import tables
-from ..reporting.statistics import dataset_title, summarize
+from ..reporting.statistics import network_on_data, summarize
 from ..run import run_directory
 from ..run.environment import environments_of
 
@@ -248,9 +248,8 @@ def has_ood(cells: list[dict[str, Any]]) -> bool:
 def caption(results: dict[str, Any]) -> str:
   """What the table says, in a sentence or two."""
   flags = results["flags"]
-  setting = f"{flags['model']} on {dataset_title(flags['dataset'])}"
   return tables.caption_of(
-    f"{setting} after {flags['phases']} phases",
+    f"{network_on_data(flags)} after {flags['phases']} phases",
     [model["test_accuracy"] for model in results["dense"].values()],
     max(len(cell["seeds"]) for cell in results["cells"]),
     "one seed",

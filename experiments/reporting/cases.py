@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .statistics import Results, dataset_title
+from .statistics import Results, network_on_data
 
 
 class Case(NamedTuple):
@@ -65,9 +65,8 @@ class Case(NamedTuple):
   def setting(self) -> str:
     """Network, data, copies and seeds in a few words."""
     n = len(self.seeds)
-    return (
-      f"{self.flags['model']} on {dataset_title(self.flags['dataset'])}, m = {self.m}, "
-      + (f"{n} seeds" if n != 1 else "one seed")
+    return f"{network_on_data(self.flags)}, m = {self.m}, " + (
+      f"{n} seeds" if n != 1 else "one seed"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from . import figures
 from .cases import Case
 from .cost_sections import duration, ratio, spread_text
-from .document import Block, Picture, Table, table_of_cases
+from .document import Block, Picture, Table, table_of_cases, titled
 from .figures import products_kept
 from .statistics import Results
 from .training_sections import CASES_DRAWN, suffix
@@ -21,7 +21,7 @@ def channels_section(cases: Sequence[Case]) -> Iterator[Block]:
     found = case.inference_by_phase
     lines = [_dense_line(case, found)]
     lines += [_phase_line(case, found, phase) for phase in found["phases"]]
-    groups.append([[case.title if i == 0 else "", *x] for i, x in enumerate(lines)])
+    groups.append(titled(case.title, lines))
   if not groups:
     return
   header = ["Run", "Network", "Parameters", "Multiply-adds", "kB", "s per epoch"]

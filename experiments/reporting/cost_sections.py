@@ -8,7 +8,7 @@ import numpy as np
 from ..costs.timing import shown
 from ..schemas.results_check import models_of
 from .cases import Case, Origin
-from .document import Block, Code, Folded, Table, table_of_cases
+from .document import Block, Code, Folded, Table, table_of_cases, titled
 from .statistics import estimate
 
 
@@ -23,7 +23,6 @@ def inference_section(cases: Sequence[Case]) -> Iterator[Block]:
     dense = models.get("dense", {})
     lines = [
       [
-        "",
         name,
         f"{model['bytes'] / 1000:,.1f}",
         ratio(dense.get("bytes"), model["bytes"]),
@@ -32,8 +31,8 @@ def inference_section(cases: Sequence[Case]) -> Iterator[Block]:
       ]
       for name, model in models.items()
     ]
-    lines[0][0] = f"{case.title}, {found['device']}, batch of {found['batch']}"
-    groups.append(lines)
+    title = f"{case.title}, {found['device']}, batch of {found['batch']}"
+    groups.append(titled(title, lines))
   if groups:
     header = ["Measured", "Model", "kB", "times smaller", "ms a batch", "times as fast"]
     yield Table(header, groups, (0, 1))
@@ -49,7 +48,6 @@ def onnx_section(cases: Sequence[Case]) -> Iterator[Block]:
     before = dense.get("milliseconds", {})
     lines = [
       [
-        "",
         name.removesuffix(".onnx"),
         f"{found['bytes'] / 1000:,.1f}",
         batch,
@@ -60,8 +58,8 @@ def onnx_section(cases: Sequence[Case]) -> Iterator[Block]:
       for batch, milliseconds in found["milliseconds"].items()
     ]
     if lines:
-      lines[0][0] = f"{case.title}, {case.onnx['runtime']}, {case.onnx['device']}"
-      groups.append(lines)
+      title = f"{case.title}, {case.onnx['runtime']}, {case.onnx['device']}"
+      groups.append(titled(title, lines))
   if groups:
     header = ["Measured", "File", "kB", "Batch", "ms a batch", "times as fast"]
     yield Table(header, groups, (0, 1))
@@ -102,12 +100,11 @@ def cost_section(cases: Sequence[Case]) -> Iterator[Block]:
       share = float(np.mean([soup["sparsity"] for soup in soups[number]]))
       models.append((f"Soup of phase {number}", share, soups[number]))
     lines = [
-      ["", name, f"{100 * share:.2f} %"]
+      [name, f"{100 * share:.2f} %"]
       + [style.format(estimate([r[key] for r in records]).mean) for key, _, style in COSTS]
       for name, share, records in models
     ]
-    lines[0][0] = case.title
-    groups.append(lines)
+    groups.append(titled(case.title, lines))
   if groups:
     header = ["Run", "Model", "Sparsity", *(title for _, title, _ in COSTS)]
     yield table_of_cases(header, groups, (0, 1), len(cases) > 1)

@@ -73,6 +73,11 @@ class Section(NamedTuple):
   blocks: list[Block]
 
 
+def titled(title: str, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+  """Rows with a title in front of the first."""
+  return [["" if i else title, *row] for i, row in enumerate(rows)]
+
+
 def table_of_cases(
   header: Sequence[str],
   groups: Sequence[Sequence[Sequence[str]]],

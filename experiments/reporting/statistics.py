@@ -116,6 +116,11 @@ def method_title(name: str, m: int) -> str:
   return "Dense" if name == "dense" else looks()[name].title.format(m=m)
 
 
+def network_on_data(flags: Results) -> str:
+  """Network and data set of a run, in words."""
+  return f"{flags['model']} on {dataset_title(flags['dataset'])}"
+
+
 def dataset_title(name: str) -> str:
   """How a data set is called: a file by its name, without its folders.
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxsms.names import quantity
 
 from ..methods.registry import looks
-from .statistics import Results, dataset_title, estimate, method_title
+from .statistics import Results, estimate, method_title, network_on_data
 
 HEADER = ("Phase", "Sparsity", "Model", "Test accuracy", "Soup minus it")
 
@@ -105,9 +105,8 @@ def caption(results: Results) -> str:
     The text of a caption.
   """
   flags, seeds = results["flags"], results["seeds"]
-  setting = f"{flags['model']} on {dataset_title(flags['dataset'])}"
   return caption_of(
-    f"{setting}, m = {flags['ingredients']}",
+    f"{network_on_data(flags)}, m = {flags['ingredients']}",
     [seed["dense"]["test_accuracy"] for seed in seeds],
     len(seeds),
     f"seed {seeds[0]['seed']}",
