@@ -17,17 +17,17 @@ def parse(*given):
 @pytest.mark.slow
 def test_a_measurement_and_what_is_said_of_it():
   config = parse("--model=mlp", "--batch_size=4", "--rounds=2", "--mesh=none")
-  contest = bench_cut.make_contest(config)
-  found = bench_cut.measure(contest, config.rounds)
+  trainings = bench_cut.make_trainings(config)
+  found = bench_cut.measure(trainings, config.rounds)
   for name in (bench_cut.DENSE, bench_cut.CUT):  # an MLP has no width to be built with
     assert found[name].min > 0 and len(found[name].rounds) == 2
   sizes = [256, 128]
-  assert [t.task.multiply_adds for t in contest.trainings.values()] == [
+  assert [t.task.multiply_adds for t in trainings.values()] == [
     64 * n + n * n + n * 10 for n in sizes
   ]
   # Rounds of 300 and 100 ms, 200 and 100, 500 and 100.
   found = {"dense": spread([0.3, 0.2, 0.5]), "cut": spread([0.1, 0.1, 0.1])}
-  said = bench_cut.text(config, contest, found).splitlines()
+  said = bench_cut.text(config, trainings, found).splitlines()
   assert "m = 2, batch 4, 50 % of the channels cut" in said[0]
   assert said[1].startswith("dense: 300 [200, 500] ms a step")
   assert said[1].endswith(
@@ -44,11 +44,11 @@ def test_a_measurement_and_what_is_said_of_it():
 def test_a_network_built_at_the_size_of_the_cut_one():
   flags = ("--model=resnet8", "--batch_size=2", "--rounds=1", "--steps=1", "--mesh=none")
   config = parse(*flags)
-  contest = bench_cut.make_contest(config)
-  cut, built = (contest.trainings[name].task for name in (bench_cut.CUT, bench_cut.BUILT))
+  trainings = bench_cut.make_trainings(config)
+  cut, built = (trainings[name].task for name in (bench_cut.CUT, bench_cut.BUILT))
   assert cut.multiply_adds == built.multiply_adds
-  found = {name: spread([1.0 + i]) for i, name in enumerate(contest.trainings)}
-  said = bench_cut.text(config, contest, found).splitlines()
+  found = {name: spread([1.0 + i]) for i, name in enumerate(trainings)}
+  said = bench_cut.text(config, trainings, found).splitlines()
   assert said[-1].startswith("one built at that size takes 1.5 ")
 
 

@@ -8,7 +8,7 @@ at the size of the cut one where its `width` gives the same shapes.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,26 +55,14 @@ class Config(device_flags.DeviceFlags):
   steps: int = flag("Training steps in a round.", at_least(1), default=2)
 
 
-class Contest(NamedTuple):
-  """The networks in training.
-
-  Attributes:
-    trainings: by name.
-    steps: of a round.
-  """
-
-  trainings: dict[str, bench_jax.Training]
-  steps: int
-
-
 def main(argv: list[str]) -> None:
   """Times what the flags say; bad input ends it with one sentence and exit status 2."""
-  config, contest = prepared(Config, argv, make_contest)
-  print(text(config, contest, measure(contest, config.rounds)))
+  config, trainings = prepared(Config, argv, make_trainings)
+  print(text(config, trainings, measure(trainings, config.rounds)))
 
 
-def make_contest(config: Config) -> Contest:
-  """m copies of either network, on images of the shape that it usually gets."""
+def make_trainings(config: Config) -> dict[str, bench_jax.Training]:
+  """m copies of each network, by its name, on images of the shape that it usually gets."""
   module, like = usual_network(config)
   image_shape, m = like["image"], config.ingredients
   work: dict[str, Any] = {
@@ -119,10 +107,7 @@ def make_contest(config: Config) -> Contest:
     )
     if shapes(task.params) == shapes(smaller.params):
       tasks[BUILT] = task
-  trainings = {
-    name: bench_jax.Training(task, m, config.steps) for name, task in tasks.items()
-  }
-  return Contest(trainings, config.steps)
+  return {name: bench_jax.Training(task, m, config.steps) for name, task in tasks.items()}
 
 
 def narrower(module: Any, share: float) -> Any:
@@ -136,30 +121,33 @@ def shapes(params: Any) -> Any:
   return jax.tree.map(jnp.shape, params)
 
 
-def measure(contest: Contest, rounds: int) -> dict[str, Spread]:
+def measure(trainings: dict[str, bench_jax.Training], rounds: int) -> dict[str, Spread]:
   """Seconds of a training step of all copies, of each network.
 
   Args:
-    contest: of them.
+    trainings: by name; a round of each is a chunk.
     rounds: at least 1.
 
   Returns:
     By name.
   """
   contenders = {}
-  for name, training in contest.trainings.items():
+  for name, training in trainings.items():
     training.run(1)  # compiles
     training.run(1)
-    contenders[name] = Contender(lambda t=training: t.run(1), contest.steps, {})
+    steps = training.steps_per_chunk
+    contenders[name] = Contender(lambda t=training: t.run(1), steps, {})
   return alternate(contenders, rounds)
 
 
-def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
+def text(
+  config: Config, trainings: dict[str, bench_jax.Training], found: dict[str, Spread]
+) -> str:
   """What is printed.
 
   Args:
     config: the flags.
-    contest: that was timed.
+    trainings: that were timed.
     found: seconds of a step of each.
   """
   versions = environment()
@@ -169,7 +157,7 @@ def text(config: Config, contest: Contest, found: dict[str, Spread]) -> str:
     f"{versions['devices']} x {versions['device']}, {cores()} cores; medians of "
     f"{config.rounds} rounds, in brackets the least and the greatest"
   ]
-  for name, training in contest.trainings.items():
+  for name, training in trainings.items():
     lines.append(
       f"{name}: {shown(found[name], 1000)} ms a step, compiled in "
       f"{training.train.trace_seconds + training.train.compile_seconds:.1f} s, "
