@@ -1,7 +1,7 @@
 """Which lowering of the convolutions is fastest here, for the network of a run."""
 
 import dataclasses
-import time
+import functools
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxsms.training.state import seed_ingredients
 
 from ..config.device_flags import MEASURE
 from ..config.run_config import Config
+from ..costs.timing import seconds
 from .task import make_task
 
 STEPS, ROUNDS = 4, 3
@@ -31,18 +32,14 @@ def with_fastest_lowering(
   if before is not None:
     return dataclasses.replace(config, convolution=before)
   timed = dataclasses.replace(config, init=None, ood=())  # not needed here
-  seconds = {}
+  step_seconds = {}
   for name in CHOICES[1:]:  # all but auto, which is one of them
     runner = _runner(dataclasses.replace(timed, convolution=name), dataset)
     next(runner)  # compiles
-    times = []
-    for _ in range(ROUNDS):
-      started = time.perf_counter()
-      next(runner)
-      times.append(time.perf_counter() - started)
-    seconds[name] = min(times) / STEPS
-    logging.info("convolutions lowered as %s: %.4f s a step", name, seconds[name])
-  fastest = min(seconds, key=seconds.get)
+    round_seconds = [seconds(functools.partial(next, runner)) for _ in range(ROUNDS)]
+    step_seconds[name] = min(round_seconds) / STEPS
+    logging.info("convolutions lowered as %s: %.4f s a step", name, step_seconds[name])
+  fastest = min(step_seconds, key=step_seconds.get)
   return dataclasses.replace(config, convolution=fastest)
 
 
