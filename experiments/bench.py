@@ -6,7 +6,6 @@ python -m experiments.bench --dataset=cifar10 --model=resnet20 --copies=1,2,4,8
 
 import dataclasses
 import importlib.util
-import json
 import os
 from typing import Any
 
@@ -14,11 +13,9 @@ import jax
 from absl import flags
 
 from jaxsms import models
-from jaxsms.disk.files import output_file
-from jaxsms.disk.storage import plain
 
 from .benchmarks import bench_jax, bench_settings, bench_tables
-from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config
+from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config, write_figures
 from .config import device_flags
 from .config.fields import define_flags
 from .costs.timing import (
@@ -51,9 +48,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     with bench_jax.fresh_compilation():
       task = make_task(config)
       results = measure(config, task, kinds, [note] if note else [])
-  if config.json:
-    with output_file(config.json) as file:
-      file.write(json.dumps(plain(results), indent=1, allow_nan=False).encode())
+  write_figures(config.json, results)
   bench_tables.show(terminal(), results)
 
 

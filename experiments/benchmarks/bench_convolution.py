@@ -10,7 +10,6 @@ done when the time is over is left out, and said.
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,8 +20,6 @@ from absl import app, flags
 from jax import lax
 
 from jaxsms.convolution import conv_general_dilated
-from jaxsms.disk.files import output_file
-from jaxsms.disk.storage import plain
 from jaxsms.nn.lowerings import NHWC
 
 from ..config.fields import (
@@ -37,6 +34,7 @@ from ..costs.timing import Contender, alternate, calls_for, repeated, scaled, se
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
+from .bench_settings import write_figures
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01
@@ -295,10 +293,7 @@ def main(argv: list[str]) -> None:
   planned = len(layers) * len(config.copies) * len(config.precision) * len(OPERATIONS)
   if len(rows) < planned:
     console.print(f"The time was over after {len(rows)} of {planned} rows.")
-  if config.json:
-    figures = plain({"environment": environment(), "rows": rows})
-    with output_file(config.json) as file:
-      file.write(json.dumps(figures, indent=1).encode())
+  write_figures(config.json, {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

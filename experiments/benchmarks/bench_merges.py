@@ -7,7 +7,6 @@ experiments.sms, whose flags of data, network, training and pruning these are.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +18,6 @@ from absl import flags, logging
 from jaxsms import Phase, sparsity, stack
 from jaxsms.data import Dataset
 from jaxsms.devices.ingredients import take_ingredients
-from jaxsms.disk.files import output_file
-from jaxsms.disk.storage import plain
 from jaxsms.merges import MERGES
 from jaxsms.phases import Merge, merge_phase
 from jaxsms.training import Engine, Model, last_state
@@ -39,7 +36,7 @@ from ..setup import hardware
 from ..setup.seed_streams import PRETRAIN, RETRAIN
 from ..setup.task import Task, load, make_task, with_data
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
-from .bench_settings import writable
+from .bench_settings import writable, write_figures
 
 Results = dict[str, Any]
 FAMILIES = ("seed", "weight_decay", "learning_rate")
@@ -60,10 +57,6 @@ def _spaced(name: str, least: float, most: float) -> Callable[[dict[str, Any]], 
   return fill
 
 
-def _families(words, name, values):
-  return tuple(dict.fromkeys(words))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(run_config.Config):
   """The flags of a run, and those of this file."""
@@ -72,7 +65,7 @@ class Config(run_config.Config):
     f"What differs between the copies, each by itself: {', '.join(FAMILIES)}.",
     one_of("family", FAMILIES),
     default=list(FAMILIES),
-    parse=_families,
+    parse=lambda words, name, values: tuple(dict.fromkeys(words)),
   )
   weight_decays: tuple[float, ...] = flag(
     "Of the copies that differ in it. Default: from --weight_decay to 100 times that.",
@@ -104,9 +97,7 @@ def main(argv: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     started = time.monotonic()
     results["seeds"].append(measure_seed(config, task, seed))
     print_line(errors, f"seed {seed} took {time.monotonic() - started:.0f} s")
-    if config.json:
-      with output_file(config.json) as file:
-        file.write(json.dumps(plain(results), indent=1).encode())
+    write_figures(config.json, results)
   print("\n".join(tables(results)))
 
 

@@ -1,12 +1,15 @@
 """The flags of the benchmark, and what they mean for each kind of images."""
 
 import dataclasses
+import json
 import os
 from typing import Any
 
 from absl import flags
 
 from jaxsms import models
+from jaxsms.disk.files import output_file
+from jaxsms.disk.storage import plain
 
 from ..config import device_flags
 from ..config.fields import above_zero, at_least, flag, one_of, read_fields
@@ -67,6 +70,13 @@ def writable(name: str, value: str) -> None:
     raise ValueError(
       f"--{name} {value} cannot be written: give a file in a folder that can"
     )
+
+
+def write_figures(path: str | None, figures: dict[str, Any]) -> None:
+  """Writes what was measured as JSON, where --json says where to."""
+  if path:
+    with output_file(path) as file:
+      file.write(json.dumps(plain(figures), indent=1, allow_nan=False).encode())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
