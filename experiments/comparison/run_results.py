@@ -9,9 +9,9 @@ from absl import flags
 
 from jaxsms.disk import storage
 
+from ..config.fields import flag_text
 from ..methods import DENSE, SOUP, having
 from ..reporting.cases import Case, Origin
-from ..reporting.cost_sections import flag_text
 from ..run import run_directory
 from ..run.environment import environments_of
 from ..run.latency_file import run_latency

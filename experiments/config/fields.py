@@ -131,6 +131,13 @@ def names(part: type) -> tuple[str, ...]:
   return tuple(field.name for field in dataclasses.fields(part))
 
 
+def flag_text(value: object) -> str:
+  """The value of a flag as it would be typed; empty for None."""
+  if isinstance(value, (list, tuple)):
+    return ",".join(map(str, value))
+  return "" if value is None else str(value)
+
+
 def by_dataset(digits: Any, other: Any) -> Callable[[dict[str, Any]], Any]:
   """A `fill` for the digits, and for every other data set."""
   return lambda values: digits if values["dataset"] == "digits" else other

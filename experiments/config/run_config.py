@@ -24,16 +24,19 @@ from .fields import (
   default_of,
   define_flags,
   flag,
+  flag_text,
   from_zero,
   names,
   read_fields,
 )
 
-# Whoever adopts the flags of this file gets these with them.
-for subject in (
+# The subjects of the work itself, in the order in which their flags are checked.
+SUBJECTS = (
   data_flags, dense_flags, soup_flags, average_flags, subset_flags, search_flags,
-  baseline_flags, measuring_flags, device_flags,
-):  # fmt: skip
+  baseline_flags, measuring_flags,
+)  # fmt: skip
+# Whoever adopts the flags of this file gets these with them.
+for subject in (*SUBJECTS, device_flags):
   flags.adopt_module_key_flags(subject)
 
 # Flags that runs of this format were once without. At their defaults a run does what it
@@ -80,13 +83,8 @@ class Config(
 
   def flagfile(self) -> str:
     """The same as a file for --flagfile."""
-    lines = []
-    for name, value in self.flags().items():
-      if value is None:
-        continue
-      text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-      lines.append(f"--{name}={text}\n")
-    return "".join(lines)
+    given = {k: v for k, v in self.flags().items() if v is not None}
+    return "".join(f"--{name}={flag_text(value)}\n" for name, value in given.items())
 
 
 define_flags(Config)
@@ -111,14 +109,8 @@ def read_config(given: flags.FlagValues = flags.FLAGS, **instead: Any) -> Config
 
 def check(config: Config) -> None:
   """Raises ValueError where flags of the work itself do not fit one another."""
-  data_flags.check(config)
-  dense_flags.check(config)
-  soup_flags.check(config)
-  average_flags.check(config)
-  subset_flags.check(config)
-  search_flags.check(config)
-  baseline_flags.check(config)
-  measuring_flags.check(config)
+  for subject in SUBJECTS:
+    subject.check(config)
   if config.seed + config.seeds > 2**32:
     raise ValueError(f"--seed is {config.seed}: all seeds must be below 2^32")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.fields import flag_text
 from ..costs.timing import shown
 from ..schemas.results_check import models_of
 from .cases import Case, Origin
@@ -153,20 +154,6 @@ def _versions(environment):
     if name in environment
   )
   return f"{versions}; {device} ({environment.get('platform', '?')})"
-
-
-def flag_text(value: object) -> str:
-  """As it would be typed.
-
-  Args:
-    value: of a flag.
-
-  Returns:
-    Text, empty for None.
-  """
-  if isinstance(value, (list, tuple)):
-    return ",".join(map(str, value))
-  return "" if value is None else str(value)
 
 
 def duration(seconds: float) -> str:
