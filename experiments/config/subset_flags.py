@@ -10,23 +10,8 @@ from .fields import above_zero, define_flags, ensure, flag, one_of
 
 SUBSETS = ("random", "balanced", "oversampled", "imbalance", "dirichlet", "groups")
 RETAINED = 0.3  # of the paper's two values that for CIFAR-100, in its authors' scripts
-WITH_FRACTION = ("random", "balanced", "imbalance")
-
-
-def _of_subsets(values):
-  return "random" if values["vary"] == "subset" else None
-
-
-def _fraction(values):
-  return {"random": 0.5, "balanced": 1.0, "imbalance": 1.0}.get(values["subsets"])
-
-
-def _alpha(values):
-  return 0.5 if values["subsets"] == "dirichlet" else None
-
-
-def _retained(values):
-  return RETAINED if values["merge"] == BY_RATIOS else None
+# Of the subsets that have a size, the default of --subset_fraction.
+FRACTIONS = {"random": 0.5, "balanced": 1.0, "imbalance": 1.0}
 
 
 def _check_fraction(name, value):
@@ -48,26 +33,26 @@ class SubsetFlags:
     "data, divided with skewed labels), groups (all data, divided by train_groups of "
     "the .npz). Default: random.",
     one_of("kind of subsets", SUBSETS),
-    fill=_of_subsets,
+    fill=lambda values: "random" if values["vary"] == "subset" else None,
   )
   subset_fraction: float | None = flag(
     "Size of a share: with --subsets=random a fraction of the training data, with "
     "balanced and imbalance a fraction of the largest possible share. Default: 0.5 for "
     "random, else 1.",
     _check_fraction,
-    fill=_fraction,
+    fill=lambda values: FRACTIONS.get(values["subsets"]),
   )
   subset_alpha: float | None = flag(
     "Concentration of --subsets=dirichlet: small values give each copy few classes. "
     "Default: 0.5.",
     above_zero,
-    fill=_alpha,
+    fill=lambda values: 0.5 if values["subsets"] == "dirichlet" else None,
   )
   retained: float | None = flag(
     "With --merge=by_ratios, the share of the average so far that stays when the copy of "
     "the next larger ratio is added, in (0, 1). Default: 0.3.",
     ensure(lambda value: 0 < value < 1, "it is a share of the average, in (0, 1)"),
-    fill=_retained,
+    fill=lambda values: RETAINED if values["merge"] == BY_RATIOS else None,
   )
   logit_adjustment: bool = flag(
     "Adds the logarithm of each class's share of the training data to the logits in the "
@@ -92,9 +77,9 @@ def check(config: Any) -> None:
     raise ValueError(
       f"--subsets={subsets} is of --vary=subset: leave it out with --vary={config.vary}"
     )
-  if config.subset_fraction is not None and subsets not in WITH_FRACTION:
+  if config.subset_fraction is not None and subsets not in FRACTIONS:
     raise ValueError(
-      f"--subset_fraction is of {', '.join(WITH_FRACTION)}: leave it out"
+      f"--subset_fraction is of {', '.join(FRACTIONS)}: leave it out"
       + (f" with --subsets={subsets}" if varies else f" with --vary={config.vary}")
     )
   if config.subset_alpha is not None and subsets != "dirichlet":
