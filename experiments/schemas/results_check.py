@@ -80,10 +80,11 @@ def _metrics(value):
       check_at(f".{name}", number(), one)
 
 
-def _same_lengths(*names):
+def _same_lengths(first, *others):
   def checked(value):
-    if len({len(value[name]) for name in names}) > 1:
-      raise Unfit(f"as long as {names[0]}", f".{names[1]}")
+    for name in others:
+      if len(value[name]) != len(value[first]):
+        raise Unfit(f"as long as {first}", f".{name}")
 
   return checked
 
@@ -185,8 +186,7 @@ LINE = every(
       "accuracy": listing(SHARE, least=2),
     }
   ),
-  _same_lengths("positions", "loss"),
-  _same_lengths("positions", "accuracy"),
+  _same_lengths("positions", "loss", "accuracy"),
 )
 AXIS = listing(not_null(number()), least=2)
 PLANE = every(
@@ -218,8 +218,7 @@ RUNG = every(
       "kept": listing(whole(0), least=1),
     }
   ),
-  _same_lengths("parents", "validation_accuracy"),
-  _same_lengths("parents", "validation_loss"),
+  _same_lengths("parents", "validation_accuracy", "validation_loss"),
 )
 FAILED = record(
   {
@@ -343,6 +342,5 @@ EPOCH = every(
       "learning_rate": listing(number(), least=1),
     }
   ),
-  _same_lengths("loss", "accuracy"),
-  _same_lengths("loss", "learning_rate"),
+  _same_lengths("loss", "accuracy", "learning_rate"),
 )
