@@ -16,7 +16,6 @@ from experiments.setup.shares import (
   check_every_class,
   draw_shares,
   order_for_split,
-  shares_key,
   training_groups,
 )
 from experiments.setup.task import load, long_tailed, make_task, metrics_of, with_data
@@ -210,8 +209,7 @@ def test_groups_come_from_the_npz_and_leave_validation_out(tmp_path, grouped, re
 def test_shares_are_of_the_seed():
   config, labels = config_of(SUBSET), np.arange(400) % 10
   one, again, other = (
-    draw_shares(config, labels, None, shares_key(jax.random.key(seed)), 5).indices
-    for seed in (0, 0, 1)
+    draw_shares(config, labels, None, jax.random.key(seed), 5).indices for seed in (0, 0, 1)
   )
   np.testing.assert_array_equal(one, again)
   assert (one != other).any()

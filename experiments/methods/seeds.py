@@ -41,7 +41,7 @@ from jaxsms.training.state import seed_ingredients
 from jaxsms.trees import model_at
 
 from ..config.pruning_criteria import pruning
-from ..setup.seed_streams import INIT, PRETRAIN, PRUNE, RETRAIN, SHARES, stream
+from ..setup.seed_streams import INIT, PRETRAIN, PRUNE, RETRAIN, SHARES
 from .searching import search_of
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
@@ -115,8 +115,8 @@ class Run(NamedTuple):
     return self.config.retrain_epochs * self.task.steps_per_epoch
 
   def stream(self, number: int) -> jax.Array:
-    """One of the independent keys of the seed."""
-    return stream(self.key, number)
+    """One of the independent keys of the seed, such as that of `RETRAIN`."""
+    return jax.random.fold_in(self.key, number)
 
   def anew(self) -> Run:
     """The same for a method that cannot be taken up in its midst."""

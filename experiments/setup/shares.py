@@ -18,12 +18,6 @@ from jaxsms.data import (
 from jaxsms.data.subsets import Shares, check_sizes
 
 from ..config.run_config import Config
-from .seed_streams import SHARES, stream
-
-
-def shares_key(key: jax.Array) -> jax.Array:
-  """What draws the shares of a seed, from the key of the seed."""
-  return stream(key, SHARES)
 
 
 def draw_shares(
@@ -39,7 +33,7 @@ def draw_shares(
     config: of the run.
     labels: int [n], of the training split.
     groups: int [n], of its examples; None where the data have none.
-    key: see `shares_key`.
+    key: the stream `SHARES` of a seed.
     copies: m.
 
   Raises:

@@ -50,11 +50,11 @@ from ..config.run_config import Config
 from ..costs.latency_budget import NetworkClock
 from .hardware import copies_at_once, mesh_of, network_options
 from .ood import corrupted_test_data
+from .seed_streams import SHARES
 from .shares import (
   check_every_class,
   draw_shares,
   order_for_split,
-  shares_key,
   training_groups,
 )
 
@@ -158,7 +158,7 @@ def make_task(config: Config, dataset: Dataset | StreamedDataset) -> Task:
       draw_shares, config, splits.train.labels, training_groups(dataset)
     )
     for seed in range(config.seed, config.seed + config.seeds):  # before any is trained
-      shares(shares_key(jax.random.key(seed)), config.ingredients)
+      shares(jax.random.fold_in(jax.random.key(seed), SHARES), config.ingredients)
   initial = None
   if config.init is not None:
     initial = Model(**pretrained.load_model(config.init, module, image_shape))
