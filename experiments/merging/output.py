@@ -28,6 +28,23 @@ _SIZE = re.compile(r"^(\d+(?:\.\d+)?)([KMGT]?)B?$", re.IGNORECASE)
 _NOT_COPIED = (".safetensors", ".index.json", ".npz", ".h5", ".msgpack", ".onnx", ".gguf")
 _CARD = "README.md"
 TO_PYTORCH = (".pt", ".pth", ".bin")
+CARD = """---
+tags:
+- merge
+- model-soup
+---
+# Model soup
+
+{words}
+
+| model | weight |
+| --- | ---: |
+{rows}
+
+Made by jaxsms {version} with
+
+    {command}
+"""
 
 
 class Output(NamedTuple):
@@ -167,26 +184,8 @@ def write_card(
     command: that made it.
   """
   rows = [f"| `{p}` | {w:.6g} |" for p, w in zip(paths, weights, strict=True)]
-  text = "\n".join(
-    [
-      "---",
-      "tags:",
-      "- merge",
-      "- model-soup",
-      "---",
-      "# Model soup",
-      "",
-      words,
-      "",
-      "| model | weight |",
-      "| --- | ---: |",
-      *rows,
-      "",
-      f"Made by jaxsms {jaxsms.__version__} with",
-      "",
-      f"    {command}",
-      "",
-    ]
+  text = CARD.format(
+    words=words, rows="\n".join(rows), version=jaxsms.__version__, command=command
   )
   with open(os.path.join(folder, _CARD), "x", encoding="utf-8") as file:
     file.write(text)

@@ -67,11 +67,6 @@ def as_model(arrays: Arrays) -> Model:
   return Model(tree["params"], tree.get("batch_stats", {}))
 
 
-def evaluate_models(task: Task, models: list[Arrays]) -> list[dict[str, float]]:
-  """Metrics of each model as it is."""
-  return measure(task.engine, stacked_models(models)).scores
-
-
 def stacked_models(models: list[Arrays]) -> Model:
   """Models by name as one, leaves [m, ...]."""
   return jax.tree.map(lambda *x: np.stack(x), *map(as_model, models))
@@ -149,7 +144,8 @@ def soup_in_memory(
   anew = recalibrated(task.engine, key, one_model(as_model(values)))
   soup = by_path(jax.device_get(model_at(anew, 0))._asdict())
   soup = {name: np.asarray(x, specs[name].dtype) for name, x in soup.items()}
-  return InMemory("the soup", soup), found, weights, evaluate_models(task, [*arrays, soup])
+  scores = measure(task.engine, stacked_models([*arrays, soup])).scores
+  return InMemory("the soup", soup), found, weights, scores
 
 
 def chosen_rule(
