@@ -36,7 +36,7 @@ from jaxsms.merges import MERGES
 from .config import out_flags, run_config
 from .merging import merge_flags
 from .merging.barrier import print_barrier
-from .merging.bytes_progress import BytesProgress
+from .merging.bytes_progress import bytes_progress
 from .merging.merge_flags import MergeFlags, read_flags
 from .merging.model_checks import (
   check_masks,
@@ -158,13 +158,13 @@ def soup_on_disk(
   if config.masks == "prune":
     passes += 2 if config.sparsity is not None else 3
   size = sum(spec.nbytes for model in models for spec in model.specs.values())
-  with BytesProgress(passes * size) as progress:
-    parts = parts_of(config, models, weights, others, progress.add)
+  with bytes_progress(passes * size) as add:
+    parts = parts_of(config, models, weights, others, add)
     taken = np.flatnonzero(weights).tolist()
-    job = Job(models, RULES[config.merge](parts), specs, taken, progress.add)
+    job = Job(models, RULES[config.merge](parts), specs, taken, add)
     thresholds = None
     if config.masks == "prune":
-      goal = goal_of(config, models, progress.add)
+      goal = goal_of(config, models, add)
       thresholds = find_thresholds(job, goal, config.scope)
     with writing(output_of(config, models[0], specs)) as (writer, folder):
       found = merge(job, writer, thresholds)

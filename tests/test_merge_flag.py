@@ -69,9 +69,9 @@ def test_streamed_images_are_refused_before_anything_is_trained():
 
 def test_progress_without_a_terminal_says_bytes_and_time_left(capsys, monkeypatch):
   monkeypatch.setattr(soup_progress, "EVERY", -1)
-  with soup_progress.BytesProgress(4000) as progress:
-    progress.add(1000)
-    progress.add(3000)
+  with soup_progress.bytes_progress(4000) as add:
+    add(1000)
+    add(3000)
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith("read 1.0 kB of 4.0 kB, ") and lines[0].endswith(" left")
   assert lines[1].startswith("read 4.0 kB of 4.0 kB, 0:00")

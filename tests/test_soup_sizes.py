@@ -736,15 +736,16 @@ def test_all_that_is_read_is_reported(family, tmp_path, monkeypatch):
   models, paths = family
   reported = {}
 
-  class Progress(contextlib.nullcontext):
-    def __init__(self, total):
-      reported.update(total=total, bytes=0)
-      super().__init__(self)
+  @contextlib.contextmanager
+  def progress(total):
+    reported.update(total=total, bytes=0)
 
-    def add(self, count):
+    def add(count):
       reported["bytes"] += count
 
-  monkeypatch.setattr(soup, "BytesProgress", Progress)
+    yield add
+
+  monkeypatch.setattr(soup, "bytes_progress", progress)
   size = sum(x.nbytes for model in models for x in model.values())
   weights = 4 * sum(model[n].size for model in models for n in WEIGHTS)
   bytes_of = {}
