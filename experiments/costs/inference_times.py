@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsms.channels.latency import ready
 from jaxsms.export import apply_bcoo, save_compact, to_bcoo
 from jaxsms.pruning import prunable_flags
 from jaxsms.trees import PyTree
@@ -43,17 +44,18 @@ def measure_inference(
     "dense": {**variables, "params": filled(soup["params"], soup["masks"])},
     "soup": variables,
   }
-  dense = jax.jit(lambda v, images: module.apply(v, images, train=False))
-  calls = {"dense": dense, "soup": dense}
+  dense = functools.partial(module.apply, train=False)
+  applies = {"dense": dense, "soup": dense}
   flags = prunable_flags(soup["params"])
   weights = [x for x, f in zip(jax.tree.leaves(soup["params"]), flags, strict=True) if f]
   if all(x.ndim == 2 for x in weights):
     name = "soup, BCOO dense layers"
     models[name] = {**variables, "params": to_bcoo(soup["params"])}
-    calls[name] = jax.jit(lambda v, images: apply_bcoo(module, v, images, train=False))
+    applies[name] = functools.partial(apply_bcoo, module, train=False)
   images = np.random.default_rng(0).standard_normal((BATCH, *image_shape), np.float32)
   images, models = jax.device_put((images, models), device)
-  times = timed({name: (calls[name], models[name], images) for name in models})
+  calls = {name: ready(applies[name], models[name], images) for name in models}
+  times = milliseconds(calls, ROUND_SECONDS, slow=0.1)
   records = {
     name: {"bytes": size(tree), "milliseconds": times[name]}
     for name, tree in models.items()
@@ -66,16 +68,6 @@ def measure_inference(
     "sparsity": sum(int(np.sum(x == 0)) for x in weights) / sum(x.size for x in weights),
     "models": records,
   }
-
-
-def timed(calls: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, float]]:
-  """Milliseconds of each call, a function and its arguments, in alternating rounds."""
-
-  def until_ready(function, *arguments):
-    jax.block_until_ready(function(*arguments))
-
-  waiting = {name: functools.partial(until_ready, *call) for name, call in calls.items()}
-  return milliseconds(waiting, ROUND_SECONDS, slow=0.1)
 
 
 def filled(params: PyTree, masks: PyTree) -> PyTree:
