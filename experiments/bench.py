@@ -12,9 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from jaxsms import models
-
-from .benchmarks import bench_jax, bench_settings, bench_tables
+from .benchmarks import bench_jax, bench_settings, bench_tables, usual_networks
 from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config, write_figures
 from .config import device_flags
 from .config.fields import define_flags
@@ -62,20 +60,13 @@ def make_task(config: Config) -> bench_jax.Task:
     raise ValueError(
       "--convolution=measure belongs to the main job: give one lowering at a time here"
     )
-  options = hardware.network_options(config)
-  if config.model == "mlp":
-    options |= {"hidden": config.hidden, "dropout": 0.0}
-  task = bench_jax.make_task(
-    models.create(config.model, bench_jax.NUM_CLASSES, **options),
+  task = usual_networks.make_task(
+    config,
+    usual_networks.make_network(config, config.hidden),
     config.image,
+    max(config.copies),
     examples=config.examples,
-    batch_size=config.batch_size,
     augmentation=config.augmentation,
-    at_once=lambda parameters: hardware.copies_at_once(
-      config, max(config.copies) * parameters
-    ),
-    mesh_of=hardware.mesh_of(config),
-    micro_batches=config.micro_batches,
   )
   for m in config.copies:  # refused here where a batch does not split over the mesh
     task.programs.train.on(task.programs.mesh_of(m), m)

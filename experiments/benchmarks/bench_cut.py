@@ -30,7 +30,7 @@ from ..costs.timing import Contender, Spread, alternate, cores, ratio, shown
 from ..run.environment import environment
 from ..setup import hardware
 from . import bench_jax
-from .usual_networks import prepared, usual_network
+from .usual_networks import make_task, prepared, usual_network
 
 DENSE, CUT, BUILT = "dense", "cut", "built at that size"
 
@@ -65,19 +65,10 @@ def make_trainings(config: Config) -> dict[str, bench_jax.Training]:
   """m copies of each network, by its name, on images of the shape that it usually gets."""
   module, like = usual_network(config)
   image_shape, m = like["image"], config.ingredients
-  work: dict[str, Any] = {
-    "batch_size": config.batch_size,
-    "augmentation": like["augmentation"],
-    "mesh_of": hardware.mesh_of(config),
-    "micro_batches": config.micro_batches,
-  }
-  dense = bench_jax.make_task(
-    module,
-    image_shape,
-    examples=config.batch_size * config.steps,
-    at_once=lambda size: hardware.copies_at_once(config, m * size),
-    **work,
-  )
+  data = {
+    "examples": config.batch_size * config.steps, "augmentation": like["augmentation"]
+  }  # fmt: skip
+  dense = make_task(config, module, image_shape, m, **data)
   model = Model(dense.params, dense.batch_stats)
   masks = channel_masks(
     dense.params,
@@ -88,23 +79,25 @@ def make_trainings(config: Config) -> dict[str, bench_jax.Training]:
   )
   network = cut_network(module, model, masks, image_shape)
   left, cut = network.shrink(model._asdict()), CutModule(module, network)
-  at_once = hardware.copies_at_once(config, m * parameter_count(left["params"]))
+  programs = bench_jax.programs_of(
+    cut,
+    image_shape[-1],
+    batch_size=config.batch_size,
+    augmentation=like["augmentation"],
+    at_once=hardware.copies_at_once(config, m * parameter_count(left["params"])),
+    mesh_of=hardware.mesh_of(config),
+    micro_batches=config.micro_batches,
+  )
   smaller = dense._replace(
     module=cut,
-    programs=bench_jax.programs_of(cut, image_shape[-1], at_once=at_once, **work),
+    programs=programs,
     multiply_adds=sum(cut_multiply_adds(network, model, image_shape).values()),
     **left,
   )
   tasks = {DENSE: dense, CUT: smaller}
   built = narrower(module, 1 - config.share)
   if built is not None:
-    task = bench_jax.make_task(
-      built,
-      image_shape,
-      examples=config.batch_size * config.steps,
-      at_once=lambda size: at_once,
-      **work,
-    )
+    task = make_task(config, built, image_shape, m, **data)
     if shapes(task.params) == shapes(smaller.params):
       tasks[BUILT] = task
   return {name: bench_jax.Training(task, m, config.steps) for name, task in tasks.items()}

@@ -30,9 +30,8 @@ from ..config.fields import (
 from ..costs.timing import Spread, calls_for, cores, scaled, seconds, shown, spread
 from ..methods.seed_state import SeedState, packed
 from ..run.environment import environment
-from ..setup import hardware
 from . import bench_jax
-from .usual_networks import prepared, usual_network
+from .usual_networks import make_task, prepared, usual_network
 
 ROUND_SECONDS = 5.0  # at least; and longer than a save
 LONGER = 1.5  # a round, than the save within it
@@ -95,16 +94,9 @@ def main(argv: list[str]) -> None:
 def make_training(config: Config) -> bench_jax.Training:
   """m copies in training on images of the shape that such a network usually gets."""
   module, like = usual_network(config)
-  m, batch_size = config.ingredients, config.batch_size
-  task = bench_jax.make_task(
-    module,
-    like["image"],
-    examples=max(batch_size, min(like["examples"], 5000)),
-    batch_size=batch_size,
-    augmentation=like["augmentation"],
-    at_once=lambda parameters: hardware.copies_at_once(config, m * parameters),
-    mesh_of=hardware.mesh_of(config),
-    micro_batches=config.micro_batches,
+  m, examples = config.ingredients, max(config.batch_size, min(like["examples"], 5000))
+  task = make_task(
+    config, module, like["image"], m, examples=examples, augmentation=like["augmentation"]
   )
   return bench_jax.Training(task, m, chunk_steps=1 if config.model != "mlp" else 50)
 

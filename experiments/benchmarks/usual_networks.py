@@ -53,8 +53,35 @@ def prepared(
 
 def usual_network(config: Any) -> tuple[nn.Module, dict[str, Any]]:
   """The network of --model, and the entry of `DATASETS` that it usually gets."""
-  like = DATASETS["digits" if config.model == "mlp" else "cifar10"]
+  return make_network(config), DATASETS["digits" if config.model == "mlp" else "cifar10"]
+
+
+def make_network(config: Any, hidden: tuple[int, ...] = (256, 256)) -> nn.Module:
+  """The network of --model; an MLP has such hidden layers and no dropout."""
   options = hardware.network_options(config)
   if config.model == "mlp":
-    options |= {"hidden": (256, 256), "dropout": 0.0}
-  return models.create(config.model, bench_jax.NUM_CLASSES, **options), like
+    options |= {"hidden": hidden, "dropout": 0.0}
+  return models.create(config.model, bench_jax.NUM_CLASSES, **options)
+
+
+def make_task(
+  config: Any, module: nn.Module, image: tuple[int, int, int], copies: int, **data: Any
+) -> bench_jax.Task:
+  """The work of a network on the devices that the flags describe.
+
+  Args:
+    config: `batch_size`, and the flags of the devices.
+    module: the network.
+    image: [height, width, channels].
+    copies: the most that train at once.
+    **data: `examples` and `augmentation`, see `bench_jax.make_task`.
+  """
+  return bench_jax.make_task(
+    module,
+    image,
+    batch_size=config.batch_size,
+    at_once=lambda parameters: hardware.copies_at_once(config, copies * parameters),
+    mesh_of=hardware.mesh_of(config),
+    micro_batches=config.micro_batches,
+    **data,
+  )
