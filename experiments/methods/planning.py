@@ -52,14 +52,11 @@ def planned_work(
   models = 1
   for name in names:
     copies = min(config.ingredients, max(METHODS[name].epochs(config)))  # of a soup
-    models += _models(copies, 1 if "ramp" in METHODS[name].traits else config.phases)
+    phases = 1 if "ramp" in METHODS[name].traits else config.phases
+    # Of each the pruned model, the candidates and, of several, a soup.
+    models += phases * (2 if copies == 1 else copies + 2)
   steps = planned_steps(config, steps_per_epoch, names)
   return {**steps, MEASURED: config.seeds * models}
-
-
-def _models(copies, phases):
-  """How many are measured in so many phases: pruned, candidates and, of several, a soup."""
-  return phases * (2 if copies == 1 else copies + 2)
 
 
 def model_steps(task: Task) -> float:

@@ -66,10 +66,13 @@ def summarize(seeds: list[Results], metric: str = "test_accuracy") -> list[Resul
   return [_summary_of(number, seeds, metric) for number in numbers]
 
 
+def of_phase(number: int, seeds: list[Results]) -> list[tuple[Results, Results]]:
+  """The entries of the seeds that have a phase, each with that phase."""
+  return [(seed, p) for seed in seeds for p in seed["phases"] if p["phase"] == number]
+
+
 def _summary_of(number, seeds, metric):
-  pairs = [
-    (seed, phase) for seed in seeds for phase in seed["phases"] if phase["phase"] == number
-  ]
+  pairs = of_phase(number, seeds)
   row = {"phase": number, "sparsity": float(np.mean([p["sparsity"] for _, p in pairs]))}
   soups = [_finite(phase.get("soup"), metric) for _, phase in pairs]
   for name in ("dense", *looks()):

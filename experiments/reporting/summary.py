@@ -2,7 +2,7 @@
 
 from ..methods.registry import looks
 from .cases import Case
-from .statistics import Results, method_title, summarize
+from .statistics import Results, method_title, of_phase, summarize
 from .tables import ends, signed
 
 # The models that the summary compares the soup with; the table has all.
@@ -53,7 +53,7 @@ def sentences(case: Case) -> list[str]:
   ]:
     text += ": " + "; ".join(compared)
   found = [f"{text}."]
-  if _failed(case, row["phase"]):
+  if any(p.get("averaging_failed") for _, p in of_phase(row["phase"], case.seeds)):
     found.append("With some seed averaging failed: the soup is not to be trusted.")
   if with_seeds := _collapsed_seeds(case, row["phase"]):
     found.append(
@@ -82,15 +82,6 @@ def _without_soup(case):
   )
 
 
-def _failed(case, number):
-  return any(
-    phase.get("averaging_failed")
-    for seed in case.seeds
-    for phase in seed["phases"]
-    if phase["phase"] == number
-  )
-
-
 def _collapsed(case, number, name):
   """What to add to the name of a method that collapsed."""
   with_seeds = _collapsed_seeds(case, number, name)
@@ -101,10 +92,8 @@ def _collapsed_seeds(case, number, name=None):
   """The seeds with which all copies of the soup, or of a method, collapsed, in words."""
   seeds = [
     str(seed["seed"])
-    for seed in case.seeds
-    for phase in seed["phases"]
-    if phase["phase"] == number
-    and (phase if name is None else phase.get(name) or {}).get("all_collapsed")
+    for seed, phase in of_phase(number, case.seeds)
+    if (phase if name is None else phase.get(name) or {}).get("all_collapsed")
   ]
   return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""
 
