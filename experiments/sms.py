@@ -25,10 +25,7 @@ Devices       precision, convolution, mesh, cpu_devices, ingredients_at_once, re
 """
 
 import contextlib
-import os
-import pathlib
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,11 +151,8 @@ def show(workdir: storage.epath.Path, results: dict) -> None:
   console.print(tables.console_table(rows, tables.caption(results)))
   for note in tables.notes(results["seeds"]):
     print_line(console, note, "bold red")
-  with tempfile.TemporaryDirectory() as folder:
-    for ending in ("png", "svg"):
-      name = f"accuracy.{ending}"
-      figures.accuracy_figure(results, os.path.join(folder, name))
-      storage.write_bytes(workdir / name, pathlib.Path(folder, name).read_bytes())
+  for ending in ("png", "svg"):
+    figures.accuracy_figure(results, workdir / f"accuracy.{ending}")
   write_report([workdir])
   print_line(
     console,
