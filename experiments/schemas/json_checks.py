@@ -116,13 +116,11 @@ def record(required: dict[str, Check], **optional: Check) -> Check:
   def checked(value):
     if not isinstance(value, dict):
       raise Unfit("an object")
-    for name, check in required.items():
-      if name not in value:
-        raise Unfit("there", f".{name}")
-      check_at(f".{name}", check, value[name])
-    for name, check in optional.items():
+    for name, check in (required | optional).items():
       if name in value:
         check_at(f".{name}", check, value[name])
+      elif name in required:
+        raise Unfit("there", f".{name}")
 
   return checked
 
