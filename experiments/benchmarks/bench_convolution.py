@@ -251,10 +251,10 @@ def _positive(words, name, values):
 class Config:
   """The flags of this benchmark."""
 
-  layers: tuple[str, ...] = flag(
+  layers: tuple[Layer, ...] = flag(
     "Layers, kernel/channels/size[/stride].",
-    lambda name, value: [read_layer(text) for text in value],
     default=list(LAYERS),
+    parse=lambda words, name, values: tuple(map(read_layer, words)),
   )
   copies: tuple[int, ...] = flag(
     "Numbers of copies, in order.", default=["8", "1", "16", "4", "2"], parse=_positive
@@ -276,10 +276,9 @@ def main(argv: list[str]) -> None:
   with refusals():
     check_no_arguments(argv)
     config = read_fields(Config, flags.FLAGS)
-    layers = [read_layer(text) for text in config.layers]
   console, rows = terminal(), []
   console.print(f"{environment()}", soft_wrap=True)
-  for row in measure(layers, config.copies, config.precision, config.minutes):
+  for row in measure(config.layers, config.copies, config.precision, config.minutes):
     rows.append(row)
     layer = Layer(**row["layer"])
     best = sorted(row["milliseconds"].items(), key=lambda item: item[1])
@@ -290,7 +289,9 @@ def main(argv: list[str]) -> None:
       + f" ({row['teraflops']:.2f} TFLOP/s)",
       soft_wrap=True,
     )
-  planned = len(layers) * len(config.copies) * len(config.precision) * len(OPERATIONS)
+  planned = (
+    len(config.layers) * len(config.copies) * len(config.precision) * len(OPERATIONS)
+  )
   if len(rows) < planned:
     console.print(f"The time was over after {len(rows)} of {planned} rows.")
   write_figures(config.json, {"environment": environment(), "rows": rows})
