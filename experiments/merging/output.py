@@ -87,9 +87,7 @@ def check_space(out: str, specs: Mapping[str, Spec]) -> None:
   path = storage.as_path(out)
   if storage.is_remote(path):
     return
-  folder = path.parent
-  while not folder.exists():
-    folder = folder.parent
+  folder = next(parent for parent in path.parents if parent.exists())
   free, needed = shutil.disk_usage(folder).free, sum(x.nbytes for x in specs.values())
   if needed > free:
     raise OSError(f"it takes {needed:,} bytes, and {folder} has {free:,} left")

@@ -10,13 +10,7 @@ from jaxsms.disk.files import output_file
 
 from ..methods.registry import looks
 from .cases import Case
-from .drawing import (
-  MARKERS,
-  MIDDLE,
-  canvas,
-  colour,
-  file_of,
-)
+from .drawing import MARKERS, MIDDLE, canvas, colour, file_of
 from .statistics import Results, method_title, summarize
 
 PERCENT = {

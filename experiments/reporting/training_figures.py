@@ -8,14 +8,7 @@ import numpy as np
 
 from ..methods import DENSE, SOUP
 from .cases import Case
-from .drawing import (
-  COLOURS,
-  FAINT,
-  MARKERS,
-  MIDDLE,
-  canvas,
-  colour,
-)
+from .drawing import COLOURS, FAINT, MARKERS, MIDDLE, canvas, colour
 
 CURVES = {
   "loss": "Training loss",
