@@ -88,34 +88,31 @@ def results_section(cases: Sequence[Case]) -> Iterator[Block]:
     "(Student t); clear of 0 where both ends have the same sign."
   )
   if len(cases) == 1:
-    yield table(shown[0], phases_of(shown[0]), False)
+    yield table(shown[0], phases_of(shown[0]))
     return
-  groups = [table(case, phases_of(case)[-1:], True, cases) for case in shown]
+  groups = [table(case, phases_of(case)[-1:], cases) for case in shown]
   header = groups[0].header
   rows = [rows for found in groups for rows in found.rows]
   yield Table(header, rows, (0, 2), "Sparse soup")
   for case in shown:
-    yield Folded(case.title, table(case, phases_of(case), False))
+    yield Folded(case.title, table(case, phases_of(case)))
 
 
-def table(
-  case: Case, rows: list[Results], of_several: bool, cases: Sequence[Case] | None = None
-) -> Table:
+def table(case: Case, rows: list[Results], cases: Sequence[Case] = ()) -> Table:
   """Accuracies, gains and calibration of all methods.
 
   Args:
     case: whose.
     rows: of its summary, the phases to show.
-    of_several: whether its name stands in front.
-    cases: all that share the table; None for this one.
+    cases: all that share the table, where there are several: a row then begins with the
+      name of its case, and not with the phase.
   """
-  together = cases or [case]
   ood = {r["phase"]: r for r in summarize(case.seeds, "ood_accuracy")}
   ece = {r["phase"]: r for r in summarize(case.seeds, ECE)}
-  header = ["Run" if of_several else "Phase", "Sparsity", "Model"]
+  header = ["Run" if cases else "Phase", "Sparsity", "Model"]
   header += ["Test accuracy", "Soup minus it"]
-  has_ood = any(figures.has_metric(c, "ood_accuracy") for c in together)
-  has_ece = any(figures.has_metric(c, ECE) for c in together)
+  has_ood = any(figures.has_metric(c, "ood_accuracy") for c in cases or [case])
+  has_ece = any(figures.has_metric(c, ECE) for c in cases or [case])
   header += ["OOD accuracy", "Soup minus it"] if has_ood else []
   header += ["ECE"] if has_ece else []
   groups = []
@@ -125,9 +122,9 @@ def table(
       cells += accuracy_and_gain(ood[row["phase"]])
     if has_ece:
       cells.append(lambda name, of=ece[row["phase"]]: accuracy(of.get(name)))
-    first = case.title if of_several else str(row["phase"]), percent(row)
+    first = case.title if cases else str(row["phase"]), percent(row)
     groups.append(method_rows(first, row, case.m, (*looks(), "dense"), cells))
-  return Table(header, groups, (0, 2) if of_several else (2,), "Sparse soup")
+  return Table(header, groups, (0, 2) if cases else (2,), "Sparse soup")
 
 
 def metric_pictures(cases: Sequence[Case], metric: str, name: str) -> Iterator[Picture]:
