@@ -1,7 +1,6 @@
 """The network of a run, whole or cut, and the files that hold it as a program."""
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -200,17 +199,14 @@ def save_int8(out: str, found: Network) -> tuple[str, float, float]:
   data = found.dataset
   rows = np.random.default_rng(0).permutation(len(data.train_labels))
   rows = rows[: CALIBRATION_BATCHES * BATCH]
-  batches = _batches(found, data.train_images[rows])
-  export.quantize_onnx(out, path, [np.asarray(x) for x in batches])
+  export.quantize_onnx(out, path, list(_batches(found, data.train_images[rows])))
   return path, test_accuracy(out, found), test_accuracy(path, found)
 
 
 def _batches(found: Network, images: np.ndarray) -> Iterator[np.ndarray]:
-  normal = functools.partial(
-    evaluation_images, mean=found.dataset.mean, std=found.dataset.std
-  )
+  mean, std = found.dataset.mean, found.dataset.std
   for i in range(0, len(images), BATCH):
-    yield np.asarray(normal(images[i : i + BATCH]))
+    yield np.asarray(evaluation_images(images[i : i + BATCH], mean, std))
 
 
 def test_accuracy(path: str, found: Network) -> float:
