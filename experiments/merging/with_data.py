@@ -17,7 +17,7 @@ from jaxsms.disk.tensors import InMemory, Spec, Tensors, prunable_names
 from jaxsms.export import nested
 from jaxsms.merges import MERGES
 from jaxsms.phases import Weighted
-from jaxsms.pruning import magnitude_masks
+from jaxsms.pruning import apply_masks, magnitude_masks
 from jaxsms.soups import greedy_soup, soup_weights
 from jaxsms.training.engine import Model, one_model
 from jaxsms.training.measurements import measure, recalibrated
@@ -197,10 +197,5 @@ def greedy_weights(
 def pruned(model: Arrays, sparsity: float, scope: str) -> Arrays:
   """A model pruned by magnitude, see `jaxsms.magnitude_masks`."""
   weights = {name: model[name] for name in prunable_names(InMemory("", model).specs)}
-  masks = jax.device_get(
-    magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
-  )
-  zero = np.float32(0)
-  return model | {
-    n: np.where(masks[n], x, zero.astype(x.dtype)) for n, x in weights.items()
-  }
+  masks = magnitude_masks(weights, sparsity, scope, prunable=lambda path, leaf: True)
+  return model | jax.device_get(apply_masks(weights, masks))
