@@ -104,8 +104,6 @@ def filters(config: Config, key: jax.Array, groups: Groups) -> Prune:
 
 def channels(config: Config, key: jax.Array, groups: Groups) -> Prune:
   """Whole channels go, in all places that can only go together."""
-  if groups is None:
-    raise ValueError("the network's groups of channels are missing: give groups")
   return functools.partial(
     channel_masks,
     groups=groups(),

@@ -66,7 +66,7 @@ class ChannelCosts:
 
   def _sensitivity(self, dense):
     task = self._task
-    if task.groups is not None and not self._config.split_params:
+    if not self._config.split_params:
       self._costs.sensitivity = sensitivity_record(task.engine, task.groups(), dense)
 
   def _phase(self, number, model, masks):

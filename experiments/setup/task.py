@@ -90,7 +90,7 @@ class Task(NamedTuple):
   warmup_steps: int
   initial: Model | None
   ood_sources: dict[str, str]
-  groups: Callable[[], ChannelGroups] | None = None
+  groups: Callable[[], ChannelGroups]
   shrink: Callable[[Engine, Model, Any], Cut] | None = None
   shares: Callable[[jax.Array, int], Shares] | None = None
   clock: NetworkClock | None = None
