@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,17 +157,14 @@ def copy_others(source: str, folder: str, dtype: str | None) -> None:
     left_out = name.startswith(".") or name == _CARD or name.endswith(_NOT_COPIED + PYTORCH)
     if os.path.isfile(file) and not left_out:
       shutil.copyfile(file, os.path.join(folder, name))
-  config = os.path.join(folder, "config.json")
-  if dtype is None or not os.path.exists(config):
+  config = pathlib.Path(folder, "config.json")
+  if dtype is None or not config.exists():
     return
-  with open(config, encoding="utf-8") as file:
-    document = json.load(file)
+  document = json.loads(config.read_text("utf-8"))
   for key in ("torch_dtype", "dtype"):
     if key in document:
       document[key] = dtype
-  with open(config, "w", encoding="utf-8") as file:
-    json.dump(document, file, indent=2)
-    file.write("\n")
+  config.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 def write_card(
