@@ -241,12 +241,6 @@ def measure(
       }  # fmt: skip
 
 
-def _positive(words, name, values):
-  numbers = whole_numbers("8,1,16")(words, name, values)
-  at_least(1)(name, min(numbers, default=0))
-  return numbers
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """The flags of this benchmark."""
@@ -257,7 +251,10 @@ class Config:
     parse=lambda words, name, values: tuple(map(read_layer, words)),
   )
   copies: tuple[int, ...] = flag(
-    "Numbers of copies, in order.", default=["8", "1", "16", "4", "2"], parse=_positive
+    "Numbers of copies, in order.",
+    lambda name, value: at_least(1)(name, min(value, default=0)),
+    default=["8", "1", "16", "4", "2"],
+    parse=whole_numbers("8,1,16"),
   )
   precision: tuple[str, ...] = flag(
     "dtypes of all arrays.",
