@@ -14,7 +14,6 @@ from experiments import methods
 from experiments.config.pruning_criteria import CRITERIA, Criterion, classifier, pruning
 from experiments.methods.epochs import bimp_epochs
 from experiments.methods.registry import looks
-from experiments.methods.searching import search_of
 from experiments.methods.seeds import Run, retraining_plan, varied_ingredients
 from experiments.methods.within_budget import resampled
 from experiments.setup.ood import corrupted_test_data
@@ -225,7 +224,7 @@ def test_what_a_search_makes_of_its_values():
     "--rungs=3",
   )  # fmt: skip
   run = seed_of(config, 10)
-  found = search_of(run, 50)
+  found = config.search(50, 10)
   assert found.ranges == {"weight_decay": (1e-5, 1e-2), "learning_rate": (0.01, 0.3)}
   assert found.ends == (10, 30, 50)  # at the ends of epochs 1, 3 and 5
   run = run._replace(
@@ -245,7 +244,7 @@ def test_what_a_search_makes_of_its_values():
   same = config_of("--vary=learning_rate", RATES)
   assert same.rungs == 2
   assert varied_ingredients(seed_of(same, 10), 5, 20)["seed"].tolist() == [0] * 5
-  assert search_of(seed_of(config_of(), 10), 50) is None
+  assert config_of().search(50, 10) is None
 
 
 def test_learning_rates_that_vary_are_llrs_first():

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxsms.names import check_name
-from jaxsms.training.search import LEAST_COPIES
+from jaxsms.training.search import LEAST_COPIES, Search
 from jaxsms.training.search_values import check_range
 
 from ..methods.registry import having
@@ -60,6 +60,17 @@ class SearchFlags:
     """The least and the greatest value of each variable that is searched."""
     parts = [word.split(":") for word in self.ranges or ()]
     return {name: (float(low), float(high)) for name, low, high in parts}
+
+  def search(self, steps: int, steps_per_epoch: int) -> Search | None:
+    """The search in a phase of so many steps, with rungs at the ends of epochs.
+
+    None where nothing is searched.
+    """
+    if not self.searched:
+      return None
+    epochs, rungs = steps // steps_per_epoch, range(1, self.rungs + 1)
+    ends = tuple(epochs * rung // self.rungs * steps_per_epoch for rung in rungs)
+    return Search(self.searched, ends)
 
 
 define_flags(SearchFlags)

@@ -42,7 +42,6 @@ from jaxsms.trees import model_at
 
 from ..config.pruning_criteria import pruning
 from ..setup.seed_streams import INIT, PRETRAIN, PRUNE, RETRAIN, SHARES
-from .searching import search_of
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
@@ -289,7 +288,7 @@ def prune_and_retrain(
       landscapes=landscape_phases(run) if method == SOUP else (),
       shrink=run.task.shrink,
       distillation=distillation,
-      search=search_of(run, steps) if m > 1 else None,
+      search=run.config.search(steps, run.task.steps_per_epoch) if m > 1 else None,
     ),
   ):
     if isinstance(event, Rung):  # it is saved with the next state
