@@ -9,7 +9,7 @@ from experiments.methods.registry import looks
 from experiments.reporting import figures, tables
 from experiments.reporting.cases import Case
 from experiments.reporting.statistics import summarize
-from experiments.reporting.uncertainty_section import uncertainty_section
+from experiments.reporting.training_sections import uncertainty_section
 
 
 def results(seeds, phases=2, m=3, methods=None):

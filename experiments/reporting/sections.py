@@ -14,7 +14,6 @@ from .cost_sections import (
   origin_section,
 )
 from .document import Block, Document, Folded, Picture, Section, Table
-from .search_sections import search_section
 from .statistics import Results, method_title, summarize
 from .summary import sentences
 from .tables import accuracy, accuracy_and_gain, method_rows, notes, percent
@@ -25,9 +24,10 @@ from .training_sections import (
   geometry_section,
   landscape_section,
   layers_section,
+  search_section,
   suffix,
+  uncertainty_section,
 )
-from .uncertainty_section import uncertainty_section
 
 BAND = (
   "Bands: 95 % interval of the mean over seeds; where they leave the figure, they are cut."

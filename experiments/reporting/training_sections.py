@@ -1,15 +1,26 @@
-"""Sections on how the copies train and where they lie."""
+"""Sections on the copies: how they train, how sure they are, and where they lie."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from . import training_figures
+from . import search_figures, training_figures
 from .cases import Case
-from .document import Block, Picture
+from .document import Block, Picture, table_of_cases
 from .statistics import Results
 
 CASES_DRAWN = 6  # at most so many where each has figures of its own
+UNCERTAINTY = {
+  "disagreement": "Disagreement, %",
+  "predictive_entropy": "Entropy, nats",
+  "mutual_information": "Mutual information, nats",
+  "error_auroc_of_entropy": "Errors by entropy",
+  "error_auroc_of_information": "Errors by information",
+}
+CORRUPTED = {
+  "auroc_of_entropy": "Corrupted by entropy",
+  "auroc_of_information": "Corrupted by information",
+}
 
 
 def suffix(cases: Sequence[Case], case: Case) -> str:
@@ -46,6 +57,57 @@ def curves_section(cases: Sequence[Case]) -> Iterator[Block]:
   yield from cut(shown, "Curves")
 
 
+def search_section(cases: Sequence[Case]) -> Iterator[Block]:
+  """Which copies were kept at the rungs of each phase, of the first seed that has any."""
+  found = [(case, searched) for case in cases if (searched := first_search(case))]
+  if found:
+    yield (
+      "At each rung the copies are evaluated on validation data. The better half goes on; "
+      "the others start again from the average of that half. A line goes from the copy "
+      "whose values, changed by a factor, a copy has. Copies whose values go back to one "
+      "that was kept at the first rung share its colour. The better half of a phase's last "
+      "rung is merged."
+    )
+  for case, (seed, rungs) in found[:CASES_DRAWN]:
+    where = f"seed {seed}"
+    title = f"{case.title}, {where}" if len(cases) > 1 else where.capitalize()
+    end = suffix(cases, case)
+    accuracy = _accuracies(rungs[-1])
+    yield Picture(
+      f"search-lineage{end}",
+      search_figures.lineage(rungs, title),
+      f"Who came from whom, phase after phase; {where}. {accuracy}",
+      "Copies by rung, with lines from those that their values come from.",
+    )
+    for variable in sorted(rungs[0]["values"]):
+      name = search_figures.VARIABLES.get(variable, variable)
+      yield Picture(
+        f"search-{variable.replace('_', '-')}{end}",
+        search_figures.lineage(rungs, title, variable),
+        f"{name} that each copy trained with up to a rung; {where}.",
+        f"{name} of the copies by rung.",
+      )
+  yield from cut([case for case, _ in found], "Searches")
+
+
+def _accuracies(rung):
+  """How the copies of a rung differ, in a sentence."""
+  found = [x for x in rung["validation_accuracy"] if x is not None]
+  if not found:
+    return ""
+  low, high = 100 * min(found), 100 * max(found)
+  return f"In the end validation accuracies go from {low:.2f} to {high:.2f} %."
+
+
+def first_search(case: Case) -> tuple[int, list[Results]] | None:
+  """Seed and rungs, phase after phase, of the first seed that has any."""
+  for seed in case.seeds:
+    rungs = [rung for phase in seed["phases"] for rung in phase.get("search") or ()]
+    if rungs:
+      return seed["seed"], rungs
+  return None
+
+
 def layers_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Which layers lose most."""
   shown = [
@@ -76,6 +138,53 @@ def geometry_section(cases: Sequence[Case]) -> Iterator[Block]:
         f"{title} that are averaged, by phase, mean over seeds.",
         f"{title} by phase. {label}.",
       )
+
+
+def uncertainty_section(cases: Sequence[Case]) -> Iterator[Block]:
+  """Disagreement of the candidates on test data, and how well it detects errors."""
+  groups = []
+  phases = [case.soups("uncertainty") for case in cases]
+  corrupted = any(
+    "corrupted" in one for found in phases for records in found.values() for one in records
+  )
+  for case, found in zip(cases, phases, strict=True):
+    rows = []
+    for number, records in sorted(found.items()):
+      row = [case.title, str(number)]
+      row += [_mean([r["test"].get(name) for r in records], name) for name in UNCERTAINTY]
+      if corrupted:
+        of_all = [r.get("corrupted", {}) for r in records]
+        row += [
+          _mean([kind.get(name) for r in of_all for kind in r.values()], name)
+          for name in CORRUPTED
+        ]
+      rows.append(row)
+    if rows:
+      groups.append(rows)
+  if groups:
+    header = [
+      "Run",
+      "Phase",
+      *UNCERTAINTY.values(),
+      *(CORRUPTED.values() if corrupted else ()),
+    ]
+    yield (
+      "On test data, means over seeds. Disagreement: examples for which two candidates "
+      "predict different classes. The last columns are areas under the ROC curve (0.5 "
+      "tells nothing, 1 all): of telling what the ensemble gets wrong, and corrupted from "
+      "clean images, by the entropy of the mean prediction and by its mutual information "
+      "with the candidate."
+    )
+    yield table_of_cases(header, groups, (0,), len(cases) > 1)
+
+
+def _mean(values, name):
+  """The mean of those that are known, as text."""
+  known = [value for value in values if value is not None and np.isfinite(value)]
+  if not known:
+    return "-"
+  mean = float(np.mean(known))
+  return f"{100 * mean:.2f}" if name == "disagreement" else f"{mean:.3f}"
 
 
 def landscape_section(cases: Sequence[Case]) -> Iterator[Block]:
