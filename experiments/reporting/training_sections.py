@@ -144,30 +144,20 @@ def uncertainty_section(cases: Sequence[Case]) -> Iterator[Block]:
   """Disagreement of the candidates on test data, and how well it detects errors."""
   groups = []
   phases = [case.soups("uncertainty") for case in cases]
-  corrupted = any(
-    "corrupted" in one for found in phases for records in found.values() for one in records
-  )
+  known = [one for found in phases for records in found.values() for one in records]
+  of_corrupted = CORRUPTED if any("corrupted" in one for one in known) else {}
   for case, found in zip(cases, phases, strict=True):
     rows = []
     for number, records in sorted(found.items()):
       row = [case.title, str(number)]
       row += [_mean([r["test"].get(name) for r in records], name) for name in UNCERTAINTY]
-      if corrupted:
-        of_all = [r.get("corrupted", {}) for r in records]
-        row += [
-          _mean([kind.get(name) for r in of_all for kind in r.values()], name)
-          for name in CORRUPTED
-        ]
+      kinds = [kind for r in records for kind in r.get("corrupted", {}).values()]
+      row += [_mean([kind.get(name) for kind in kinds], name) for name in of_corrupted]
       rows.append(row)
     if rows:
       groups.append(rows)
   if groups:
-    header = [
-      "Run",
-      "Phase",
-      *UNCERTAINTY.values(),
-      *(CORRUPTED.values() if corrupted else ()),
-    ]
+    header = ["Run", "Phase", *UNCERTAINTY.values(), *of_corrupted.values()]
     yield (
       "On test data, means over seeds. Disagreement: examples for which two candidates "
       "predict different classes. The last columns are areas under the ROC curve (0.5 "
