@@ -107,7 +107,7 @@ def over_cases(
   rows = [summarize(case.seeds, metric)[-1] for case in cases]
   positions = np.arange(len(cases), dtype=float)
   with canvas(title, label, PERCENT[metric], height=4.2) as (figure, axes):
-    m = cases[0].m if len({case.m for case in cases}) == 1 else None
+    m = cases[0].m if len({case.m for case in cases}) == 1 else "m"
     drawn = method_lines(axes, positions, rows, m)
     _dense_line(axes, rows)
     _limits(axes, drawn, [], m)
@@ -143,7 +143,7 @@ def soups_of(cases: Sequence[Case], metric: str) -> Any:
         for at, row in zip(x, shown, strict=True):
           ticks_at[at] = f"{100 * row['sparsity']:.1f} %"
         drawn["soup"] += list(y)
-    _limits(axes, drawn, [], None)
+    _limits(axes, drawn, [], "m")
     at = sorted(ticks_at)
     ticks(axes, np.array(at), [ticks_at[x] for x in at])
   return figure
@@ -180,7 +180,7 @@ def method_lines(
   axes: Any,
   positions: np.ndarray,
   rows: Sequence[Results],
-  m: int | None,
+  m: int | str,
   own: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[float]]:
   """A line for each method, with the 95 % interval of its mean as a band.
@@ -189,7 +189,7 @@ def method_lines(
     axes: to draw on.
     positions: float [rows].
     rows: of `summarize`.
-    m: number of copies; None where it is not one.
+    m: number of copies, or a letter for several numbers.
     own: by method float [rows], its positions where they are its own.
 
   Returns:
@@ -215,15 +215,11 @@ def method_lines(
       linewidth=2.4 if soup else 1.3,
       markersize=6.5 if soup else 5,
       zorder=4 if soup else 3,
-      label=_title(name, m),
+      label=method_title(name, m),
     )
     _band(axes, x, y, [rows[i] for i in shown], name, ink)
     drawn[name] = list(y)
   return drawn
-
-
-def _title(name, m):
-  return looks()[name].title.format(m="m") if m is None else method_title(name, m)
 
 
 def _band(axes, x, y, rows, name, ink):
@@ -288,7 +284,7 @@ def _limits(axes, drawn, dots, m):
     ("bottom", below, 0.02, "\N{DOWNWARDS ARROW}"),
     ("top", {k: y for k, y in gone.items() if k not in below}, 0.98, "\N{UPWARDS ARROW}"),
   ):
-    text = ", ".join(f"{_title(name, m)} {y:.2f}" for name, y in found.items())
+    text = ", ".join(f"{method_title(name, m)} {y:.2f}" for name, y in found.items())
     if text:
       axes.text(
         0.02, at, f"{sign} {text}", transform=axes.transAxes, fontsize=8, va=side, zorder=5,

@@ -106,12 +106,12 @@ def _plain(value: Estimate) -> Results:
   return {k: None if math.isnan(v) else v for k, v in value._asdict().items()}
 
 
-def method_title(name: str, m: int) -> str:
+def method_title(name: str, m: int | str) -> str:
   """How a method is called in tables and figures.
 
   Args:
     name: its key in results.json, such as "imp_mx".
-    m: number of copies.
+    m: number of copies, or a letter for it.
 
   Returns:
     The title, such as "IMP 5x".
