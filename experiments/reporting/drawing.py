@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Of copies, and of cases in one figure.
@@ -75,6 +75,23 @@ def canvas(
       )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+
+
+def name_above(axes: Any, x: float, name: str) -> None:
+  """Writes a name at the upper end of the axes."""
+  axes.annotate(
+    name, (x, 0.995), xycoords=("data", "axes fraction"), ha="center", va="top",
+    fontsize=8, color=MIDDLE,
+  )  # fmt: skip
+
+
+def spaced(positions: Sequence[float], room: float) -> list[int]:
+  """Those of increasing positions, from the last on, that have so much room each."""
+  chosen: list[int] = []
+  for i in reversed(range(len(positions))):
+    if not chosen or positions[chosen[-1]] - positions[i] >= room:
+      chosen.append(i)
+  return chosen
 
 
 def colour(number: int) -> str:

@@ -10,7 +10,7 @@ from jaxsms.disk.files import output_file
 
 from ..methods.registry import looks
 from .cases import Case
-from .drawing import MARKERS, MIDDLE, canvas, colour, file_of
+from .drawing import MARKERS, MIDDLE, canvas, colour, file_of, spaced
 from .statistics import Results, method_title, summarize
 
 PERCENT = {
@@ -167,10 +167,7 @@ def _kept(row):
 def ticks(axes: Any, positions: np.ndarray, labels: Sequence[str]) -> None:
   """As many labels as there is room for, the last one always."""
   room = max((positions[-1] - positions[0]) / 5.5, 1e-9) if len(positions) else 1
-  chosen: list[int] = []
-  for i in reversed(range(len(positions))):
-    if not chosen or positions[chosen[-1]] - positions[i] >= room:
-      chosen.append(i)
+  chosen = spaced(positions, room)
   axes.set_xticks(positions, ["" for _ in positions])
   axes.set_xticks(positions[chosen], [labels[i] for i in chosen])
   axes.minorticks_off()

@@ -1,5 +1,6 @@
 """A document as one page that needs nothing else, or as Markdown beside its figures."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from html import escape
@@ -76,16 +77,12 @@ def html(document: Document, drawn: Mapping[str, bytes]) -> str:
   body.append(f"<nav>{links}</nav>")
   for part in document.sections:
     body.append(f'<h2 id="{anchors[part.title]}">{escape(part.title)}</h2>')
-    pictures: list[str] = []
-    for block in [*part.blocks, None]:
-      if isinstance(block, Picture):
-        pictures.append(_figure_html(block, drawn))
-        continue
-      if pictures:
-        body.append('<div class="figures">' + "\n".join(pictures) + "</div>")
-        pictures = []
-      if block is not None:
-        body.append(_block_html(block))
+    for are_pictures, blocks in itertools.groupby(part.blocks, _is_picture):
+      if are_pictures:
+        pictures = "\n".join(_figure_html(block, drawn) for block in blocks)
+        body.append(f'<div class="figures">{pictures}</div>')
+      else:
+        body += map(_block_html, blocks)
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -95,6 +92,10 @@ def html(document: Document, drawn: Mapping[str, bytes]) -> str:
     + "\n".join(body)
     + "\n</body>\n</html>\n"
   )
+
+
+def _is_picture(block):
+  return isinstance(block, Picture)
 
 
 def _figure_html(picture, drawn):
@@ -200,7 +201,7 @@ def files(document: Document) -> dict[str, bytes]:
   found, drawn = {}, {}
   for section in document.sections:
     for block in section.blocks:
-      if isinstance(block, Picture):
+      if _is_picture(block):
         drawn[block.name] = file_of(block.figure, "svg")
         found[f"figures/{block.name}.svg"] = drawn[block.name]
         found[f"figures/{block.name}.png"] = file_of(block.figure, "png")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .drawing import FAINT, MIDDLE, canvas, colour
+from .drawing import FAINT, MIDDLE, canvas, colour, name_above
 from .statistics import Results
 
 VARIABLES = {"learning_rate": "First learning rate", "weight_decay": "Weight decay"}
@@ -94,10 +94,7 @@ def _name_rungs(axes, rungs):
     first, count = phases.index(phase), phases.count(phase)
     if first:
       axes.axvline(first, color=FAINT, linewidth=0.8, zorder=0)
-    axes.annotate(
-      str(phase), (first + count / 2, 0.995), xycoords=("data", "axes fraction"),
-      ha="center", va="top", fontsize=8, color=MIDDLE,
-    )  # fmt: skip
+    name_above(axes, first + count / 2, str(phase))
   every = -(-len(rungs) // 10)
   shown = range(every, len(rungs) + 1, every)
   axes.set_xticks(list(shown), [str(rungs[i - 1]["step"]) for i in shown])

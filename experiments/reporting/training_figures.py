@@ -8,7 +8,7 @@ import numpy as np
 
 from ..methods import DENSE, SOUP
 from .cases import Case
-from .drawing import COLOURS, FAINT, MARKERS, MIDDLE, canvas, colour
+from .drawing import COLOURS, FAINT, MARKERS, MIDDLE, canvas, colour, name_above, spaced
 
 CURVES = {
   "loss": "Training loss",
@@ -90,18 +90,11 @@ def _name_phases(axes, starts, last, place):
       axes.axvline(place(start), color=FAINT, linewidth=0.8, zorder=0)
     name = "dense" if phase == 0 else str(phase)
     if place(end) - place(start) >= 0.04 * right:
-      at = ((place(start) + place(end)) / 2, 0.995)
-      axes.annotate(
-        name, at, xycoords=("data", "axes fraction"), ha="center", va="top",
-        fontsize=8, color=MIDDLE,
-      )  # fmt: skip
+      name_above(axes, (place(start) + place(end)) / 2, name)
   marks = sorted(
     {0, last, *starts.values(), *([starts.get(1, 0) // 2] if 0 in starts else [])}
   )
-  shown = [last]
-  for mark in reversed(marks):
-    if place(shown[-1]) - place(mark) >= 0.09 * right:
-      shown.append(mark)
+  shown = [marks[i] for i in spaced(place(marks), 0.09 * right)]
   axes.set_xticks(place(shown), [str(mark) for mark in shown])
 
 
