@@ -53,14 +53,14 @@ class ExportConfig(OutFlags):
 define_flags(ExportConfig)
 
 
-def read_config(given: flags.FlagValues = flags.FLAGS) -> ExportConfig:
+def read_config() -> ExportConfig:
   """The parsed flags.
 
   Raises:
     ValueError: a flag does not fit the format.
   """
-  missing = [name for name in ("seed", "data_dir") if not given[name].present]
-  config = read_fields(ExportConfig, given, dict.fromkeys(missing))
+  missing = [name for name in ("seed", "data_dir") if not flags.FLAGS[name].present]
+  config = read_fields(ExportConfig, flags.FLAGS, dict.fromkeys(missing))
   if config.cut and config.format == "compact":
     raise ValueError(
       "--cut is not of --format=compact, which holds full shapes: give --format=safetensors"

@@ -52,21 +52,16 @@ class GridFlags:
 define_flags(GridFlags)
 
 
-def read_grid(
-  given: flags.FlagValues = flags.FLAGS,
-) -> tuple[tuple[float, ...], tuple[int, ...], dict[str, Any]]:
+def read_grid() -> tuple[tuple[float, ...], tuple[int, ...], dict[str, Any]]:
   """Goal sparsities and numbers of copies, and as fields of a run the most of each.
 
   Raises:
     ValueError: one is not a number, out of range, or given twice.
   """
-  grid = read_fields(GridFlags, given)
-  most = {}
-  if grid.sparsities is not None:
-    most["goal_sparsity"] = max(grid.sparsities)
-  if grid.copies is not None:
-    most["ingredients"] = max(grid.copies)
-  single = read_fields(run_config.Config, given, most)
+  grid = read_fields(GridFlags, flags.FLAGS)
+  given = {"goal_sparsity": grid.sparsities, "ingredients": grid.copies}
+  most = {name: max(values) for name, values in given.items() if values is not None}
+  single = read_fields(run_config.Config, flags.FLAGS, most)
   goals = grid.sparsities or (single.goal_sparsity,)
   copies = grid.copies or (single.ingredients,)
   return goals, copies, {"goal_sparsity": max(goals), "ingredients": max(copies)}
