@@ -8,7 +8,6 @@ Without --seed it takes the first seed that the run has a soup of. With --phase 
 the one-shot soup with the sparsity of that phase.
 """
 
-import sys
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from .config.pruning_criteria import removes_channels
 from .costs.inference_times import with_all_kept
 from .run import exporting, run_directory
 from .run.exporting import variables_of
-from .run.flag_files import refusals, run_with_flags, set_log_level
+from .run.flag_files import fail, refusals, run_with_flags, set_log_level
 
 PROGRAMS = ("stablehlo", "onnx")
 for module in (export_flags, out_flags):
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> None:
       out = exporting.onnx_place(argv[1]) if config.in_run else out
       lines = write(config, out, argv[1], soup)
   except OSError as error:
-    print(f"error: {out} cannot be written ({error.strerror or error})", file=sys.stderr)
-    sys.exit(1)
+    fail(f"{out} cannot be written ({error.strerror or error})", 1)
   dense = sum(x.nbytes for x in jax.tree.leaves(variables_of(soup)))
   share = float(sparsity(soup["params"]))
   size = storage.as_path(out).stat().length

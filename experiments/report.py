@@ -9,7 +9,6 @@ figures/, as SVG and PNG; of one directory into that directory unless --out says
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from jaxsms.disk import storage
@@ -19,7 +18,7 @@ from .reporting.cases import Case, Origin
 from .reporting.page import files
 from .reporting.sections import document
 from .reporting.statistics import network_on_data
-from .run.flag_files import refusals
+from .run.flag_files import fail, refusals
 
 
 def write_report(
@@ -98,12 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(write_report(chosen.run_dir, chosen.out))
   except OSError as error:
     where = chosen.out or chosen.run_dir[0]
-    print(
-      f"error: {where} cannot be written ({error.strerror or error}): give another folder "
-      "with --out",
-      file=sys.stderr,
+    fail(
+      f"{where} cannot be written ({error.strerror or error}): give another folder with "
+      "--out"
     )
-    sys.exit(2)
 
 
 if __name__ == "__main__":

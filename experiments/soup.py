@@ -49,7 +49,7 @@ from .merging.model_checks import (
 from .merging.model_table import show
 from .merging.output import Output, copy_others, read_size, write_card, writing
 from .merging.with_data import Others, as_ours, make_data_task, parts_of, soup_in_memory
-from .run.flag_files import refusals, run_with_flags, set_log_level
+from .run.flag_files import fail, refusals, run_with_flags, set_log_level
 from .run.terminal import print_line, terminal
 
 FLAGS = flags.FLAGS
@@ -90,8 +90,7 @@ def main(argv: list[str]) -> None:
         soup = soup_on_disk(config, models, others, command)
   except OSError as error:
     reason = error.strerror or first_sentence(error)
-    print(f"error: --out cannot be written ({reason})", file=sys.stderr)
-    sys.exit(1)
+    fail(f"--out cannot be written ({reason})", 1)
   show(console, paths, soup.weights, soup.found, soup.scores)
   if statistics(models[0].specs):
     note = "Batch statistics of the soup were estimated anew on training data."

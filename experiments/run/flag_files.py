@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -34,12 +35,16 @@ def flag_files(argv: Sequence[str]) -> list[str]:
 
 
 def _refuse(file, problem):
-  print(
-    f"error: --flagfile {file} {problem}: give a text file with a flag on each line, such "
-    "as --epochs=30",
-    file=sys.stderr,
+  fail(
+    f"--flagfile {file} {problem}: give a text file with a flag on each line, such as "
+    "--epochs=30"
   )
-  sys.exit(2)
+
+
+def fail(sentence: str, status: int = 2) -> NoReturn:
+  """Says what is wrong, and ends the binary."""
+  print(f"error: {sentence}", file=sys.stderr)
+  sys.exit(status)
 
 
 def set_log_level(level: int = logging.WARNING) -> None:
@@ -64,5 +69,4 @@ def refusals() -> Iterator[None]:
   try:
     yield
   except (ValueError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    fail(str(error))
