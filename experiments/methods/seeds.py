@@ -42,11 +42,11 @@ from jaxsms.trees import model_at
 
 from ..config.pruning_criteria import pruning
 from ..setup.seed_streams import INIT, PRETRAIN, PRUNE, RETRAIN, SHARES
+from .seed_state import SeedState
 
 if TYPE_CHECKING:  # methods know no flags: the flags know the methods
   from ..config.run_config import Config
   from ..setup.task import Task
-  from .seed_state import SeedState
 
 SOUP, DENSE = "sms", "dense"  # the names of the soup and of dense training in a run
 # What a method yields: chunks of training, states to be saved, and phases.
@@ -268,14 +268,13 @@ def prune_and_retrain(
 
   What its seed_state holds of them already is not done again.
   """
-  seed_state = run.seed_state
-  model, masks, records, rungs = dense, None, [], []
-  if seed_state is not None:
-    seed_state.begin(method)
-    if seed_state.model is not None:
-      model, masks = seed_state.model, seed_state.masks
-      records = list(seed_state.phases[method])
-    rungs = [Rung(**rung) for rung in seed_state.rungs]
+  seed_state = run.seed_state or SeedState(0)  # which then nobody reads
+  seed_state.begin(method)
+  model, masks, records = dense, None, []
+  if seed_state.model is not None:
+    model, masks = seed_state.model, seed_state.masks
+    records = list(seed_state.phases[method])
+  rungs = [Rung(**rung) for rung in seed_state.rungs]
   for event in training_phases(
     run.engine,
     run.stream(RETRAIN),
@@ -292,14 +291,12 @@ def prune_and_retrain(
     ),
   ):
     if isinstance(event, Rung):  # it is saved with the next state
-      if seed_state is not None:
-        seed_state.rungs.append(event._asdict())
+      seed_state.rungs.append(event._asdict())
       continue
     if isinstance(event, Phase):
       records.append(event.record)
-      if seed_state is not None:
-        seed_state.model, seed_state.masks = event.params, event.masks
-        seed_state.phases[method], seed_state.rungs = list(records), []
+      seed_state.model, seed_state.masks = event.params, event.masks
+      seed_state.phases[method], seed_state.rungs = list(records), []
     yield event
   return records
 
