@@ -10,7 +10,7 @@ from main_job import SMALL, assert_same_run, config_of, results, run
 from experiments import methods
 from experiments.methods import seeds
 from experiments.reporting.cases import Case
-from experiments.reporting.class_sections import classes_section, classes_table
+from experiments.reporting.sections import classes_section, classes_table
 from experiments.run import checkpointing
 from experiments.setup.shares import (
   check_every_class,

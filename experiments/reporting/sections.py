@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from jaxsms.data.long_tail import HEAD, MIDDLE, TAIL
+
 from ..methods.registry import looks
 from . import figures
 from .cases import Case, Origin
 from .channel_sections import channels_section, sensitivity_section
-from .class_sections import classes_section
 from .cost_sections import (
   cost_section,
   inference_section,
@@ -16,7 +17,7 @@ from .cost_sections import (
 from .document import Block, Document, Folded, Picture, Section, Table
 from .statistics import Results, method_title, summarize
 from .summary import sentences
-from .tables import accuracy, accuracy_and_gain, method_rows, notes, percent
+from .tables import accuracy, accuracy_and_gain, gain, method_rows, notes, percent
 from .training_sections import (
   CASES_DRAWN,
   curves_section,
@@ -34,6 +35,11 @@ BAND = (
 )
 OOD = "Corrupted data: the mean over corruptions of the test images and their severities."
 ECE = "test_expected_calibration_error"
+CLASSES = (
+  "Test accuracy in percent on the third of the classes with most training examples "
+  "(head), that with fewest (tail) and those between; the soup's gain on the tail is "
+  "paired by seed, with its 95 % interval."
+)
 # What cases of one grid may differ in; anything else makes them other experiments.
 VARIED = ("goal_sparsity", "ingredients", "seed", "seeds", "baselines", "workdir")
 
@@ -226,6 +232,43 @@ def accuracy_section(cases: Sequence[Case]) -> Iterator[Block]:
   yield from cut([case for case in cases if phases_of(case)], "Accuracies by phase")
   yield from ood
   yield from ece
+
+
+def classes_section(cases: Sequence[Case]) -> Iterator[Block]:
+  """A table for each case that has such classes."""
+  tables = [(case, classes_table(case)) for case in cases]
+  found = [(case, table) for case, table in tables if table.rows]
+  if found:
+    yield CLASSES
+  for case, table in found:
+    yield table if len(cases) == 1 else Folded(case.title, table)
+
+
+def classes_table(case: Case) -> Table:
+  """Accuracies of all methods by group of classes, phase by phase.
+
+  Args:
+    case: whose.
+
+  Returns:
+    The table, without rows where nothing was measured by group.
+  """
+  groups = {
+    name: {row["phase"]: row for row in summarize(case.seeds, f"test_{name}_accuracy")}
+    for name in (HEAD, MIDDLE, TAIL)
+  }
+  known = [name for name, rows in groups.items() if any("soup" in r for r in rows.values())]
+  header = ["Phase", "Sparsity", "Model", *map(str.capitalize, known), "Soup minus it"]
+  parts = []
+  for phase, row in groups[TAIL].items():
+    cells = [
+      lambda name, of=groups[group][phase]: accuracy(of.get(name)) for group in known
+    ]
+    cells.append(lambda name, row=row: gain(row[name]))
+    first = str(phase), percent(row)
+    if lines := method_rows(first, row, case.m, (*looks(), "dense"), cells):
+      parts.append(lines)
+  return Table(header, parts, (2,), "Sparse soup")
 
 
 # The sections in their order; one without blocks is left out.
