@@ -16,13 +16,13 @@ from .fields import (
   whole_numbers,
 )
 
-WITH_DROPOUT = ("mlp", "wide_resnet28_10", "wide_resnet22_10", "vit_tiny")
 # Options of `jaxsms.models.create` that some networks have.
-MODEL_OPTIONS = {
-  "width": ("resnet8", "resnet20", "resnet56", "resnet18", "resnet50", "vgg16", "vit_tiny"),
-  "widening": ("wide_resnet28_10", "wide_resnet22_10"),
-  "stem": ("resnet18", "resnet50"),
-}
+MODEL_OPTIONS = ("width", "widening", "stem")
+
+
+def networks_with(option: str) -> list[str]:
+  """The names of the networks that have an option."""
+  return [name for name in models.MODELS if hasattr(models.create(name, 2), option)]
 
 
 def _of_mlp(digits, other):
@@ -121,12 +121,13 @@ def check(config: DataFlags) -> None:
     raise ValueError(
       f"--hidden belongs to the mlp: leave it out with --model={config.model}"
     )
-  if config.model not in WITH_DROPOUT and config.dropout is not None:
+  having = networks_with("dropout")
+  if config.dropout is not None and config.model not in having:
     raise ValueError(
-      f"--dropout belongs to {', '.join(WITH_DROPOUT)}: leave it out with "
-      f"--model={config.model}"
+      f"--dropout belongs to {', '.join(having)}: leave it out with --model={config.model}"
     )
-  for name, having in MODEL_OPTIONS.items():
+  for name in MODEL_OPTIONS:
+    having = networks_with(name)
     if getattr(config, name) is not None and config.model not in having:
       raise ValueError(
         f"--{name} belongs to {', '.join(having)}: leave it out with {config.model}"
