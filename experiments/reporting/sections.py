@@ -194,26 +194,30 @@ def _grids(cases, metric, name, what):
   if not _is_grid(cases):
     return
   cases = [case for case in cases if _at_goal(case)]
-  for fixed, varied, label, over, end, title, where in (
-    (
-      _copies, _percent_at_goal, "Goal sparsity in percent", "the goal sparsity",
-      "m{:g}", "m = {:g}", "with {:g} copies",
-    ),
-    (
-      _percent_at_goal, _copies, "Number of copies m", "the number of copies",
-      "goal{:g}", "{:g} % sparsity", "at {:g} % sparsity",
-    ),
-  ):  # fmt: skip
-    for value in sorted(set(map(fixed, cases))):
-      same = [case for case in cases if fixed(case) == value]
-      if len(same) > 1:
-        heading, at = f"{title.format(value)}, after the last phase", where.format(value)
-        yield Picture(
-          f"{name}-{end.format(value)}".replace(".", "_"),
-          figures.over_cases(same, metric, varied, label, heading),
-          f"{what} {at} over {over}.",
-          f"{what} over {over}, a line for each method, {at}.",
-        )
+
+  def over(varied, label, along, same, end, title, where):
+    return Picture(
+      f"{name}-{end}".replace(".", "_"),
+      figures.over_cases(same, metric, varied, label, f"{title}, after the last phase"),
+      f"{what} {where} over {along}.",
+      f"{what} over {along}, a line for each method, {where}.",
+    )
+
+  sparsity = _percent_at_goal, "Goal sparsity in percent", "the goal sparsity"
+  for m, same in _alike(cases, _copies):
+    yield over(*sparsity, same, f"m{m}", f"m = {m}", f"with {m} copies")
+  copies = _copies, "Number of copies m", "the number of copies"
+  for percent_at_goal, same in _alike(cases, _percent_at_goal):
+    goal = f"{percent_at_goal:g}"
+    yield over(*copies, same, f"goal{goal}", f"{goal} % sparsity", f"at {goal} % sparsity")
+
+
+def _alike(cases, key):
+  """Values that several cases have, with these cases."""
+  for value in sorted(set(map(key, cases))):
+    same = [case for case in cases if key(case) == value]
+    if len(same) > 1:
+      yield value, same
 
 
 def accuracy_section(cases: Sequence[Case]) -> Iterator[Block]:
