@@ -80,9 +80,11 @@ def _optimizations_disabled(wanted):
 @pytest.fixture(scope="module")
 def quick_figures():
   """Drawing takes longer than the runs."""
+  from jaxsms.disk import storage
+
   with pytest.MonkeyPatch.context() as monkeypatch:
-    touch = lambda results, path: pathlib.Path(path).touch()  # noqa: E731
-    monkeypatch.setattr("experiments.reporting.figures.accuracy_figure", touch)
+    empty = lambda results, path: storage.write_bytes(path, b"")  # noqa: E731
+    monkeypatch.setattr("experiments.reporting.figures.accuracy_figure", empty)
     monkeypatch.setattr("experiments.sms.write_report", lambda paths: None)
     yield
 
