@@ -1,8 +1,4 @@
-"""One function or another, by whether the compiler divides the program among devices.
-
-That is known when a program is lowered, not when it is traced: the same traced function
-may be called with arrays on one device and with arrays in parts.
-"""
+"""What is computed otherwise where the compiler divides a program among devices."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +6,41 @@ from collections.abc import Callable
 import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import mlir
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxsms.devices.meshes import DATA_AXIS
+
+
+def sum_over_batch(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+  """A sum over a batch; where devices share it, each sums its part first.
+
+  Left to the compiler, a loop that sums has all devices wait for each other in every step.
+
+  Args:
+    function: of such arrays, giving the sum over their axis n.
+    *arrays: [m, n, ...].
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  size = dict(mesh.shape).get(DATA_AXIS, 1)
+  left_to_compiler = size > 1 and types[DATA_AXIS] == AxisType.Auto
+  if not left_to_compiler or arrays[0].shape[1] % size:
+    return function(*arrays)
+  spec = PartitionSpec(None, DATA_AXIS)
+  return jax.shard_map(
+    lambda *parts: jax.lax.psum(function(*parts), DATA_AXIS),
+    in_specs=(spec,) * len(arrays),
+    out_specs=PartitionSpec(),
+    axis_names={DATA_AXIS},
+    check_vma=False,
+  )(*arrays)
 
 
 def unless_partitioned(whole: Callable, parts: Callable) -> Callable[..., jax.Array]:
   """Either of two functions that compute the same.
+
+  Which one is known when a program is lowered, not when it is traced: the same traced
+  function may be called with arrays on one device and with arrays in parts.
 
   Args:
     whole: of arrays, giving one array; runs where each device has arrays of its own: on

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsms.devices.partitioning import unless_partitioned
+from jaxsms.devices.partitioning import sum_over_batch, unless_partitioned
 from jaxsms.nn import small_images
 
 T = TypeVar("T")
@@ -218,10 +218,16 @@ def _loop_map(function, images, kernels):
 def _loop_kernel(geometry, images, outputs):
   """A convolution of images by outputs, with examples as channels.
 
-  Blocks of s x s pixels, s the stride, are its batch: its stride is then 1.
+  Where devices share the batch, each loops over its part, and the parts are summed at the
+  end: the compiler would sum them in every step of the loop.
   """
   if small_images.is_small(geometry):
     return small_images.kernel_gradient(geometry, images, outputs)
+  return sum_over_batch(functools.partial(_loop_own_kernel, geometry), images, outputs)
+
+
+def _loop_own_kernel(geometry, images, outputs):
+  """Blocks of s x s pixels, s the stride, are its batch: its stride is then 1."""
   (sh, sw), (n, height, width, c) = geometry.strides, images.shape[1:]
   m, o, group = max(len(images), len(outputs)), outputs.shape[4], _groups(images.shape[1])
   (rows, columns), pads, taps = zip(*map(geometry.shifts, (0, 1)), strict=True)
