@@ -579,6 +579,26 @@ def test_no_default_gathers_under_map_ingredients(lowering, shape):
   assert_close(program(x, w, v), jax.jit(jax.vmap(step))(x, w, v))
 
 
+def test_devices_that_share_a_batch_sum_a_kernel_gradient_once():
+  """Not in each step of the loop over its images, and to what NumPy sums them to."""
+  x, y = normal(0, 1, 64, 6, 6, 3), normal(1, 1, 64, 6, 6, 4)
+  geometry = lowerings.Geometry((1, 1), ONE_PAD, (6, 6), (3, 3), None)
+  gradient = functools.partial(convolution.kernel_gradient, (geometry, "loop"))
+
+  def step(x, y):
+    return gradient(split_batch(x), split_batch(y))
+
+  program = jax.jit(map_ingredients(step, 0, make_mesh(1, 2))).lower(x, y).compile()
+  functions = re.split(r"\n(?=%|ENTRY)", program.as_text())
+  bodies = set(re.findall(r"body=(%[\w.-]+)", program.as_text()))
+  loops = [text for text in functions if text.split(" ")[0] in bodies]
+  assert loops and not any(COLLECTIVE.search(text) for text in loops)
+  windows = np.lib.stride_tricks.sliding_window_view(
+    np.pad(x[0], ((0, 0), *ONE_PAD, (0, 0))), (3, 3), axis=(1, 2)
+  )
+  assert_close(program(x, y)[0], np.einsum("nhwcij,nhwo->ijco", windows, y[0]))
+
+
 def test_groups_stay_where_each_device_has_copies_of_its_own():
   """In a program that is not divided, and where all axes of the mesh are manual."""
   mesh = make_mesh(2, 1)
