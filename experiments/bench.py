@@ -13,7 +13,8 @@ import jax
 from absl import flags
 
 from .benchmarks import bench_jax, bench_settings, bench_tables, usual_networks
-from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config, write_figures
+from .benchmarks.bench_figures import write_figures
+from .benchmarks.bench_settings import TORCH_MODELS, Config, read_config
 from .config import device_flags
 from .config.fields import define_flags
 from .costs.timing import (

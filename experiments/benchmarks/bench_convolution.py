@@ -34,7 +34,7 @@ from ..costs.timing import Contender, alternate, calls_for, repeated, scaled, se
 from ..run.environment import environment
 from ..run.flag_files import check_no_arguments, refusals
 from ..run.terminal import terminal
-from .bench_settings import write_figures
+from .bench_figures import write_figures
 
 BATCH, REPEATS, ROUNDS = 128, 4, 5
 ROUND_SECONDS = 0.01

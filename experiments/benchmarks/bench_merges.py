@@ -35,8 +35,8 @@ from ..run.terminal import print_line, terminal
 from ..setup import hardware
 from ..setup.seed_streams import PRETRAIN, RETRAIN
 from ..setup.task import Task, load, make_task, with_data
+from .bench_figures import writable, write_figures
 from .bench_merges_tables import OF_TWO, UNIFORM, tables
-from .bench_settings import writable, write_figures
 
 Results = dict[str, Any]
 FAMILIES = ("seed", "weight_decay", "learning_rate")

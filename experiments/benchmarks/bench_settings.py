@@ -1,19 +1,16 @@
 """The flags of the benchmark, and what they mean for each kind of images."""
 
 import dataclasses
-import json
-import os
 from typing import Any
 
 from absl import flags
 
 from jaxsms import models
-from jaxsms.disk.files import output_file
-from jaxsms.disk.storage import plain
 
 from ..config import device_flags
 from ..config.fields import above_zero, at_least, flag, one_of, read_fields
 from ..costs.timing import ROUND_SECONDS
+from .bench_figures import writable
 
 AUGMENTATIONS = ("none", "crop_flip", "noise")
 TORCH_MODELS = ("mlp", "resnet8", "resnet20", "resnet56", "resnet18")
@@ -61,22 +58,6 @@ def _whole_numbers(separator: str, example: str):
 
 def _copies(words, name, values):
   return tuple(sorted(set(_whole_numbers(",", "1,2,4,8")(words, name, values))))
-
-
-def writable(name: str, value: str) -> None:
-  """Raises ValueError unless a file of that name can be written."""
-  folder = os.path.dirname(value) or "."
-  if value and (os.path.isdir(value) or not os.access(folder, os.W_OK)):
-    raise ValueError(
-      f"--{name} {value} cannot be written: give a file in a folder that can"
-    )
-
-
-def write_figures(path: str | None, figures: dict[str, Any]) -> None:
-  """Writes what was measured as JSON, where --json says where to."""
-  if path:
-    with output_file(path) as file:
-      file.write(json.dumps(plain(figures), indent=1, allow_nan=False).encode())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

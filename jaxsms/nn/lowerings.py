@@ -223,7 +223,8 @@ def _loop_kernel(geometry, images, outputs):
   """
   if small_images.is_small(geometry):
     return small_images.kernel_gradient(geometry, images, outputs)
-  return sum_over_batch(functools.partial(_loop_own_kernel, geometry), images, outputs)
+  own = functools.partial(_loop_own_kernel, geometry)
+  return vary_alike(sum_over_batch(own, images, outputs), images, outputs)[0]
 
 
 def _loop_own_kernel(geometry, images, outputs):
