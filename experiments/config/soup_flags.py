@@ -109,10 +109,10 @@ class SoupFlags:
   )
   vary: str = flag(
     "What differs between the copies: seed (batch order, augmentation, dropout); "
-    f"weight_decay, epochs (of each phase) or learning_rate (the first of "
-    f"{starting_anywhere()}), with "
-    "the same seed; or subset (the share of the training data, see --subsets, and the "
-    "seed). With --ranges also several of learning_rate, weight_decay and seed.",
+    "weight_decay, epochs (of each phase) or learning_rate (the first of "
+    f"{starting_anywhere()}), with the same seed; or subset (the share of the training "
+    "data, see --subsets, and the seed). With --ranges also several of learning_rate, "
+    "weight_decay and seed.",
     _known_variables,
     default="seed",
   )
